@@ -1,0 +1,71 @@
+// Dumps: K, V and Q of a model as it ran over real text, memory-mapped and read-only.
+//
+// Two forms are read:
+// 1. safetensors: tensors `layers.N.k|v|q`, F16, [tokens, heads, head_dim], C order. Metadata (strings): format `kvmix-dump-1`, model,
+//    corpus, layers, tokens, prompt_tokens (comma-separated lengths of the concatenated prompts), kv_heads, query_heads, head_dim,
+//    rope_theta, attention_scale. What safetensors' own reader refuses is refused.
+// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, fp16, [tokens, heads, head_dim], the geometry given by the caller.
+// Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
+#ifndef KVMIX_DUMP_H_
+#define KVMIX_DUMP_H_
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvmix/export.h"
+#include "kvmix/half.h"
+#include "kvmix/plan.h"
+#include "kvmix/quantize.h"
+#include "kvmix/status.h"
+
+namespace kvmix {
+
+// What the files of a raw folder do not say. query_heads 0: a dump without Q.
+struct RawFormat {
+  std::size_t kv_heads = 0;
+  std::size_t query_heads = 0;
+  std::size_t head_dim = 0;
+  std::vector<std::size_t> prompt_tokens;  // empty: one prompt of all tokens
+};
+
+// Movable. Owns the mapping; everything that it hands out points into it. Every file is fully checked on opening, but for NaN and Inf.
+class KVMIX_API Dump {
+ public:
+  // A safetensors file, or a raw folder (then `raw` must be given).
+  static Result<Dump> Open(const std::string& path, const RawFormat* raw = nullptr);
+  Dump(Dump&&) noexcept;
+  Dump& operator=(Dump&&) noexcept;
+  ~Dump();
+
+  const std::string& path() const;
+  const std::string& model() const;   // "" where unknown
+  const std::string& corpus() const;  // "" where unknown
+  // query_heads equals kv_heads where there is no Q and the metadata do not say.
+  const Geometry& geometry() const;
+  bool has_q() const;
+  std::size_t tokens() const;
+  const std::vector<std::size_t>& prompt_tokens() const;  // sums to tokens()
+  float attention_scale() const;                          // 1 / sqrt(head_dim) where unknown
+
+  // [tokens, heads, head_dim]. Not necessarily aligned to 2 bytes in the file: a misaligned file is copied on opening.
+  const Half* k(std::size_t layer) const;
+  const Half* v(std::size_t layer) const;
+  const Half* q(std::size_t layer) const;  // null without Q
+  HalfRows head(std::size_t layer, std::size_t kv_head, Tensor t) const;
+
+  // NaN or Inf in this layer's K, V or Q: an error naming file, tensor, layer, head, token.
+  Status CheckFinite(std::size_t layer) const;
+  // Tells the kernel that this layer's pages are not needed for now, so that a long walk over layers keeps little in memory.
+  void Release(std::size_t layer) const;
+
+ private:
+  struct Impl;
+  explicit Dump(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvmix
+
+#endif  // KVMIX_DUMP_H_

@@ -1,0 +1,117 @@
+// From dumps to a plan, in three steps that can run apart and on different machines:
+//   measure (dump -> error table, layer by layer)   merge (tables of other layers or other dumps of one model)   choose (table + speeds + budget -> plan)
+#ifndef KVMIX_TUNE_H_
+#define KVMIX_TUNE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kvmix/dump.h"
+#include "kvmix/export.h"
+#include "kvmix/plan.h"
+#include "kvmix/speed.h"
+#include "kvmix/status.h"
+
+namespace kvmix {
+
+// Attention outputs of one query head against those of exact K and V, as sums over token rows: additive over prompts and dumps.
+//   NMSE = sum_squared_error / sum_squared_output      cosine = sum_cosine / rows
+struct AttentionError {
+  double sum_squared_error = 0.0;
+  double sum_squared_output = 0.0;
+  double sum_cosine = 0.0;  // a row that is zero in both has cosine 1, in one of them 0
+  std::uint64_t rows = 0;
+
+  double nmse() const;
+  double cosine() const;
+  AttentionError& operator+=(const AttentionError& o);
+};
+
+// Compares rows [rows, head_dim] (each `stride` floats apart) of one query head.
+KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approximate, std::size_t rows, std::size_t stride, std::size_t head_dim);
+KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Geometry& geometry);  // errors: [layers][query_heads]
+
+// The causal attention of one layer of a dump, prompt by prompt, through a cache of `codecs` ([kv_heads][K, V]).
+// out: [tokens, query_heads, head_dim]. saturated, if not null, is increased by the codes that a fixed scale clamped.
+KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs, int num_threads, std::vector<float>* out,
+                            std::uint64_t* saturated = nullptr);
+
+// The errors of a whole plan, [layers][query_heads]. progress(done, total), if given, is called after each layer.
+using Progress = std::function<void(std::size_t done, std::size_t total)>;
+KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan, int num_threads, const Progress& progress = {});
+
+// ---- measure --------------------------------------------------------------------------------------------------------------------
+
+// The codecs that the tuner may choose from; the same list for K and for V, but for centring, which is K's only.
+//   seed: f16, i8-head, i8-token (the study's)      int8: f16, i8-token, i8-token-bf16; K also centred
+KVMIX_API Result<std::vector<CodecKind>> Candidates(const std::string& name);
+
+// What one candidate does to one KV head's K or V: this tensor encoded, the rest exact.
+struct CandidateError {
+  HeadCodec codec;                        // whole: with its scale and mean
+  std::vector<AttentionError> queries;    // [group]
+  ErrorSums values;                       // of K or V itself
+};
+
+struct HeadErrors {
+  std::size_t layer = 0;
+  std::size_t kv_head = 0;
+  Tensor tensor = Tensor::kK;
+  double max_abs = 0.0;
+  std::vector<CandidateError> candidates;  // in the order of Candidates(); those for V without the centred ones
+};
+
+struct ErrorTable {
+  Geometry geometry;
+  float attention_scale = 0.0f;
+  std::vector<std::string> dumps;   // names, in the order of merging
+  std::string model;
+  std::size_t tokens = 0;
+  std::size_t longest_prompt = 0;
+  std::vector<HeadErrors> heads;    // sorted by layer, kv head, tensor; each once
+};
+
+// Scales and means come from all `dumps` together (one model; their shapes must agree), errors are measured on them all. Layers
+// [first_layer, last_layer). NaN or Inf, a dump without Q or without tokens is an error. Memory: a few times one layer's tensors.
+KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const std::vector<CodecKind>& candidates, std::size_t first_layer,
+                                     std::size_t last_layer, int num_threads, const Progress& progress = {});
+
+// Tables over disjoint layers of the same model and dumps; associative. A head in both is an error.
+KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
+
+// ---- choose ---------------------------------------------------------------------------------------------------------------------
+
+struct Constraints {
+  double budget = -1.0;      // at least this fraction of the fp16 bytes is saved; < 0: not asked for
+  double min_cosine = -1.0;  // of the predicted worst query head; < 0: not asked for
+  double max_decode_ns = -1.0;
+  // Plans whose worst and summed errors are both within this factor of the best count as equally accurate; the fastest is taken.
+  double tolerance = 1.02;
+};
+
+// One point of the Pareto front: no plan saves as much with a smaller worst error.
+struct ParetoPoint {
+  double saved_fraction = 0.0;
+  Fidelity predicted;
+  double decode_ns = 0.0;
+};
+
+struct Choice {
+  Plan plan;
+  Fidelity predicted;      // errors of K and V added up
+  double decode_ns = 0.0;  // one token, all layers, 1 thread
+  double fp16_decode_ns = 0.0;
+  std::vector<ParetoPoint> front;
+};
+
+// Exact (multiple-choice knapsack, one choice of K and V codec per KV head): among the plans that hold the constraints, the least worst
+// query head NMSE, then the least sum of NMSE, then (within the tolerance) the least decode time. With min_cosine and no budget:
+// the most bytes saved, then the same. Infeasible: an error that says the most that is possible.
+KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context, const Constraints& constraints);
+
+}  // namespace kvmix
+
+#endif  // KVMIX_TUNE_H_
