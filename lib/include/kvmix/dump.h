@@ -3,7 +3,8 @@
 // Two forms are read:
 // 1. safetensors: tensors `layers.N.k|v|q`, F16, [tokens, heads, head_dim], C order. Metadata (strings): format `kvmix-dump-1`, model,
 //    corpus, layers, tokens, prompt_tokens (comma-separated lengths of the concatenated prompts), kv_heads, query_heads, head_dim,
-//    rope_theta, attention_scale. What safetensors' own reader refuses is refused.
+//    rope_theta, attention_scale. What safetensors' own reader refuses is refused. Metadata that are missing follow from the tensors
+//    (one prompt then); those that contradict them are an error. Tensors of other names are ignored.
 // 2. the original study's raw folder: layer_NN.{k,v,q}.bin, fp16, [tokens, heads, head_dim], the geometry given by the caller.
 // Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
 #ifndef KVMIX_DUMP_H_
@@ -22,7 +23,7 @@
 
 namespace kvmix {
 
-// What the files of a raw folder do not say. query_heads 0: a dump without Q.
+// What the files of a raw folder do not say. query_heads 0: q files, if there are any, are ignored.
 struct RawFormat {
   std::size_t kv_heads = 0;
   std::size_t query_heads = 0;
@@ -33,7 +34,7 @@ struct RawFormat {
 // Movable. Owns the mapping; everything that it hands out points into it. Every file is fully checked on opening, but for NaN and Inf.
 class KVMIX_API Dump {
  public:
-  // A safetensors file, or a raw folder (then `raw` must be given).
+  // A safetensors file, or a raw folder (then, and only then, `raw` must be given).
   static Result<Dump> Open(const std::string& path, const RawFormat* raw = nullptr);
   Dump(Dump&&) noexcept;
   Dump& operator=(Dump&&) noexcept;

@@ -28,7 +28,11 @@ struct Geometry {
 // Upper bound of head_dim: i32 sums of 16-bit by 8-bit products stay exact up to here.
 inline constexpr std::size_t kMaxHeadDim = 512;
 
-// Every number > 0, query_heads a multiple of kv_heads, head_dim <= kMaxHeadDim; else an error naming the number.
+// Upper bound of layers and of heads, far beyond any model: products of a geometry's numbers stay far below 2^64.
+inline constexpr std::size_t kMaxCount = 65536;
+
+// Every number > 0, query_heads a multiple of kv_heads, head_dim <= kMaxHeadDim, the others <= kMaxCount; else an error naming the
+// number.
 KVMIX_API Status CheckGeometry(const Geometry& geometry);
 // "24 layers x 2 KV heads x 64, 14 query heads"
 KVMIX_API std::string ToString(const Geometry& geometry);

@@ -1,0 +1,144 @@
+#include "file.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+namespace kvmix::internal {
+
+namespace {
+
+// Closes on destruction, for the paths that end early.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() { Close(); }
+  int get() const { return fd_; }
+  bool ok() const { return fd_ >= 0; }
+  int Close() { return fd_ >= 0 ? close(std::exchange(fd_, -1)) : 0; }
+
+ private:
+  int fd_;
+};
+
+Status SystemError(const std::string& path, std::string_view expected, int error) {
+  const bool missing = error == ENOENT || error == ENOTDIR;
+  return FileError(missing ? ErrorCode::kNotFound : ErrorCode::kIo, path, "", expected, std::generic_category().message(error));
+}
+
+bool WriteAll(int fd, std::string_view text) {
+  while (!text.empty()) {
+    const ssize_t written = write(fd, text.data(), text.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) return false;
+    text.remove_prefix(static_cast<std::size_t>(written));
+  }
+  return true;
+}
+
+Status WriteDirectly(const std::string& path, std::string_view text) {
+  Descriptor file(open(path.c_str(), O_WRONLY | O_CLOEXEC));
+  if (!file.ok() || !WriteAll(file.get(), text) || file.Close() != 0) return SystemError(path, "a file that can be written", errno);
+  return {};
+}
+
+// Creates a file of a name that nothing has yet.
+int CreateBeside(const std::string& path, std::string* name) {
+  static std::atomic<unsigned> counter{0};
+  int fd = -1;
+  do {
+    *name = fmt::format("{}.{}-{}.tmp", path, getpid(), counter++);
+    fd = open(name->c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  } while (fd < 0 && errno == EEXIST);
+  return fd;
+}
+
+}  // namespace
+
+Status FileError(ErrorCode code, const std::string& path, std::string_view what, std::string_view expected, std::string_view found) {
+  return Status(code, fmt::format("{}: {}{}expected {}, found {}", OneLine(path, 4096), what, what.empty() ? "" : ": ", expected, found));
+}
+
+std::string OneLine(std::string_view text, std::size_t limit) {
+  std::size_t end = text.size();
+  if (end > limit) {
+    end = limit;
+    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0u) == 0x80u) --end;  // not inside a UTF-8 character
+  }
+  std::string line(text.substr(0, end));
+  for (char& c : line) {
+    if (static_cast<unsigned char>(c) < 0x20u || c == 0x7F) c = '?';
+  }
+  return end < text.size() ? line + "..." : line;
+}
+
+std::string Quoted(std::string_view text) { return '"' + OneLine(text, 60) + '"'; }
+
+Result<MappedFile> MappedFile::Open(const std::string& path) {
+  const Descriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // O_NONBLOCK: do not wait for a pipe's writer
+  struct stat info {};
+  if (!file.ok() || fstat(file.get(), &info) != 0) return SystemError(path, "a readable file", errno);
+  if (!S_ISREG(info.st_mode)) return FileError(ErrorCode::kIo, path, "", "a regular file", S_ISDIR(info.st_mode) ? "a folder" : "something else");
+  if (info.st_size == 0) return MappedFile(nullptr, 0);
+  const auto size = static_cast<std::size_t>(info.st_size);
+  char last = 0;  // Touching a mapping past the real end would kill the process: see that the last byte is there.
+  if (pread(file.get(), &last, 1, info.st_size - 1) != 1) {
+    return FileError(ErrorCode::kIo, path, "", fmt::format("{} bytes, as the file system says", size), "fewer when read");
+  }
+  void* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (data == MAP_FAILED) return SystemError(path, "a file that can be mapped into memory", errno);
+  return MappedFile(static_cast<const char*>(data), size);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) munmap(const_cast<char*>(data_), size_);
+}
+
+void ReleasePages(const void* data, std::size_t size) {
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + size) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+Status WriteFileAtomically(const std::string& path, std::string_view text) {
+  struct stat info {};
+  const bool exists = stat(path.c_str(), &info) == 0;
+  if (exists && S_ISDIR(info.st_mode)) return FileError(ErrorCode::kIo, path, "", "a file to write to", "a folder");
+  if (exists && !S_ISREG(info.st_mode)) return WriteDirectly(path, text);
+  std::error_code error;
+  std::string target = path;  // a link stays a link: its target is replaced
+  if (exists) target = std::filesystem::canonical(path, error).string();
+  if (error) return SystemError(path, "a file that can be written", error.value());
+
+  std::string temporary;
+  Descriptor file(CreateBeside(target, &temporary));
+  if (!file.ok()) return SystemError(path, "a folder that a file can be created in", errno);
+  if (!WriteAll(file.get(), text) || file.Close() != 0 || rename(temporary.c_str(), target.c_str()) != 0) {
+    const int failure = errno;
+    unlink(temporary.c_str());
+    return SystemError(path, fmt::format("room for {} bytes and the right to write them", text.size()), failure);
+  }
+  return {};
+}
+
+}  // namespace kvmix::internal
