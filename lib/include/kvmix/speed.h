@@ -24,7 +24,7 @@ struct HeadSpeed {
   double decode_ns = 0.0;
 };
 
-struct Wisdom {
+struct KVMIX_API Wisdom {
   std::string cpu;      // model name as the OS gives it
   std::string target;   // "AVX2"
   std::string version;  // of the library

@@ -19,7 +19,7 @@ namespace kvmix {
 
 // Attention outputs of one query head against those of exact K and V, as sums over token rows: additive over prompts and dumps.
 //   NMSE = sum_squared_error / sum_squared_output      cosine = sum_cosine / rows
-struct AttentionError {
+struct KVMIX_API AttentionError {
   double sum_squared_error = 0.0;
   double sum_squared_output = 0.0;
   double sum_cosine = 0.0;  // a row that is zero in both has cosine 1, in one of them 0
@@ -48,6 +48,9 @@ KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, cons
 // The codecs that the tuner may choose from; the same list for K and for V, but for centring, which is K's only.
 //   seed: f16, i8-head, i8-token (the study's)      int8: f16, i8-token, i8-token-bf16; K also centred
 KVMIX_API Result<std::vector<CodecKind>> Candidates(const std::string& name);
+
+// Errors of the values themselves: rows encoded with a whole codec (its scale and mean set) and decoded again.
+KVMIX_API ErrorSums EncodingError(const HalfRows& rows, const HeadCodec& codec);
 
 // What one candidate does to one KV head's K or V: this tensor encoded, the rest exact.
 struct CandidateError {
@@ -85,31 +88,41 @@ KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
 // ---- choose ---------------------------------------------------------------------------------------------------------------------
 
 struct Constraints {
-  double budget = -1.0;      // at least this fraction of the fp16 bytes is saved; < 0: not asked for
-  double min_cosine = -1.0;  // of the predicted worst query head; < 0: not asked for
-  double max_decode_ns = -1.0;
-  // Plans whose worst and summed errors are both within this factor of the best count as equally accurate; the fastest is taken.
-  double tolerance = 1.02;
+  double budget = -1.0;         // at least this fraction of the fp16 bytes is saved; < 0: not asked for
+  double min_cosine = -1.0;     // of the predicted worst query head; < 0: not asked for
+  double max_decode_ns = -1.0;  // of one token over all layers; < 0: not asked for
+  double tolerance = 1.02;      // >= 1: how much error may be given away for decode time
 };
 
-// One point of the Pareto front: no plan saves as much with a smaller worst error.
+// One point of the Pareto front: no plan saves as much with a smaller worst NMSE.
 struct ParetoPoint {
   double saved_fraction = 0.0;
   Fidelity predicted;
   double decode_ns = 0.0;
+  std::size_t fp16_tensors = 0;  // K and V of a KV head count one each
 };
 
 struct Choice {
-  Plan plan;
+  Plan plan;               // provenance: model, calibration and on_calibration as predicted
   Fidelity predicted;      // errors of K and V added up
   double decode_ns = 0.0;  // one token, all layers, 1 thread
   double fp16_decode_ns = 0.0;
-  std::vector<ParetoPoint> front;
+  std::vector<ParetoPoint> front;  // by falling saved fraction, from the smallest plan to fp16; at most 64 points, even along the curve
 };
 
-// Exact (multiple-choice knapsack, one choice of K and V codec per KV head): among the plans that hold the constraints, the least worst
-// query head NMSE, then the least sum of NMSE, then (within the tolerance) the least decode time. With min_cosine and no budget:
-// the most bytes saved, then the same. Infeasible: an error that says the most that is possible.
+// One choice of K and V codec per KV head, exact (multiple-choice knapsack), in three steps:
+//   1. worst: the least `w` such that some plan within the constraints has no query head with an NMSE above w.
+//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above w * tolerance.
+//   3. time: of those plans the one that minimises sum + price * decode time. The price is (tolerance - 1) * S over all the time that
+//      could be saved at best, so that the sum is at most S * tolerance, and time decides where plans are about equally accurate.
+// The NMSE of a query head is the sum of its K's and its V's; so is 1 - cosine.
+//
+// min_cosine without budget: the most bytes that can be saved, then the same. max_decode_ns: step 1 stays exact; in step 2 time gets
+// the least price that holds the limit (a Lagrange multiplier: a plan between two prices may be missed), and step 3 falls away.
+// Infeasible: an error that says what is possible. Wisdom must hold every pair of codecs in the table, at `context`.
+//
+// Takes a second or so, and memory of (KV heads of all layers) * (bytes per token to hand out / their common divisor): for 80 layers
+// x 8 heads x 128 at budget 0.45 some 5 MB, at 0.1 some 40 MB.
 KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context, const Constraints& constraints);
 
 }  // namespace kvmix
