@@ -25,6 +25,7 @@ struct AttendTask {
   std::size_t window;          // 0: none
   float scale;                 // attention_scale
   float soft_cap;              // 0: none
+  const float* bias;           // [rows], added to scale * q . k before the soft cap; or null (softmax itself does not see it)
 
   void* operand;               // scratch of operand_bytes(*format, rows), 64-byte aligned
   // Outputs: sum over tokens of exp(s - max) * x' of V (without its mean), [rows, padded_dim(*format)]; log2-domain max and the sum

@@ -1,0 +1,193 @@
+// Per target: "rows times tile", the one product that both QK and PV are, for each storage of the tile.
+//
+//   sum[r][lane] = sum over terms of row[r][term] * tile[term][lane]
+//
+// A storage is a struct of a few one-liners: how a tile vector is loaded (this is where a 4-bit tile would unpack), how a row's terms
+// are broadcast, and how the two are multiplied and added. Multiply() walks the tile once for up to kMaxRows rows and kVecs tile
+// vectors, all sums in registers: 4 rows x 2 vectors x 2 limbs are 16 of AVX-512's 32 registers, 4 x 2 sums 8 of AVX2's 16, which
+// leaves gcc and clang room for the tile and a row. Fewer rows take more vectors, so that enough independent sums hide the latency
+// (4 or 5 cycles at two a cycle).
+#if defined(KVMIX_KERNELS_ATTEND_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVMIX_KERNELS_ATTEND_INL_H_
+#undef KVMIX_KERNELS_ATTEND_INL_H_
+#else
+#define KVMIX_KERNELS_ATTEND_INL_H_
+#endif
+
+#include <cstring>
+#include <utility>
+
+#include "hwy/highway.h"
+#include "kernels/tiles-inl.h"
+
+// A lambda inside a kernel: compiled for the target, and inlined by force.
+#undef KVMIX_LAMBDA
+#define KVMIX_LAMBDA HWY_ATTR __attribute__((always_inline))
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels::HWY_NAMESPACE {
+
+using DI16 = hn::ScalableTag<std::int16_t>;
+using DU8 = hn::ScalableTag<std::uint8_t>;
+using DI8 = hn::ScalableTag<std::int8_t>;
+using VF = hn::Vec<DF>;
+using VI32 = hn::Vec<DI32>;
+
+HWY_INLINE_VAR constexpr std::size_t kMaxRows = 4;
+HWY_INLINE constexpr std::size_t VecsFor(std::size_t rows) { return rows <= 2 ? 4 : 2; }
+
+// f(0), f(1), … f(N - 1) with the number as a compile-time constant: arrays of vectors indexed by it stay in registers.
+template <class F, std::size_t... I>
+HWY_INLINE void UnrollImpl(F&& f, std::index_sequence<I...>) {
+  (f(std::integral_constant<std::size_t, I>()), ...);
+}
+template <std::size_t N, class F>
+HWY_INLINE void Unroll(F&& f) {
+  UnrollImpl(f, std::make_index_sequence<N>());
+}
+
+template <typename T>
+HWY_INLINE T LoadScalar(const std::uint8_t* p) {
+  T t;
+  std::memcpy(&t, p, sizeof(T));
+  return t;
+}
+
+// What a row says of itself beside its terms.
+struct RowInfo {
+  float scale;                 // of the terms; QK: times attention_scale
+  std::int32_t start_high, start_low;  // first values of the sums (what undoes K's flipped sign)
+};
+
+// f16 tile, f32 rows.
+struct F16Product {
+  static constexpr TileStorage kStorage = TileStorage::kF16;
+  static constexpr std::size_t kRowBytesPerStep = 4;
+  using Sum = VF;
+  static HWY_INLINE Sum Start(const RowInfo&) { return hn::Zero(DF()); }
+  static HWY_INLINE VF Tile(const std::uint8_t* p) {
+    const hn::Rebind<hwy::float16_t, DF> dh;
+    return hn::PromoteTo(DF(), hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
+  }
+  static HWY_INLINE VF Terms(const std::uint8_t* row, std::size_t step, std::size_t) { return hn::Set(DF(), LoadScalar<float>(row + 4 * step)); }
+  static HWY_INLINE void MulAdd(Sum& sum, VF tile, VF terms) { sum = hn::MulAdd(tile, terms, sum); }
+  static HWY_INLINE VF ToFloat(const Sum& sum) { return sum; }
+};
+
+#if KVMIX_QUADS
+// i8 tile in quads, rows as two byte limbs: row = 256 * high + low, `steps` quads of high, then as many of low.
+// kTileUnsigned: QK (tile = code ^ 0x80, limbs signed; RowInfo's start is -128 * sum of limbs); else PV (limbs unsigned).
+template <bool kTileUnsigned>
+struct QuadProduct {
+  static constexpr TileStorage kStorage = TileStorage::kI8;
+  static constexpr std::size_t kRowBytesPerStep = 8;
+  struct Sum {
+    VI32 high, low;
+  };
+  struct Limbs {
+    VI32 high, low;
+  };
+  static HWY_INLINE Sum Start(const RowInfo& r) { return {hn::Set(DI32(), r.start_high), hn::Set(DI32(), r.start_low)}; }
+  static HWY_INLINE VI32 Tile(const std::uint8_t* p) { return hn::LoadU(DI32(), reinterpret_cast<const std::int32_t*>(p)); }
+  static HWY_INLINE Limbs Terms(const std::uint8_t* row, std::size_t step, std::size_t steps) {
+    return {hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * step)), hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * (steps + step)))};
+  }
+  static HWY_INLINE VI32 Dot(VI32 sum, VI32 tile, VI32 limb) {
+    if constexpr (kTileUnsigned) {
+      return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), tile), hn::BitCast(DI8(), limb), sum);
+    } else {
+      return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), limb), hn::BitCast(DI8(), tile), sum);
+    }
+  }
+  static HWY_INLINE void MulAdd(Sum& sum, VI32 tile, const Limbs& limbs) {
+    sum.high = Dot(sum.high, tile, limbs.high);
+    sum.low = Dot(sum.low, tile, limbs.low);
+  }
+  static HWY_INLINE VF ToFloat(const Sum& sum) {
+    return hn::MulAdd(hn::ConvertTo(DF(), sum.high), hn::Set(DF(), 256.0f), hn::ConvertTo(DF(), sum.low));
+  }
+};
+using KI8Product = QuadProduct<true>;
+using VI8Product = QuadProduct<false>;
+#else
+// i8 tile in pairs, widened once for all rows; rows are i16.
+struct PairProduct {
+  static constexpr TileStorage kStorage = TileStorage::kI8;
+  static constexpr std::size_t kRowBytesPerStep = 4;
+  using Sum = VI32;
+  using VI16 = hn::Vec<DI16>;
+  static HWY_INLINE Sum Start(const RowInfo&) { return hn::Zero(DI32()); }
+  static HWY_INLINE VI16 Tile(const std::uint8_t* p) {
+    const hn::Rebind<std::int8_t, DI16> d8;
+    return hn::PromoteTo(DI16(), hn::LoadU(d8, reinterpret_cast<const std::int8_t*>(p)));
+  }
+  static HWY_INLINE VI16 Terms(const std::uint8_t* row, std::size_t step, std::size_t) {
+    return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * step)));
+  }
+  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) { sum = hn::Add(sum, hn::WidenMulPairwiseAdd(DI32(), tile, terms)); }
+  static HWY_INLINE VF ToFloat(const Sum& sum) { return hn::ConvertTo(DF(), sum); }
+};
+using KI8Product = PairProduct;
+using VI8Product = PairProduct;
+#endif
+
+// Walks ahead of the reader, one cache line for each one read, into L2 (prefetching into L1 would hold its few miss buffers).
+struct Prefetcher {
+  const std::uint8_t* at;
+  bool on;
+
+  template <std::size_t kBytes>
+  HWY_INLINE void Advance() {
+    for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+    at += on ? kBytes : 0;
+  }
+};
+
+// One register block: kRows rows times kVecs neighbouring tile vectors (tile_bytes apart), over terms [first, last) of `steps`.
+// emit(row, vec, sums as floats) is called for every pair.
+template <class P, std::size_t kRows, std::size_t kVecs, class Emit>
+HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const std::uint8_t* rows, std::size_t row_bytes, const RowInfo* info,
+                         std::size_t first, std::size_t last, std::size_t steps, Prefetcher& prefetch, const Emit& emit) {
+  constexpr std::size_t kVectorBytes = VectorBytes(P::kStorage);
+  typename P::Sum sum[kRows][kVecs];
+  Unroll<kRows>([&](auto r) KVMIX_LAMBDA { Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { sum[r][v] = P::Start(info[r]); }); });
+  for (std::size_t step = first; step < last; ++step) {
+    decltype(P::Tile(tile)) t[kVecs];
+    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { t[v] = P::Tile(tile + v * tile_bytes + step * kVectorBytes); });
+    prefetch.template Advance<kVecs * kVectorBytes>();
+    Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+      const auto terms = P::Terms(rows + r * row_bytes, step, steps);
+      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
+    });
+  }
+  Unroll<kRows>([&](auto r) KVMIX_LAMBDA { Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { emit(r, v, P::ToFloat(sum[r][v])); }); });
+}
+
+// 2^x for x <= 0, relative error 3e-6; exactly 0 from 2^-100 down (so that no product with it becomes a denormal: those cost a hundred
+// cycles each on some CPUs) and for NaN.
+HWY_INLINE VF Exp2(VF x) {
+  const DF df;
+  const DI32 di;
+  const VF smallest = hn::Set(df, -100.0f);
+  const VF clamped = hn::Max(x, smallest);
+  const VI32 n = hn::NearestInt(clamped);
+  const VF f = hn::Sub(clamped, hn::ConvertTo(df, n));
+  VF p = hn::MulAdd(f, hn::Set(df, 0.009570101276040077f), hn::Set(df, 0.05591785907745361f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.240247443318367f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.6931217908859253f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.9999992847442627f));
+  const VF e = hn::BitCast(df, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(n)));
+  return hn::IfThenElseZero(hn::Gt(x, smallest), e);
+}
+
+// An upper bound of log2(x), x >= 0, at most 0.09 above it: the exponent, and the mantissa on a straight line.
+HWY_INLINE VF Log2Bound(VF x) {
+  const DF df;
+  const DI32 di;
+  return hn::MulAdd(hn::ConvertTo(df, hn::BitCast(di, x)), hn::Set(df, 0x1p-23f), hn::Set(df, 0.0863f - 127.0f));
+}
+
+}  // namespace kvmix::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

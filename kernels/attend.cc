@@ -1,0 +1,339 @@
+// Attention of one KV head, block by block of 256 tokens, up to four query rows at a time:
+//   scores   s[r][t] = scale * k_scale[t] * q_scale[r] * (q codes . k codes)          in units of log2
+//   softmax  m' = max(m, max_t s);  e = 2^(s - m');  sum += e;  w[t] = e * v_scale[t], as 16-bit fixed point against the block's own
+//            largest weight, so that a sink in one block cannot cost another its small weights
+//   weigh    out = out * 2^(m - m') + w_scale * (w codes . v codes)
+// All rows of a block's turn share one read of K and V from memory; later rows find it in L2. Scores and weights of four rows
+// (8 KiB) live in L1.
+#include "kernels/attend.h"
+
+#include <cmath>
+#include <limits>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/attend.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+
+#include "hwy/highway.h"
+#include "kernels/attend-inl.h"
+#include "kernels/per_target.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels::HWY_NAMESPACE {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+
+// ---- rows as operands -------------------------------------------------------------------------------------------------------------
+
+template <class P>
+constexpr std::size_t QueryRowBytes(std::size_t head_dim) {
+  return RoundUp(KSteps(P::kStorage, head_dim) * P::kRowBytesPerStep, 64);
+}
+
+struct QueryRange {
+  float largest;  // absolute value
+  bool finite;
+};
+
+HWY_INLINE QueryRange RangeOf(const float* q, std::size_t n) {
+  float largest = 0.0f, zero = 0.0f;
+  for (std::size_t i = 0; i < n; ++i) {
+    largest = HWY_MAX(largest, std::fabs(q[i]));
+    zero += q[i] * 0.0f;  // NaN if any is NaN or Inf
+  }
+  return {largest, zero == 0.0f};
+}
+
+// f32 terms -> the operand of a product. The fixed-point forms keep 15 bits and a sign.
+HWY_INLINE void PackQuery(F16Product, const float* q, std::size_t head_dim, std::uint8_t* to, RowInfo& info) {
+  std::memcpy(to, q, head_dim * sizeof(float));
+  info = {1.0f, 0, 0};
+}
+
+template <class P>
+HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, std::uint8_t* to, RowInfo& info) {
+  constexpr float kLargest = KVMIX_QUADS ? 32512.0f : 32767.0f;  // 127 * 256, so that a rounded high limb fits
+  const QueryRange range = RangeOf(q, head_dim);
+  const float scale = range.largest / kLargest;
+  const std::size_t steps = KSteps(P::kStorage, head_dim);
+  std::memset(to, 0, steps * P::kRowBytesPerStep);
+  info = {0.0f, 0, 0};
+  if (!range.finite || scale < 0x1p-100f) return;
+  const float inv_scale = 1.0f / scale;
+  info.scale = scale;
+  for (std::size_t c = 0; c < head_dim; ++c) {
+    const std::int32_t code = static_cast<std::int32_t>(std::nearbyint(q[c] * inv_scale));
+#if KVMIX_QUADS
+    const std::int32_t high = (code + 128) >> 8, low = code - 256 * high;
+    to[c] = static_cast<std::uint8_t>(high);
+    to[4 * steps + c] = static_cast<std::uint8_t>(low);
+    info.start_high -= 128 * high;
+    info.start_low -= 128 * low;
+#else
+    const std::int16_t narrow = static_cast<std::int16_t>(code);
+    std::memcpy(to + 2 * c, &narrow, 2);
+#endif
+  }
+}
+
+// Softmax weights of kLanes tokens -> the operand of the PV product.
+template <class P>
+HWY_INLINE constexpr float LargestWeight() {
+  return std::is_same<P, F16Product>::value ? 1.0f : KVMIX_QUADS ? 65500.0f : 32750.0f;  // room for the error of Exp2
+}
+HWY_INLINE void PackWeights(F16Product, VF w, std::size_t token, std::uint8_t* row) {
+  hn::StoreU(w, DF(), reinterpret_cast<float*>(row) + token);
+}
+HWY_INLINE void PackWeights(VI8Product, VF w, std::size_t token, std::uint8_t* row) {
+  const VI32 code = hn::NearestInt(w);
+#if KVMIX_QUADS
+  const hn::Rebind<std::uint8_t, DI32> d8;
+  const hn::RebindToUnsigned<DI32> du;
+  const auto bits = hn::BitCast(du, code);
+  hn::StoreU(hn::TruncateTo(d8, hn::ShiftRight<8>(bits)), d8, row + token);
+  hn::StoreU(hn::TruncateTo(d8, bits), d8, row + kBlockTokens + token);
+#else
+  const hn::Rebind<std::int16_t, DI32> d16;
+  hn::StoreU(hn::DemoteTo(d16, code), d16, reinterpret_cast<std::int16_t*>(row) + token);
+#endif
+}
+
+// ---- one block, up to kMaxRows rows -------------------------------------------------------------------------------------------------
+
+struct Work {
+  alignas(64) float k_scale[kBlockTokens];
+  alignas(64) float v_scale[kBlockTokens];
+  alignas(64) float v_log2[kBlockTokens];  // an upper bound of log2(v_scale)
+  alignas(64) float scores[kMaxRows][kBlockTokens];
+  alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
+  RowInfo weight_info[kMaxRows];
+  float correction[kMaxRows];
+  // This turn's tokens, whole vectors that cover what any of its rows sees.
+  std::size_t first, last;
+};
+
+template <class P, std::size_t kRows>
+HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const std::uint8_t* queries, const RowInfo* info, Prefetcher prefetch, Work& w) {
+  const std::size_t tile_bytes = KTileBytes(P::kStorage, f.head_dim), row_bytes = QueryRowBytes<P>(f.head_dim);
+  const std::size_t steps = KSteps(P::kStorage, f.head_dim);
+  std::size_t token = w.first;
+  const auto turn = [&](auto vecs) KVMIX_LAMBDA {
+    Multiply<P, kRows, vecs>(block + f.k.codes_offset + token / kLanes * tile_bytes, tile_bytes, queries, row_bytes, info, 0, steps, steps, prefetch,
+                             [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+                               const VF scale = hn::Mul(hn::Set(DF(), info[r].scale), hn::Load(DF(), w.k_scale + token + v * kLanes));
+                               hn::Store(hn::Mul(sum, scale), DF(), w.scores[r] + token + v * kLanes);
+                             });
+    token += vecs * kLanes;
+  };
+  constexpr std::integral_constant<std::size_t, VecsFor(kRows)> kVecs;
+  while (token + kVecs * kLanes <= w.last) turn(kVecs);
+  while (token < w.last) turn(std::integral_constant<std::size_t, 1>());
+}
+
+template <class P, std::size_t kRows>
+HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out, std::size_t out_stride, Prefetcher prefetch, const Work& w) {
+  const std::size_t tile_bytes = VTileBytes(P::kStorage), padded = RoundUp(f.head_dim, kLanes);
+  constexpr std::size_t kWidth = Width(P::kStorage);
+  std::size_t channel = 0;
+  const auto turn = [&](auto vecs) KVMIX_LAMBDA {
+    Multiply<P, kRows, vecs>(block + f.v.codes_offset + channel / kLanes * tile_bytes, tile_bytes, w.weights[0], sizeof(w.weights[0]), w.weight_info,
+                             w.first / kWidth, w.last / kWidth, VSteps(P::kStorage), prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+                               float* to = out + r * out_stride + channel + v * kLanes;
+                               const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
+                               hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_info[r].scale), before), DF(), to);
+                             });
+    channel += vecs * kLanes;
+  };
+  constexpr std::integral_constant<std::size_t, VecsFor(kRows)> kVecs;
+  while (channel + kVecs * kLanes <= padded) turn(kVecs);
+  while (channel < padded) turn(std::integral_constant<std::size_t, 1>());
+}
+
+// s -> cap * tanh((s + bias) / cap) in units of log2; tanh(x) = (1 - e) / (1 + e), e = exp(-2 |x|), with x's sign.
+HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, float cap, float bias) {
+  const DF df;
+  const VF to_x = hn::Set(df, 1.0f / (cap * kLog2E)), shift = hn::Set(df, bias / cap), log_cap = hn::Set(df, cap * kLog2E);
+  for (std::size_t t = first; t < last; t += kLanes) {
+    const VF s = hn::MulAdd(hn::Load(df, scores + t), to_x, shift);
+    const VF e = Exp2(hn::Mul(hn::Abs(s), hn::Set(df, -2.0f * kLog2E)));
+    const VF tanh = hn::Div(hn::Sub(hn::Set(df, 1.0f), e), hn::Add(hn::Set(df, 1.0f), e));
+    hn::Store(hn::CopySign(hn::Mul(log_cap, tanh), s), df, scores + t);
+  }
+}
+
+// Row r of this turn, which sees the tokens [first, last) of the block (first < last).
+template <class P>
+HWY_NOINLINE void Softmax(std::size_t r, std::size_t first, std::size_t last, float* max, float* sum, Work& w) {
+  const DF df;
+  float* scores = w.scores[r];
+  std::uint8_t* weights = w.weights[r];
+  const std::size_t begin = first / kLanes * kLanes, end = RoundUp(last, kLanes);
+  for (std::size_t t = begin; t < first; ++t) scores[t] = kNegInf;
+  for (std::size_t t = last; t < end; ++t) scores[t] = kNegInf;
+
+  VF largest_score = hn::Set(df, kNegInf), largest_weight = largest_score;
+  for (std::size_t t = begin; t < end; t += kLanes) {
+    const VF s = hn::Load(df, scores + t);
+    largest_score = hn::Max(largest_score, s);
+    largest_weight = hn::Max(largest_weight, hn::Add(s, hn::Load(df, w.v_log2 + t)));
+  }
+  const float new_max = HWY_MAX(*max, hn::ReduceMax(df, largest_score));
+  const float log2_bound = hn::ReduceMax(df, largest_weight) - new_max;
+  const float bound = log2_bound > -100.0f ? std::exp2(log2_bound) : 0.0f;
+  const float to_code = std::is_same<P, F16Product>::value ? 1.0f : bound > 0.0f ? LargestWeight<P>() / bound : 0.0f;
+  w.correction[r] = *max == new_max ? 1.0f : std::exp2(*max - new_max);
+  w.weight_info[r] = {to_code > 0.0f ? 1.0f / to_code : 0.0f, 0, 0};
+
+  for (std::size_t t = w.first; t < begin; t += kLanes) PackWeights(P(), hn::Zero(df), t, weights);
+  for (std::size_t t = end; t < w.last; t += kLanes) PackWeights(P(), hn::Zero(df), t, weights);
+  const VF base = hn::Set(df, new_max), factor = hn::Set(df, to_code);
+  VF total = hn::Zero(df);
+  for (std::size_t t = begin; t < end; t += kLanes) {
+    const VF e = Exp2(hn::Sub(hn::Load(df, scores + t), base));
+    total = hn::Add(total, e);
+    PackWeights(P(), hn::Mul(e, hn::Mul(hn::Load(df, w.v_scale + t), factor)), t, weights);
+  }
+  *sum = *sum * w.correction[r] + hn::ReduceSum(df, total);
+  *max = new_max;
+}
+
+// A row of this turn that sees none of the block's tokens.
+HWY_INLINE void NoWeights(std::size_t r, Work& w) {
+  std::memset(w.weights[r], 0, sizeof(w.weights[r]));
+  w.correction[r] = 1.0f;
+  w.weight_info[r] = {0.0f, 0, 0};
+}
+
+// f<kRows>() for rows in [1, kMaxRows].
+template <class F>
+HWY_INLINE void WithRows(std::size_t rows, const F& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<std::size_t, 1>());
+    case 2: return f(std::integral_constant<std::size_t, 2>());
+    case 3: return f(std::integral_constant<std::size_t, 3>());
+    default: return f(std::integral_constant<std::size_t, 4>());
+  }
+}
+
+// ---- one task -------------------------------------------------------------------------------------------------------------------------
+
+// Scales of a block as f32; of a constant one, only the first time.
+HWY_INLINE void LoadScales(const TileFormat& f, const std::uint8_t* block, bool first_time, float* scales) {
+  const DF df;
+  if (f.scale == TileScale::kConstant && !first_time) return;
+  for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
+    VF s = hn::Set(df, f.constant);
+    if (f.scale == TileScale::kF32) s = hn::LoadU(df, reinterpret_cast<const float*>(block + f.scales_offset) + t);
+    if (f.scale == TileScale::kBF16) {
+      const hn::Rebind<hwy::bfloat16_t, DF> db;
+      s = hn::PromoteTo(df, hn::LoadU(db, reinterpret_cast<const hwy::bfloat16_t*>(block + f.scales_offset) + t));
+    }
+    hn::Store(s, df, scales + t);
+  }
+}
+
+struct Range {
+  std::size_t first, last;
+};
+
+// Tokens of the block at `base` that row r sees.
+HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t base) {
+  const std::int64_t row_end = t.first_end + static_cast<std::int64_t>(row / t.group);
+  const std::int64_t start = static_cast<std::int64_t>(base), window = static_cast<std::int64_t>(t.window);
+  const std::int64_t row_begin = window != 0 ? HWY_MAX(row_end - window, std::int64_t{0}) : 0;
+  const std::int64_t first = HWY_MAX(HWY_MAX(row_begin, static_cast<std::int64_t>(t.first_token)) - start, std::int64_t{0});
+  const std::int64_t last = HWY_MIN(HWY_MIN(row_end, static_cast<std::int64_t>(t.last_token)) - start, static_cast<std::int64_t>(kBlockTokens));
+  return first < last ? Range{static_cast<std::size_t>(first), static_cast<std::size_t>(last)} : Range{0, 0};
+}
+
+template <class KP, class VP>
+void AttendRows(const AttendTask& t) {
+  const BlockFormat& f = *t.format;
+  const std::size_t row_bytes = QueryRowBytes<KP>(f.head_dim), padded = RoundUp(f.head_dim, kLanes);
+  std::uint8_t* queries = static_cast<std::uint8_t*>(t.operand);
+  RowInfo* info = reinterpret_cast<RowInfo*>(queries + t.rows * row_bytes);
+  for (std::size_t r = 0; r < t.rows; ++r) {
+    const float* q = t.q + r * f.head_dim;
+    PackQuery(KP(), q, f.head_dim, queries + r * row_bytes, info[r]);
+    info[r].scale *= t.scale * kLog2E;
+    t.max[r] = kNegInf;
+    t.sum[r] = 0.0f;
+  }
+  std::memset(t.out, 0, t.rows * padded * sizeof(float));
+
+  Work w;
+  const std::size_t turns = (t.rows + kMaxRows - 1) / kMaxRows;
+  const std::size_t first_block = t.first_token / kBlockTokens;
+  for (std::size_t b = first_block; b * kBlockTokens < t.last_token; ++b) {
+    const std::uint8_t* block = t.blocks + b * f.block_bytes;
+    LoadScales(f.k, block, b == first_block, w.k_scale);
+    LoadScales(f.v, block, b == first_block, w.v_scale);
+    if (f.v.scale != TileScale::kConstant || b == first_block) {
+      for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::Load(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
+    }
+    bool fetch = true;  // the first turn reads the block from memory: let it fetch the next one
+    for (std::size_t turn = 0; turn < turns; ++turn) {
+      const std::size_t row = turn * t.rows / turns, rows = (turn + 1) * t.rows / turns - row;
+      Range seen[kMaxRows];
+      w.first = kBlockTokens;
+      w.last = 0;
+      for (std::size_t r = 0; r < rows; ++r) {
+        seen[r] = Visible(t, row + r, b * kBlockTokens);
+        if (seen[r].last == 0) continue;
+        w.first = HWY_MIN(w.first, seen[r].first / kLanes * kLanes);
+        w.last = HWY_MAX(w.last, RoundUp(seen[r].last, kLanes));
+      }
+      if (w.last == 0) continue;
+      const std::uint8_t* next = fetch ? block + f.block_bytes : block;
+      WithRows(rows, [&](auto n) HWY_ATTR {
+        Score<KP, n>(f, block, queries + row * row_bytes, info + row, {next + (fetch ? f.k.codes_offset : 0), fetch}, w);
+      });
+      for (std::size_t r = 0; r < rows; ++r) {
+        if (seen[r].last == 0) {
+          NoWeights(r, w);
+          continue;
+        }
+        if (t.soft_cap != 0.0f) SoftCap(w.scores[r], w.first, w.last, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
+        Softmax<VP>(r, seen[r].first, seen[r].last, t.max + row + r, t.sum + row + r, w);
+      }
+      WithRows(rows, [&](auto n) HWY_ATTR {
+        Weigh<VP, n>(f, block, t.out + row * padded, padded, {next + (fetch ? f.v.codes_offset : 0), fetch}, w);
+      });
+      fetch = false;
+    }
+  }
+  for (std::size_t r = 0; r < t.rows; ++r) {
+    if (!RangeOf(t.q + r * f.head_dim, f.head_dim).finite) t.max[r] = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void Attend(const AttendTask& t) {
+  const bool k16 = t.format->k.storage == TileStorage::kF16, v16 = t.format->v.storage == TileStorage::kF16;
+  if (k16 && v16) return AttendRows<F16Product, F16Product>(t);
+  if (k16) return AttendRows<F16Product, VI8Product>(t);
+  if (v16) return AttendRows<KI8Product, F16Product>(t);
+  return AttendRows<KI8Product, VI8Product>(t);
+}
+
+std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
+  const std::size_t row = f.k.storage == TileStorage::kF16 ? QueryRowBytes<F16Product>(f.head_dim) : QueryRowBytes<KI8Product>(f.head_dim);
+  return RoundUp(rows * (row + sizeof(RowInfo)), 64);
+}
+
+std::size_t PaddedDim(const BlockFormat& f) { return RoundUp(f.head_dim, kLanes); }
+
+}  // namespace
+
+AttendKernels AttendTable() { return {&Attend, &OperandBytes, &PaddedDim}; }
+
+}  // namespace kvmix::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kvmix::kernels {
+HWY_EXPORT(AttendTable);
+AttendKernels AttendKernelsFor(std::int64_t target) { return KVMIX_CALL_FOR(target, AttendTable)(); }
+}  // namespace kvmix::kernels
+#endif  // HWY_ONCE

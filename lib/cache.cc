@@ -1,0 +1,212 @@
+#include "kvmix/cache.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "lib/cache_impl.h"
+
+namespace kvmix {
+
+using internal::CacheImpl;
+using internal::HeadStream;
+using kernels::kBlockTokens;
+
+namespace internal {
+
+void Unmap::operator()(std::uint8_t* memory) const { munmap(memory, bytes); }
+
+}  // namespace internal
+
+namespace {
+
+// Rows that are encoded at a time, on the stack.
+constexpr std::size_t kRowsAtATime = 16;
+
+kernels::TileFormat FormatOf(const HeadCodec& codec) {
+  kernels::TileFormat f;
+  if (codec.storage == Storage::kF16) return f;
+  f.storage = kernels::TileStorage::kI8;
+  if (codec.scale == ScaleKind::kHead) f.constant = codec.head_scale;
+  if (codec.scale == ScaleKind::kToken) f.scale = codec.scale_type == ScaleType::kF32 ? kernels::TileScale::kF32 : kernels::TileScale::kBF16;
+  return f;
+}
+
+// Some of a head's rows in the canonical form.
+struct Rows {
+  const std::uint8_t* codes;
+  std::size_t row_bytes;
+  const float* scales;  // null: none are stored
+};
+
+using StoreRow = decltype(kernels::TileKernels::store_k);
+
+void StoreRows(const HeadStream& head, StoreRow store, std::size_t first, std::size_t count, const Rows& rows) {
+  for (std::size_t t = 0; t < count; ++t) {
+    const std::size_t token = first + t;
+    store(head.format, head.block_of(token), token % kBlockTokens, rows.codes + t * rows.row_bytes, rows.scales != nullptr ? rows.scales[t] : 0.0f);
+  }
+}
+
+// Encodes `count` <= kRowsAtATime rows and writes them to tiles; returns the number of saturated codes.
+std::uint64_t AppendRows(const CacheImpl& c, const HeadStream& head, StoreRow store, const HeadCodec& codec, const Half* x, std::size_t stride,
+                         std::size_t first, std::size_t count) {
+  alignas(64) std::uint8_t codes[kRowsAtATime * kMaxHeadDim * sizeof(Half)];
+  float scales[kRowsAtATime];
+  const std::size_t dim = c.plan.geometry.head_dim;
+  const kernels::QuantizeKernels& quantize = c.kernels.quantize;
+  if (codec.storage == Storage::kF16) {
+    for (std::size_t t = 0; t < count; ++t) quantize.finite(x + t * stride, dim, reinterpret_cast<Half*>(codes) + t * dim);
+    StoreRows(head, store, first, count, {codes, dim * sizeof(Half), nullptr});
+    return 0;
+  }
+  std::uint64_t saturated = 0;
+  const kernels::RowsIn in{x, stride, count, dim, codec.centred() ? codec.mean.data() : nullptr};
+  std::int8_t* i8 = reinterpret_cast<std::int8_t*>(codes);
+  if (codec.scale == ScaleKind::kToken) {
+    quantize.per_token(in, codec.scale_type == ScaleType::kBF16, i8, dim, scales);
+  } else {
+    saturated = quantize.per_head(in, codec.head_scale, i8, dim);
+  }
+  StoreRows(head, store, first, count, {codes, dim, codec.scale == ScaleKind::kToken ? scales : nullptr});
+  return saturated;
+}
+
+Status CheckLayer(const CacheImpl& c, std::size_t layer) {
+  if (layer < c.tokens.size()) return {};
+  return {ErrorCode::kInvalidArgument, fmt::format("layer {} of a cache of {} layers", layer, c.tokens.size())};
+}
+
+Status CheckRoom(const CacheImpl& c, std::size_t layer, std::size_t tokens) {
+  const std::size_t held = c.tokens[layer];
+  if (tokens <= c.capacity - held) return {};
+  return {ErrorCode::kOutOfMemory, fmt::format("layer {} holds {} of {} tokens: no room for {} more", layer, held, c.capacity, tokens)};
+}
+
+}  // namespace
+
+Cache::Cache(std::unique_ptr<CacheImpl> impl) : impl_(std::move(impl)) {}
+Cache::Cache(Cache&&) noexcept = default;
+Cache& Cache::operator=(Cache&&) noexcept = default;
+Cache::~Cache() = default;
+
+Result<Cache> Cache::Create(const Geometry& geometry, const Plan& plan, std::size_t capacity) {
+  if (Status s = CheckPlan(plan); !s.ok()) return s;
+  if (Status s = CheckGeometryMatches(plan, geometry); !s.ok()) return s;
+  auto c = std::make_unique<CacheImpl>();
+  c->plan = plan;
+  c->kernels = kernels::ActiveKernels();
+  c->capacity = capacity;
+  c->tokens.assign(geometry.layers, 0);
+
+  const std::size_t blocks = capacity / kBlockTokens + (capacity % kBlockTokens != 0);
+  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * page;
+  const auto too_large = [&] {
+    return Status(ErrorCode::kOutOfMemory, fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of memory that this machine has", capacity,
+                                                       ToString(geometry), static_cast<double>(memory) / (1 << 30)));
+  };
+  std::size_t bytes = 0;
+  std::vector<std::size_t> offsets;
+  for (std::size_t layer = 0; layer < geometry.layers; ++layer) {
+    for (std::size_t h = 0; h < geometry.kv_heads; ++h) {
+      HeadStream head;
+      head.format = {FormatOf(plan.codec(layer, h, Tensor::kK)), FormatOf(plan.codec(layer, h, Tensor::kV)), geometry.head_dim, 0};
+      c->kernels.tiles.lay_out(head.format);
+      if (blocks != 0 && head.format.block_bytes > (memory - bytes) / blocks) return too_large();
+      offsets.push_back(bytes);
+      bytes += blocks * head.format.block_bytes;
+      c->heads.push_back(head);
+    }
+  }
+  c->bytes = bytes;
+  const std::size_t mapped = std::max(bytes, page);
+  void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);  // zeros: finite in every storage
+  if (p == MAP_FAILED) return too_large();
+  madvise(p, mapped, MADV_HUGEPAGE);  // a wish; a few percent of decode speed at long contexts
+  c->memory = {static_cast<std::uint8_t*>(p), internal::Unmap{mapped}};
+  for (std::size_t i = 0; i < offsets.size(); ++i) c->heads[i].blocks = c->memory.get() + offsets[i];
+  return Cache(std::move(c));
+}
+
+Status Cache::Append(std::size_t layer, const Half* k, const Half* v, std::size_t tokens) {
+  CacheImpl& c = *impl_;
+  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  if (Status s = CheckRoom(c, layer, tokens); !s.ok()) return s;
+  const Geometry& g = c.plan.geometry;
+  const std::size_t stride = g.kv_heads * g.head_dim, held = c.tokens[layer];
+  std::uint64_t saturated = 0;
+  for (std::size_t t = 0; t < tokens; t += kRowsAtATime) {
+    const std::size_t count = std::min(kRowsAtATime, tokens - t);
+    for (std::size_t h = 0; h < g.kv_heads; ++h) {
+      const HeadStream& head = c.head(layer, h);
+      const std::size_t at = t * stride + h * g.head_dim;
+      saturated += AppendRows(c, head, c.kernels.tiles.store_k, c.plan.codec(layer, h, Tensor::kK), k + at, stride, held + t, count);
+      saturated += AppendRows(c, head, c.kernels.tiles.store_v, c.plan.codec(layer, h, Tensor::kV), v + at, stride, held + t, count);
+    }
+  }
+  if (saturated != 0) c.saturated.fetch_add(saturated, std::memory_order_relaxed);
+  c.tokens[layer] = held + tokens;
+  return {};
+}
+
+Status Cache::Truncate(std::size_t tokens) {
+  for (std::size_t layer = 0; layer < impl_->tokens.size(); ++layer) {
+    if (tokens > impl_->tokens[layer]) {
+      return {ErrorCode::kInvalidArgument, fmt::format("truncate to {} tokens: layer {} holds {}", tokens, layer, impl_->tokens[layer])};
+    }
+  }
+  std::fill(impl_->tokens.begin(), impl_->tokens.end(), tokens);
+  return {};
+}
+
+Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first, std::size_t count, void* codes, float* scales) const {
+  const CacheImpl& c = *impl_;
+  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  if (kv_head >= c.plan.geometry.kv_heads || first > c.tokens[layer] || count > c.tokens[layer] - first) {
+    return {ErrorCode::kInvalidArgument, fmt::format("export of KV head {}, tokens {} + {}: the cache holds {} KV heads, layer {} has {} tokens", kv_head, first,
+                                                     count, c.plan.geometry.kv_heads, layer, c.tokens[layer])};
+  }
+  const HeadStream& head = c.head(layer, kv_head);
+  const HeadCodec& codec = c.plan.codec(layer, kv_head, tensor);
+  const std::size_t row_bytes = BytesPerToken({codec.storage, ScaleKind::kNone, ScaleType::kF32, false}, c.plan.geometry.head_dim);
+  const auto load = tensor == Tensor::kK ? c.kernels.tiles.load_k : c.kernels.tiles.load_v;
+  for (std::size_t t = 0; t < count; ++t) {
+    float scale;
+    load(head.format, head.block_of(first + t), (first + t) % kBlockTokens, static_cast<std::uint8_t*>(codes) + t * row_bytes, &scale);
+    if (codec.scale == ScaleKind::kToken) scales[t] = scale;
+  }
+  return {};
+}
+
+Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes, const float* const* k_scales, const void* const* v_codes,
+                         const float* const* v_scales) {
+  CacheImpl& c = *impl_;
+  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  if (Status s = CheckRoom(c, layer, count); !s.ok()) return s;
+  for (std::size_t h = 0; h < c.plan.geometry.kv_heads; ++h) {
+    const HeadStream& head = c.head(layer, h);
+    const auto import = [&](Tensor tensor, StoreRow store, const void* codes, const float* const* scales) {
+      const HeadCodec& codec = c.plan.codec(layer, h, tensor);
+      const std::size_t row_bytes = BytesPerToken({codec.storage, ScaleKind::kNone, ScaleType::kF32, false}, c.plan.geometry.head_dim);
+      StoreRows(head, store, c.tokens[layer], count,
+                {static_cast<const std::uint8_t*>(codes), row_bytes, codec.scale == ScaleKind::kToken ? scales[h] : nullptr});
+    };
+    import(Tensor::kK, c.kernels.tiles.store_k, k_codes[h], k_scales);
+    import(Tensor::kV, c.kernels.tiles.store_v, v_codes[h], v_scales);
+  }
+  c.tokens[layer] += count;
+  return {};
+}
+
+const Plan& Cache::plan() const { return impl_->plan; }
+std::size_t Cache::capacity() const { return impl_->capacity; }
+std::size_t Cache::tokens(std::size_t layer) const { return layer < impl_->tokens.size() ? impl_->tokens[layer] : 0; }
+std::size_t Cache::bytes() const { return impl_->bytes; }
+std::uint64_t Cache::saturated() const { return impl_->saturated.load(std::memory_order_relaxed); }
+const char* Cache::target() const { return impl_->kernels.target; }
+
+}  // namespace kvmix
