@@ -1,0 +1,344 @@
+// The choice against brute force: every combination of codecs of small random tables.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "kvmix/tune.h"
+#include "knapsack.h"
+
+namespace kvmix {
+namespace {
+
+using internal::KnapsackOption;
+using internal::SolveKnapsack;
+
+HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
+  HeadCodec codec{kind.storage, kind.scale, kind.scale_type, kind.scale == ScaleKind::kHead ? 0.1f : 0.0f, {}};
+  if (kind.centred) codec.mean.assign(head_dim, 0.5f);
+  return codec;
+}
+
+// Errors drawn at random, over three orders of magnitude; fp16 is exact.
+ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<double> log_error(-6.0, -3.0);
+  const std::vector<CodecKind> kinds = *Candidates(candidates);
+  ErrorTable table;
+  table.geometry = g;
+  table.model = "random";
+  table.dumps = {"a", "b"};
+  for (std::size_t i = 0; i < g.layers * g.kv_heads * 2; ++i) {
+    HeadErrors head{i / 2 / g.kv_heads, i / 2 % g.kv_heads, static_cast<Tensor>(i % 2), 1.0, {}};
+    for (const CodecKind& kind : kinds) {
+      if (i % 2 == 1 && kind.centred) continue;
+      CandidateError c{Codec(kind, g.head_dim), {}, {}};
+      for (std::size_t q = 0; q < g.group(); ++q) {
+        const double nmse = kind.storage == Storage::kF16 ? 0.0 : std::pow(10.0, log_error(random));
+        c.queries.push_back({nmse * 2.0, 2.0, (1.0 - nmse / 2.0) * 10.0, 10});
+      }
+      head.candidates.push_back(c);
+    }
+    table.heads.push_back(head);
+  }
+  return table;
+}
+
+// int8 takes half of fp16's time, a tenth more for each stored scale.
+Wisdom Speeds(const Geometry& g, std::size_t context) {
+  const auto ns = [](const std::string& codec) { return codec == "f16" ? 100.0 : codec == "i8-head" ? 50.0 : codec == "i8-token" ? 60.0 : 55.0; };
+  Wisdom wisdom;
+  for (const std::string k : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
+    for (const std::string v : {"f16", "i8-head", "i8-token", "i8-token-bf16"}) wisdom.speeds.push_back({k, v, g.group(), g.head_dim, context, ns(k) + ns(v)});
+  return wisdom;
+}
+
+struct Figures {
+  double worst = 0.0, sum = 0.0, loss = 0.0, ns = 0.0, saved = 0.0;
+};
+
+Figures FiguresOf(const ErrorTable& table, const std::vector<std::size_t>& picks, const Wisdom& wisdom, std::size_t context) {
+  const Geometry& g = table.geometry;
+  Figures f;
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < picks.size(); i += 2) {
+    const CandidateError& k = table.heads[i].candidates[picks[i]];
+    const CandidateError& v = table.heads[i + 1].candidates[picks[i + 1]];
+    bytes += BytesPerToken(KindOf(k.codec), g.head_dim) + BytesPerToken(KindOf(v.codec), g.head_dim);
+    const auto name = [](const HeadCodec& c) { return CodecName(c).substr(0, CodecName(c).find('+')); };
+    f.ns += wisdom.Find(name(k.codec), name(v.codec), g.group(), g.head_dim, context)->decode_ns;
+    for (std::size_t q = 0; q < g.group(); ++q) {
+      const double nmse = k.queries[q].nmse() + v.queries[q].nmse();
+      f.worst = std::max(f.worst, nmse);
+      f.sum += nmse;
+      f.loss = std::max(f.loss, 2.0 - k.queries[q].cosine() - v.queries[q].cosine());
+    }
+  }
+  f.saved = 1.0 - static_cast<double>(bytes) / static_cast<double>(Fp16BytesPerToken(g));
+  return f;
+}
+
+std::vector<Figures> AllPlans(const ErrorTable& table, const Wisdom& wisdom, std::size_t context) {
+  std::vector<Figures> plans;
+  std::vector<std::size_t> picks(table.heads.size(), 0);
+  for (;;) {
+    plans.push_back(FiguresOf(table, picks, wisdom, context));
+    std::size_t i = 0;
+    while (i < picks.size() && ++picks[i] == table.heads[i].candidates.size()) picks[i++] = 0;
+    if (i == picks.size()) return plans;
+  }
+}
+
+Figures FiguresOf(const ErrorTable& table, const Choice& choice, const Wisdom& wisdom, std::size_t context) {
+  std::vector<std::size_t> picks;
+  for (std::size_t i = 0; i < table.heads.size(); ++i) {
+    const auto& candidates = table.heads[i].candidates;
+    picks.push_back(static_cast<std::size_t>(std::find_if(candidates.begin(), candidates.end(), [&](const auto& c) { return c.codec == choice.plan.codecs[i]; }) - candidates.begin()));
+  }
+  return FiguresOf(table, picks, wisdom, context);
+}
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+template <class Allowed>
+double Least(const std::vector<Figures>& plans, double Figures::*member, Allowed allowed) {
+  double least = kInf;
+  for (const Figures& f : plans)
+    if (allowed(f)) least = std::min(least, f.*member);
+  return least;
+}
+
+const Geometry kSmall{2, 2, 4, 16};  // 3^8 = 6561 plans of the seed's codecs
+constexpr std::size_t kContext = 1024;
+
+TEST(Knapsack, AgreesWithBruteForce) {
+  std::mt19937 random(7);
+  for (int round = 0; round < 300; ++round) {
+    std::vector<std::vector<KnapsackOption>> groups(1 + random() % 5);
+    std::size_t smallest = 0, largest = 0, plans = 1;
+    for (auto& options : groups) {
+      std::size_t least = 1000, most = 0;
+      options.resize(1 + random() % 5);
+      for (KnapsackOption& o : options) {
+        o = {10 + 2 * (random() % 40), static_cast<double>(random() % 100)};
+        least = std::min(least, o.bytes);
+        most = std::max(most, o.bytes);
+      }
+      smallest += least;
+      largest += most;
+      plans *= options.size();
+    }
+    const std::size_t budget = smallest + random() % (largest - smallest + 3);
+    double best = kInf;
+    for (std::size_t plan = 0; plan < plans; ++plan) {
+      std::size_t rest = plan, bytes = 0;
+      double cost = 0.0;
+      for (const auto& options : groups) {
+        bytes += options[rest % options.size()].bytes;
+        cost += options[rest % options.size()].cost;
+        rest /= options.size();
+      }
+      if (bytes <= budget) best = std::min(best, cost);
+    }
+    const auto choice = SolveKnapsack(groups, budget);
+    ASSERT_TRUE(choice);
+    std::size_t bytes = 0;
+    double cost = 0.0;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+      bytes += groups[g][(*choice)[g]].bytes;
+      cost += groups[g][(*choice)[g]].cost;
+    }
+    EXPECT_LE(bytes, budget);
+    EXPECT_EQ(cost, best);
+    EXPECT_FALSE(SolveKnapsack(groups, smallest - 1));
+  }
+}
+
+TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
+  const Wisdom wisdom = Speeds(kSmall, kContext);
+  for (std::uint32_t seed = 0; seed < 20; ++seed) {
+    const ErrorTable table = RandomTable(kSmall, "seed", seed);
+    const std::vector<Figures> plans = AllPlans(table, wisdom, kContext);
+    for (const double budget : {0.05, 0.2, 0.3, 0.4, 0.45, 0.5}) {
+      Constraints constraints;
+      constraints.budget = budget;
+      const auto choice = Choose(table, wisdom, kContext, constraints);
+      ASSERT_TRUE(choice.ok()) << choice.status().message();
+      const Figures chosen = FiguresOf(table, *choice, wisdom, kContext);
+      const double t = constraints.tolerance;
+      const double worst = Least(plans, &Figures::worst, [&](const Figures& f) { return f.saved >= budget; });
+      const auto accurate = [&](const Figures& f) { return f.saved >= budget && f.worst <= worst * t; };
+      const double sum = Least(plans, &Figures::sum, accurate);
+      EXPECT_GE(chosen.saved, budget);
+      EXPECT_LE(chosen.worst, worst * t);
+      EXPECT_LE(chosen.sum, sum * t * (1 + 1e-12));
+      // Step 3: no plan has a smaller sum + price * time, with the price as the header says it.
+      double ns_of_least_sum = kInf;
+      for (const Figures& f : plans)
+        if (accurate(f) && f.sum <= sum * (1 + 1e-12)) ns_of_least_sum = std::min(ns_of_least_sum, f.ns);
+      const double spare_ns = ns_of_least_sum - Least(plans, &Figures::ns, [&](const Figures& f) { return f.worst <= worst * t; });
+      const double price = spare_ns > 0.0 ? (t - 1.0) * sum / spare_ns : 0.0;
+      double least_priced = kInf;
+      for (const Figures& f : plans)
+        if (accurate(f)) least_priced = std::min(least_priced, f.sum + price * f.ns);
+      EXPECT_NEAR(chosen.sum + price * chosen.ns, least_priced, least_priced * 1e-9);
+      EXPECT_LE(chosen.ns, ns_of_least_sum * (1 + 1e-12));
+      Constraints exact = constraints;
+      exact.tolerance = 1.0;
+      EXPECT_EQ(FiguresOf(table, *Choose(table, wisdom, kContext, exact), wisdom, kContext).worst, worst);
+      EXPECT_NEAR(choice->predicted.worst_nmse, chosen.worst, 1e-15);
+      EXPECT_NEAR(choice->predicted.worst_cosine, 1.0 - chosen.loss, 1e-12);
+      EXPECT_NEAR(choice->decode_ns, chosen.ns, 1e-9);
+    }
+  }
+}
+
+TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
+  ErrorTable table = RandomTable(kSmall, "int8", 1);
+  for (HeadErrors& head : table.heads)
+    for (CandidateError& c : head.candidates)
+      for (AttentionError& e : c.queries) e = {c.codec.storage == Storage::kF16 ? 0.0 : c.codec.scale_type == ScaleType::kF32 ? 1e-4 : 1.001e-4, 1.0, 1.0, 1};
+  Constraints constraints;
+  constraints.budget = 0.3;
+  const auto all_bf16 = [](const Choice& c) {
+    return std::all_of(c.plan.codecs.begin(), c.plan.codecs.end(), [](const HeadCodec& h) { return h.storage == Storage::kF16 || h.scale_type == ScaleType::kBF16; });
+  };
+  EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
+  constraints.tolerance = 1.0;
+  EXPECT_FALSE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
+}
+
+TEST(Choose, MinCosine) {
+  const Wisdom wisdom = Speeds(kSmall, kContext);
+  for (std::uint32_t seed = 0; seed < 20; ++seed) {
+    const ErrorTable table = RandomTable(kSmall, "seed", seed);
+    const std::vector<Figures> plans = AllPlans(table, wisdom, kContext);
+    for (const double cosine : {0.9999, 0.99998, 0.999995}) {
+      Constraints constraints;
+      constraints.min_cosine = cosine;
+      const auto choice = Choose(table, wisdom, kContext, constraints);
+      ASSERT_TRUE(choice.ok());
+      double most_saved = 0.0;
+      for (const Figures& f : plans)
+        if (1.0 - f.loss >= cosine) most_saved = std::max(most_saved, f.saved);
+      const Figures chosen = FiguresOf(table, *choice, wisdom, kContext);
+      EXPECT_EQ(chosen.saved, most_saved);
+      EXPECT_GE(1.0 - chosen.loss, cosine - 1e-15);
+    }
+  }
+}
+
+TEST(Choose, MaxDecodeTime) {
+  const Wisdom wisdom = Speeds(kSmall, kContext);
+  for (std::uint32_t seed = 0; seed < 20; ++seed) {
+    const ErrorTable table = RandomTable(kSmall, "seed", seed);
+    const std::vector<Figures> plans = AllPlans(table, wisdom, kContext);
+    Constraints constraints;
+    constraints.budget = 0.2;
+    for (const double ns : {430.0, 500.0, 600.0, 700.0}) {
+      constraints.max_decode_ns = ns;
+      const auto choice = Choose(table, wisdom, kContext, constraints);
+      ASSERT_TRUE(choice.ok()) << choice.status().message();
+      const auto holds = [&](const Figures& f) { return f.saved >= 0.2 && f.ns <= ns; };
+      const double worst = Least(plans, &Figures::worst, holds);
+      const Figures chosen = FiguresOf(table, *choice, wisdom, kContext);
+      EXPECT_LE(chosen.ns, ns);
+      EXPECT_LE(chosen.worst, worst * constraints.tolerance);
+    }
+    constraints.max_decode_ns = 399.0;
+    const auto choice = Choose(table, wisdom, kContext, constraints);
+    ASSERT_FALSE(choice.ok());
+    EXPECT_EQ(choice.status().code(), ErrorCode::kInfeasible);
+    EXPECT_NE(choice.status().message().find("takes 400 ns"), std::string::npos) << choice.status().message();
+  }
+}
+
+TEST(Choose, FrontIsWhatBruteForceFinds) {
+  const Wisdom wisdom = Speeds(kSmall, kContext);
+  const ErrorTable table = RandomTable(kSmall, "seed", 3);
+  const std::vector<Figures> plans = AllPlans(table, wisdom, kContext);
+  Constraints constraints;
+  constraints.budget = 0.4;
+  const Choice choice = *Choose(table, wisdom, kContext, constraints);
+  ASSERT_GE(choice.front.size(), 3u);
+  EXPECT_LE(choice.front.size(), 64u);
+  EXPECT_NEAR(choice.front.front().saved_fraction, 0.5, 1e-12);
+  EXPECT_EQ(choice.front.back().predicted.worst_nmse, 0.0);
+  for (std::size_t i = 0; i < choice.front.size(); ++i) {
+    const ParetoPoint& p = choice.front[i];
+    if (i) {
+      EXPECT_LT(p.saved_fraction, choice.front[i - 1].saved_fraction);
+      EXPECT_LT(p.predicted.worst_nmse, choice.front[i - 1].predicted.worst_nmse);
+    }
+    const double least = Least(plans, &Figures::worst, [&](const Figures& f) { return f.saved >= p.saved_fraction - 1e-12; });
+    EXPECT_NEAR(p.predicted.worst_nmse, least, 1e-12);
+  }
+}
+
+TEST(Choose, InfeasibleSaysWhatIsPossible) {
+  const ErrorTable table = RandomTable(kSmall, "seed", 1);
+  const Wisdom wisdom = Speeds(kSmall, kContext);
+  const auto message = [&](double budget, double cosine) {
+    Constraints constraints;
+    constraints.budget = budget;
+    constraints.min_cosine = cosine;
+    const auto choice = Choose(table, wisdom, kContext, constraints);
+    EXPECT_FALSE(choice.ok());
+    EXPECT_EQ(choice.status().code(), ErrorCode::kInfeasible);
+    return choice.status().message();
+  };
+  EXPECT_NE(message(0.8, -1.0).find("0.5000"), std::string::npos) << message(0.8, -1.0);
+  EXPECT_NE(message(0.45, 0.9999999).find("worst head reaches 0.99"), std::string::npos) << message(0.45, 0.9999999);
+}
+
+TEST(Choose, RefusesTablesThatAreNotWhole) {
+  ErrorTable table = RandomTable(kSmall, "seed", 1);
+  Constraints constraints;
+  constraints.budget = 0.4;
+  EXPECT_EQ(Choose(table, Wisdom{}, kContext, constraints).status().code(), ErrorCode::kNotFound);
+  table.heads.pop_back();
+  EXPECT_EQ(Choose(table, Speeds(kSmall, kContext), kContext, constraints).status().code(), ErrorCode::kMismatch);
+}
+
+TEST(Choose, LargeModelsTakeSeconds) {
+  const Geometry g{80, 8, 64, 128};
+  const ErrorTable table = RandomTable(g, "int8", 5);
+  for (const double budget : {0.1, 0.45}) {
+    Constraints constraints;
+    constraints.budget = budget;
+    const auto choice = Choose(table, Speeds(g, kContext), kContext, constraints);
+    ASSERT_TRUE(choice.ok());
+    EXPECT_GE(SavedFraction(choice->plan), budget);
+    EXPECT_LE(choice->front.size(), 64u);
+    EXPECT_GE(choice->front.size(), 30u);
+    constraints.max_decode_ns = choice->decode_ns * 0.99;
+    const auto faster = Choose(table, Speeds(g, kContext), kContext, constraints);
+    ASSERT_TRUE(faster.ok());
+    EXPECT_LE(faster->decode_ns, constraints.max_decode_ns);
+    EXPECT_GE(SavedFraction(faster->plan), budget);
+  }
+}
+
+TEST(Merge, IsAssociativeAndRefusesOverlap) {
+  const ErrorTable whole = RandomTable({3, 1, 2, 16}, "seed", 9);
+  std::vector<ErrorTable> parts(3, whole);
+  for (std::size_t i = 0; i < 3; ++i) parts[i].heads.assign(whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2), whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2 + 2));
+  const auto layers = [](const ErrorTable& t) {
+    std::vector<std::size_t> l;
+    for (const HeadErrors& h : t.heads) l.push_back(h.layer * 2 + static_cast<std::size_t>(h.tensor));
+    return l;
+  };
+  EXPECT_EQ(layers(*Merge(*Merge(parts[2], parts[0]), parts[1])), layers(whole));
+  EXPECT_EQ(layers(*Merge(parts[2], *Merge(parts[0], parts[1]))), layers(whole));
+  EXPECT_EQ(Merge(parts[0], whole).status().code(), ErrorCode::kMismatch);
+  parts[1].dumps = {"c"};
+  EXPECT_EQ(Merge(parts[0], parts[1]).status().code(), ErrorCode::kMismatch);
+}
+
+}  // namespace
+}  // namespace kvmix
