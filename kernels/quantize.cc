@@ -1,0 +1,323 @@
+// Rows of halves -> int8 codes, and back.
+//
+// Per token, eight rows at a time, so that one reduction, one f16 -> f32 conversion and two divisions serve eight rows and hide their
+// latency: (1) absmax of each row, as an integer max over the halves' bits without their sign (with a mean: over the bits of |y|), so
+// that NaN and Inf show up as large maxima; (2) the eight maxima are transposed into one vector, scales and their inverses follow;
+// (3) every row is read again (from L1), divided, rounded and packed, 4 f32 vectors into one vector of codes.
+//
+// Division. codes need rint(RN(y / s)), the f32 quotient, to the last bit. A division per element would cost more than all the rest;
+// instead, with v = RN(1 / s):   q = RN(y * v),   r = RN(y - q * s),   q' = RN(q + r * v)   (two fused multiply-adds; Markstein).
+//   |q - y/s| <= 1.5 ulp(q), so r is exact or off by one unit of ulp(s) ulp(q), and before its last rounding q' is within
+//   E = 1.5 * 2^-24 + 2^-24 < 3 * 2^-24 ulp(q) of y/s (s = S ulp(s), 2^23 <= S < 2^24).
+// Rounding to an integer can tell q' from RN(y/s) only at a tie T = k + 1/2, 2^t <= T < 2^(t+1) <= 128: if y/s is within E of a boundary
+// M = T +- ulp(T)/2. There y - s T is a small multiple j of ulp(s)/2, and |y/s - M| < E means |j 2^(23-t) - S| < 6: the significand S
+// is within 5 of a multiple of 2^17. These scales (64 multiples x 10) times all ties are few: tests/quantize_test.cc tries every one
+// on every target, and none fails. So there is no second path for near-ties. Where S is itself the multiple, y/s = M would make y a
+// product of more than 24 significant bits: impossible, and the next value is far away. The proof needs r not to underflow: rows with
+// an absmax below 2^-60 are divided. So are all rows on targets without fused multiply-add.
+//
+// The rare rows (NaN, Inf, absmax below 2^-60, values to be clamped) are found by their maximum and done by CarefulRow.
+#include "kernels/quantize.h"
+
+#include <array>
+#include <cstring>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/quantize.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+#include "kernels/per_target.h"
+#include "kernels/rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels {
+namespace HWY_NAMESPACE {
+namespace {
+
+constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
+constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
+constexpr float kLargest = 3.4028234e38f;
+constexpr int kMaxCode = 127;
+
+// y / scale for one scale, as the top of this file says.
+struct Quotient {
+  F32 scale, inverse;
+
+  HWY_INLINE F32 operator()(F32 y) const {
+#if HWY_NATIVE_FMA
+    const F32 q = hn::Mul(y, inverse);
+    const F32 r = hn::NegMulAdd(q, scale, y);
+    return hn::MulAdd(r, inverse, q);
+#else
+    return hn::Div(y, scale);
+#endif
+  }
+};
+
+template <std::size_t kBlocks>
+constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
+  std::array<std::int32_t, 4 * kBlocks> order{};
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i % kBlocks * 4 + i / kBlocks);
+  return order;
+}
+
+// Four vectors of small integers as one vector of bytes, in order.
+HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
+  const auto ab = hn::ReorderDemote2To(DI16(), a, b);
+  const auto cd = hn::ReorderDemote2To(DI16(), c, d);
+  const auto abcd = hn::ReorderDemote2To(DI8(), ab, cd);
+  // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of d, four bytes each.
+  constexpr std::size_t kBlocks = hn::MaxLanes(DI8()) / 16;
+  if constexpr (kBlocks == 1) {
+    return abcd;
+  } else {
+    static constexpr auto kOrder = PackedOrder<kBlocks>();
+    return hn::BitCast(DI8(), hn::TableLookupLanes(hn::BitCast(DI32(), abcd), hn::SetTableIndices(DI32(), kOrder.data())));
+  }
+}
+
+template <class Rows>
+HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Quotient& quotient, std::int8_t* HWY_RESTRICT codes) {
+  const auto code = [&](auto io, std::size_t i) HWY_ATTR { return hn::NearestIntInRange(DI32(), quotient(y.Load(io, i))); };
+  const std::size_t lanes = hn::Lanes(DF32());
+  std::size_t i = 0;
+  for (; i + 4 * lanes <= dim; i += 4 * lanes) {
+    const I32 a = code(Whole(), i), b = code(Whole(), i + lanes), c = code(Whole(), i + 2 * lanes), d = code(Whole(), i + 3 * lanes);
+    hn::StoreU(Pack(a, b, c, d), DI8(), codes + i);
+  }
+  const hn::Rebind<std::int8_t, DF32> d8;
+  ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) HWY_ATTR { io.Store(hn::DemoteTo(d8, code(io, k)), d8, codes + k); });
+}
+
+// Any row at all: NaN and Inf replaced, divided, clamped. Returns the number of clamped values.
+std::uint64_t CarefulRow(const CarefulHalves& y, std::size_t dim, float scale, std::int8_t* HWY_RESTRICT codes) {
+  const hn::Rebind<std::int8_t, DF32> d8;
+  const I32 limit = hn::Set(DI32(), kMaxCode);
+  const F32 divisor = hn::Set(DF32(), scale), bound = hn::Set(DF32(), HWY_MIN(129.0f * scale, kLargest));  // beyond: clamped anyway
+  std::uint64_t clamped = 0;
+  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR {
+    const F32 cut = hn::Max(hn::Min(y.Load(io, i), bound), hn::Neg(bound));
+    const I32 code = hn::NearestIntInRange(DI32(), hn::Div(cut, divisor));
+    clamped += hn::CountTrue(DI32(), hn::Gt(hn::Abs(code), limit));
+    io.Store(hn::DemoteTo(d8, hn::Max(hn::Min(code, limit), hn::Neg(limit))), d8, codes + i);
+  });
+  return clamped;
+}
+
+float CarefulAbsMax(const CarefulHalves& y, std::size_t dim) {
+  F32 max = hn::Zero(DF32());
+  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR { max = hn::Max(max, hn::Abs(y.Load(io, i))); });
+  return hn::ReduceMax(DF32(), max);
+}
+
+struct GroupScales {
+  alignas(32) float scale[kGroup];
+  alignas(32) float divisor[kGroup];  // the scale, or 1 where it is 0
+  alignas(32) float inverse[kGroup];  // of the divisor
+  bool careful;                       // for some row
+};
+
+HWY_INLINE bool IsCareful(float absmax) { return !(absmax == 0.0f || (absmax >= kSafe && absmax <= kLargest)); }
+
+HWY_INLINE void MakeScales(const float* HWY_RESTRICT absmax, bool bf16, GroupScales& out) {
+  const hn::CappedTag<float, kGroup> d;
+  const hn::RebindToUnsigned<decltype(d)> du;
+  out.careful = false;
+  for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
+    const auto max = hn::Load(d, absmax + i);
+    auto bits = hn::BitCast(du, hn::Div(max, hn::Set(d, 127.0f)));
+    if (bf16) bits = hn::AndNot(hn::Set(du, 0xFFFFu), hn::Add(bits, hn::Set(du, 0xFFFFu)));
+    const auto scale = hn::IfThenZeroElse(hn::Lt(max, hn::Set(d, kSmallest)), hn::BitCast(d, bits));
+    const auto divisor = hn::IfThenElse(hn::Eq(scale, hn::Zero(d)), hn::Set(d, 1.0f), scale);
+    hn::Store(scale, d, out.scale + i);
+    hn::Store(divisor, d, out.divisor + i);
+    hn::Store(hn::Div(hn::Set(d, 1.0f), divisor), d, out.inverse + i);
+    const auto normal = hn::And(hn::Le(max, hn::Set(d, kLargest)), hn::Ge(max, hn::Set(d, kSafe)));
+    out.careful |= !hn::AllTrue(d, hn::Or(normal, hn::Eq(max, hn::Zero(d))));
+  }
+}
+
+// Rows t .. t + kRows of the input.
+template <class Rows, std::size_t kRows>
+HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, std::int8_t* HWY_RESTRICT codes, std::size_t code_stride,
+                              float* HWY_RESTRICT scales) {
+  alignas(32) float absmax[kGroup];
+  GroupAbsMax<Rows, kRows>(in, t, absmax);
+  GroupScales s;
+  MakeScales(absmax, bf16, s);
+  for (std::size_t r = 0; r < kRows; ++r) {
+    const Quotient quotient{hn::Set(DF32(), s.divisor[r]), hn::Set(DF32(), s.inverse[r])};
+    QuantizeRow(Rows(in, t + r), in.dim, quotient, codes + (t + r) * code_stride);
+    scales[t + r] = s.scale[r];
+  }
+  if (HWY_LIKELY(!s.careful)) return;
+  for (std::size_t r = 0; r < kRows; ++r) {
+    if (!IsCareful(absmax[r])) continue;
+    const CarefulHalves y(in, t + r);
+    alignas(32) float same[kGroup];
+    const float max = CarefulAbsMax(y, in.dim);
+    for (float& m : same) m = max;
+    MakeScales(same, bf16, s);
+    CarefulRow(y, in.dim, s.divisor[0], codes + (t + r) * code_stride);
+    scales[t + r] = s.scale[0];
+  }
+}
+
+template <class Rows>
+void PerTokenRows(const RowsIn& in, bool bf16, std::int8_t* codes, std::size_t code_stride, float* scales) {
+  std::size_t t = 0;
+  for (; t + kGroup <= in.tokens; t += kGroup) QuantizeGroup<Rows, kGroup>(in, t, bf16, codes, code_stride, scales);
+  for (; t < in.tokens; ++t) QuantizeGroup<Rows, 1>(in, t, bf16, codes, code_stride, scales);
+}
+
+void PerToken(const RowsIn& in, bool bf16_scale, std::int8_t* codes, std::size_t code_stride, float* scales) {
+  if (in.mean) {
+    PerTokenRows<CentredHalves>(in, bf16_scale, codes, code_stride, scales);
+  } else {
+    PerTokenRows<PlainHalves>(in, bf16_scale, codes, code_stride, scales);
+  }
+}
+
+template <class Rows>
+float AbsMaxRows(const RowsIn& in) {
+  const typename Rows::DMax d;
+  auto max = hn::Zero(d);
+  for (std::size_t t = 0; t < in.tokens; ++t) max = Rows(in, t).Max(in.dim, max);
+  const float absmax = Rows::Value(hn::ReduceMax(d, max));
+  if (HWY_LIKELY(absmax <= kLargest)) return absmax;
+  float careful = 0.0f;
+  for (std::size_t t = 0; t < in.tokens; ++t) careful = HWY_MAX(careful, CarefulAbsMax(CarefulHalves(in, t), in.dim));
+  return careful;
+}
+
+float AbsMax(const RowsIn& in) { return in.mean ? AbsMaxRows<CentredHalves>(in) : AbsMaxRows<PlainHalves>(in); }
+
+template <class Rows>
+std::uint64_t PerHeadRows(const RowsIn& in, float scale, std::int8_t* codes, std::size_t code_stride) {
+  const typename Rows::DMax d;
+  const Quotient quotient{hn::Set(DF32(), scale), hn::Set(DF32(), 1.0f / scale)};
+  // Nothing within 127.25 scales rounds beyond 127. Scales that Quotient cannot take let only zeros pass.
+  const bool safe = scale >= kSafe && scale <= kLargest / 128.0f;
+  const auto limit = hn::Set(d, Rows::Bits(safe ? 127.25f * scale : 0.0f));
+  std::uint64_t clamped = 0;
+  for (std::size_t t = 0; t < in.tokens; ++t) {
+    const Rows y(in, t);
+    if (HWY_LIKELY(hn::AllTrue(d, hn::Le(y.Max(in.dim, hn::Zero(d)), limit)))) {
+      QuantizeRow(y, in.dim, quotient, codes + t * code_stride);
+    } else {
+      clamped += CarefulRow(CarefulHalves(in, t), in.dim, scale, codes + t * code_stride);
+    }
+  }
+  return clamped;
+}
+
+std::uint64_t PerHead(const RowsIn& in, float scale, std::int8_t* codes, std::size_t code_stride) {
+  if (scale > 0.0f && scale <= kLargest) {
+    return in.mean ? PerHeadRows<CentredHalves>(in, scale, codes, code_stride) : PerHeadRows<PlainHalves>(in, scale, codes, code_stride);
+  }
+  // The scale of a head of zeros: whatever is not one is lost.
+  std::uint64_t lost = 0;
+  for (std::size_t t = 0; t < in.tokens; ++t) {
+    lost += CarefulRow(CarefulHalves(in, t), in.dim, kSmallest / kMaxCode, codes + t * code_stride);
+    std::memset(codes + t * code_stride, 0, in.dim);
+  }
+  return lost;
+}
+
+// mean + scale * code, each rounded. mean may be null.
+struct Decoder {
+  const std::int8_t* HWY_RESTRICT codes;
+  const float* HWY_RESTRICT mean;
+  F32 scale;
+
+  template <bool kMean, class IO>
+  HWY_INLINE F32 Load(IO io, std::size_t i) const {
+    const hn::Rebind<std::int8_t, DF32> d8;
+    const F32 y = hn::Mul(hn::ConvertTo(DF32(), hn::PromoteTo(DI32(), io.Load(d8, codes + i))), scale);
+    if constexpr (kMean) return hn::Add(y, io.Load(DF32(), mean + i));
+    return y;
+  }
+};
+
+template <class IO>
+HWY_INLINE void Put(IO io, F32 v, float* to) {
+  io.Store(v, DF32(), to);
+}
+template <class IO>
+HWY_INLINE void Put(IO io, F32 v, std::uint16_t* to) {
+  io.Store(hn::BitCast(DU16(), hn::DemoteTo(hn::Rebind<hwy::float16_t, DF32>(), v)), DU16(), to);
+}
+
+template <bool kMean, class Out>
+void DequantizeRows(const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step, const float* mean,
+                    std::size_t tokens, std::size_t dim, Out* out, std::size_t out_stride) {
+  const std::size_t lanes = hn::Lanes(DF32());
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const Decoder row{codes + t * code_stride, mean, hn::Set(DF32(), scales[t * scale_step])};
+    Out* HWY_RESTRICT to = out + t * out_stride;
+    std::size_t i = 0;
+    for (; i + 4 * lanes <= dim; i += 4 * lanes) {
+      for (std::size_t k = i; k < i + 4 * lanes; k += lanes) Put(Whole(), row.Load<kMean>(Whole(), k), to + k);
+    }
+    ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) HWY_ATTR { Put(io, row.Load<kMean>(io, k), to + k); });
+  }
+}
+
+template <class Out>
+void Dequantize(const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step, const float* mean,
+                std::size_t tokens, std::size_t dim, Out* out, std::size_t out_stride) {
+  (mean ? DequantizeRows<true, Out> : DequantizeRows<false, Out>)(codes, code_stride, scales, scale_step, mean, tokens, dim, out, out_stride);
+}
+
+template <bool kMean>
+RowErrors ErrorsOfRows(const RowsIn& in, const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step) {
+  F32 max_error = hn::Zero(DF32()), max_abs = hn::Zero(DF32());
+  RowErrors errors{};
+  for (std::size_t t = 0; t < in.tokens; ++t) {
+    const CarefulHalves row(in, t);
+    const Decoder decoded{codes + t * code_stride, in.mean, hn::Set(DF32(), scales[t * scale_step])};
+    F32 sum = hn::Zero(DF32());
+    ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR {
+      const F32 x = row.LoadX(io, i), error = hn::Sub(decoded.Load<kMean>(io, i), x);
+      sum = hn::MulAdd(error, error, sum);
+      max_error = hn::Max(max_error, hn::Abs(error));
+      max_abs = hn::Max(max_abs, hn::Abs(x));
+    });
+    errors.sum_squared_error += static_cast<double>(hn::ReduceSum(DF32(), sum));
+  }
+  errors.max_error = static_cast<double>(hn::ReduceMax(DF32(), max_error));
+  errors.max_abs = static_cast<double>(hn::ReduceMax(DF32(), max_abs));
+  return errors;
+}
+
+RowErrors Errors(const RowsIn& in, const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step) {
+  return (in.mean ? ErrorsOfRows<true> : ErrorsOfRows<false>)(in, codes, code_stride, scales, scale_step);
+}
+
+void ToFloats(const std::uint16_t* HWY_RESTRICT x, std::size_t n, float* HWY_RESTRICT out) {
+  ForVectors<Tail::kPartial>(0, n, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR { Put(io, ToFloat(io.Load(DU16(), x + i)), out + i); });
+}
+
+void FiniteHalves(const std::uint16_t* HWY_RESTRICT x, std::size_t n, std::uint16_t* HWY_RESTRICT out) {
+  const hn::ScalableTag<std::uint16_t> d;
+  ForVectors<Tail::kPartial>(0, n, hn::Lanes(d), [&](auto io, std::size_t i) HWY_ATTR { io.Store(Finite(d, io.Load(d, x + i)), d, out + i); });
+}
+
+QuantizeKernels Table() {
+  return {PerToken, AbsMax, PerHead, Dequantize<float>, Dequantize<std::uint16_t>, Errors, ToFloats, FiniteHalves};
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace kvmix::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kvmix::kernels {
+
+HWY_EXPORT(Table);
+
+QuantizeKernels QuantizeKernelsFor(std::int64_t target) { return KVMIX_CALL_FOR(target, Table)(); }
+
+}  // namespace kvmix::kernels
+#endif  // HWY_ONCE

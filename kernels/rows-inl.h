@@ -1,0 +1,217 @@
+// Rows of halves as vectors of f32, with their absmax: what kernels/quantize.cc reads.
+#if defined(KVMIX_KERNELS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVMIX_KERNELS_ROWS_INL_H_
+#undef KVMIX_KERNELS_ROWS_INL_H_
+#else
+#define KVMIX_KERNELS_ROWS_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "kernels/quantize.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels {
+namespace HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF32 = hn::ScalableTag<float>;
+using DI32 = hn::ScalableTag<std::int32_t>;
+using DI16 = hn::ScalableTag<std::int16_t>;
+using DI8 = hn::ScalableTag<std::int8_t>;
+using DU16 = hn::Rebind<std::uint16_t, DF32>;  // as many lanes as DF32
+using F32 = hn::Vec<DF32>;
+using I32 = hn::Vec<DI32>;
+
+constexpr std::size_t kGroup = 8;  // rows whose maxima are reduced together
+
+// How a loop's body reads and writes: a whole vector, or its first n lanes (the others read as 0).
+struct Whole {
+  template <class D>
+  HWY_INLINE hn::Vec<D> Load(D d, const hn::TFromD<D>* from) const {
+    return hn::LoadU(d, from);
+  }
+  template <class D>
+  HWY_INLINE void Store(hn::Vec<D> v, D d, hn::TFromD<D>* to) const {
+    hn::StoreU(v, d, to);
+  }
+};
+struct First {
+  std::size_t n;
+  template <class D>
+  HWY_INLINE hn::Vec<D> Load(D d, const hn::TFromD<D>* from) const {
+    return hn::LoadN(d, from, n);
+  }
+  template <class D>
+  HWY_INLINE void Store(hn::Vec<D> v, D d, hn::TFromD<D>* to) const {
+    hn::StoreN(v, d, to, n);
+  }
+};
+
+// What becomes of a row's end. kOverlap: a last whole vector that takes some elements again (cheaper, where twice is as good as once).
+enum class Tail { kOverlap, kPartial };
+
+// body(io, i) for the vectors of [begin, dim).
+template <Tail kTail, class Body>
+HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes, const Body& body) {
+  std::size_t i = begin;
+  for (; i + lanes <= dim; i += lanes) body(Whole(), i);
+  if (i == dim) return;
+  if (kTail == Tail::kOverlap && dim >= lanes) {
+    body(Whole(), dim - lanes);
+  } else {
+    body(First{dim - i}, i);
+  }
+}
+
+HWY_INLINE F32 ToFloat(hn::Vec<DU16> halves) {
+  return hn::PromoteTo(DF32(), hn::BitCast(hn::Rebind<hwy::float16_t, DF32>(), halves));
+}
+
+// NaN -> 0, infinities -> the largest half.
+template <class D>
+HWY_INLINE hn::Vec<D> Finite(D d, hn::Vec<D> halves) {
+  const hn::RebindToSigned<D> di;  // signed: SSE2 compares nothing else
+  const auto bits = hn::BitCast(di, halves);
+  const auto magnitude = hn::And(bits, hn::Set(di, 0x7FFF));
+  const auto finite = hn::Or(hn::Xor(bits, magnitude), hn::Min(magnitude, hn::Set(di, 0x7BFF)));
+  return hn::BitCast(d, hn::IfThenZeroElse(hn::Gt(magnitude, hn::Set(di, 0x7C00)), finite));
+}
+
+// Lane-wise max of a and b, halved: each pair of lanes of type T of the result comes from a, then b.
+template <class T, class D>
+HWY_INLINE hn::Vec<D> PairMax(D d, hn::Vec<D> a, hn::Vec<D> b) {
+  const hn::Repartition<T, D> dt;
+  const auto x = hn::BitCast(dt, a), y = hn::BitCast(dt, b);
+  return hn::Max(hn::BitCast(d, hn::InterleaveLower(dt, x, y)), hn::BitCast(d, hn::InterleaveUpper(dt, x, y)));
+}
+
+// Lane-wise max of a vector's 128-bit blocks, stored.
+template <class D>
+HWY_INLINE void StoreBlockMax(D d, hn::Vec<D> v, hn::TFromD<D>* to) {
+  if constexpr (hn::MaxLanes(d) * sizeof(hn::TFromD<D>) > 16) {
+    const hn::Half<D> half;
+    StoreBlockMax(half, hn::Max(hn::LowerHalf(half, v), hn::UpperHalf(half, v)), to);
+  } else {
+    hn::StoreU(v, d, to);
+  }
+}
+
+// y = x. Maxima are those of the halves' bits without their sign: of the same order as |x|, NaN and Inf above all numbers.
+struct PlainHalves {
+  using DMax = DI16;
+
+  const std::uint16_t* HWY_RESTRICT x;
+
+  HWY_INLINE PlainHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride) {}
+
+  template <class IO>
+  HWY_INLINE F32 Load(IO io, std::size_t i) const {
+    return ToFloat(io.Load(DU16(), x + i));
+  }
+
+  HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
+    const hn::RebindToUnsigned<DMax> du;
+    const auto magnitude = hn::Set(DMax(), 0x7FFF);
+    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) HWY_ATTR {
+      max = hn::Max(max, hn::And(magnitude, hn::BitCast(DMax(), io.Load(du, x + i))));
+    });
+    return max;
+  }
+
+  // The eight rows' absmax, from vectors of their maxima.
+  template <class Maxima>
+  static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
+    const auto pair = [&](std::size_t r) HWY_ATTR { return PairMax<std::int16_t>(DMax(), v(r), v(r + 1)); };
+    const auto low = PairMax<std::int32_t>(DMax(), pair(0), pair(2)), high = PairMax<std::int32_t>(DMax(), pair(4), pair(6));
+    alignas(16) std::int16_t bits[kGroup];
+    StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), low, high), bits);
+    const hn::CappedTag<float, kGroup> d;
+    const hn::Rebind<std::int16_t, decltype(d)> d16;
+    const hn::Rebind<hwy::float16_t, decltype(d)> dh;
+    for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
+      hn::Store(hn::PromoteTo(d, hn::BitCast(dh, hn::LoadU(d16, bits + i))), d, absmax + i);
+    }
+  }
+
+  static HWY_INLINE float Value(std::int16_t max) { return hwy::F32FromF16(hwy::float16_t::FromBits(static_cast<std::uint16_t>(max))); }
+
+  // The largest maximum of a row within `limit`.
+  static HWY_INLINE std::int16_t Bits(float limit) {
+    if (limit >= 65504.0f) return 0x7BFF;
+    const std::int16_t nearest = static_cast<std::int16_t>(hwy::BitCastScalar<std::uint16_t>(hwy::F16FromF32(limit)));
+    return static_cast<std::int16_t>(nearest - (Value(nearest) > limit));
+  }
+};
+
+// y = x - mean. Maxima are those of the bits of |y|.
+struct CentredHalves {
+  using DMax = DI32;
+
+  const std::uint16_t* HWY_RESTRICT x;
+  const float* HWY_RESTRICT mean;
+
+  HWY_INLINE CentredHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean) {}
+
+  template <class IO>
+  HWY_INLINE F32 Load(IO io, std::size_t i) const {
+    return hn::Sub(ToFloat(io.Load(DU16(), x + i)), io.Load(DF32(), mean + i));
+  }
+
+  HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
+    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) HWY_ATTR {
+      max = hn::Max(max, hn::BitCast(DMax(), hn::Abs(Load(io, i))));
+    });
+    return max;
+  }
+
+  template <class Maxima>
+  static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
+    const auto pair = [&](std::size_t r) HWY_ATTR { return PairMax<std::int32_t>(DMax(), v(r), v(r + 1)); };
+    alignas(16) std::int32_t bits[kGroup];
+    StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(0), pair(2)), bits);
+    StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(4), pair(6)), bits + kGroup / 2);
+    hwy::CopyBytes<sizeof(bits)>(bits, absmax);
+  }
+
+  static HWY_INLINE float Value(std::int32_t max) { return hwy::BitCastScalar<float>(max); }
+  static HWY_INLINE std::int32_t Bits(float limit) { return hwy::BitCastScalar<std::int32_t>(limit); }
+};
+
+// y = x - mean (mean may be null) with NaN and Inf replaced in x. Only loads: for rare rows.
+struct CarefulHalves {
+  const std::uint16_t* HWY_RESTRICT x;
+  const float* HWY_RESTRICT mean;
+
+  HWY_INLINE CarefulHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean) {}
+
+  template <class IO>
+  HWY_INLINE F32 LoadX(IO io, std::size_t i) const {
+    return ToFloat(Finite(DU16(), io.Load(DU16(), x + i)));
+  }
+  template <class IO>
+  HWY_INLINE F32 Load(IO io, std::size_t i) const {
+    return mean ? hn::Sub(LoadX(io, i), io.Load(DF32(), mean + i)) : LoadX(io, i);
+  }
+};
+
+// absmax of kRows rows (1 or kGroup) from row t on; room for kGroup.
+template <class Rows, std::size_t kRows>
+HWY_INLINE void GroupAbsMax(const RowsIn& in, std::size_t t, float* HWY_RESTRICT absmax) {
+  const typename Rows::DMax d;
+  constexpr std::size_t kLanes = hn::MaxLanes(d);
+  HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kRows * kLanes];
+  for (std::size_t r = 0; r < kRows; ++r) hn::Store(Rows(in, t + r).Max(in.dim, hn::Zero(d)), d, max + r * kLanes);
+  Rows::Reduce([&](std::size_t r) HWY_ATTR { return hn::Load(d, max + r % kRows * kLanes); }, absmax);
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace kvmix::kernels
+HWY_AFTER_NAMESPACE();
+
+#endif  // KVMIX_KERNELS_ROWS_INL_H_
