@@ -28,10 +28,10 @@ namespace hn = hwy::HWY_NAMESPACE;
 using DI32 = hn::ScalableTag<std::int32_t>;
 using DF = hn::ScalableTag<float>;
 
-HWY_INLINE_VAR constexpr std::size_t kLanes = hn::MaxLanes(DF());
+constexpr std::size_t kLanes = hn::MaxLanes(DF());
 static_assert(kBlockTokens % kLanes == 0 && kLanes <= 16);
-HWY_INLINE_VAR constexpr std::size_t kI8Width = KVMIX_QUADS ? 4 : 2;
-HWY_INLINE_VAR constexpr std::uint8_t kFlipK = KVMIX_QUADS ? 0x80 : 0;  // xor of stored K codes
+constexpr std::size_t kI8Width = KVMIX_QUADS ? 4 : 2;
+constexpr std::uint8_t kFlipK = KVMIX_QUADS ? 0x80 : 0;  // xor of stored K codes
 
 HWY_INLINE constexpr std::size_t Width(TileStorage s) { return s == TileStorage::kF16 ? 1 : kI8Width; }
 HWY_INLINE constexpr std::size_t CodeBytes(TileStorage s) { return s == TileStorage::kF16 ? 2 : 1; }

@@ -104,7 +104,7 @@ HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub, st
   const auto keep = hn::Set(dw, static_cast<Word>(~(static_cast<Word>(static_cast<T>(~T{0})) << shift)));
   for (std::size_t c = 0; c < head_dim; c += kLanes, to += tile_bytes) {
     const auto codes = hn::LoadN(dt, row + c, HWY_MIN(kLanes, head_dim - c));
-    Word* words = HWY_RCAST_ALIGNED(Word*, to);
+    Word* words = reinterpret_cast<Word*>(to);
     const auto old = hn::And(hn::LoadU(dw, words), keep);
     if constexpr (sizeof(Word) == sizeof(T)) {
       hn::StoreU(codes, dw, words);
