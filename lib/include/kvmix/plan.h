@@ -55,7 +55,7 @@ struct HeadCodec {
   float head_scale = 0.0f;  // kHead: the scale itself (absmax of the calibration / 127)
   // Centring: a mean per channel, [head_dim], or empty. At attention K's mean costs nothing: q . mean is the same for all keys of a
   // row, and softmax does not see it. V's mean is added to the output.
-  std::vector<float> mean;
+  std::vector<float> mean = {};
 
   bool centred() const { return !mean.empty(); }
   bool operator==(const HeadCodec&) const = default;
