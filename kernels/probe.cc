@@ -53,7 +53,7 @@ std::uint64_t Read(const std::uint8_t* HWY_RESTRICT from, std::size_t n) {
       if constexpr (kPrefetch) {
         for (std::size_t line = k; line < k + 4 * bytes; line += 64) __builtin_prefetch(from + line + kAhead, 0, 2);  // into L2
       }
-      const auto at = [&](std::size_t v) HWY_ATTR { return hn::Load(d, reinterpret_cast<const std::uint64_t*>(from + k + v * bytes)); };
+      const auto at = [&](std::size_t v) KVMIX_LAMBDA { return hn::Load(d, reinterpret_cast<const std::uint64_t*>(from + k + v * bytes)); };
       a = hn::Add(a, at(0));
       b = hn::Add(b, at(1));
       c = hn::Add(c, at(2));
@@ -90,7 +90,7 @@ template <class D, class Step>
 HWY_INLINE double Chains(D d, std::size_t rounds, std::size_t per_step, const Step& step) {
   auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0, s10 = s0, s11 = s0;
   [[maybe_unused]] auto s12 = s0, s13 = s0, s14 = s0, s15 = s0;
-  const auto advance = [&](auto& sum) HWY_ATTR {
+  const auto advance = [&](auto& sum) KVMIX_LAMBDA {
     sum = step(sum);
     Opaque(sum);
   };
@@ -106,12 +106,12 @@ double FmaF32(std::size_t rounds) {
   auto a = hn::Set(DF32(), 1e-6f), b = hn::Set(DF32(), 0.5f);
   Opaque(a);
   Opaque(b);
-  return Chains(DF32(), rounds, hn::Lanes(DF32()), [&](auto sum) HWY_ATTR { return hn::MulAdd(a, b, sum); });
+  return Chains(DF32(), rounds, hn::Lanes(DF32()), [&](auto sum) KVMIX_LAMBDA { return hn::MulAdd(a, b, sum); });
 }
 
 double WideningI16(std::size_t rounds) {
   auto a = hn::Set(DI16(), 3), b = hn::Set(DI16(), 5);
-  return Chains(DI32(), rounds, hn::Lanes(DI16()), [&](auto sum) HWY_ATTR {
+  return Chains(DI32(), rounds, hn::Lanes(DI16()), [&](auto sum) KVMIX_LAMBDA {
     Opaque(a);  // else the product, always the same, is made once
     return hn::Add(sum, hn::WidenMulPairwiseAdd(DI32(), a, b));
   });
@@ -134,7 +134,7 @@ double DotU8I8(std::size_t rounds) {
   auto b = hn::Set(DI8(), 5);
   Opaque(a);
   Opaque(b);
-  return Chains(DI32(), rounds, hn::Lanes(DI8()), [&](auto sum) HWY_ATTR { return hn::SumOfMulQuadAccumulate(DI32(), a, b, sum); });
+  return Chains(DI32(), rounds, hn::Lanes(DI8()), [&](auto sum) KVMIX_LAMBDA { return hn::SumOfMulQuadAccumulate(DI32(), a, b, sum); });
 }
 #else
 constexpr double (*DotU8I8)(std::size_t) = nullptr;

@@ -1,24 +1,29 @@
 // Rows of halves -> int8 codes, and back.
 //
-// Per token, eight rows at a time, so that one reduction, one f16 -> f32 conversion and two divisions serve eight rows and hide their
-// latency: (1) absmax of each row, as an integer max over the halves' bits without their sign (with a mean: over the bits of |y|), so
-// that NaN and Inf show up as large maxima; (2) the eight maxima are transposed into one vector, scales and their inverses follow;
-// (3) every row is read again (from L1), divided, rounded and packed, 4 f32 vectors into one vector of codes.
+// Per token, eight rows at a time, so that one reduction, one f16 -> f32 conversion and three divisions serve eight rows: (1) absmax of
+// each row, as an integer max over the halves' bits without their sign (with a mean: over the bits of |y|), so that NaN and Inf show up
+// as large maxima; (2) the eight maxima are transposed into one vector, scales and their inverses follow; (3) every row is read again
+// (from L1), divided, rounded and packed, four f32 vectors into one vector of codes.
 //
-// Division. codes need rint(RN(y / s)), the f32 quotient, to the last bit. A division per element would cost more than all the rest;
-// instead, with v = RN(1 / s):   q = RN(y * v),   r = RN(y - q * s),   q' = RN(q + r * v)   (two fused multiply-adds; Markstein).
+// Division. A code is rint(RN(y / s)), s = RN(m / 127), to the last bit, and a division per element would cost more than all the rest.
+// RN is the f32 rounding, T = k + 1/2 a tie, 0 < T < 128.
+// Product (halves without a mean against their own f32 scale): m and x are integers below 2^11 times powers of two, so 127 x / m is a T or
+//   at least 2^-19 T away from any. It is one only where 127 divides m's significand (then s has at most 5 significant bits: such rows
+//   take Quotient) or x = +-m/2, T = 63.5. So x times an inverse that is off by less than 2^-20 rounds to the same integer for all other x;
+//   and the inverse is moved by 2^-21, more than its own error (2^-22), to the side on which RN((m/2) / s) makes x = m/2 fall.
+// Quotient (everything else): v = RN(1/s),  q = RN(y v),  r = RN(y - q s),  q' = RN(q + r v), two fused multiply-adds (Markstein).
 //   |q - y/s| <= 1.5 ulp(q), so r is exact or off by one unit of ulp(s) ulp(q), and before its last rounding q' is within
-//   E = 1.5 * 2^-24 + 2^-24 < 3 * 2^-24 ulp(q) of y/s (s = S ulp(s), 2^23 <= S < 2^24).
-// Rounding to an integer can tell q' from RN(y/s) only at a tie T = k + 1/2, 2^t <= T < 2^(t+1) <= 128: if y/s is within E of a boundary
-// M = T +- ulp(T)/2. There y - s T is a small multiple j of ulp(s)/2, and |y/s - M| < E means |j 2^(23-t) - S| < 6: the significand S
-// is within 5 of a multiple of 2^17. These scales (64 multiples x 10) times all ties are few: tests/quantize_test.cc tries every one
-// on every target, and none fails. So there is no second path for near-ties. Where S is itself the multiple, y/s = M would make y a
-// product of more than 24 significant bits: impossible, and the next value is far away. The proof needs r not to underflow: rows with
-// an absmax below 2^-60 are divided. So are all rows on targets without fused multiply-add.
+//   E = 1.5 * 2^-24 + 2^-24 < 3 * 2^-24 ulp(q) of y/s. Write s = S ulp(s), 2^23 <= S < 2^24. Rounded to an integer, q' can differ from
+//   RN(y/s) only beside a tie T, 2^t <= T < 2^(t+1): if y/s is within E of M = T +- ulp(T)/2. There y - s T = j ulp(s)/2 with an integer
+//   j, and |y/s - M| < E means |j 2^(23-t) - S| < 6: S is within 5 of a multiple of 2^17. Those scales (64 multiples x 10) times all
+//   ties are few: tests/quantize_test.cc tries every one on every target. Where S is the multiple itself, y/s = M would make y a product of
+//   more than 24 significant bits: impossible, and the next value is far away. r must not underflow: rows with an absmax below 2^-60
+//   are divided. So are all rows on targets without fused multiply-add.
 //
 // The rare rows (NaN, Inf, absmax below 2^-60, values to be clamped) are found by their maximum and done by CarefulRow.
 #include "kernels/quantize.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -39,7 +44,12 @@ constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr float kLargest = 3.4028234e38f;
 constexpr int kMaxCode = 127;
 
-// y / scale for one scale, as the top of this file says.
+// y / scale for one scale, fit to be rounded to an integer: the top of this file says how.
+struct Product {
+  F32 inverse;
+
+  HWY_INLINE F32 operator()(F32 y) const { return hn::Mul(y, inverse); }
+};
 struct Quotient {
   F32 scale, inverse;
 
@@ -76,9 +86,9 @@ HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
   }
 }
 
-template <class Rows>
-HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Quotient& quotient, std::int8_t* HWY_RESTRICT codes) {
-  const auto code = [&](auto io, std::size_t i) HWY_ATTR { return hn::NearestIntInRange(DI32(), quotient(y.Load(io, i))); };
+template <class Rows, class Divide>
+HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Divide& divide, std::int8_t* HWY_RESTRICT codes) {
+  const auto code = [&](auto io, std::size_t i) KVMIX_LAMBDA { return hn::NearestIntInRange(DI32(), divide(y.Load(io, i))); };
   const std::size_t lanes = hn::Lanes(DF32());
   std::size_t i = 0;
   for (; i + 4 * lanes <= dim; i += 4 * lanes) {
@@ -86,7 +96,7 @@ HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Quotient& quot
     hn::StoreU(Pack(a, b, c, d), DI8(), codes + i);
   }
   const hn::Rebind<std::int8_t, DF32> d8;
-  ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) HWY_ATTR { io.Store(hn::DemoteTo(d8, code(io, k)), d8, codes + k); });
+  ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA { io.Store(hn::DemoteTo(d8, code(io, k)), d8, codes + k); });
 }
 
 // Any row at all: NaN and Inf replaced, divided, clamped. Returns the number of clamped values.
@@ -95,7 +105,7 @@ std::uint64_t CarefulRow(const CarefulHalves& y, std::size_t dim, float scale, s
   const I32 limit = hn::Set(DI32(), kMaxCode);
   const F32 divisor = hn::Set(DF32(), scale), bound = hn::Set(DF32(), HWY_MIN(129.0f * scale, kLargest));  // beyond: clamped anyway
   std::uint64_t clamped = 0;
-  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR {
+  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
     const F32 cut = hn::Max(hn::Min(y.Load(io, i), bound), hn::Neg(bound));
     const I32 code = hn::NearestIntInRange(DI32(), hn::Div(cut, divisor));
     clamped += hn::CountTrue(DI32(), hn::Gt(hn::Abs(code), limit));
@@ -106,68 +116,91 @@ std::uint64_t CarefulRow(const CarefulHalves& y, std::size_t dim, float scale, s
 
 float CarefulAbsMax(const CarefulHalves& y, std::size_t dim) {
   F32 max = hn::Zero(DF32());
-  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR { max = hn::Max(max, hn::Abs(y.Load(io, i))); });
+  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA { max = hn::Max(max, hn::Abs(y.Load(io, i))); });
   return hn::ReduceMax(DF32(), max);
 }
 
 struct GroupScales {
+  alignas(32) float absmax[kGroup];
   alignas(32) float scale[kGroup];
   alignas(32) float divisor[kGroup];  // the scale, or 1 where it is 0
   alignas(32) float inverse[kGroup];  // of the divisor
+  alignas(32) float product[kGroup];  // the inverse, moved for Product
   bool careful;                       // for some row
 };
 
 HWY_INLINE bool IsCareful(float absmax) { return !(absmax == 0.0f || (absmax >= kSafe && absmax <= kLargest)); }
 
-HWY_INLINE void MakeScales(const float* HWY_RESTRICT absmax, bool bf16, GroupScales& out) {
+// From s.absmax: all the rest.
+HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
   const hn::CappedTag<float, kGroup> d;
   const hn::RebindToUnsigned<decltype(d)> du;
-  out.careful = false;
+  s.careful = false;
   for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
-    const auto max = hn::Load(d, absmax + i);
-    auto bits = hn::BitCast(du, hn::Div(max, hn::Set(d, 127.0f)));
+    const auto absmax = hn::Load(d, s.absmax + i);
+    auto bits = hn::BitCast(du, hn::Div(absmax, hn::Set(d, 127.0f)));
     if (bf16) bits = hn::AndNot(hn::Set(du, 0xFFFFu), hn::Add(bits, hn::Set(du, 0xFFFFu)));
-    const auto scale = hn::IfThenZeroElse(hn::Lt(max, hn::Set(d, kSmallest)), hn::BitCast(d, bits));
+    const auto scale = hn::IfThenZeroElse(hn::Lt(absmax, hn::Set(d, kSmallest)), hn::BitCast(d, bits));
     const auto divisor = hn::IfThenElse(hn::Eq(scale, hn::Zero(d)), hn::Set(d, 1.0f), scale);
-    hn::Store(scale, d, out.scale + i);
-    hn::Store(divisor, d, out.divisor + i);
-    hn::Store(hn::Div(hn::Set(d, 1.0f), divisor), d, out.inverse + i);
-    const auto normal = hn::And(hn::Le(max, hn::Set(d, kLargest)), hn::Ge(max, hn::Set(d, kSafe)));
-    out.careful |= !hn::AllTrue(d, hn::Or(normal, hn::Eq(max, hn::Zero(d))));
+    hn::Store(scale, d, s.scale + i);
+    hn::Store(divisor, d, s.divisor + i);
+    const auto inverse = hn::Div(hn::Set(d, 1.0f), divisor);
+    hn::Store(inverse, d, s.inverse + i);
+    const auto half_rounds_up = hn::Ge(hn::Div(hn::Mul(absmax, hn::Set(d, 0.5f)), divisor), hn::Set(d, 63.5f));
+    const auto moved = hn::IfThenElse(half_rounds_up, hn::Set(d, 1.0f + 0x1p-21f), hn::Set(d, 1.0f - 0x1p-21f));
+    hn::Store(hn::Mul(inverse, moved), d, s.product + i);
+    const auto normal = hn::And(hn::Le(absmax, hn::Set(d, kLargest)), hn::Ge(absmax, hn::Set(d, kSafe)));
+    s.careful |= !hn::AllTrue(d, hn::Or(normal, hn::Eq(absmax, hn::Zero(d))));
   }
 }
 
-// Rows t .. t + kRows of the input.
+// Scales of rows t .. t + kRows.
 template <class Rows, std::size_t kRows>
-HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, std::int8_t* HWY_RESTRICT codes, std::size_t code_stride,
-                              float* HWY_RESTRICT scales) {
-  alignas(32) float absmax[kGroup];
-  GroupAbsMax<Rows, kRows>(in, t, absmax);
-  GroupScales s;
-  MakeScales(absmax, bf16, s);
+HWY_INLINE void ScaleGroup(const RowsIn& in, std::size_t t, bool bf16, GroupScales& s) {
+  GroupAbsMax<Rows, kRows>(in, t, s.absmax);
+  MakeScales(bf16, s);
+}
+
+// Their codes.
+template <class Rows, std::size_t kRows>
+HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, const GroupScales& s, std::int8_t* HWY_RESTRICT codes,
+                              std::size_t code_stride, float* HWY_RESTRICT scales) {
   for (std::size_t r = 0; r < kRows; ++r) {
-    const Quotient quotient{hn::Set(DF32(), s.divisor[r]), hn::Set(DF32(), s.inverse[r])};
-    QuantizeRow(Rows(in, t + r), in.dim, quotient, codes + (t + r) * code_stride);
+    const Rows y(in, t + r);
+    std::int8_t* to = codes + (t + r) * code_stride;
+    if (Rows::kHalves && !bf16 && (hwy::BitCastScalar<std::uint32_t>(s.divisor[r]) & 0x7FFFFu) != 0) {
+      QuantizeRow(y, in.dim, Product{hn::Set(DF32(), s.product[r])}, to);
+    } else {
+      QuantizeRow(y, in.dim, Quotient{hn::Set(DF32(), s.divisor[r]), hn::Set(DF32(), s.inverse[r])}, to);
+    }
     scales[t + r] = s.scale[r];
   }
   if (HWY_LIKELY(!s.careful)) return;
   for (std::size_t r = 0; r < kRows; ++r) {
-    if (!IsCareful(absmax[r])) continue;
+    if (!IsCareful(s.absmax[r])) continue;
     const CarefulHalves y(in, t + r);
-    alignas(32) float same[kGroup];
-    const float max = CarefulAbsMax(y, in.dim);
-    for (float& m : same) m = max;
-    MakeScales(same, bf16, s);
-    CarefulRow(y, in.dim, s.divisor[0], codes + (t + r) * code_stride);
-    scales[t + r] = s.scale[0];
+    GroupScales same;
+    std::fill_n(same.absmax, kGroup, CarefulAbsMax(y, in.dim));
+    MakeScales(bf16, same);
+    CarefulRow(y, in.dim, same.divisor[0], codes + (t + r) * code_stride);
+    scales[t + r] = same.scale[0];
   }
 }
 
 template <class Rows>
-void PerTokenRows(const RowsIn& in, bool bf16, std::int8_t* codes, std::size_t code_stride, float* scales) {
-  std::size_t t = 0;
-  for (; t + kGroup <= in.tokens; t += kGroup) QuantizeGroup<Rows, kGroup>(in, t, bf16, codes, code_stride, scales);
-  for (; t < in.tokens; ++t) QuantizeGroup<Rows, 1>(in, t, bf16, codes, code_stride, scales);
+void PerTokenRows(RowsIn in, bool bf16, std::int8_t* codes, std::size_t code_stride, float* scales) {
+  // The next group's scales are on their way while this group's codes are made: their long chain of latencies is hidden.
+  GroupScales s[2];
+  const std::size_t groups = in.tokens / kGroup;
+  if (groups > 0) ScaleGroup<Rows, kGroup>(in, 0, bf16, s[0]);
+  for (std::size_t g = 0; g < groups; ++g) {
+    if (g + 1 < groups) ScaleGroup<Rows, kGroup>(in, (g + 1) * kGroup, bf16, s[(g + 1) % 2]);
+    QuantizeGroup<Rows, kGroup>(in, g * kGroup, bf16, s[g % 2], codes, code_stride, scales);
+  }
+  for (std::size_t t = groups * kGroup; t < in.tokens; ++t) {
+    ScaleGroup<Rows, 1>(in, t, bf16, s[0]);
+    QuantizeGroup<Rows, 1>(in, t, bf16, s[0], codes, code_stride, scales);
+  }
 }
 
 void PerToken(const RowsIn& in, bool bf16_scale, std::int8_t* codes, std::size_t code_stride, float* scales) {
@@ -179,7 +212,7 @@ void PerToken(const RowsIn& in, bool bf16_scale, std::int8_t* codes, std::size_t
 }
 
 template <class Rows>
-float AbsMaxRows(const RowsIn& in) {
+float AbsMaxRows(RowsIn in) {
   const typename Rows::DMax d;
   auto max = hn::Zero(d);
   for (std::size_t t = 0; t < in.tokens; ++t) max = Rows(in, t).Max(in.dim, max);
@@ -193,7 +226,7 @@ float AbsMaxRows(const RowsIn& in) {
 float AbsMax(const RowsIn& in) { return in.mean ? AbsMaxRows<CentredHalves>(in) : AbsMaxRows<PlainHalves>(in); }
 
 template <class Rows>
-std::uint64_t PerHeadRows(const RowsIn& in, float scale, std::int8_t* codes, std::size_t code_stride) {
+std::uint64_t PerHeadRows(RowsIn in, float scale, std::int8_t* codes, std::size_t code_stride) {
   const typename Rows::DMax d;
   const Quotient quotient{hn::Set(DF32(), scale), hn::Set(DF32(), 1.0f / scale)};
   // Nothing within 127.25 scales rounds beyond 127. Scales that Quotient cannot take let only zeros pass.
@@ -259,7 +292,7 @@ void DequantizeRows(const std::int8_t* codes, std::size_t code_stride, const flo
     for (; i + 4 * lanes <= dim; i += 4 * lanes) {
       for (std::size_t k = i; k < i + 4 * lanes; k += lanes) Put(Whole(), row.Load<kMean>(Whole(), k), to + k);
     }
-    ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) HWY_ATTR { Put(io, row.Load<kMean>(io, k), to + k); });
+    ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA { Put(io, row.Load<kMean>(io, k), to + k); });
   }
 }
 
@@ -270,14 +303,14 @@ void Dequantize(const std::int8_t* codes, std::size_t code_stride, const float* 
 }
 
 template <bool kMean>
-RowErrors ErrorsOfRows(const RowsIn& in, const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step) {
+RowErrors ErrorsOfRows(RowsIn in, const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step) {
   F32 max_error = hn::Zero(DF32()), max_abs = hn::Zero(DF32());
   RowErrors errors{};
   for (std::size_t t = 0; t < in.tokens; ++t) {
     const CarefulHalves row(in, t);
     const Decoder decoded{codes + t * code_stride, in.mean, hn::Set(DF32(), scales[t * scale_step])};
     F32 sum = hn::Zero(DF32());
-    ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR {
+    ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
       const F32 x = row.LoadX(io, i), error = hn::Sub(decoded.Load<kMean>(io, i), x);
       sum = hn::MulAdd(error, error, sum);
       max_error = hn::Max(max_error, hn::Abs(error));
@@ -295,12 +328,12 @@ RowErrors Errors(const RowsIn& in, const std::int8_t* codes, std::size_t code_st
 }
 
 void ToFloats(const std::uint16_t* HWY_RESTRICT x, std::size_t n, float* HWY_RESTRICT out) {
-  ForVectors<Tail::kPartial>(0, n, hn::Lanes(DF32()), [&](auto io, std::size_t i) HWY_ATTR { Put(io, ToFloat(io.Load(DU16(), x + i)), out + i); });
+  ForVectors<Tail::kPartial>(0, n, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA { Put(io, ToFloat(io.Load(DU16(), x + i)), out + i); });
 }
 
 void FiniteHalves(const std::uint16_t* HWY_RESTRICT x, std::size_t n, std::uint16_t* HWY_RESTRICT out) {
   const hn::ScalableTag<std::uint16_t> d;
-  ForVectors<Tail::kPartial>(0, n, hn::Lanes(d), [&](auto io, std::size_t i) HWY_ATTR { io.Store(Finite(d, io.Load(d, x + i)), d, out + i); });
+  ForVectors<Tail::kPartial>(0, n, hn::Lanes(d), [&](auto io, std::size_t i) KVMIX_LAMBDA { io.Store(Finite(d, io.Load(d, x + i)), d, out + i); });
 }
 
 QuantizeKernels Table() {

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
+#include "kernels/per_target.h"
 #include "kernels/quantize.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -104,6 +105,7 @@ HWY_INLINE void StoreBlockMax(D d, hn::Vec<D> v, hn::TFromD<D>* to) {
 // y = x. Maxima are those of the halves' bits without their sign: of the same order as |x|, NaN and Inf above all numbers.
 struct PlainHalves {
   using DMax = DI16;
+  static constexpr bool kHalves = true;  // y is a half
 
   const std::uint16_t* HWY_RESTRICT x;
 
@@ -117,7 +119,7 @@ struct PlainHalves {
   HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
     const hn::RebindToUnsigned<DMax> du;
     const auto magnitude = hn::Set(DMax(), 0x7FFF);
-    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) HWY_ATTR {
+    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
       max = hn::Max(max, hn::And(magnitude, hn::BitCast(DMax(), io.Load(du, x + i))));
     });
     return max;
@@ -126,7 +128,7 @@ struct PlainHalves {
   // The eight rows' absmax, from vectors of their maxima.
   template <class Maxima>
   static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
-    const auto pair = [&](std::size_t r) HWY_ATTR { return PairMax<std::int16_t>(DMax(), v(r), v(r + 1)); };
+    const auto pair = [&](std::size_t r) KVMIX_LAMBDA { return PairMax<std::int16_t>(DMax(), v(r), v(r + 1)); };
     const auto low = PairMax<std::int32_t>(DMax(), pair(0), pair(2)), high = PairMax<std::int32_t>(DMax(), pair(4), pair(6));
     alignas(16) std::int16_t bits[kGroup];
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), low, high), bits);
@@ -151,6 +153,7 @@ struct PlainHalves {
 // y = x - mean. Maxima are those of the bits of |y|.
 struct CentredHalves {
   using DMax = DI32;
+  static constexpr bool kHalves = false;
 
   const std::uint16_t* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
@@ -163,7 +166,7 @@ struct CentredHalves {
   }
 
   HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
-    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) HWY_ATTR {
+    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
       max = hn::Max(max, hn::BitCast(DMax(), hn::Abs(Load(io, i))));
     });
     return max;
@@ -171,7 +174,7 @@ struct CentredHalves {
 
   template <class Maxima>
   static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
-    const auto pair = [&](std::size_t r) HWY_ATTR { return PairMax<std::int32_t>(DMax(), v(r), v(r + 1)); };
+    const auto pair = [&](std::size_t r) KVMIX_LAMBDA { return PairMax<std::int32_t>(DMax(), v(r), v(r + 1)); };
     alignas(16) std::int32_t bits[kGroup];
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(0), pair(2)), bits);
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(4), pair(6)), bits + kGroup / 2);
@@ -206,7 +209,7 @@ HWY_INLINE void GroupAbsMax(const RowsIn& in, std::size_t t, float* HWY_RESTRICT
   constexpr std::size_t kLanes = hn::MaxLanes(d);
   HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kRows * kLanes];
   for (std::size_t r = 0; r < kRows; ++r) hn::Store(Rows(in, t + r).Max(in.dim, hn::Zero(d)), d, max + r * kLanes);
-  Rows::Reduce([&](std::size_t r) HWY_ATTR { return hn::Load(d, max + r % kRows * kLanes); }, absmax);
+  Rows::Reduce([&](std::size_t r) KVMIX_LAMBDA { return hn::Load(d, max + r % kRows * kLanes); }, absmax);
 }
 
 }  // namespace
