@@ -59,7 +59,7 @@ HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, std::uint8_t*
   const float scale = range.largest / kLargest;
   const std::size_t steps = KSteps(P::kStorage, head_dim);
   std::memset(to, 0, steps * P::kRowBytesPerStep);
-  info = {0.0f, 0, 0};
+  info = {1.0f, 0, 0};  // a row of zeros: not 0, which times a masked score of -inf would be NaN
   if (!range.finite || scale < 0x1p-100f) return;
   const float inv_scale = 1.0f / scale;
   info.scale = scale;
@@ -78,39 +78,54 @@ HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, std::uint8_t*
   }
 }
 
-// Softmax weights of kLanes tokens -> the operand of the PV product.
+// Softmax weights, kWeightVecs vectors of tokens at a time -> the operand of the PV product.
+constexpr std::size_t kWeightVecs = 4;  // 64 bytes of a limb on AVX-512
+
 template <class P>
-HWY_INLINE constexpr float LargestWeight() {
-  return std::is_same<P, F16Product>::value ? 1.0f : KVMIX_QUADS ? 65500.0f : 32750.0f;  // room for the error of Exp2
+constexpr bool kIsF16 = std::is_same<P, F16Product>::value;
+template <class P>
+constexpr float kLargestWeight = kIsF16<P> ? 1.0f : KVMIX_QUADS ? 65500.0f : 32750.0f;  // room for the error of Exp2
+
+HWY_INLINE void PackWeights(F16Product, const VF (&w)[kWeightVecs], std::size_t token, std::uint8_t* row) {
+  float* to = reinterpret_cast<float*>(row) + token;
+  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { hn::StoreU(w[i], DF(), to + i * kLanes); });
 }
-HWY_INLINE void PackWeights(F16Product, VF w, std::size_t token, std::uint8_t* row) {
-  hn::StoreU(w, DF(), reinterpret_cast<float*>(row) + token);
-}
-HWY_INLINE void PackWeights(VI8Product, VF w, std::size_t token, std::uint8_t* row) {
-  const VI32 code = hn::NearestInt(w);
+HWY_INLINE void PackWeights(VI8Product, const VF (&w)[kWeightVecs], std::size_t token, std::uint8_t* row) {
 #if KVMIX_QUADS
-  const hn::Rebind<std::uint8_t, DI32> d8;
-  const hn::RebindToUnsigned<DI32> du;
-  const auto bits = hn::BitCast(du, code);
-  hn::StoreU(hn::TruncateTo(d8, hn::ShiftRight<8>(bits)), d8, row + token);
-  hn::StoreU(hn::TruncateTo(d8, bits), d8, row + kBlockTokens + token);
+  const hn::ScalableTag<std::uint16_t> d16;
+  const hn::ScalableTag<std::uint8_t> d8;
+  const hn::RebindToUnsigned<DI32> d32;
+  const auto pair = [&](auto i) KVMIX_LAMBDA {
+    return hn::OrderedTruncate2To(d16, hn::BitCast(d32, hn::NearestInt(w[i])), hn::BitCast(d32, hn::NearestInt(w[i + 1])));
+  };
+  const auto lower = hn::BitCast(d8, pair(std::integral_constant<std::size_t, 0>())), upper = hn::BitCast(d8, pair(std::integral_constant<std::size_t, 2>()));
+  hn::StoreU(hn::ConcatOdd(d8, upper, lower), d8, row + token);
+  hn::StoreU(hn::ConcatEven(d8, upper, lower), d8, row + kBlockTokens + token);
 #else
-  const hn::Rebind<std::int16_t, DI32> d16;
-  hn::StoreU(hn::DemoteTo(d16, code), d16, reinterpret_cast<std::int16_t*>(row) + token);
+  const DI16 d16;
+  std::int16_t* to = reinterpret_cast<std::int16_t*>(row) + token;
+  hn::StoreU(hn::OrderedDemote2To(d16, hn::NearestInt(w[0]), hn::NearestInt(w[1])), d16, to);
+  hn::StoreU(hn::OrderedDemote2To(d16, hn::NearestInt(w[2]), hn::NearestInt(w[3])), d16, to + 2 * kLanes);
 #endif
 }
 
 // ---- one block, up to kMaxRows rows -------------------------------------------------------------------------------------------------
 
+constexpr std::size_t kTokenStep = kWeightVecs * kLanes;
+static_assert(kBlockTokens % kTokenStep == 0);
+
 struct Work {
-  alignas(64) float k_scale[kBlockTokens];
-  alignas(64) float v_scale[kBlockTokens];
+  // Scales of the block's tokens: where they lie, or a copy as f32.
+  const float* k_scale;
+  const float* v_scale;
+  alignas(64) float k_copy[kBlockTokens];
+  alignas(64) float v_copy[kBlockTokens];
   alignas(64) float v_log2[kBlockTokens];  // an upper bound of log2(v_scale)
   alignas(64) float scores[kMaxRows][kBlockTokens];
   alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
   RowInfo weight_info[kMaxRows];
   float correction[kMaxRows];
-  // This turn's tokens, whole vectors that cover what any of its rows sees.
+  // This turn's tokens: whole steps of kTokenStep that cover what any of its rows sees.
   std::size_t first, last;
 };
 
@@ -122,8 +137,7 @@ HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const s
   const auto turn = [&](auto vecs) KVMIX_LAMBDA {
     Multiply<P, kRows, vecs>(block + f.k.codes_offset + token / kLanes * tile_bytes, tile_bytes, queries, row_bytes, info, 0, steps, steps, prefetch,
                              [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
-                               const VF scale = hn::Mul(hn::Set(DF(), info[r].scale), hn::Load(DF(), w.k_scale + token + v * kLanes));
-                               hn::Store(hn::Mul(sum, scale), DF(), w.scores[r] + token + v * kLanes);
+                               hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + token + v * kLanes)), DF(), w.scores[r] + token + v * kLanes);
                              });
     token += vecs * kLanes;
   };
@@ -151,51 +165,69 @@ HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* 
   while (channel < padded) turn(std::integral_constant<std::size_t, 1>());
 }
 
-// s -> cap * tanh((s + bias) / cap) in units of log2; tanh(x) = (1 - e) / (1 + e), e = exp(-2 |x|), with x's sign.
-HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, float cap, float bias) {
+// s -> cap * tanh((s * scale + bias) / cap) / scale; tanh(x) = (1 - e) / (1 + e), e = exp(-2 |x|), with x's sign. scale and s in units
+// of log2, bias and cap in those of exp.
+HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, float scale, float cap, float bias) {
+  if (scale == 0.0f) return;
   const DF df;
-  const VF to_x = hn::Set(df, 1.0f / (cap * kLog2E)), shift = hn::Set(df, bias / cap), log_cap = hn::Set(df, cap * kLog2E);
+  const VF to_x = hn::Set(df, scale / (cap * kLog2E)), shift = hn::Set(df, bias / cap), from_tanh = hn::Set(df, cap * kLog2E / scale);
   for (std::size_t t = first; t < last; t += kLanes) {
     const VF s = hn::MulAdd(hn::Load(df, scores + t), to_x, shift);
     const VF e = Exp2(hn::Mul(hn::Abs(s), hn::Set(df, -2.0f * kLog2E)));
     const VF tanh = hn::Div(hn::Sub(hn::Set(df, 1.0f), e), hn::Add(hn::Set(df, 1.0f), e));
-    hn::Store(hn::CopySign(hn::Mul(log_cap, tanh), s), df, scores + t);
+    hn::Store(hn::CopySign(hn::Mul(from_tanh, tanh), s), df, scores + t);
   }
 }
 
-// Row r of this turn, which sees the tokens [first, last) of the block (first < last).
+// Tokens [first, last) of a block.
+struct Range {
+  std::size_t first, last;
+};
+
+// Row r of this turn, which sees the tokens `seen` of the block (not empty). scale: of its scores. With x = scale * s - max:
+//   sum += 2^x      weight = 2^x * v_scale / w_scale, w_scale such that the block's largest weight is just below kLargestWeight
 template <class P>
-HWY_NOINLINE void Softmax(std::size_t r, std::size_t first, std::size_t last, float* max, float* sum, Work& w) {
+HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, float* sum, Work& w) {
   const DF df;
   float* scores = w.scores[r];
-  std::uint8_t* weights = w.weights[r];
-  const std::size_t begin = first / kLanes * kLanes, end = RoundUp(last, kLanes);
-  for (std::size_t t = begin; t < first; ++t) scores[t] = kNegInf;
-  for (std::size_t t = last; t < end; ++t) scores[t] = kNegInf;
+  for (std::size_t t = w.first; t < seen.first; ++t) scores[t] = kNegInf;
+  for (std::size_t t = seen.last; t < w.last; ++t) scores[t] = kNegInf;
 
-  VF largest_score = hn::Set(df, kNegInf), largest_weight = largest_score;
-  for (std::size_t t = begin; t < end; t += kLanes) {
+  VF score_max = hn::Set(df, kNegInf), weight_max = score_max;
+  const VF to_log2 = hn::Set(df, scale);
+  for (std::size_t t = w.first; t < w.last; t += kLanes) {
     const VF s = hn::Load(df, scores + t);
-    largest_score = hn::Max(largest_score, s);
-    largest_weight = hn::Max(largest_weight, hn::Add(s, hn::Load(df, w.v_log2 + t)));
+    score_max = hn::Max(score_max, s);
+    if constexpr (!kIsF16<P>) weight_max = hn::Max(weight_max, hn::MulAdd(s, to_log2, hn::Load(df, w.v_log2 + t)));
   }
-  const float new_max = HWY_MAX(*max, hn::ReduceMax(df, largest_score));
-  const float log2_bound = hn::ReduceMax(df, largest_weight) - new_max;
-  const float bound = log2_bound > -100.0f ? std::exp2(log2_bound) : 0.0f;
-  const float to_code = std::is_same<P, F16Product>::value ? 1.0f : bound > 0.0f ? LargestWeight<P>() / bound : 0.0f;
-  w.correction[r] = *max == new_max ? 1.0f : std::exp2(*max - new_max);
-  w.weight_info[r] = {to_code > 0.0f ? 1.0f / to_code : 0.0f, 0, 0};
+  const float new_max = HWY_MAX(*max, hn::ReduceMax(df, score_max) * scale);
+  // log2 of 1 / w_scale; a block whose weights are all below 2^-100 gets none.
+  const float largest = kIsF16<P> ? 0.0f : hn::ReduceMax(df, weight_max) - new_max;
+  const float log2_inverse = kIsF16<P> ? 0.0f : std::log2(kLargestWeight<P>) - HWY_MAX(largest, kSmallestExponent);
+  const float powers[2] = {*max - new_max, -log2_inverse};
+  const hn::CappedTag<float, 2> d2;
+  alignas(16) float values[2];
+  // (Exp2 works on whole vectors.)
+  const VF exp = Exp2(hn::ResizeBitCast(df, hn::LoadU(d2, powers)));
+  hn::Store(hn::ResizeBitCast(d2, exp), d2, values);
+  w.correction[r] = *max == new_max ? 1.0f : *max == kNegInf ? 0.0f : values[0];
+  w.weight_info[r] = {kIsF16<P> ? 1.0f : values[1], 0, 0};
 
-  for (std::size_t t = w.first; t < begin; t += kLanes) PackWeights(P(), hn::Zero(df), t, weights);
-  for (std::size_t t = end; t < w.last; t += kLanes) PackWeights(P(), hn::Zero(df), t, weights);
-  const VF base = hn::Set(df, new_max), factor = hn::Set(df, to_code);
+  const VF shift = hn::Set(df, log2_inverse - new_max), smallest = hn::Set(df, kSmallestExponent);
   VF total = hn::Zero(df);
-  for (std::size_t t = begin; t < end; t += kLanes) {
-    const VF e = Exp2(hn::Sub(hn::Load(df, scores + t), base));
-    total = hn::Add(total, e);
-    PackWeights(P(), hn::Mul(e, hn::Mul(hn::Load(df, w.v_scale + t), factor)), t, weights);
+  for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
+    VF weights[kWeightVecs];
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+      const std::size_t at = t + i * kLanes;
+      const VF x = hn::MulAdd(hn::Load(df, scores + at), to_log2, shift);
+      VF e = Exp2(x);
+      if constexpr (kIsF16<P>) e = hn::IfThenElseZero(hn::Gt(x, smallest), e);
+      total = hn::Add(total, e);
+      weights[i] = kIsF16<P> ? e : hn::Mul(e, hn::LoadU(df, w.v_scale + at));
+    });
+    PackWeights(P(), weights, t, w.weights[r]);
   }
-  *sum = *sum * w.correction[r] + hn::ReduceSum(df, total);
+  *sum = *sum * w.correction[r] + hn::ReduceSum(df, total) * w.weight_info[r].scale;
   *max = new_max;
 }
 
@@ -219,24 +251,21 @@ HWY_INLINE void WithRows(std::size_t rows, const F& f) {
 
 // ---- one task -------------------------------------------------------------------------------------------------------------------------
 
-// Scales of a block as f32; of a constant one, only the first time.
-HWY_INLINE void LoadScales(const TileFormat& f, const std::uint8_t* block, bool first_time, float* scales) {
+// The scales of a block's tokens as f32: in place, or in `copy` (of a constant one, only the first time).
+HWY_INLINE const float* Scales(const TileFormat& f, const std::uint8_t* block, bool first_time, float* copy) {
   const DF df;
-  if (f.scale == TileScale::kConstant && !first_time) return;
+  if (f.scale == TileScale::kF32) return reinterpret_cast<const float*>(block + f.scales_offset);
+  if (f.scale == TileScale::kConstant && !first_time) return copy;
   for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
     VF s = hn::Set(df, f.constant);
-    if (f.scale == TileScale::kF32) s = hn::LoadU(df, reinterpret_cast<const float*>(block + f.scales_offset) + t);
     if (f.scale == TileScale::kBF16) {
       const hn::Rebind<hwy::bfloat16_t, DF> db;
       s = hn::PromoteTo(df, hn::LoadU(db, reinterpret_cast<const hwy::bfloat16_t*>(block + f.scales_offset) + t));
     }
-    hn::Store(s, df, scales + t);
+    hn::Store(s, df, copy + t);
   }
+  return copy;
 }
-
-struct Range {
-  std::size_t first, last;
-};
 
 // Tokens of the block at `base` that row r sees.
 HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t base) {
@@ -268,10 +297,10 @@ void AttendRows(const AttendTask& t) {
   const std::size_t first_block = t.first_token / kBlockTokens;
   for (std::size_t b = first_block; b * kBlockTokens < t.last_token; ++b) {
     const std::uint8_t* block = t.blocks + b * f.block_bytes;
-    LoadScales(f.k, block, b == first_block, w.k_scale);
-    LoadScales(f.v, block, b == first_block, w.v_scale);
+    w.k_scale = Scales(f.k, block, b == first_block, w.k_copy);
+    w.v_scale = Scales(f.v, block, b == first_block, w.v_copy);
     if (f.v.scale != TileScale::kConstant || b == first_block) {
-      for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::Load(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
+      for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
     }
     bool fetch = true;  // the first turn reads the block from memory: let it fetch the next one
     for (std::size_t turn = 0; turn < turns; ++turn) {
@@ -282,8 +311,8 @@ void AttendRows(const AttendTask& t) {
       for (std::size_t r = 0; r < rows; ++r) {
         seen[r] = Visible(t, row + r, b * kBlockTokens);
         if (seen[r].last == 0) continue;
-        w.first = HWY_MIN(w.first, seen[r].first / kLanes * kLanes);
-        w.last = HWY_MAX(w.last, RoundUp(seen[r].last, kLanes));
+        w.first = HWY_MIN(w.first, seen[r].first / kTokenStep * kTokenStep);
+        w.last = HWY_MAX(w.last, RoundUp(seen[r].last, kTokenStep));
       }
       if (w.last == 0) continue;
       const std::uint8_t* next = fetch ? block + f.block_bytes : block;
@@ -295,8 +324,9 @@ void AttendRows(const AttendTask& t) {
           NoWeights(r, w);
           continue;
         }
-        if (t.soft_cap != 0.0f) SoftCap(w.scores[r], w.first, w.last, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
-        Softmax<VP>(r, seen[r].first, seen[r].last, t.max + row + r, t.sum + row + r, w);
+        const float scale = info[row + r].scale;
+        if (t.soft_cap != 0.0f) SoftCap(w.scores[r], w.first, w.last, scale, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
+        Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, w);
       }
       WithRows(rows, [&](auto n) HWY_ATTR {
         Weigh<VP, n>(f, block, t.out + row * padded, padded, {next + (fetch ? f.v.codes_offset : 0), fetch}, w);

@@ -90,8 +90,8 @@ Status AttendJob::Impl::Start(const Cache& c, std::size_t at_layer, std::size_t 
   query_parts = 0;
   const Geometry& g = geometry();
   if (at_layer >= g.layers) return {ErrorCode::kInvalidArgument, fmt::format("layer {} of a cache of {} layers", at_layer, g.layers)};
-  if (!std::isfinite(o.attention_scale) || !std::isfinite(o.soft_cap) || o.soft_cap < 0.0f || o.num_threads < 0) {
-    return {ErrorCode::kInvalidArgument, fmt::format("attention_scale {}, soft_cap {}, num_threads {}: finite numbers, the last two not negative, expected",
+  if (!std::isfinite(o.attention_scale) || o.attention_scale < 0.0f || !std::isfinite(o.soft_cap) || o.soft_cap < 0.0f || o.num_threads < 0) {
+    return {ErrorCode::kInvalidArgument, fmt::format("attention_scale {}, soft_cap {}, num_threads {}: finite numbers, none negative, expected",
                                                      o.attention_scale, o.soft_cap, o.num_threads)};
   }
   layer = at_layer;

@@ -13,7 +13,7 @@
 namespace kvmix {
 
 struct AttendOptions {
-  float attention_scale = 0.0f;    // 0: 1 / sqrt(head_dim)
+  float attention_scale = 0.0f;    // > 0; 0: 1 / sqrt(head_dim)
   std::size_t sliding_window = 0;  // a query sees at most this many last tokens, itself included; 0: all
   float soft_cap = 0.0f;           // s -> soft_cap * tanh(s / soft_cap) (Gemma 2); 0: none
   const float* sinks = nullptr;    // [query_heads] logits that take weight but have no V (gpt-oss), or null
