@@ -197,7 +197,7 @@ Status Dump::Impl::CheckPresent(const FoundTensors& found) const {
   for (std::size_t layer = 0; layer <= last; ++layer) {
     for (std::size_t kind = 0; kind < kinds; ++kind) {
       if (found.contains({layer, kind})) continue;
-      return Error(ErrorCode::kMismatch, TensorName(raw, layer, kind), fmt::format("it in every layer from 0 to {}", last), "it missing");
+      return Error(ErrorCode::kMismatch, TensorName(raw, layer, kind), fmt::format("one in every layer from 0 to {}", last), "none");
     }
   }
   return {};

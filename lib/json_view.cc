@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <exception>
-#include <limits>
 #include <set>
 #include <stdexcept>
 #include <utility>
@@ -97,7 +96,7 @@ double JsonView::Number() const {
 
 float JsonView::Float() const {
   const double number = Number();
-  if (std::abs(number) <= std::numeric_limits<float>::max()) return static_cast<float>(number);
+  if (std::abs(number) < 0x1.ffffffp127) return static_cast<float>(number);  // what rounds to a finite float
   WrongType("a 32-bit number");
   return 0.0f;
 }

@@ -1,0 +1,326 @@
+#include "kvmix/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dump_files.h"
+
+namespace kvmix {
+namespace {
+
+using nlohmann::json;
+using testing::ExpectGoodMessage;
+using testing::ReadBytes;
+using testing::TempFolder;
+using testing::WriteBytes;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+HeadCodec Head(float scale = 0.5f) { return {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, scale, {}}; }
+HeadCodec Token(ScaleType type = ScaleType::kF32) { return {Storage::kI8, ScaleKind::kToken, type, 0.0f, {}}; }
+
+const Geometry kStudy{24, 2, 14, 64};
+
+TEST(Plan, BytesPerToken) {
+  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, {}, {})), 12288u);
+  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Head(), Head())), 6144u);
+  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(), Token())), 6528u);
+  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(ScaleType::kBF16), Token(ScaleType::kBF16))), 6336u);
+  EXPECT_EQ(Fp16BytesPerToken(kStudy), 12288u);
+
+  Plan strategy3 = UniformPlan(kStudy, Head(), Token());
+  const std::pair<std::size_t, std::size_t> outliers[] = {{0, 0}, {0, 1}, {1, 1}, {2, 0}, {2, 1}, {8, 0}};
+  for (const auto& [layer, head] : outliers) strategy3.codec(layer, head, Tensor::kK) = {};
+  EXPECT_EQ(BytesPerToken(strategy3), 6720u);
+  EXPECT_DOUBLE_EQ(SavedFraction(strategy3), 1.0 - 6720.0 / 12288.0);
+  EXPECT_EQ(SavedFraction(UniformPlan(kStudy, {}, {})), 0.0);
+}
+
+TEST(Plan, CodecNames) {
+  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16", "f16+centre", "i8-head+centre", "i8-token+centre", "i8-token-bf16+centre"}) {
+    const Result<CodecKind> kind = ParseCodecName(name);
+    ASSERT_TRUE(kind.ok()) << kind.status().message();
+    HeadCodec codec{kind->storage, kind->scale, kind->scale_type, 1.0f, {}};
+    if (kind->centred) codec.mean = {0.0f};
+    EXPECT_EQ(CodecName(codec), name);
+    EXPECT_EQ(KindOf(codec), *kind);
+  }
+  for (const char* name : {"", "i8", "i8-head-bf16", "F16", "f16 ", "+centre", "f16+centre+centre", "i4-token"}) {
+    const Status status = ParseCodecName(name).status();
+    ExpectGoodMessage(status, "codec: ");
+    EXPECT_NE(status.message().find(std::string("found \"") + name + '"'), std::string::npos) << status.message();
+  }
+}
+
+TEST(Plan, CheckGeometry) {
+  EXPECT_TRUE(CheckGeometry(kStudy).ok());
+  EXPECT_TRUE(CheckGeometry({65536, 65536, 65536, 512}).ok());
+  const std::pair<Geometry, const char*> bad[] = {
+      {{0, 2, 14, 64}, "layers: expected 1 to 65536, found 0"},           {{65537, 2, 14, 64}, "layers: expected 1 to 65536, found 65537"},
+      {{24, 0, 14, 64}, "kv_heads: expected 1 to 65536, found 0"},        {{24, 2, 0, 64}, "query_heads: expected 1 to 65536, found 0"},
+      {{24, 2, 15, 64}, "query_heads: expected a multiple of the 2 KV heads, found 15"}, {{24, 2, 14, 0}, "head_dim: expected 1 to 512, found 0"},
+      {{24, 2, 14, 513}, "head_dim: expected 1 to 512, found 513"},       {{24, 28, 14, 64}, "query_heads: expected a multiple of the 28 KV heads, found 14"},
+  };
+  for (const auto& [geometry, text] : bad) EXPECT_EQ(CheckGeometry(geometry).message(), text);
+  EXPECT_EQ(ToString(kStudy), "24 layers x 2 KV heads x 64, 14 query heads");
+}
+
+TEST(Plan, CheckPlan) {
+  const Geometry small{2, 2, 4, 3};
+  const Plan good = UniformPlan(small, Head(), Token());
+  EXPECT_TRUE(CheckPlan(good).ok());
+  const auto refused = [&](const HeadCodec& codec, const char* text) {
+    Plan plan = good;
+    plan.codec(1, 0, Tensor::kV) = codec;
+    const Status status = CheckPlan(plan);
+    EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
+    ExpectGoodMessage(status, "layer 1, KV head 0, V: ");
+    EXPECT_NE(status.message().find(text), std::string::npos) << status.message();
+  };
+  for (const float scale : {0.0f, -1.0f, kInf, std::nanf("")}) refused(Head(scale), "expected a scale above 0");
+  HeadCodec centred = Token();
+  centred.mean = {1.0f, 2.0f, 3.0f, 4.0f};
+  refused(centred, "expected a mean of 3 channels, found 4");
+  centred.mean = {1.0f, kInf, 3.0f};
+  refused(centred, "expected a finite mean, found inf in channel 1");
+  refused({Storage::kF16, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}}, "a scale that it cannot have");
+  refused({Storage::kI8, ScaleKind::kNone, ScaleType::kF32, 0.0f, {}}, "a scale that it cannot have");
+
+  Plan plan = good;
+  plan.codecs.pop_back();
+  EXPECT_EQ(CheckPlan(plan).message(), "codecs: expected 8 (2 layers x 2 KV heads x 3, 4 query heads), found 7");
+  plan = good;
+  plan.geometry.head_dim = 0;
+  EXPECT_FALSE(CheckPlan(plan).ok());
+  EXPECT_TRUE(CheckGeometryMatches(good, small).ok());
+  const Status mismatch = CheckGeometryMatches(good, kStudy);
+  EXPECT_EQ(mismatch.code(), ErrorCode::kMismatch);
+  EXPECT_EQ(mismatch.message(), "plan: expected 24 layers x 2 KV heads x 64, 14 query heads, found 2 layers x 2 KV heads x 3, 4 query heads");
+}
+
+// One of everything, with numbers that use all of their bits.
+Plan RichPlan() {
+  std::mt19937 random(3);
+  std::uniform_real_distribution<float> uniform(-300.0f, 300.0f);
+  Plan plan = UniformPlan({3, 2, 6, 40}, Token(), Token(ScaleType::kBF16));
+  plan.codec(0, 0, Tensor::kK) = {};
+  plan.codec(1, 1, Tensor::kV) = Head(std::nextafter(0.1f, 1.0f));
+  for (std::size_t layer = 0; layer < 3; ++layer) {
+    HeadCodec& codec = plan.codec(layer, 1, Tensor::kK);
+    codec = layer == 2 ? Head(0x1.fffffep-100f) : Token();
+    for (std::size_t c = 0; c < 40; ++c) codec.mean.push_back(uniform(random));
+  }
+  std::vector<float>& mean = plan.codec(2, 1, Tensor::kK).mean;
+  mean[0] = std::numeric_limits<float>::max();
+  mean[1] = -std::numeric_limits<float>::denorm_min();
+  mean[2] = 1.0f / 3.0f;
+  plan.provenance = {"a \"model\"\nby someone, \u00e9", "one,two", 512, 256, "three", 64, {0.99, 0.1 + 0.2, 1e-300, 2e-5, 2, 5}, {1.0 / 3.0, 1.0, 0.0, 0.5, 1, 0}};
+  return plan;
+}
+
+void ExpectSame(const Fidelity& a, const Fidelity& b) {
+  EXPECT_EQ(a.worst_cosine, b.worst_cosine);
+  EXPECT_EQ(a.mean_cosine, b.mean_cosine);
+  EXPECT_EQ(a.worst_nmse, b.worst_nmse);
+  EXPECT_EQ(a.mean_nmse, b.mean_nmse);
+  EXPECT_EQ(a.worst_layer, b.worst_layer);
+  EXPECT_EQ(a.worst_query_head, b.worst_query_head);
+}
+
+TEST(PlanFile, ComesBackExactly) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  const Plan plan = RichPlan();
+  ASSERT_TRUE(SavePlan(plan, path).ok());
+  EXPECT_EQ(folder.entries(), 1u);
+  const Result<Plan> loaded = LoadPlan(path);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->geometry, plan.geometry);
+  EXPECT_EQ(loaded->codecs, plan.codecs);
+  const Provenance& p = loaded->provenance;
+  EXPECT_EQ(p.model, plan.provenance.model);
+  EXPECT_EQ(p.calibration, "one,two");
+  EXPECT_EQ(p.calibration_tokens, 512u);
+  EXPECT_EQ(p.longest_prompt, 256u);
+  EXPECT_EQ(p.holdout, "three");
+  EXPECT_EQ(p.holdout_tokens, 64u);
+  ExpectSame(p.on_calibration, plan.provenance.on_calibration);
+  ExpectSame(p.on_holdout, plan.provenance.on_holdout);
+  ASSERT_TRUE(SavePlan(*loaded, folder.file("again.json")).ok());
+  EXPECT_EQ(ReadBytes(path), ReadBytes(folder.file("again.json")));
+  const json written = json::parse(ReadBytes(path));
+  EXPECT_EQ(written["bytes_per_token"], BytesPerToken(plan));
+  EXPECT_EQ(written["saved_fraction"], SavedFraction(plan));
+}
+
+TEST(PlanFile, EveryFloatComesBack) {
+  const TempFolder folder;
+  std::mt19937 random(5);
+  Plan plan = UniformPlan({1, 64, 64, 512}, Token(), Token());
+  for (HeadCodec& codec : plan.codecs) {
+    while (codec.mean.size() < 512) {
+      const float number = std::bit_cast<float>(static_cast<std::uint32_t>(random()));
+      if (std::isfinite(number)) codec.mean.push_back(number);
+    }
+  }
+  ASSERT_TRUE(SavePlan(plan, folder.file("plan.json")).ok());
+  const Result<Plan> loaded = LoadPlan(folder.file("plan.json"));
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->codecs, plan.codecs);
+}
+
+TEST(PlanFile, HandwrittenMinimum) {
+  const TempFolder folder;
+  WriteBytes(folder.file("plan.json"), R"({"format": "kvmix-plan", "version": [1, 7], "a later field": [null],
+    "geometry": {"layers": 1, "kv_heads": 1, "query_heads": 2, "head_dim": 2}, "codecs": [[{"k": "i8-token+centre", "k_mean": [1, -2e1], "v": "f16"}]]})");
+  const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(plan->codec(0, 0, Tensor::kK).mean, (std::vector<float>{1.0f, -20.0f}));
+  EXPECT_EQ(plan->codec(0, 0, Tensor::kV), HeadCodec{});
+  EXPECT_EQ(plan->provenance.model, "");
+}
+
+void ExpectRefused(const std::string& text, ErrorCode code, const std::string& concerns) {
+  SCOPED_TRACE(concerns);
+  const TempFolder folder;
+  WriteBytes(folder.file("plan.json"), text);
+  const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
+  ASSERT_FALSE(plan.ok());
+  ExpectGoodMessage(plan.status(), folder.file("plan.json"));
+  EXPECT_EQ(plan.status().code(), code);
+  EXPECT_NE(plan.status().message().find(concerns), std::string::npos) << plan.status().message();
+}
+
+TEST(PlanFile, RefusesWhatIsWrong) {
+  const TempFolder folder;
+  ASSERT_TRUE(SavePlan(RichPlan(), folder.file("plan.json")).ok());
+  const json good = json::parse(ReadBytes(folder.file("plan.json")));
+  struct Case {
+    const char* pointer;
+    json value;  // discarded: the value is removed
+    const char* concerns;
+  };
+  const json removed(json::value_t::discarded);
+  const Case cases[] = {
+      {"/format", "kvmix-dump", "format: expected \"kvmix-plan\", found \"kvmix-dump\""},
+      {"/format", removed, "format: expected a value, found none"},
+      {"/version", {0, 9}, "version: expected major version 1, found 0"},
+      {"/version", {1}, "version: expected [major, minor], found 1 numbers"},
+      {"/version", "1.0", "version: expected an array, found \"1.0\""},
+      {"/version", {1, "0"}, "version[1]: expected a whole number, found \"0\""},
+      {"/version", {-1, 0}, "version[0]: expected a whole number, found -1"},
+      {"/geometry", removed, "geometry: expected a value, found none"},
+      {"/geometry", {1, 2}, "geometry: expected an object, found an array"},
+      {"/geometry/layers", nullptr, "geometry.layers: expected a whole number, found null"},
+      {"/geometry/layers", 3.5, "geometry.layers: expected a whole number, found 3.5"},
+      {"/geometry/layers", 4, "codecs: expected 4 layers, found 3"},
+      {"/geometry/layers", std::uint64_t{1} << 63, "codecs: expected 9223372036854775808 layers, found 3"},
+      {"/geometry/kv_heads", std::uint64_t{1} << 62, "codecs[0]: expected 4611686018427387904 KV heads, found 2"},
+      {"/geometry/query_heads", 7, "query_heads: expected a multiple of the 2 KV heads, found 7"},
+      {"/geometry/head_dim", 41, "expected a mean of 41 channels, found 40"},
+      {"/geometry/head_dim", 1000000, "head_dim: expected 1 to 512, found 1000000"},
+      {"/codecs", removed, "codecs: expected a value, found none"},
+      {"/codecs", "none", "codecs: expected an array, found \"none\""},
+      {"/codecs/1", json::array(), "codecs[1]: expected 2 KV heads, found 0"},
+      {"/codecs/1/1", nullptr, "codecs[1][1]: expected an object, found null"},
+      {"/codecs/2/0/k", "i9", "codecs[2][0].k: expected a codec that this version knows, found \"i9\""},
+      {"/codecs/2/0/v", removed, "codecs[2][0].v: expected a value, found none"},
+      {"/codecs/1/1/v_scale", removed, "codecs[1][1].v_scale: expected a value, found none"},
+      {"/codecs/1/1/v_scale", 1e39, "codecs[1][1].v_scale: expected a 32-bit number, found 1e+39"},
+      {"/codecs/1/1/v_scale", 0, "layer 1, KV head 1, V: expected a scale above 0, found 0"},
+      {"/codecs/1/1/v_scale", true, "expected a number, found true"},
+      {"/codecs/0/1/k_mean", removed, "codecs[0][1].k_mean: expected a value, found none"},
+      {"/codecs/0/1/k_mean", json::array(), "codecs[0][1].k_mean: expected a number per channel, found none"},
+      {"/codecs/0/1/k_mean/39", removed, "layer 0, KV head 1, K: expected a mean of 40 channels, found 39"},
+      {"/codecs/0/1/k_mean/3", nullptr, "codecs[0][1].k_mean[3]: expected a number, found null"},
+      {"/codecs/0/1/k_mean/3", "NaN", "codecs[0][1].k_mean[3]: expected a number, found \"NaN\""},
+      {"/provenance", 5, "provenance: expected an object, found 5"},
+      {"/provenance/calibration_tokens", -1, "provenance.calibration_tokens: expected a whole number, found -1"},
+      {"/accuracy/holdout/mean_nmse", nullptr, "accuracy.holdout.mean_nmse: expected a number, found null"},
+  };
+  for (const Case& c : cases) {
+    json bad = good;
+    const json::json_pointer pointer(c.pointer);
+    json& parent = bad[pointer.parent_pointer()];
+    if (!c.value.is_discarded()) bad[pointer] = c.value;
+    else if (parent.is_array()) parent.erase(std::stoul(pointer.back()));
+    else parent.erase(pointer.back());
+    ExpectRefused(bad.dump(), ErrorCode::kCorrupt, c.concerns);
+  }
+  json newer = good;
+  newer["version"] = {2, 0};
+  newer["geometry"] = "something else by then";
+  ExpectRefused(newer.dump(), ErrorCode::kVersion, "version: expected major version 1, found 2");
+}
+
+TEST(PlanFile, RefusesBadText) {
+  const TempFolder folder;
+  ASSERT_TRUE(SavePlan(RichPlan(), folder.file("plan.json")).ok());
+  const std::string good = ReadBytes(folder.file("plan.json"));
+  const auto replaced = [&](const std::string& from, const std::string& to) {
+    std::string text = good;
+    return text.replace(text.find(from), from.size(), to);
+  };
+  ExpectRefused("", ErrorCode::kCorrupt, "expected JSON");
+  ExpectRefused("null", ErrorCode::kCorrupt, ": expected an object, found null");
+  ExpectRefused(good + "x", ErrorCode::kCorrupt, "expected JSON");
+  ExpectRefused(good + '\0' + "x", ErrorCode::kCorrupt, "expected JSON, found a zero byte");
+  ExpectRefused(replaced("\"kv_heads\": 2", "\"kv_heads\": NaN"), ErrorCode::kCorrupt, "expected JSON");
+  ExpectRefused(replaced("\"v_scale\": ", "\"v_scale\": 1e999, \"w\": "), ErrorCode::kCorrupt, "expected JSON");
+  ExpectRefused(replaced("\"kv_heads\": 2", "\"layers\": 3"), ErrorCode::kCorrupt, "found the key \"layers\" twice");
+  ExpectRefused(replaced("\"codecs\"", "\"version\": [1, 0], \"codecs\""), ErrorCode::kCorrupt, "found the key \"version\" twice");
+  ExpectRefused(std::string(1'000'000, '['), ErrorCode::kCorrupt, "found nesting deeper than 16");
+  ExpectRefused(replaced("\"model\": ", "\"model\": " + std::string(100'000, '[')), ErrorCode::kCorrupt, "found nesting deeper than 16");
+  for (std::size_t length = 0; length + 2 < good.size(); length += 37) ExpectRefused(good.substr(0, length), ErrorCode::kCorrupt, "expected JSON");
+}
+
+TEST(PlanFile, RandomDamageIsAnErrorOrAPlan) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  ASSERT_TRUE(SavePlan(UniformPlan({2, 2, 4, 3}, Head(), Token()), path).ok());
+  const std::string good = ReadBytes(path);
+  std::mt19937 random(11);
+  const std::string alphabet = "{}[]\",:0123456789.-eE\\ kv";
+  for (int round = 0; round < 2000; ++round) {
+    std::string bytes = good;
+    for (unsigned flips = 1 + random() % 4; flips-- > 0;) bytes[random() % bytes.size()] = alphabet[random() % alphabet.size()];
+    WriteBytes(path, bytes);
+    const Result<Plan> plan = LoadPlan(path);
+    if (plan.ok()) {
+      EXPECT_TRUE(CheckPlan(*plan).ok());
+    } else {
+      ExpectGoodMessage(plan.status(), path);
+    }
+  }
+}
+
+TEST(PlanFile, ErrorsLeaveNothing) {
+  const TempFolder folder;
+  const Plan plan = RichPlan();
+  ExpectGoodMessage(SavePlan(plan, folder.file("no/plan.json")), folder.file("no/plan.json"));
+  ExpectGoodMessage(SavePlan(plan, folder.path()), folder.path());
+  ExpectGoodMessage(SavePlan(plan, "/dev/full"), "/dev/full");
+  EXPECT_TRUE(std::filesystem::is_character_file("/dev/full"));
+  Plan bad = plan;
+  bad.codecs.pop_back();
+  ExpectGoodMessage(SavePlan(bad, folder.file("plan.json")), folder.file("plan.json"));
+  bad = plan;
+  bad.provenance.on_holdout.mean_nmse = std::nan("");
+  ExpectGoodMessage(SavePlan(bad, folder.file("plan.json")), folder.file("plan.json"));
+  EXPECT_EQ(folder.entries(), 0u);
+  EXPECT_EQ(LoadPlan(folder.file("plan.json")).status().code(), ErrorCode::kNotFound);
+  EXPECT_FALSE(LoadPlan(folder.path()).ok());
+}
+
+}  // namespace
+}  // namespace kvmix
