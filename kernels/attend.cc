@@ -32,49 +32,56 @@ constexpr std::size_t QueryRowBytes(std::size_t head_dim) {
   return RoundUp(KSteps(P::kStorage, head_dim) * P::kRowBytesPerStep, 64);
 }
 
-struct QueryRange {
-  float largest;  // absolute value
-  bool finite;
-};
-
-HWY_INLINE QueryRange RangeOf(const float* q, std::size_t n) {
-  float largest = 0.0f, zero = 0.0f;
-  for (std::size_t i = 0; i < n; ++i) {
-    largest = HWY_MAX(largest, std::fabs(q[i]));
-    zero += q[i] * 0.0f;  // NaN if any is NaN or Inf
+// max |q| of n numbers; NaN if one is NaN or infinite.
+HWY_INLINE float LargestFinite(const float* q, std::size_t n) {
+  const DF df;
+  VF largest = hn::Zero(df);
+  hn::Mask<DF> finite = hn::FirstN(df, kLanes);
+  for (std::size_t c = 0; c < n; c += kLanes) {
+    const VF x = hn::LoadN(df, q + c, HWY_MIN(kLanes, n - c));
+    largest = hn::Max(largest, hn::Abs(x));
+    finite = hn::And(finite, hn::IsFinite(x));
   }
-  return {largest, zero == 0.0f};
+  return hn::AllTrue(df, finite) ? hn::ReduceMax(df, largest) : std::numeric_limits<float>::quiet_NaN();
 }
 
-// f32 terms -> the operand of a product. The fixed-point forms keep 15 bits and a sign.
-HWY_INLINE void PackQuery(F16Product, const float* q, std::size_t head_dim, std::uint8_t* to, RowInfo& info) {
+// f32 terms -> the operand of a product; the fixed-point forms keep 15 bits and a sign. largest: LargestFinite of the row.
+HWY_INLINE void PackQuery(F16Product, const float* q, std::size_t head_dim, float, std::uint8_t* to, RowInfo& info) {
   std::memcpy(to, q, head_dim * sizeof(float));
   info = {1.0f, 0, 0};
 }
 
 template <class P>
-HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, std::uint8_t* to, RowInfo& info) {
+HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, float largest, std::uint8_t* to, RowInfo& info) {
   constexpr float kLargest = KVMIX_QUADS ? 32512.0f : 32767.0f;  // 127 * 256, so that a rounded high limb fits
-  const QueryRange range = RangeOf(q, head_dim);
-  const float scale = range.largest / kLargest;
+  const DF df;
+  const DI32 di;
+  const float scale = largest / kLargest;
   const std::size_t steps = KSteps(P::kStorage, head_dim);
   std::memset(to, 0, steps * P::kRowBytesPerStep);
-  info = {1.0f, 0, 0};  // a row of zeros: not 0, which times a masked score of -inf would be NaN
-  if (!range.finite || scale < 0x1p-100f) return;
-  const float inv_scale = 1.0f / scale;
+  info = {1.0f, 0, 0};            // a row of zeros: not 0, which times a masked score of -inf would be NaN
+  if (!(scale >= 0x1p-100f)) return;  // nor has a row with NaN any terms
   info.scale = scale;
-  for (std::size_t c = 0; c < head_dim; ++c) {
-    const std::int32_t code = static_cast<std::int32_t>(std::nearbyint(q[c] * inv_scale));
+  const VF inv_scale = hn::Set(df, 1.0f / scale);
+  VI32 sum_high = hn::Zero(di), sum_low = sum_high;
+  for (std::size_t c = 0; c < head_dim; c += kLanes) {
+    const std::size_t n = HWY_MIN(kLanes, head_dim - c);
+    const VI32 code = hn::NearestInt(hn::Mul(hn::LoadN(df, q + c, n), inv_scale));
 #if KVMIX_QUADS
-    const std::int32_t high = (code + 128) >> 8, low = code - 256 * high;
-    to[c] = static_cast<std::uint8_t>(high);
-    to[4 * steps + c] = static_cast<std::uint8_t>(low);
-    info.start_high -= 128 * high;
-    info.start_low -= 128 * low;
+    const hn::Rebind<std::int8_t, DI32> d8;
+    const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(di, 128))), low = hn::Sub(code, hn::ShiftLeft<8>(high));
+    hn::StoreN(hn::DemoteTo(d8, high), d8, reinterpret_cast<std::int8_t*>(to) + c, n);
+    hn::StoreN(hn::DemoteTo(d8, low), d8, reinterpret_cast<std::int8_t*>(to) + 4 * steps + c, n);
+    sum_high = hn::Add(sum_high, high);
+    sum_low = hn::Add(sum_low, low);
 #else
-    const std::int16_t narrow = static_cast<std::int16_t>(code);
-    std::memcpy(to + 2 * c, &narrow, 2);
+    const hn::Rebind<std::int16_t, DI32> d16;
+    hn::StoreN(hn::DemoteTo(d16, code), d16, reinterpret_cast<std::int16_t*>(to) + c, n);
 #endif
+  }
+  if (kFlipK != 0) {
+    info.start_high = -128 * hn::ReduceSum(di, sum_high);
+    info.start_low = -128 * hn::ReduceSum(di, sum_low);
   }
 }
 
@@ -86,26 +93,37 @@ constexpr bool kIsF16 = std::is_same<P, F16Product>::value;
 template <class P>
 constexpr float kLargestWeight = kIsF16<P> ? 1.0f : KVMIX_QUADS ? 65500.0f : 32750.0f;  // room for the error of Exp2
 
-HWY_INLINE void PackWeights(F16Product, const VF (&w)[kWeightVecs], std::size_t token, std::uint8_t* row) {
+// e: 2^(score - max), in units that make e * scale a code; scale: of V, per token.
+HWY_INLINE void PackWeights(F16Product, const VF (&e)[kWeightVecs], const float*, std::size_t token, std::uint8_t* row) {
   float* to = reinterpret_cast<float*>(row) + token;
-  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { hn::StoreU(w[i], DF(), to + i * kLanes); });
+  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { hn::StoreU(e[i], DF(), to + i * kLanes); });
 }
-HWY_INLINE void PackWeights(VI8Product, const VF (&w)[kWeightVecs], std::size_t token, std::uint8_t* row) {
+HWY_INLINE void PackWeights(VI8Product, const VF (&e)[kWeightVecs], const float* scale, std::size_t token, std::uint8_t* row) {
+  // Adding 2^23 rounds to an integer and leaves it in the lowest 16 bits.
+  const auto code = [&](auto i) KVMIX_LAMBDA {
+    return hn::BitCast(DI32(), hn::MulAdd(e[i], hn::LoadU(DF(), scale + token + i * kLanes), hn::Set(DF(), 0x1p23f)));
+  };
+  constexpr std::integral_constant<std::size_t, 0> k0;
+  constexpr std::integral_constant<std::size_t, 1> k1;
+  constexpr std::integral_constant<std::size_t, 2> k2;
+  constexpr std::integral_constant<std::size_t, 3> k3;
 #if KVMIX_QUADS
   const hn::ScalableTag<std::uint16_t> d16;
-  const hn::ScalableTag<std::uint8_t> d8;
+  const DU8 d8;
   const hn::RebindToUnsigned<DI32> d32;
-  const auto pair = [&](auto i) KVMIX_LAMBDA {
-    return hn::OrderedTruncate2To(d16, hn::BitCast(d32, hn::NearestInt(w[i])), hn::BitCast(d32, hn::NearestInt(w[i + 1])));
+  const auto pair = [&](auto i, auto j) KVMIX_LAMBDA {
+    return hn::BitCast(d8, hn::OrderedTruncate2To(d16, hn::BitCast(d32, code(i)), hn::BitCast(d32, code(j))));
   };
-  const auto lower = hn::BitCast(d8, pair(std::integral_constant<std::size_t, 0>())), upper = hn::BitCast(d8, pair(std::integral_constant<std::size_t, 2>()));
+  const auto lower = pair(k0, k1), upper = pair(k2, k3);
   hn::StoreU(hn::ConcatOdd(d8, upper, lower), d8, row + token);
   hn::StoreU(hn::ConcatEven(d8, upper, lower), d8, row + kBlockTokens + token);
 #else
   const DI16 d16;
   std::int16_t* to = reinterpret_cast<std::int16_t*>(row) + token;
-  hn::StoreU(hn::OrderedDemote2To(d16, hn::NearestInt(w[0]), hn::NearestInt(w[1])), d16, to);
-  hn::StoreU(hn::OrderedDemote2To(d16, hn::NearestInt(w[2]), hn::NearestInt(w[3])), d16, to + 2 * kLanes);
+  const VI32 mask = hn::Set(DI32(), 0xFFFF);
+  const auto pair = [&](auto i, auto j) KVMIX_LAMBDA { return hn::OrderedDemote2To(d16, hn::And(code(i), mask), hn::And(code(j), mask)); };
+  hn::StoreU(pair(k0, k1), d16, to);
+  hn::StoreU(pair(k2, k3), d16, to + 2 * kLanes);
 #endif
 }
 
@@ -216,16 +234,15 @@ HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, fl
   const VF shift = hn::Set(df, log2_inverse - new_max), smallest = hn::Set(df, kSmallestExponent);
   VF total = hn::Zero(df);
   for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
-    VF weights[kWeightVecs];
+    VF e[kWeightVecs];
     Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
       const std::size_t at = t + i * kLanes;
       const VF x = hn::MulAdd(hn::Load(df, scores + at), to_log2, shift);
-      VF e = Exp2(x);
-      if constexpr (kIsF16<P>) e = hn::IfThenElseZero(hn::Gt(x, smallest), e);
-      total = hn::Add(total, e);
-      weights[i] = kIsF16<P> ? e : hn::Mul(e, hn::LoadU(df, w.v_scale + at));
+      e[i] = Exp2(x);
+      if constexpr (kIsF16<P>) e[i] = hn::IfThenElseZero(hn::Gt(x, smallest), e[i]);  // codes round to 0 by themselves
+      total = hn::Add(total, e[i]);
     });
-    PackWeights(P(), weights, t, w.weights[r]);
+    PackWeights(P(), e, w.v_scale, t, w.weights[r]);
   }
   *sum = *sum * w.correction[r] + hn::ReduceSum(df, total) * w.weight_info[r].scale;
   *max = new_max;
@@ -285,9 +302,10 @@ void AttendRows(const AttendTask& t) {
   RowInfo* info = reinterpret_cast<RowInfo*>(queries + t.rows * row_bytes);
   for (std::size_t r = 0; r < t.rows; ++r) {
     const float* q = t.q + r * f.head_dim;
-    PackQuery(KP(), q, f.head_dim, queries + r * row_bytes, info[r]);
+    t.max[r] = LargestFinite(q, f.head_dim);
+    PackQuery(KP(), q, f.head_dim, t.max[r], queries + r * row_bytes, info[r]);
     info[r].scale *= t.scale * kLog2E;
-    t.max[r] = kNegInf;
+    if (!std::isnan(t.max[r])) t.max[r] = kNegInf;
     t.sum[r] = 0.0f;
   }
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
@@ -333,9 +351,6 @@ void AttendRows(const AttendTask& t) {
       });
       fetch = false;
     }
-  }
-  for (std::size_t r = 0; r < t.rows; ++r) {
-    if (!RangeOf(t.q + r * f.head_dim, f.head_dim).finite) t.max[r] = std::numeric_limits<float>::quiet_NaN();
   }
 }
 
