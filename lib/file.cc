@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -64,6 +65,21 @@ int CreateBeside(const std::string& path, std::string* name) {
   return fd;
 }
 
+// Bytes of the UTF-8 character that `text` begins with; 0 where it begins with none.
+std::size_t CharacterLength(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  if (byte(0) < 0x80u) return 1;
+  const std::size_t length = byte(0) >= 0xF0u ? 4 : byte(0) >= 0xE0u ? 3 : 2;
+  std::uint32_t code = byte(0) & (0x7Fu >> length);
+  for (std::size_t i = 1; i < length; ++i) {
+    if ((byte(i) & 0xC0u) != 0x80u) return 0;
+    code = code << 6 | (byte(i) & 0x3Fu);
+  }
+  constexpr std::uint32_t kLeast[] = {0, 0, 0x80u, 0x800u, 0x10000u};
+  const bool surrogate = code >= 0xD800u && code < 0xE000u;
+  return byte(0) < 0xC0u || byte(0) >= 0xF8u || code < kLeast[length] || code > 0x10FFFFu || surrogate ? 0 : length;
+}
+
 }  // namespace
 
 Status FileError(ErrorCode code, const std::string& path, std::string_view what, std::string_view expected, std::string_view found) {
@@ -71,16 +87,16 @@ Status FileError(ErrorCode code, const std::string& path, std::string_view what,
 }
 
 std::string OneLine(std::string_view text, std::size_t limit) {
-  std::size_t end = text.size();
-  if (end > limit) {
-    end = limit;
-    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0u) == 0x80u) --end;  // not inside a UTF-8 character
+  std::string line;
+  std::size_t i = 0;
+  while (i < text.size()) {
+    const std::size_t length = CharacterLength(text.substr(i));
+    if (i + std::max<std::size_t>(length, 1) > limit) return line + "...";
+    const bool control = length == 1 && (static_cast<unsigned char>(text[i]) < 0x20u || text[i] == 0x7F);
+    line += length == 0 || control ? "?" : text.substr(i, length);
+    i += std::max<std::size_t>(length, 1);
   }
-  std::string line(text.substr(0, end));
-  for (char& c : line) {
-    if (static_cast<unsigned char>(c) < 0x20u || c == 0x7F) c = '?';
-  }
-  return end < text.size() ? line + "..." : line;
+  return line;
 }
 
 std::string Quoted(std::string_view text) { return '"' + OneLine(text, 60) + '"'; }

@@ -13,7 +13,8 @@ namespace kvmix::internal {
 // "PATH: WHAT: expected EXPECTED, found FOUND" (without WHAT where it is empty).
 Status FileError(ErrorCode code, const std::string& path, std::string_view what, std::string_view expected, std::string_view found);
 
-// Text of unknown origin as it may stand in a one-line message: control characters become '?', more than `limit` bytes are cut.
+// Text of unknown origin as it may stand in a one-line message: control characters and bytes that are no
+// UTF-8 become '?', more than `limit` bytes are cut.
 std::string OneLine(std::string_view text, std::size_t limit = 200);
 // The same in double quotes, short.
 std::string Quoted(std::string_view text);

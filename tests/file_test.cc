@@ -19,6 +19,8 @@ TEST(OneLine, IsOneShortLine) {
   EXPECT_EQ(internal::OneLine("a\nb\x7F\tc"), "a?b??c");
   EXPECT_EQ(internal::OneLine("abcdef", 3), "abc...");
   EXPECT_EQ(internal::OneLine("ab\u00e9f", 3), "ab...");  // no half of a character
+  EXPECT_EQ(internal::OneLine("ab\u00e9", 4), "ab\u00e9");
+  EXPECT_EQ(internal::OneLine("a\xF9 \xC3(\xED\xA0\x80\xC0\xAF"), "a? ?(?????");  // stray, cut, a surrogate, overlong
   EXPECT_EQ(internal::Quoted(""), "\"\"");
 }
 
