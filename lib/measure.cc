@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -35,11 +38,37 @@ std::string FileName(const std::string& path) {
 std::vector<AttentionError> CompareLayer(const std::vector<float>& exact, const std::vector<float>& approximate, const Geometry& g, int num_threads) {
   const std::size_t stride = g.query_heads * g.head_dim;
   std::vector<AttentionError> errors(g.query_heads);
-  const int threads = num_threads > 0 ? num_threads : omp_get_max_threads();
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(num_threads)
   for (std::size_t h = 0; h < g.query_heads; ++h)
     errors[h] = CompareOutputs(&exact[h * g.head_dim], &approximate[h * g.head_dim], exact.size() / stride, stride, g.head_dim);
   return errors;
+}
+
+// Calls work(layer, threads for it) for every layer and returns the first layer's error. Layers run side by side, which costs the least
+// waiting, as long as the outputs that they hold stay small; else one after the other with all threads.
+constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
+
+Status ForLayers(std::size_t first, std::size_t last, const std::vector<const Dump*>& dumps, int num_threads, const Progress& progress,
+                 const std::function<Status(std::size_t, int)>& work) {
+  const int threads = num_threads > 0 ? num_threads : omp_get_max_threads();
+  std::size_t layer_bytes = 1;  // of an exact and an approximate output
+  for (const Dump* dump : dumps) layer_bytes = std::max(layer_bytes, 2 * sizeof(float) * dump->tokens() * dump->geometry().query_heads * dump->geometry().head_dim);
+  const int side_by_side = static_cast<int>(std::clamp<std::size_t>(kOutputBytes / layer_bytes, 1, static_cast<std::size_t>(threads)));
+  std::vector<Status> results(last - first);
+  std::size_t done = 0;
+  std::atomic<bool> failed = false;
+#pragma omp parallel for num_threads(side_by_side) schedule(dynamic)
+  for (std::size_t layer = first; layer < last; ++layer) {
+    if (failed) continue;
+    results[layer - first] = work(layer, side_by_side == 1 ? threads : 1);
+    for (const Dump* dump : dumps) dump->Release(layer);
+    if (!results[layer - first].ok()) failed = true;
+#pragma omp critical(kvmix_progress)
+    if (progress) progress(++done, last - first);
+  }
+  for (Status& s : results)
+    if (!s.ok()) return std::move(s);
+  return {};
 }
 
 Status CheckDumps(const std::vector<const Dump*>& dumps) {
@@ -222,19 +251,17 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
   if (Status s = CheckPlan(plan); !s.ok()) return s;
   if (Status s = CheckGeometryMatches(plan, dump.geometry()); !s.ok()) return Status(s.code(), fmt::format("{}: {}", dump.path(), s.message()));
   const Geometry& g = plan.geometry;
-  const std::vector<HeadCodec> exact_codecs(g.kv_heads * 2);
-  std::vector<float> exact, approximate;
-  std::vector<AttentionError> errors;
-  for (std::size_t layer = 0; layer < g.layers; ++layer) {
+  std::vector<AttentionError> errors(g.layers * g.query_heads);
+  const auto measure = [&](std::size_t layer, int threads) -> Status {
     if (Status s = dump.CheckFinite(layer); !s.ok()) return s;
+    std::vector<float> exact, approximate;
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
-    if (Status s = AttendDump(dump, layer, exact_codecs, num_threads, &exact); !s.ok()) return s;
-    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(first, first + g.kv_heads * 2), num_threads, &approximate); !s.ok()) return s;
-    const std::vector<AttentionError> layer_errors = CompareLayer(exact, approximate, g, num_threads);
-    errors.insert(errors.end(), layer_errors.begin(), layer_errors.end());
-    dump.Release(layer);
-    if (progress) progress(layer + 1, g.layers);
-  }
+    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(g.kv_heads * 2), threads, &exact); !s.ok()) return s;
+    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(first, first + g.kv_heads * 2), threads, &approximate); !s.ok()) return s;
+    std::ranges::copy(CompareLayer(exact, approximate, g, threads), errors.begin() + static_cast<std::ptrdiff_t>(layer * g.query_heads));
+    return {};
+  };
+  if (Status s = ForLayers(0, g.layers, {&dump}, num_threads, progress, measure); !s.ok()) return s;
   return errors;
 }
 
@@ -282,17 +309,18 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const std::vec
     table.tokens += dump->tokens();
     for (const std::size_t tokens : dump->prompt_tokens()) table.longest_prompt = std::max(table.longest_prompt, tokens);
   }
-  for (std::size_t layer = first_layer; layer < last_layer; ++layer) {
+  std::vector<std::vector<HeadErrors>> layers(last_layer - first_layer);
+  const auto measure = [&](std::size_t layer, int threads) -> Status {
     for (const Dump* dump : dumps)
       if (Status s = dump->CheckFinite(layer); !s.ok()) return s;
-    std::vector<HeadErrors> heads = StartLayer(dumps, candidates, layer);
-    for (const Dump* dump : dumps) {
-      if (Status s = AddAttentionErrors(*dump, layer, num_threads, &heads); !s.ok()) return s;
-      dump->Release(layer);
-    }
-    table.heads.insert(table.heads.end(), std::make_move_iterator(heads.begin()), std::make_move_iterator(heads.end()));
-    if (progress) progress(layer - first_layer + 1, last_layer - first_layer);
-  }
+    std::vector<HeadErrors>& heads = layers[layer - first_layer];
+    heads = StartLayer(dumps, candidates, layer);
+    for (const Dump* dump : dumps)
+      if (Status s = AddAttentionErrors(*dump, layer, threads, &heads); !s.ok()) return s;
+    return {};
+  };
+  if (Status s = ForLayers(first_layer, last_layer, dumps, num_threads, progress, measure); !s.ok()) return s;
+  for (std::vector<HeadErrors>& heads : layers) table.heads.insert(table.heads.end(), std::make_move_iterator(heads.begin()), std::make_move_iterator(heads.end()));
   return table;
 }
 

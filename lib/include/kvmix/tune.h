@@ -39,7 +39,8 @@ KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Ge
 KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs, int num_threads, std::vector<float>* out,
                             std::uint64_t* saturated = nullptr);
 
-// The errors of a whole plan, [layers][query_heads]. progress(done, total), if given, is called after each layer.
+// The errors of a whole plan, [layers][query_heads]. Layers run side by side on num_threads threads (0: OpenMP's default);
+// progress(done, total), if given, is called after each layer, by one thread at a time.
 using Progress = std::function<void(std::size_t done, std::size_t total)>;
 KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan, int num_threads, const Progress& progress = {});
 
@@ -78,7 +79,8 @@ struct ErrorTable {
 };
 
 // Scales and means come from all `dumps` together (one model; their shapes must agree), errors are measured on them all. Layers
-// [first_layer, last_layer). NaN or Inf, a dump without Q or without tokens is an error. Memory: a few times one layer's tensors.
+// [first_layer, last_layer). NaN or Inf, a dump without Q or without tokens is an error. Memory: a few times
+// one layer's tensors for every layer in work; layers whose outputs take more than 1 GiB are measured one after the other.
 KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const std::vector<CodecKind>& candidates, std::size_t first_layer,
                                      std::size_t last_layer, int num_threads, const Progress& progress = {});
 

@@ -1,0 +1,230 @@
+// kvmix-tune: from dumps to a plan. Measures what every codec costs every head, chooses, measures the plan as a whole, reports.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include "console.h"
+#include "dumps.h"
+#include "kvmix/speed.h"
+#include "kvmix/tune.h"
+#include "tune_report.h"
+
+namespace kvmix::tools {
+namespace {
+
+constexpr const char* kProgram = "kvmix-tune";
+constexpr const char* kDefaultPlan = "plan.json";
+constexpr double kSpeedSeconds = 0.5;
+
+struct Options {
+  std::vector<std::string> dumps;
+  std::string holdout;
+  RawFormat raw;
+  Constraints constraints;
+  std::string candidates = "int8";
+  std::size_t context = 4096;
+  int threads = 0;
+  std::string wisdom;
+  std::string output;
+  bool json = false;
+};
+
+// A number in (low, high), or in (low, high] if `closed`.
+CLI::Validator Between(double low, double high, bool closed) {
+  return CLI::Validator(
+      [=](std::string& text) -> std::string {
+        double x = 0.0;
+        if (CLI::detail::lexical_cast(text, x) && x > low && (x < high || (closed && x == high))) return "";
+        return fmt::format("expected a number above {} and {} {}, found '{}'", low, closed ? "up to" : "below", high, text);
+      },
+      "NUMBER");
+}
+
+void AddOptions(CLI::App* app, Options* o) {
+  app->add_option("DUMP", o->dumps, "dumps of one model to calibrate on: safetensors files or raw folders; without any, the built-in sample");
+  app->add_option("--budget", o->constraints.budget, "save at least this fraction of the fp16 KV bytes")->check(Between(0.0, 1.0, false));
+  app->add_option("--min-cosine", o->constraints.min_cosine, "of the predicted worst query head; without --budget: save the most that holds it")->check(Between(0.0, 1.0, true));
+  app->add_option("--max-time", o->constraints.max_decode_ns, "predicted decode time of a token over all layers, in ns")->check(Between(0.0, 1e18, false));
+  app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
+  app->add_option("--candidates", o->candidates, "codecs to choose from")->check(CLI::IsMember({"seed", "int8"}))->capture_default_str();
+  app->add_option("--context", o->context, "tokens in the cache for decode times")->check(CLI::Range(1u, 1u << 20))->capture_default_str();
+  app->add_option("--threads", o->threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
+  app->add_option("--wisdom", o->wisdom, "file of kernel speeds of this CPU: read if it exists, completed, written");
+  app->add_option("-o,--output", o->output, fmt::format("the plan; without it (and without --json) {}, if there is none yet", kDefaultPlan));
+  app->add_flag("--json", o->json, "print the report as JSON");
+  AddRawOptions(app, &o->raw);
+  app->footer("Example:\n  kvmix-tune model.c4.safetensors --holdout model.wikitext.safetensors --budget 0.45 -o plan.json");
+}
+
+// Tells early that a file cannot be written, before minutes of work.
+Status CheckWritable(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  if (fs::is_directory(path, error)) return {ErrorCode::kIo, fmt::format("{}: expected a file to write to, found a folder", path)};
+  const fs::path folder = fs::path(path).has_parent_path() ? fs::path(path).parent_path() : fs::path(".");
+  if (!fs::is_directory(folder, error)) return {ErrorCode::kIo, fmt::format("{}: expected the folder {}, found none", path, folder.string())};
+  if (access(folder.c_str(), W_OK | X_OK) != 0) return {ErrorCode::kIo, fmt::format("{}: may not write to the folder {}", path, folder.string())};
+  return {};
+}
+
+struct Dumps {
+  std::vector<Dump> calibration;
+  std::optional<Dump> holdout;
+};
+
+Result<Dumps> OpenDumps(const Options& o) {
+  std::vector<std::string> paths = o.dumps;
+  std::string holdout_path = o.holdout;
+  if (paths.empty()) {
+    Result<std::string> calibration = SamplePath("calibration"), holdout = SamplePath("holdout");
+    if (!calibration.ok()) return calibration.status();
+    if (!holdout.ok()) return holdout.status();
+    paths = {*calibration};
+    if (holdout_path.empty()) holdout_path = *holdout;
+  }
+  Dumps dumps;
+  for (const std::string& path : paths) {
+    Result<Dump> dump = OpenDump(path, o.raw);
+    if (!dump.ok()) return dump.status();
+    dumps.calibration.push_back(std::move(*dump));
+  }
+  if (!holdout_path.empty()) {
+    Result<Dump> dump = OpenDump(holdout_path, o.raw);
+    if (!dump.ok()) return dump.status();
+    if (!dump->has_q()) return Status(ErrorCode::kInvalidArgument, fmt::format("{}: has no Q, which attention errors need", holdout_path));
+    if (dump->geometry() != dumps.calibration[0].geometry())
+      return Status(ErrorCode::kMismatch, fmt::format("{}: expected {}, found {}", holdout_path, ToString(dumps.calibration[0].geometry()), ToString(dump->geometry())));
+    dumps.holdout.emplace(std::move(*dump));
+  }
+  return dumps;
+}
+
+Result<Wisdom> Speeds(const Options& o, const Geometry& g, const std::vector<CodecKind>& candidates) {
+  Wisdom wisdom = ThisMachine();
+  if (!o.wisdom.empty()) {
+    Result<Wisdom> known = LoadWisdom(o.wisdom);
+    if (known.ok()) {
+      wisdom = std::move(*known);
+    } else if (known.status().code() != ErrorCode::kNotFound) {
+      return known.status();
+    }
+  }
+  std::vector<CodecKind> plain;
+  std::copy_if(candidates.begin(), candidates.end(), std::back_inserter(plain), [](const CodecKind& kind) { return !kind.centred; });
+  const std::size_t before = wisdom.speeds.size();
+  if (Status s = MeasureHeadSpeeds(plain, plain, g.group(), g.head_dim, o.context, kSpeedSeconds, &wisdom); !s.ok()) return s;
+  if (!o.wisdom.empty() && wisdom.speeds.size() > before)
+    if (Status s = SaveWisdom(wisdom, o.wisdom); !s.ok()) return s;
+  return wisdom;
+}
+
+// The plan as a whole over several dumps.
+Result<Fidelity> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads, const std::string& label) {
+  ProgressBar bar(label);
+  std::vector<AttentionError> total(plan.geometry.layers * plan.geometry.query_heads);
+  for (const Dump* dump : dumps) {
+    Result<std::vector<AttentionError>> errors = MeasurePlan(*dump, plan, threads, [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
+    if (!errors.ok()) return errors.status();
+    for (std::size_t i = 0; i < total.size(); ++i) total[i] += (*errors)[i];
+  }
+  return Summarize(total, plan.geometry);
+}
+
+Result<TuneReport> Tune(const Options& o) {
+  const Result<std::vector<CodecKind>> candidates = Candidates(o.candidates);
+  if (!candidates.ok()) return candidates.status();
+  Result<Dumps> dumps = OpenDumps(o);
+  if (!dumps.ok()) return dumps.status();
+  std::vector<const Dump*> calibration;
+  for (const Dump& dump : dumps->calibration) calibration.push_back(&dump);
+
+  TuneReport report;
+  report.candidates = o.candidates;
+  report.context = o.context;
+  const Geometry& geometry = calibration[0]->geometry();
+  {
+    ProgressBar bar("measuring every head and codec");
+    Result<ErrorTable> table = Measure(calibration, *candidates, 0, geometry.layers, o.threads, [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
+    if (!table.ok()) return table.status();
+    report.table = std::move(*table);
+  }
+  {
+    ProgressBar bar("timing the kernels");
+    Result<Wisdom> wisdom = Speeds(o, geometry, *candidates);
+    if (!wisdom.ok()) return wisdom.status();
+    report.wisdom = std::move(*wisdom);
+  }
+  Result<Choice> choice = Choose(report.table, report.wisdom, o.context, o.constraints);
+  if (!choice.ok()) return choice.status();
+  report.choice = std::move(*choice);
+
+  Provenance& provenance = report.choice.plan.provenance;
+  Result<Fidelity> on_calibration = MeasureWhole(calibration, report.choice.plan, o.threads, "measuring the plan on the calibration");
+  if (!on_calibration.ok()) return on_calibration.status();
+  report.calibration = provenance.on_calibration = *on_calibration;
+  if (dumps->holdout) {
+    Result<Fidelity> on_holdout = MeasureWhole({&*dumps->holdout}, report.choice.plan, o.threads, "measuring the plan on the holdout");
+    if (!on_holdout.ok()) return on_holdout.status();
+    report.holdout = provenance.on_holdout = *on_holdout;
+    provenance.holdout = std::filesystem::path(dumps->holdout->path()).filename().string();
+    provenance.holdout_tokens = dumps->holdout->tokens();
+  }
+  return report;
+}
+
+// Writes the plan where it belongs; returns the closing line of the text.
+Result<std::string> WritePlan(const Options& o, const Plan& plan) {
+  std::string path = o.output;
+  if (path.empty()) {
+    if (o.json) return std::string();
+    std::error_code error;
+    if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
+      return fmt::format("{} exists already and was left as it is: name a file with -o to keep this plan\n", kDefaultPlan);
+    path = kDefaultPlan;
+  }
+  if (Status s = SavePlan(plan, path); !s.ok()) return s;
+  return fmt::format("plan written to {}\n", path);
+}
+
+int Main(int argc, char** argv) {
+  Options o;
+  CLI::App app("Chooses how every KV head's K and V is stored: the least damage to attention within a budget of bytes.", kProgram);
+  AddOptions(&app, &o);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return e.get_exit_code() == 0 ? app.exit(e) : Fail(kProgram, e.what());
+  }
+  if (o.constraints.budget < 0.0 && o.constraints.min_cosine < 0.0) return Fail(kProgram, "nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
+  for (const std::string& path : {o.output, o.wisdom})
+    if (!path.empty())
+      if (const Status s = CheckWritable(path); !s.ok()) return Fail(kProgram, s.message());
+  const Result<TuneReport> report = Tune(o);
+  if (!report.ok()) return Fail(kProgram, report.status().message());
+  const Result<std::string> written = WritePlan(o, report->choice.plan);
+  if (!written.ok()) return Fail(kProgram, written.status().message());
+  std::fputs((o.json ? ReportJson(*report) : ReportText(*report) + "\n" + *written).c_str(), stdout);
+  return std::fflush(stdout) == 0 ? 0 : Fail(kProgram, "writing to the standard output failed");
+}
+
+}  // namespace
+}  // namespace kvmix::tools
+
+int main(int argc, char** argv) {
+  try {
+    return kvmix::tools::Main(argc, argv);
+  } catch (const std::exception& e) {  // of memory that is not there
+    return kvmix::tools::Fail("kvmix-tune", e.what());
+  }
+}

@@ -1,0 +1,30 @@
+// What kvmix-tune found, as text for people and as JSON for programs.
+#ifndef KVMIX_TOOLS_TUNE_REPORT_H_
+#define KVMIX_TOOLS_TUNE_REPORT_H_
+
+#include <cstddef>
+#include <optional>
+#include <string>
+
+#include "kvmix/speed.h"
+#include "kvmix/tune.h"
+
+namespace kvmix::tools {
+
+struct TuneReport {
+  std::string candidates;  // "seed", "int8"
+  std::size_t context = 0;
+  ErrorTable table;
+  Wisdom wisdom;
+  Choice choice;
+  // The plan measured as a whole.
+  Fidelity calibration;
+  std::optional<Fidelity> holdout;
+};
+
+std::string ReportText(const TuneReport& report);
+std::string ReportJson(const TuneReport& report);
+
+}  // namespace kvmix::tools
+
+#endif  // KVMIX_TOOLS_TUNE_REPORT_H_
