@@ -328,7 +328,7 @@ RowErrors Errors(const RowsIn& in, const std::int8_t* codes, std::size_t code_st
 }
 
 void ToFloats(const std::uint16_t* HWY_RESTRICT x, std::size_t n, float* HWY_RESTRICT out) {
-  ForVectors<Tail::kPartial>(0, n, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA { Put(io, ToFloat(io.Load(DU16(), x + i)), out + i); });
+  ForVectors<Tail::kPartial>(0, n, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA { Put(io, ToFloat(DF32(), io.Load(DU16(), x + i)), out + i); });
 }
 
 void FiniteHalves(const std::uint16_t* HWY_RESTRICT x, std::size_t n, std::uint16_t* HWY_RESTRICT out) {

@@ -69,8 +69,16 @@ HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes
   }
 }
 
-HWY_INLINE F32 ToFloat(hn::Vec<DU16> halves) {
-  return hn::PromoteTo(DF32(), hn::BitCast(hn::Rebind<hwy::float16_t, DF32>(), halves));
+template <class D>
+HWY_INLINE hn::Vec<D> ToFloat(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves) {
+  const auto x = hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), halves));
+#if HWY_ARCH_X86 && HWY_TARGET >= HWY_SSE4
+  // Without F16C Highway takes infinity for 65536, NaN for what follows: give them an f32's exponent.
+  const auto infinity = hn::BitCast(d, hn::Set(hn::RebindToSigned<D>(), 0x7F800000));
+  return hn::Or(x, hn::IfThenElseZero(hn::Ge(hn::Abs(x), hn::Set(d, 65536.0f)), infinity));
+#else
+  return x;
+#endif
 }
 
 // NaN -> 0, infinities -> the largest half.
@@ -113,7 +121,7 @@ struct PlainHalves {
 
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    return ToFloat(io.Load(DU16(), x + i));
+    return ToFloat(DF32(), io.Load(DU16(), x + i));
   }
 
   HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
@@ -134,9 +142,9 @@ struct PlainHalves {
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), low, high), bits);
     const hn::CappedTag<float, kGroup> d;
     const hn::Rebind<std::int16_t, decltype(d)> d16;
-    const hn::Rebind<hwy::float16_t, decltype(d)> dh;
+    const hn::RebindToUnsigned<decltype(d16)> du16;
     for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
-      hn::Store(hn::PromoteTo(d, hn::BitCast(dh, hn::LoadU(d16, bits + i))), d, absmax + i);
+      hn::Store(ToFloat(d, hn::BitCast(du16, hn::LoadU(d16, bits + i))), d, absmax + i);
     }
   }
 
@@ -162,7 +170,7 @@ struct CentredHalves {
 
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    return hn::Sub(ToFloat(io.Load(DU16(), x + i)), io.Load(DF32(), mean + i));
+    return hn::Sub(ToFloat(DF32(), io.Load(DU16(), x + i)), io.Load(DF32(), mean + i));
   }
 
   HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
@@ -194,7 +202,7 @@ struct CarefulHalves {
 
   template <class IO>
   HWY_INLINE F32 LoadX(IO io, std::size_t i) const {
-    return ToFloat(Finite(DU16(), io.Load(DU16(), x + i)));
+    return ToFloat(DF32(), Finite(DU16(), io.Load(DU16(), x + i)));
   }
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
