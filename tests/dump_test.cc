@@ -267,7 +267,7 @@ TEST(Dump, SurvivesRandomDamage) {
   std::mt19937 random(7);
   const std::string alphabet = "{}[]\",:0123456789.-eE\\ kvq";
   std::size_t refused = 0;
-  for (int round = 0; round < 2000; ++round) {
+  for (int round = 0; round < 300; ++round) {
     std::string bytes = good;
     for (unsigned flips = 1 + random() % 8; flips-- > 0;) {
       // Half of the flips are likely to leave JSON.
@@ -284,7 +284,7 @@ TEST(Dump, SurvivesRandomDamage) {
       dump->Release(layer);
     }
   }
-  EXPECT_GT(refused, 1000u);
+  EXPECT_GT(refused, 150u);
 }
 
 TEST(Dump, RefusesWhatIsNoFile) {

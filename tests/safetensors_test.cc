@@ -51,7 +51,7 @@ TEST(Safetensors, RefusesLyingHeaders) {
       {shape({huge, huge, huge}), "expected a shape whose bytes can be counted, found an overflow"},
       {shape({6, 2, 9}), "expected 216 bytes (dtype x shape), found 192"},
       {shape({6, 2, true}), "expected a whole number below 2^64, found true"},
-      {shape({nlohmann::ordered_json::array({6})}), "found an array"},
+      {shape(nlohmann::ordered_json::parse("[6, 2, [8]]")), "found an array"},
       {shape(nlohmann::ordered_json::object()), "found an object"},
       {edited([](auto& h) { h["layers.0.q"]["shape"][0] = 0; }), "expected 0 bytes (dtype x shape)"},
       {edited([](auto& h) { h["layers.0.v"]["dtype"] = "I64"; }), "dtype x shape"},
