@@ -59,7 +59,7 @@ have_archive() { [ -f "$archive" ] && echo "$(wrap_value source_hash)  $archive"
 fetch_highway_from_debian() {
   local folder mirror suite keys version release
   release=$(wrap_value directory)
-  mirror=$(apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Identifier: Packages' | sed -n '/^Debian /{s///p;q}')
+  mirror=$(apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Identifier: Packages' | awk '$1 == "Debian" && !n++ { print $2 }')
   [ -n "$mirror" ] || return 1
   folder=$(mktemp -d)
   mkdir -p "$folder"/lists/partial "$folder"/archives/partial
@@ -78,7 +78,7 @@ END
     export APT_CONFIG=$folder/apt.conf
     cd "$folder"
     quietly apt-get -q update || exit 1
-    version=$(apt-cache showsrc highway | sed -n "s/^Version: *\(${release#*-}-.*\)/\1/p" | head -n 1)
+    version=$(apt-cache showsrc highway | awk -v want="${release#*-}-" '$1 == "Version:" && index($2, want) == 1 && !n++ { print $2 }')
     [ -n "$version" ] && quietly apt-get -q source --download-only --tar-only "highway=$version"
   ) && mkdir -p "$(dirname "$archive")" && cp "$folder"/highway_*.orig.tar.gz "$archive"
   rm -rf "$folder"

@@ -27,7 +27,7 @@ compile shared $(pkg-config --cflags --libs kvmix)
 compile static $(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')
 
 export LD_LIBRARY_PATH=$libraries
-ldd "$root/shared" | grep -q "libkvmix.so.* => $libraries/" || die "the program does not use the installed libkvmix.so"
+ldd "$root/shared" | grep "libkvmix.so.* => $libraries/" >/dev/null || die "the program does not use the installed libkvmix.so"
 if ldd "$root/static" | grep libkvmix; then die "the static program needs libkvmix.so"; fi
 shared=$("$root/shared")
 static=$(env -u LD_LIBRARY_PATH "$root/static")
