@@ -107,7 +107,7 @@ class File(unittest.TestCase):
 
     @unittest.skipUnless(TUNE, 'no kvmix-tune given')
     def test_kvmix_tune_reads_it(self):
-        done = subprocess.run([TUNE, str(self.path), '--budget', '0.3', '--json'], capture_output=True, text=True)
+        done = subprocess.run([TUNE, str(self.path), '--budget', '0.3', '--json'], cwd=self.folder.name, capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertGreaterEqual(json.loads(done.stdout)['saved_fraction'], 0.3)
 
