@@ -101,7 +101,7 @@ get_highway() {
   say "Highway: Meson will download $(wrap_value source_url)"
 }
 
-build_all() {
+prepare() { # MESON-OPTION...
   if command -v apt-get >/dev/null; then
     install_packages "${packages[@]}"
   else
@@ -109,26 +109,30 @@ build_all() {
   fi
   get_highway
   if [ ! -f $build/build.ninja ]; then
-    say "meson setup $build -Dbuildtype=release $*"
+    say "meson setup $build -Dbuildtype=release${*:+ $*}"
     quietly meson setup $build -Dbuildtype=release "$@" || fail "meson setup failed"
   elif [ $# -gt 0 ]; then
     quietly meson configure $build "$@" || fail "meson configure failed"
   fi
-  say "ninja -C $build"
-  if [ -t 1 ]; then ninja -C $build; else ninja -C $build --quiet; fi
+}
+
+compile() { # TARGET... (none: everything)
+  say "ninja -C $build${*:+ $*}"
+  if [ -t 1 ]; then ninja -C $build "$@"; else ninja -C $build --quiet "$@"; fi
 }
 
 demo() {
-  build_all "$@"
-  local out=$build/demo
-  mkdir -p $out
-  say "kvmix-tune --budget 0.45 -o $out/plan.json (on the built-in sample)"
-  $build/tools/kvmix-tune --budget 0.45 -o $out/plan.json
-  say "the plan: $out/plan.json"
+  local plan=$build/demo/plan.json
+  prepare "$@"
+  compile tools/kvmix-tune
+  mkdir -p "$(dirname $plan)"
+  say "kvmix-tune --budget 0.45 -o $plan (without a dump: the built-in sample)"
+  $build/tools/kvmix-tune --budget 0.45 -o $plan
 }
 
 run_tests() {
-  build_all "$@"
+  prepare "$@"
+  compile
   rm -f $build/*.xml  # GoogleTest's reports: those of an earlier run must not be counted
   say "meson test -C $build"
   meson test -C $build --no-rebuild --print-errorlogs </dev/null || true  # the count below judges
