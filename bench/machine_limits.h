@@ -1,0 +1,57 @@
+// What this machine can do at most, probed in the same run as the kernels that are held against it; each limit once, and only if
+// something asks for it.
+//
+// Memory: the fastest of several loops (with and without prefetch, and with other vector widths than the target's: narrower ones can
+// be faster), over a buffer as large as the kernel's data. Arithmetic: the active target's instructions on registers.
+#ifndef KVMIX_BENCH_MACHINE_LIMITS_H_
+#define KVMIX_BENCH_MACHINE_LIMITS_H_
+
+#include <cstddef>
+#include <functional>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kvmix/plan.h"
+
+namespace kvmix::bench {
+
+struct Limit {
+  std::string name;         // "dram-read", "dot-u8i8"
+  double per_second = 0.0;  // bytes (of a copy: read and written) or multiply-adds
+  bool macs = false;
+  std::string label() const;  // "dram-read 19.3 GB/s"
+};
+
+enum class Access { kRead, kCopy, kStreamCopy };
+inline constexpr std::size_t kCold = 0;  // as a size: larger than any cache
+
+class Limits {
+ public:
+  // seconds: for one probe.
+  explicit Limits(double seconds) : seconds_(seconds) {}
+
+  // `bytes`: of all data that the kernel walks again and again (a copy: source and destination), or kCold.
+  Limit Memory(Access access, std::size_t bytes, int threads);
+  // Exact multiply-adds of 15- or 16-bit rows with a tile of this storage, by the best instruction that the active target has: f16
+  // tiles by FMA; i8 tiles by widening i16 pairs, or by byte dot products, two for the row's two limbs.
+  Limit TileMacs(Storage storage, int threads);
+
+  // What was probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3 GB/s, 128 KiB, 1 thread".
+  const std::vector<std::string>& probed() const { return probed_; }
+
+ private:
+  Limit Remember(const std::string& what, const std::string& conditions, const std::function<Limit()>& probe);
+  double MemoryRate(Access access, std::size_t bytes, int threads) const;
+  double MacRate(double (*kernel)(std::size_t rounds), int threads) const;
+
+  double seconds_;
+  std::map<std::string, Limit> known_;
+  std::vector<std::string> probed_;
+};
+
+}  // namespace kvmix::bench
+
+#endif  // KVMIX_BENCH_MACHINE_LIMITS_H_

@@ -1,0 +1,191 @@
+// kvmix-bench: how fast the kernels are, and how fast this machine would let them be.
+//
+// The table of benchmarks is workload.h's shapes and the contexts, codecs and sizes of attend_cases.cc and row_cases.cc. Google
+// Benchmark filters, lists, repeats and reports; here each run is timed call by call, and its median is what gets reported.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <benchmark/benchmark.h>
+#include <fmt/format.h>
+
+#include "bench/reporter.h"
+#include "bench/workload.h"
+#include "kernels/kernels.h"
+#include "kvmix/speed.h"
+
+namespace kvmix::bench {
+namespace {
+
+constexpr const char* kExamples = R"(
+Names: attend_decode/TARGET/k=CODEC,v=CODEC/SHAPE/CONTEXT/tTHREADS, attend_prefill/.../QUERIESxCONTEXT/tTHREADS,
+       quantize_token|quantize_head|dequantize_f32|dequantize_f16|append/TARGET/SHAPE/SIZE/tTHREADS
+SHAPE q14kv2d64: 14 query heads, 2 KV heads, head_dim 64. Contexts of 32k and 128k, and 8k of q32kv32d128, are cold.
+All flags of Google Benchmark work: --benchmark_filter=REGEX, --benchmark_list_tests, --benchmark_format=json|console|csv,
+--benchmark_out=FILE, --benchmark_repetitions=N, --benchmark_enable_random_interleaving=true, ...
+
+Examples:
+  kvmix-bench --quick
+  kvmix-bench --benchmark_filter='attend_decode/.*k=i8-token,v=i8-token/q32kv8d128/32k'
+  kvmix-bench --target AVX2 --benchmark_filter='attend_prefill.*512x4k/t1$' --benchmark_format=json)";
+
+constexpr double kSeconds = 0.5, kQuickSeconds = 0.1;  // of one benchmark's samples
+constexpr std::size_t kSamples = 7;                    // at least
+constexpr double kShortestSample = 20e-6;              // so that reading the clock costs nothing
+constexpr std::size_t kWisdomContext = 4096;           // kvmix-tune's default
+
+struct Options {
+  std::string target;
+  bool quick = false;
+  std::string wisdom;
+  double seconds() const { return quick ? kQuickSeconds : kSeconds; }
+};
+
+int Fail(const std::string& message) {
+  std::fprintf(stderr, "kvmix-bench: error: %s\n", message.c_str());
+  return 1;
+}
+
+std::string TargetNames() {
+  std::string names;
+  for (const kernels::Kernels& k : kernels::AllKernels()) names += fmt::format("{}{}", names.empty() ? "" : ", ", k.target);
+  return names;
+}
+
+// Median seconds of one unit of work, and of as much of the reference.
+struct Times {
+  double call = 0.0, reference = 0.0;
+};
+
+Times Measure(const Workload& w, double seconds) {
+  const double once = MedianSeconds({w.call}, 0.0, 1)[0];
+  const std::size_t repeat = once >= kShortestSample ? 1 : static_cast<std::size_t>(kShortestSample / std::max(once, 1e-9)) + 1;
+  const auto repeated = [repeat](const std::function<void()>& f) {
+    return [repeat, f] {
+      for (std::size_t i = 0; i < repeat; ++i) f();
+    };
+  };
+  std::vector<std::function<void()>> functions{repeated(w.call)};
+  if (w.reference) functions.push_back(repeated(w.reference));
+  const std::vector<double> medians = MedianSeconds(functions, seconds, kSamples);
+  const double units = static_cast<double>(repeat * w.calls);
+  return {medians[0] / units, medians.back() / units};
+}
+
+Times MedianOf(std::vector<Times> times) {
+  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+  std::nth_element(times.begin(), middle, times.end(), [](const Times& a, const Times& b) { return a.call < b.call; });
+  return *middle;
+}
+
+void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
+  ShowProgress(c.name);
+  const Workload w = c.prepare(bench);
+  if (!w.skip.empty()) {
+    state.SetLabel(w.skip);
+    state.SkipWithError(w.skip.c_str());
+    return;
+  }
+  std::vector<Times> all;
+  for ([[maybe_unused]] auto _ : state) all.push_back(Measure(w, seconds));
+  const Times times = MedianOf(std::move(all));
+
+  double ideal = times.reference;
+  std::string label = w.reference_name;
+  if (!w.reference) {
+    const Bound& binds = *std::max_element(w.bounds.begin(), w.bounds.end(), [](const Bound& a, const Bound& b) { return a.seconds() < b.seconds(); });
+    ideal = binds.seconds();
+    label = binds.limit.label();
+  }
+  state.counters[kMedianSeconds] = times.call;
+  state.counters["bytes_per_second"] = w.bytes / times.call;
+  state.counters["mac_per_second"] = w.macs / times.call;
+  state.counters["limit_fraction"] = ideal / times.call;
+  state.SetLabel(w.note.empty() ? label : label + kNoteSeparator + w.note);
+}
+
+// Every pair of codecs for every GQA group and head_dim of the table, into `path`.
+int SaveWisdomFile(const std::string& path, double seconds) {
+  std::vector<CodecKind> kinds;
+  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16"}) kinds.push_back(*ParseCodecName(name));
+  Wisdom wisdom = kvmix::ThisMachine();
+  for (const Shape& shape : kShapes) {
+    ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(), shape.head_dim));
+    const Status s = MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext, seconds, &wisdom);
+    if (!s.ok()) return Fail(s.message());
+  }
+  ShowProgress("");
+  if (const Status s = SaveWisdom(wisdom, path); !s.ok()) return Fail(s.message());
+  std::printf("%zu decode speeds of %s on %s: %s\n", wisdom.speeds.size(), wisdom.target.c_str(), wisdom.cpu.c_str(), path.c_str());
+  return 0;
+}
+
+// The value of one of Google Benchmark's flags, which it keeps to itself: --NAME=VALUE, or the environment's; the last one wins.
+std::string FlagValue(const std::vector<std::string>& args, const std::string& name) {
+  std::string variable = name, value;
+  std::transform(variable.begin(), variable.end(), variable.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+  if (const char* set = std::getenv(variable.c_str())) value = set;
+  const std::string prefix = "--" + name + "=";
+  for (const std::string& arg : args) {
+    if (arg.rfind(prefix, 0) == 0) value = arg.substr(prefix.size());
+  }
+  return value;
+}
+
+// `args`: the command line without the flags of Options.
+int RunBenchmarks(const Options& options, std::vector<std::string> args) {
+  const std::string format = FlagValue(args, "benchmark_format"), out = FlagValue(args, "benchmark_out"), filter = FlagValue(args, "benchmark_filter");
+  std::string out_format = FlagValue(args, "benchmark_out_format");
+  if (out_format.empty()) out_format = "json";
+
+  Bench bench(options.seconds());
+  const auto display = format.empty() ? MakeTable(bench.limits) : MakeReporter(format);
+  const auto file = out.empty() ? nullptr : MakeReporter(out_format);
+  if (!display || (!out.empty() && !file)) return Fail(fmt::format("unknown format '{}': json, console or csv expected", display ? out_format : format));
+
+  // One iteration is a whole measurement, many calls long.
+  args.insert(args.begin(), {"kvmix-bench", "--benchmark_min_time=0.001"});
+  std::vector<char*> argv;
+  for (std::string& arg : args) argv.push_back(arg.data());
+  int argc = static_cast<int>(argv.size());
+  argv.push_back(nullptr);
+  benchmark::Initialize(&argc, argv.data());
+  if (argc > 1) return Fail(fmt::format("unknown argument '{}'; --help lists those there are", argv[1]));
+
+  std::vector<Case> cases;
+  AddAttendCases(&cases);
+  AddRowCases(&cases);
+  for (const Case& c : cases) {
+    if (options.quick && !c.quick && filter.empty()) continue;
+    benchmark::RegisterBenchmark(c.name.c_str(), [&c, &bench, seconds = options.seconds()](benchmark::State& state) { Run(state, c, seconds, bench); });
+  }
+  benchmark::AddCustomContext("target", kernels::ActiveKernels().target);
+  benchmark::AddCustomContext("cpu", kvmix::ThisMachine().cpu);
+  benchmark::AddCustomContext("kvmix_version", kvmix::ThisMachine().version);
+  const std::size_t matched = benchmark::RunSpecifiedBenchmarks(display.get(), file.get());
+  benchmark::Shutdown();
+  return matched > 0 ? 0 : Fail(fmt::format("no benchmark's name matches '{}'", filter));
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Times kvmix's kernels, and says what fraction of this machine's own limits they reach. Without --benchmark_filter: all of them, some ten minutes.",
+               "kvmix-bench");
+  app.add_option("--target", options.target, "instruction set to time: " + TargetNames() + " (default: the first)")->type_name("NAME");
+  app.add_flag("--quick", options.quick, "under a minute: short measurements, and without --benchmark_filter a few benchmarks that stand for all");
+  app.add_option("--save-wisdom", options.wisdom, "measure the decode speeds that kvmix-tune needs into FILE, and nothing else")->type_name("FILE");
+  app.footer(kExamples);
+  app.allow_extras();
+  CLI11_PARSE(app, argc, argv);
+  if (!kernels::UseTarget(options.target)) return Fail(fmt::format("--target '{}': this machine and build have {}", options.target, TargetNames()));
+  if (!options.wisdom.empty()) return SaveWisdomFile(options.wisdom, options.seconds());
+  return RunBenchmarks(options, app.remaining());
+}
+
+}  // namespace
+}  // namespace kvmix::bench
+
+int main(int argc, char** argv) { return kvmix::bench::Main(argc, argv); }

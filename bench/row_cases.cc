@@ -1,0 +1,194 @@
+// quantize_token, quantize_head, dequantize_f32, dequantize_f16: rows <-> codes and scales, one thread, over a working set (input and
+// output together) of SIZE bytes, held against a plain copy of as many bytes. 24k and 128k are gone over again and again; 256m is
+// one of several such sets in rotation, so that it comes from DRAM whatever the last cache.
+//
+// append: one token, K and V of every KV head, into a cache of i8-token codecs; held against memcpy of the same fp16 rows to where a
+// cache of rows would keep them, timed in turns with it.
+#include <algorithm>
+#include <cstring>
+
+#include <fmt/format.h>
+
+#include "bench/machine.h"
+#include "bench/random_halves.h"
+#include "bench/workload.h"
+#include "kvmix/cache.h"
+#include "kvmix/quantize.h"
+
+namespace kvmix::bench {
+namespace {
+
+struct Size {
+  std::size_t bytes;
+  const char* name;
+  bool cold;
+};
+constexpr Size kSizes[] = {{std::size_t{24} << 10, "24k", false}, {std::size_t{128} << 10, "128k", false}, {std::size_t{256} << 20, "256m", true}};
+
+// One head of a working set. wide: halves, or the floats that dequantize_f32 writes.
+struct Rows {
+  void* wide;
+  std::int8_t* codes;
+  float* scales;
+  std::size_t tokens, head_dim;
+  HalfRows halves() const { return {static_cast<const Half*>(wide), head_dim, tokens, head_dim}; }
+};
+
+struct Kind {
+  const char* name;
+  std::size_t wide_bytes;  // of one element
+  void (*run)(const Rows& rows);
+};
+constexpr Kind kKinds[] = {
+    {"quantize_token", 2, [](const Rows& r) { QuantizePerToken(r.halves(), nullptr, ScaleType::kF32, r.codes, r.scales); }},
+    {"quantize_head", 2,
+     [](const Rows& r) {
+       r.scales[0] = GlobalScale(r.halves(), nullptr);
+       QuantizeGlobal(r.halves(), nullptr, r.scales[0], r.codes);
+     }},
+    {"dequantize_f32", 4,
+     [](const Rows& r) { Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<float*>(r.wide), r.head_dim); }},
+    {"dequantize_f16", 2, [](const Rows& r) { Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<Half*>(r.wide), r.head_dim); }},
+};
+
+// A head's fp16 rows at a time, so that quantize_head's second pass finds them in L2.
+constexpr std::size_t kHeadBytes = std::size_t{512} << 10;
+
+struct RowSets {
+  Buffer memory;
+  std::vector<std::vector<Rows>> sets;  // [sets][heads]
+  std::size_t next = 0;
+};
+
+// Codes are any bytes but -128, scales any numbers: no kernel's speed depends on them.
+void Fill(const Rows& rows, const std::vector<Half>& random, std::size_t wide_bytes) {
+  for (std::size_t t = 0; t < rows.tokens; ++t) {
+    std::uint8_t* const to = static_cast<std::uint8_t*>(rows.wide) + t * rows.head_dim * wide_bytes;
+    const Half* const from = random.data() + t % 256 * rows.head_dim;
+    if (wide_bytes == sizeof(Half)) {
+      std::memcpy(to, from, rows.head_dim * wide_bytes);
+    } else {
+      std::memset(to, 0, rows.head_dim * wide_bytes);
+    }
+    for (std::size_t i = 0; i < rows.head_dim; ++i) rows.codes[t * rows.head_dim + i] = static_cast<std::int8_t>(from[i] % 255 - 127);
+    rows.scales[t] = kHeadScale;
+  }
+}
+
+std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_bytes, std::size_t tokens, std::size_t sets) {
+  const auto padded = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
+  const std::size_t values = tokens * head_dim;
+  const std::size_t wide = padded(values * wide_bytes), codes = padded(values), scales = padded(tokens * sizeof(float));
+  const std::size_t set_bytes = wide + codes + scales;
+  auto made = std::shared_ptr<RowSets>(new RowSets{Buffer(sets * set_bytes), {}});
+  const std::vector<Half> random = RandomHalves(256 * head_dim);
+  const std::size_t head_tokens = std::min(tokens, kHeadBytes / (head_dim * sizeof(Half)));
+  for (std::size_t s = 0; s < sets; ++s) {
+    std::uint8_t* const at = made->memory.data() + s * set_bytes;
+    made->sets.emplace_back();
+    for (std::size_t t = 0; t < tokens; t += head_tokens) {
+      made->sets.back().push_back({at + t * head_dim * wide_bytes, reinterpret_cast<std::int8_t*>(at + wide + t * head_dim),
+                                   reinterpret_cast<float*>(at + wide + codes) + t, std::min(head_tokens, tokens - t), head_dim});
+      Fill(made->sets.back().back(), random, wide_bytes);
+    }
+  }
+  return made;
+}
+
+Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Bench& bench) {
+  const Machine& machine = ThisMachine();
+  const std::size_t token_bytes = shape.head_dim * (kind.wide_bytes + 1) + sizeof(float), tokens = size.bytes / token_bytes;
+  Workload w;
+  if (size.bytes > machine.most_memory()) {
+    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(size.bytes), SizeText(machine.most_memory()));
+    return w;
+  }
+  std::size_t sets = 1;
+  if (size.cold) {
+    sets = std::min((machine.cold_wanted() - 1) / size.bytes + 1, machine.most_memory() / size.bytes);
+    if (sets * size.bytes < machine.cold_wanted()) w.note = ColdSetNote(sets * size.bytes);
+  }
+  w.bytes = static_cast<double>(tokens * token_bytes);
+  const std::size_t hot_or_cold = size.cold ? kCold : size.bytes;
+  w.bounds = {{bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes}};
+  if (size.cold) bench.limits.Memory(Access::kStreamCopy, kCold, 1);  // no kernel here stores so; for the list of limits
+  const auto data = bench.Data<RowSets>(fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),
+                                        [&] { return MakeRowSets(shape.head_dim, kind.wide_bytes, tokens, sets); });
+  w.call = [data, run = kind.run] {
+    for (const Rows& rows : data->sets[data->next]) run(rows);
+    data->next = (data->next + 1) % data->sets.size();
+  };
+  return w;
+}
+
+// ---- append -------------------------------------------------------------------------------------------------------------------------
+
+struct AppendData {
+  Cache cache;
+  std::vector<Half> rows;         // [tokens][K, V][kv_heads, head_dim]
+  std::vector<Half> row_cache;    // [K, V][kv_heads][capacity, head_dim]
+  std::size_t row_tokens = 0;     // in row_cache
+};
+constexpr std::size_t kAppendCapacity = 4096, kAppendCalls = 64;
+
+void AppendTokens(const Shape& shape, AppendData& data) {
+  const std::size_t row = shape.kv_heads * shape.head_dim;
+  if (data.cache.tokens(0) == kAppendCapacity && !data.cache.Truncate(0).ok()) return;
+  for (std::size_t t = 0; t < kAppendCalls; ++t) {
+    const Half* const k = data.rows.data() + t * 2 * row;
+    if (!data.cache.Append(0, k, k + row, 1).ok()) return;
+  }
+}
+
+void CopyTokens(const Shape& shape, AppendData& data) {
+  const std::size_t row = shape.kv_heads * shape.head_dim;
+  data.row_tokens %= kAppendCapacity;
+  for (std::size_t t = 0; t < kAppendCalls; ++t, ++data.row_tokens) {
+    for (std::size_t head = 0; head < 2 * shape.kv_heads; ++head) {
+      std::memcpy(data.row_cache.data() + (head * kAppendCapacity + data.row_tokens) * shape.head_dim,
+                  data.rows.data() + t * 2 * row + head * shape.head_dim, shape.head_dim * sizeof(Half));
+    }
+  }
+}
+
+Workload PrepareAppend(const Shape& shape, Bench& bench) {
+  const HeadCodec codec{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}};
+  const Plan plan = UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
+  Workload w;
+  Result<Cache> cache = Cache::Create(plan.geometry, plan, kAppendCapacity);
+  if (!cache.ok()) {
+    w.skip = cache.status().message();
+    return w;
+  }
+  const std::size_t row = shape.kv_heads * shape.head_dim;
+  const auto data = bench.Data<AppendData>(fmt::format("append {}", shape.name()), [&] {
+    return std::make_shared<AppendData>(AppendData{std::move(*cache), RandomHalves(kAppendCalls * 2 * row), std::vector<Half>(2 * kAppendCapacity * row)});
+  });
+  w.calls = kAppendCalls;
+  w.bytes = static_cast<double>(2 * row * sizeof(Half) + BytesPerToken(plan));
+  w.call = [shape, data] { AppendTokens(shape, *data); };
+  w.reference = [shape, data] { CopyTokens(shape, *data); };
+  w.reference_name = "row-copy";
+  return w;
+}
+
+}  // namespace
+
+void AddRowCases(std::vector<Case>* cases) {
+  const char* const target = kernels::ActiveKernels().target;
+  for (const Kind& kind : kKinds) {
+    for (const Shape& shape : kShapes) {
+      for (const Size& size : kSizes) {
+        const bool quick = (&shape == &kShapes[kSmallShape] || &shape == &kShapes[kLargeShape]) && &size != &kSizes[0];
+        cases->push_back({fmt::format("{}/{}/{}/{}/t1", kind.name, target, shape.name(), size.name), quick,
+                          [&kind, &shape, &size](Bench& bench) { return PrepareRows(kind, shape, size, bench); }});
+      }
+    }
+  }
+  for (const Shape& shape : kShapes) {
+    cases->push_back({fmt::format("append/{}/{}/1/t1", target, shape.name()), &shape == &kShapes[kLargeShape],
+                      [&shape](Bench& bench) { return PrepareAppend(shape, bench); }});
+  }
+}
+
+}  // namespace kvmix::bench

@@ -1,0 +1,84 @@
+// One table of benchmarks, one way to time them.
+#ifndef KVMIX_BENCH_WORKLOAD_H_
+#define KVMIX_BENCH_WORKLOAD_H_
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bench/machine_limits.h"
+
+namespace kvmix::bench {
+
+// A model's attention layer.
+struct Shape {
+  std::size_t query_heads, kv_heads, head_dim;
+  std::string name() const;  // "q14kv2d64"
+  std::size_t group() const { return query_heads / kv_heads; }
+};
+
+inline constexpr Shape kShapes[] = {
+    {14, 2, 64},    // Qwen2.5-0.5B
+    {12, 2, 128},   // Qwen2.5-1.5B
+    {32, 8, 128},   // Llama-3-8B
+    {4, 1, 256},    // Gemma-3
+    {32, 32, 128},  // MHA
+    {10, 2, 80},    // awkward: not a multiple of 32
+};
+inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;  // those that --quick keeps
+
+// Amount of work that a limit bounds from below: it takes at least amount / limit.per_second.
+struct Bound {
+  Limit limit;
+  double amount = 0.0;
+  double seconds() const { return amount / limit.per_second; }
+};
+
+// What is timed, on data that is ready.
+struct Workload {
+  std::function<void()> call;
+  std::size_t calls = 1;            // units of work in one call: the time reported is that of one
+  double bytes = 0.0, macs = 0.0;   // of one unit: read and written, multiply-adds
+  std::vector<Bound> bounds;        // of one unit; the largest binds
+  std::function<void()> reference;  // or, instead of bounds: what to hold the call against, timed in turns with it
+  std::string reference_name;       // "row-copy"
+  std::string note;                 // to be said in the label
+  std::string skip;                 // why it can't run here; else empty
+};
+
+// Limits, and the data of the last workload: the next one often wants the same. Only one set is alive at a time.
+class Bench {
+ public:
+  explicit Bench(double seconds) : limits(seconds / 4) {}
+
+  Limits limits;
+
+  template <class T>
+  std::shared_ptr<T> Data(const std::string& key, const std::function<std::shared_ptr<T>()>& make) {
+    if (key != key_) {
+      data_.reset();
+      data_ = make();
+      key_ = key;
+    }
+    return std::static_pointer_cast<T>(data_);
+  }
+
+ private:
+  std::string key_;
+  std::shared_ptr<void> data_;
+};
+
+struct Case {
+  std::string name;
+  bool quick;  // --quick runs it
+  std::function<Workload(Bench&)> prepare;
+};
+
+void AddAttendCases(std::vector<Case>* cases);  // attend_cases.cc
+void AddRowCases(std::vector<Case>* cases);     // row_cases.cc: quantize, dequantize, append
+
+}  // namespace kvmix::bench
+
+#endif  // KVMIX_BENCH_WORKLOAD_H_
