@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools'))
 import dump_kv  # noqa: E402
 
-TUNE = sys.argv.pop() if len(sys.argv) > 1 else None
+TUNE = pathlib.Path(sys.argv.pop()).resolve() if len(sys.argv) > 1 else None
 
 
 def layer(seed, tokens=8, heads=2, query_heads=6, dim=16):
@@ -107,7 +107,7 @@ class File(unittest.TestCase):
 
     @unittest.skipUnless(TUNE, 'no kvmix-tune given')
     def test_kvmix_tune_reads_it(self):
-        done = subprocess.run([TUNE, str(self.path), '--budget', '0.3', '--json'], cwd=self.folder.name, capture_output=True, text=True)
+        done = subprocess.run([str(TUNE), str(self.path), '--budget', '0.3', '--json'], cwd=self.folder.name, capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertGreaterEqual(json.loads(done.stdout)['saved_fraction'], 0.3)
 
