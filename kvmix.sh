@@ -117,6 +117,7 @@ prepare() { # MESON-OPTION...
 }
 
 compile() { # TARGET... (none: everything)
+  quietly ninja -C $build build.ninja || fail "meson failed to set $build up again"
   say "ninja -C $build${*:+ $*}"
   if [ -t 1 ]; then ninja -C $build "$@"; else ninja -C $build --quiet "$@"; fi
 }
