@@ -27,7 +27,7 @@ quietly() {
 }
 
 as_root() {
-  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo env DEBIAN_FRONTEND=$DEBIAN_FRONTEND "$@"; fi
 }
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
@@ -36,7 +36,7 @@ updated=no
 update_lists() {
   [ $updated = no ] || return 0
   say "apt-get update"
-  quietly as_root apt-get -q update || fail "apt-get update failed"
+  quietly as_root apt-get -q update || say "apt-get update failed: going on with the lists that are there"
   updated=yes
 }
 
@@ -47,7 +47,7 @@ install_packages() {
   [ "$(id -u)" -eq 0 ] || command -v sudo >/dev/null || fail "run this as root, or install: ${missing[*]}"
   update_lists
   say "apt-get install ${missing[*]}"
-  quietly as_root apt-get -q install -y --no-install-recommends "${missing[@]}" || fail "apt-get install failed"
+  quietly as_root apt-get -q -o DPkg::Lock::Timeout=120 install -y --no-install-recommends "${missing[@]}" || fail "apt-get install failed"
 }
 
 wrap_value() { sed -n "s/^$1 *= *//p" $wrap; }
