@@ -80,6 +80,12 @@ Result<Codecs> ChooseCodecs(const Options& o, const Dump& dump) {
   return Codecs{std::move(*plan), o.strategy};
 }
 
+Result<Dump> OpenInput(const Options& o) {
+  if (!o.dump.empty()) return OpenDump(o.dump, o.raw);
+  const Result<std::string> sample = SamplePath("holdout");
+  return sample.ok() ? Dump::Open(*sample) : Result<Dump>(sample.status());
+}
+
 // ---- quant ----------------------------------------------------------------------------------------------------------------------
 
 // What `(int8_t)(x / scale)` does where it should round: the cast bug of the study's first version, and of many a program.
@@ -120,7 +126,7 @@ std::string TensorName(const Dump& dump, std::size_t layer, Tensor t) {
 }
 
 Result<std::string> Quant(const Options& o) {
-  const Result<Dump> dump = OpenDump(o.dump, o.raw);
+  const Result<Dump> dump = OpenInput(o);
   if (!dump.ok()) return dump.status();
   const Result<Codecs> codecs = ChooseCodecs(o, *dump);
   if (!codecs.ok()) return codecs.status();
@@ -151,7 +157,7 @@ Result<std::string> Quant(const Options& o) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------------------
 
-// The rows of one layer: all query heads together, then each. `more(errors of a head, and their sum)` adds columns.
+// The rows of one layer: all query heads together, then each. kernels: null, or what a fifth column says.
 std::string AttentionLines(std::size_t layer, const AttentionError* heads, const AttentionError* kernels, std::size_t count) {
   const auto sum = [&](const AttentionError* errors) {
     AttentionError total;
@@ -198,7 +204,7 @@ Result<std::string> ReferenceAttention(const Dump& dump, const Plan& plan, int t
 }
 
 Result<std::string> Attention(const Options& o) {
-  const Result<Dump> dump = OpenDump(o.dump, o.raw);
+  const Result<Dump> dump = OpenInput(o);
   if (!dump.ok()) return dump.status();
   if (!dump->has_q()) return Status(ErrorCode::kInvalidArgument, fmt::format("{}: has no Q, which attention needs{}", dump->path(), o.raw.kv_heads && !o.raw.query_heads ? " (give --query-heads)" : ""));
   if (dump->tokens() == 0) return Status(ErrorCode::kInvalidArgument, fmt::format("{}: has no tokens", dump->path()));
@@ -225,6 +231,13 @@ std::string MibText(std::size_t bytes_per_token, std::size_t tokens) {
 
 Result<std::string> Size(const Options& o) {
   Geometry g = o.geometry;
+  std::optional<Plan> given;
+  if (!o.plan.empty()) {
+    Result<Plan> plan = g.layers == 0 ? LoadPlan(o.plan) : PlanFor(o.plan, g);
+    if (!plan.ok()) return plan.status();
+    given = std::move(*plan);
+    g = given->geometry;
+  }
   g.query_heads = g.kv_heads;  // no matter for bytes
   if (Status s = CheckGeometry(g); !s.ok()) return s;
   const auto heads = Fp16Heads(o);
@@ -238,11 +251,7 @@ Result<std::string> Size(const Options& o) {
       return plan.status();
     }  // else strategy 3 of a model whose heads nobody has named
   }
-  if (!o.plan.empty()) {
-    Result<Plan> plan = PlanFor(o.plan, o.geometry);
-    if (!plan.ok()) return plan.status();
-    rows.emplace_back("plan", std::move(*plan));
-  }
+  if (given) rows.emplace_back("plan", std::move(*given));
   std::string csv = "strategy,bytes_per_token,saved";
   for (const std::size_t tokens : o.tokens) csv += fmt::format(",mib_{}", tokens);
   for (const auto& [name, plan] : rows) {
@@ -255,7 +264,7 @@ Result<std::string> Size(const Options& o) {
 // ---- command line ---------------------------------------------------------------------------------------------------------------
 
 void AddDumpOptions(CLI::App* app, Options* o) {
-  app->add_option("DUMP", o->dump, "a safetensors dump or a raw folder")->required();
+  app->add_option("DUMP", o->dump, "a safetensors dump or a raw folder; without it, the built-in sample's held-out text");
   app->add_option("--strategy", o->strategy, "1: int8, one scale per head over all tokens; 2: int8, one per token and head; 3: --fp16-heads in fp16, other K as 1, V as 2")->check(CLI::Range(1, 3));
   app->add_option("--plan", o->plan, "a plan of kvmix-tune in the place of strategy 3");
   app->add_option("--fp16-heads", o->fp16_heads, "K heads that strategy 3 keeps in fp16, as layer:head,... (default: the study's six, on its model only)");
@@ -274,9 +283,9 @@ int Main(int argc, char** argv) {
   AddDumpOptions(attention, &o);
   attention->add_flag("--reference", o.reference, "in double precision over the same codes; a fifth column is the NMSE of the library's kernels against that");
   CLI::App* size = app.add_subcommand("size", "bytes per token and MiB of a cache");
-  size->add_option("--layers", o.geometry.layers, "layers")->required();
-  size->add_option("--kv-heads", o.geometry.kv_heads, "KV heads")->required();
-  size->add_option("--head-dim", o.geometry.head_dim, "channels of a head")->required();
+  size->add_option("--layers", o.geometry.layers, "layers (these three: of --plan, where it is given and they are not)");
+  size->add_option("--kv-heads", o.geometry.kv_heads, "KV heads");
+  size->add_option("--head-dim", o.geometry.head_dim, "channels of a head");
   size->add_option("--tokens", o.tokens, "lengths of the cache, comma-separated")->delimiter(',')->check(CLI::Range(std::size_t{1}, std::size_t{1} << 40))->capture_default_str();
   size->add_option("--plan", o.plan, "a plan to list as well");
   size->add_option("--fp16-heads", o.fp16_heads, "K heads that strategy 3 keeps in fp16, as layer:head,... (default: the study's six, on its model only)");
