@@ -25,11 +25,13 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <cstring>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantize.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/per_target.h"
 #include "kernels/rows-inl.h"
@@ -43,6 +45,8 @@ constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
 constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr float kLargest = 3.4028234e38f;
 constexpr int kMaxCode = 127;
+constexpr std::size_t kAhead = 2048;  // bytes
+constexpr std::size_t kStreamed = std::size_t{256} << 10;
 
 // y / scale for one scale, fit to be rounded to an integer: the top of this file says how.
 struct Product {
@@ -63,6 +67,9 @@ struct Quotient {
 #endif
   }
 };
+
+// At most 5 significant bits: not for Product.
+HWY_INLINE bool FewBits(float scale) { return (hwy::BitCastScalar<std::uint32_t>(scale) & 0x7FFFFu) == 0; }
 
 template <std::size_t kBlocks>
 constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
@@ -86,14 +93,14 @@ HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
   }
 }
 
-template <class Rows, class Divide>
+template <class Out = Whole, class Rows, class Divide>
 HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Divide& divide, std::int8_t* HWY_RESTRICT codes) {
   const auto code = [&](auto io, std::size_t i) KVMIX_LAMBDA { return hn::NearestIntInRange(DI32(), divide(y.Load(io, i))); };
   const std::size_t lanes = hn::Lanes(DF32());
   std::size_t i = 0;
   for (; i + 4 * lanes <= dim; i += 4 * lanes) {
     const I32 a = code(Whole(), i), b = code(Whole(), i + lanes), c = code(Whole(), i + 2 * lanes), d = code(Whole(), i + 3 * lanes);
-    hn::StoreU(Pack(a, b, c, d), DI8(), codes + i);
+    Out().Store(Pack(a, b, c, d), DI8(), codes + i);
   }
   const hn::Rebind<std::int8_t, DF32> d8;
   ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA { io.Store(hn::DemoteTo(d8, code(io, k)), d8, codes + k); });
@@ -168,7 +175,7 @@ HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, const 
   for (std::size_t r = 0; r < kRows; ++r) {
     const Rows y(in, t + r);
     std::int8_t* to = codes + (t + r) * code_stride;
-    if (Rows::kHalves && !bf16 && (hwy::BitCastScalar<std::uint32_t>(s.divisor[r]) & 0x7FFFFu) != 0) {
+    if (Rows::kHalves && !bf16 && !FewBits(s.divisor[r])) {
       QuantizeRow(y, in.dim, Product{hn::Set(DF32(), s.product[r])}, to);
     } else {
       QuantizeRow(y, in.dim, Quotient{hn::Set(DF32(), s.divisor[r]), hn::Set(DF32(), s.inverse[r])}, to);
@@ -215,7 +222,11 @@ template <class Rows>
 float AbsMaxRows(RowsIn in) {
   const typename Rows::DMax d;
   auto max = hn::Zero(d);
-  for (std::size_t t = 0; t < in.tokens; ++t) max = Rows(in, t).Max(in.dim, max);
+  const std::size_t ahead = kAhead / (in.dim * sizeof(std::uint16_t) + 1) + 1;
+  for (std::size_t t = 0; t < in.tokens; ++t) {
+    Prefetch(in.x + (t + ahead) * in.stride, in.dim * sizeof(std::uint16_t));
+    max = Rows(in, t).Max(in.dim, max);
+  }
   const float absmax = Rows::Value(hn::ReduceMax(d, max));
   if (HWY_LIKELY(absmax <= kLargest)) return absmax;
   float careful = 0.0f;
@@ -225,18 +236,25 @@ float AbsMaxRows(RowsIn in) {
 
 float AbsMax(const RowsIn& in) { return in.mean ? AbsMaxRows<CentredHalves>(in) : AbsMaxRows<PlainHalves>(in); }
 
-template <class Rows>
-std::uint64_t PerHeadRows(RowsIn in, float scale, std::int8_t* codes, std::size_t code_stride) {
+template <class T>
+bool Streams(const T* out, std::size_t stride, std::size_t tokens, std::size_t dim, std::size_t lanes) {
+  const std::size_t vector = lanes * sizeof(T);
+  return tokens * dim * sizeof(T) >= kStreamed && reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
+}
+
+template <class Out, class Rows, class Divide>
+std::uint64_t PerHeadRows(RowsIn in, float scale, Divide divide, std::int8_t* codes, std::size_t code_stride) {
   const typename Rows::DMax d;
-  const Quotient quotient{hn::Set(DF32(), scale), hn::Set(DF32(), 1.0f / scale)};
   // Nothing within 127.25 scales rounds beyond 127. Scales that Quotient cannot take let only zeros pass.
   const bool safe = scale >= kSafe && scale <= kLargest / 128.0f;
   const auto limit = hn::Set(d, Rows::Bits(safe ? 127.25f * scale : 0.0f));
+  const std::size_t ahead = kAhead / (in.dim + 1) + 1;
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < in.tokens; ++t) {
     const Rows y(in, t);
+    if constexpr (std::is_same_v<Out, Whole>) Prefetch(codes + (t + ahead) * code_stride, in.dim);
     if (HWY_LIKELY(hn::AllTrue(d, hn::Le(y.Max(in.dim, hn::Zero(d)), limit)))) {
-      QuantizeRow(y, in.dim, quotient, codes + t * code_stride);
+      QuantizeRow<Out>(y, in.dim, divide, codes + t * code_stride);
     } else {
       clamped += CarefulRow(CarefulHalves(in, t), in.dim, scale, codes + t * code_stride);
     }
@@ -244,9 +262,24 @@ std::uint64_t PerHeadRows(RowsIn in, float scale, std::int8_t* codes, std::size_
   return clamped;
 }
 
+template <class Rows, class Divide>
+std::uint64_t PerHeadTo(const RowsIn& in, float scale, Divide divide, std::int8_t* codes, std::size_t code_stride) {
+  if (!Streams(codes, code_stride, in.tokens, in.dim, hn::MaxLanes(DI8()))) return PerHeadRows<Whole, Rows>(in, scale, divide, codes, code_stride);
+  const std::uint64_t clamped = PerHeadRows<Streamed, Rows>(in, scale, divide, codes, code_stride);
+  hwy::FlushStream();
+  return clamped;
+}
+
 std::uint64_t PerHead(const RowsIn& in, float scale, std::int8_t* codes, std::size_t code_stride) {
   if (scale > 0.0f && scale <= kLargest) {
-    return in.mean ? PerHeadRows<CentredHalves>(in, scale, codes, code_stride) : PerHeadRows<PlainHalves>(in, scale, codes, code_stride);
+    const Quotient quotient{hn::Set(DF32(), scale), hn::Set(DF32(), 1.0f / scale)};
+    if (in.mean) return PerHeadTo<CentredHalves>(in, scale, quotient, codes, code_stride);
+    // Most likely the scale is the one of some half.
+    GroupScales s;
+    std::fill_n(s.absmax, kGroup, HalfFloat(HalfBits(127.0f * scale)));
+    MakeScales(false, s);
+    if (s.scale[0] != scale || FewBits(scale)) return PerHeadTo<PlainHalves>(in, scale, quotient, codes, code_stride);
+    return PerHeadTo<PlainHalves>(in, scale, Product{hn::Set(DF32(), s.product[0])}, codes, code_stride);
   }
   // The scale of a head of zeros: whatever is not one is lost.
   std::uint64_t lost = 0;
@@ -281,7 +314,7 @@ HWY_INLINE void Put(IO io, F32 v, std::uint16_t* to) {
   io.Store(hn::BitCast(DU16(), hn::DemoteTo(hn::Rebind<hwy::float16_t, DF32>(), v)), DU16(), to);
 }
 
-template <bool kMean, class Out>
+template <bool kMean, class IO, class Out>
 void DequantizeRows(const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step, const float* mean,
                     std::size_t tokens, std::size_t dim, Out* out, std::size_t out_stride) {
   const std::size_t lanes = hn::Lanes(DF32());
@@ -290,16 +323,21 @@ void DequantizeRows(const std::int8_t* codes, std::size_t code_stride, const flo
     Out* HWY_RESTRICT to = out + t * out_stride;
     std::size_t i = 0;
     for (; i + 4 * lanes <= dim; i += 4 * lanes) {
-      for (std::size_t k = i; k < i + 4 * lanes; k += lanes) Put(Whole(), row.Load<kMean>(Whole(), k), to + k);
+      for (std::size_t k = i; k < i + 4 * lanes; k += lanes) Put(IO(), row.template Load<kMean>(Whole(), k), to + k);
     }
-    ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA { Put(io, row.Load<kMean>(io, k), to + k); });
+    ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA { Put(io, row.template Load<kMean>(io, k), to + k); });
   }
 }
 
 template <class Out>
 void Dequantize(const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step, const float* mean,
                 std::size_t tokens, std::size_t dim, Out* out, std::size_t out_stride) {
-  (mean ? DequantizeRows<true, Out> : DequantizeRows<false, Out>)(codes, code_stride, scales, scale_step, mean, tokens, dim, out, out_stride);
+  if (Streams(out, out_stride, tokens, dim, hn::MaxLanes(DF32()))) {
+    (mean ? DequantizeRows<true, Streamed, Out> : DequantizeRows<false, Streamed, Out>)(codes, code_stride, scales, scale_step, mean, tokens, dim, out, out_stride);
+    hwy::FlushStream();
+  } else {
+    (mean ? DequantizeRows<true, Whole, Out> : DequantizeRows<false, Whole, Out>)(codes, code_stride, scales, scale_step, mean, tokens, dim, out, out_stride);
+  }
 }
 
 template <bool kMean>

@@ -41,6 +41,13 @@ struct Whole {
     hn::StoreU(v, d, to);
   }
 };
+// Past the caches (non-temporal): the address must be aligned to the vector.
+struct Streamed : Whole {
+  template <class D>
+  HWY_INLINE void Store(hn::Vec<D> v, D d, hn::TFromD<D>* to) const {
+    hn::Stream(v, d, to);
+  }
+};
 struct First {
   std::size_t n;
   template <class D>
@@ -68,6 +75,10 @@ HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes
     body(First{dim - i}, i);
   }
 }
+
+// Single numbers: to the nearest half's bits, and back.
+HWY_INLINE std::uint16_t HalfBits(float x) { return hwy::BitCastScalar<std::uint16_t>(hwy::F16FromF32(x)); }
+HWY_INLINE float HalfFloat(std::uint16_t bits) { return hwy::F32FromF16(hwy::float16_t::FromBits(bits)); }
 
 template <class D>
 HWY_INLINE hn::Vec<D> ToFloat(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves) {
@@ -148,12 +159,12 @@ struct PlainHalves {
     }
   }
 
-  static HWY_INLINE float Value(std::int16_t max) { return hwy::F32FromF16(hwy::float16_t::FromBits(static_cast<std::uint16_t>(max))); }
+  static HWY_INLINE float Value(std::int16_t max) { return HalfFloat(static_cast<std::uint16_t>(max)); }
 
   // The largest maximum of a row within `limit`.
   static HWY_INLINE std::int16_t Bits(float limit) {
     if (limit >= 65504.0f) return 0x7BFF;
-    const std::int16_t nearest = static_cast<std::int16_t>(hwy::BitCastScalar<std::uint16_t>(hwy::F16FromF32(limit)));
+    const std::int16_t nearest = static_cast<std::int16_t>(HalfBits(limit));
     return static_cast<std::int16_t>(nearest - (Value(nearest) > limit));
   }
 };
@@ -209,6 +220,11 @@ struct CarefulHalves {
     return mean ? hn::Sub(LoadX(io, i), io.Load(DF32(), mean + i)) : LoadX(io, i);
   }
 };
+
+// Asks for n bytes in L2.
+HWY_INLINE void Prefetch(const void* p, std::size_t n) {
+  for (std::size_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
 
 // absmax of kRows rows (1 or kGroup) from row t on; room for kGroup.
 template <class Rows, std::size_t kRows>
