@@ -3,7 +3,7 @@
 #   1. Highway is included under kernels/ only.      2. Every public header is installed.
 #   3. libkvmix.so exports names of kvmix:: only.
 set -euo pipefail
-source=$1 library=$2
+source=$1 library=$(realpath "$2")
 failed=0
 complain() { printf 'house_test: %s\n' "$*" >&2; failed=1; }
 
