@@ -15,6 +15,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
 #include "kernels/attend-inl.h"
 #include "kernels/per_target.h"
 
@@ -59,7 +60,7 @@ HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, float largest
   const float scale = largest / kLargest;
   const std::size_t steps = KSteps(P::kStorage, head_dim);
   std::memset(to, 0, steps * P::kRowBytesPerStep);
-  info = {1.0f, 0, 0};            // a row of zeros: not 0, which times a masked score of -inf would be NaN
+  info = {1.0f, 0, 0};
   if (!(scale >= 0x1p-100f)) return;  // nor has a row with NaN any terms
   info.scale = scale;
   const VF inv_scale = hn::Set(df, 1.0f / scale);
@@ -149,51 +150,45 @@ struct Work {
 
 template <class P, std::size_t kRows>
 HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const std::uint8_t* queries, const RowInfo* info, Prefetcher prefetch, Work& w) {
-  const std::size_t tile_bytes = KTileBytes(P::kStorage, f.head_dim), row_bytes = QueryRowBytes<P>(f.head_dim);
-  const std::size_t steps = KSteps(P::kStorage, f.head_dim);
-  std::size_t token = w.first;
-  const auto turn = [&](auto vecs) KVMIX_LAMBDA {
-    Multiply<P, kRows, vecs>(block + f.k.codes_offset + token / kLanes * tile_bytes, tile_bytes, queries, row_bytes, info, 0, steps, steps, prefetch,
-                             [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
-                               hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + token + v * kLanes)), DF(), w.scores[r] + token + v * kLanes);
-                             });
-    token += vecs * kLanes;
-  };
-  constexpr std::integral_constant<std::size_t, VecsFor(kRows)> kVecs;
-  while (token + kVecs * kLanes <= w.last) turn(kVecs);
-  while (token < w.last) turn(std::integral_constant<std::size_t, 1>());
+  constexpr std::size_t kVecs = VecsFor(P::kStorage, kRows);
+  static_assert(kTokenStep % (kVecs * kLanes) == 0);
+  const std::size_t row_bytes = QueryRowBytes<P>(f.head_dim), steps = KSteps(P::kStorage, f.head_dim);
+  for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
+    const VectorPlace place = KPlace(P::kStorage, f.head_dim, token);
+    Multiply<P, kRows, kVecs>(block + f.k.codes_offset + place.offset, place.step, queries, row_bytes, info, 0, steps, steps, prefetch,
+                              [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+                                const std::size_t at = token + v * kLanes;
+                                hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
+                              });
+  }
 }
 
 template <class P, std::size_t kRows>
 HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out, std::size_t out_stride, Prefetcher prefetch, const Work& w) {
-  const std::size_t tile_bytes = VTileBytes(P::kStorage), padded = RoundUp(f.head_dim, kLanes);
   constexpr std::size_t kWidth = Width(P::kStorage);
+  const std::size_t padded = RoundUp(f.head_dim, kLanes);
   std::size_t channel = 0;
   const auto turn = [&](auto vecs) KVMIX_LAMBDA {
-    Multiply<P, kRows, vecs>(block + f.v.codes_offset + channel / kLanes * tile_bytes, tile_bytes, w.weights[0], sizeof(w.weights[0]), w.weight_info,
-                             w.first / kWidth, w.last / kWidth, VSteps(P::kStorage), prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+    const VectorPlace place = VPlace(P::kStorage, f.head_dim, channel);
+    Multiply<P, kRows, vecs>(block + f.v.codes_offset + place.offset, place.step, w.weights[0], sizeof(w.weights[0]), w.weight_info, w.first / kWidth,
+                             w.last / kWidth, VSteps(P::kStorage), prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
                                float* to = out + r * out_stride + channel + v * kLanes;
                                const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
                                hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_info[r].scale), before), DF(), to);
                              });
     channel += vecs * kLanes;
   };
-  constexpr std::integral_constant<std::size_t, VecsFor(kRows)> kVecs;
+  constexpr std::integral_constant<std::size_t, VecsFor(P::kStorage, kRows)> kVecs;
   while (channel + kVecs * kLanes <= padded) turn(kVecs);
   while (channel < padded) turn(std::integral_constant<std::size_t, 1>());
 }
 
-// s -> cap * tanh((s * scale + bias) / cap) / scale; tanh(x) = (1 - e) / (1 + e), e = exp(-2 |x|), with x's sign. scale and s in units
-// of log2, bias and cap in those of exp.
+// s -> cap * tanh((s * scale + bias) / cap). scale: to units of log2, which the result has as well; bias and cap: in those of exp.
 HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, float scale, float cap, float bias) {
-  if (scale == 0.0f) return;
   const DF df;
-  const VF to_x = hn::Set(df, scale / (cap * kLog2E)), shift = hn::Set(df, bias / cap), from_tanh = hn::Set(df, cap * kLog2E / scale);
+  const VF to_x = hn::Set(df, scale / (cap * kLog2E)), shift = hn::Set(df, bias / cap), log_cap = hn::Set(df, cap * kLog2E);
   for (std::size_t t = first; t < last; t += kLanes) {
-    const VF s = hn::MulAdd(hn::Load(df, scores + t), to_x, shift);
-    const VF e = Exp2(hn::Mul(hn::Abs(s), hn::Set(df, -2.0f * kLog2E)));
-    const VF tanh = hn::Div(hn::Sub(hn::Set(df, 1.0f), e), hn::Add(hn::Set(df, 1.0f), e));
-    hn::Store(hn::CopySign(hn::Mul(from_tanh, tanh), s), df, scores + t);
+    hn::Store(hn::Mul(log_cap, hn::Tanh(df, hn::MulAdd(hn::Load(df, scores + t), to_x, shift))), df, scores + t);
   }
 }
 
@@ -219,9 +214,9 @@ HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, fl
     if constexpr (!kIsF16<P>) weight_max = hn::Max(weight_max, hn::MulAdd(s, to_log2, hn::Load(df, w.v_log2 + t)));
   }
   const float new_max = HWY_MAX(*max, hn::ReduceMax(df, score_max) * scale);
-  // log2 of 1 / w_scale; a block whose weights are all below 2^-100 gets none.
-  const float largest = kIsF16<P> ? 0.0f : hn::ReduceMax(df, weight_max) - new_max;
-  const float log2_inverse = kIsF16<P> ? 0.0f : std::log2(kLargestWeight<P>) - HWY_MAX(largest, kSmallestExponent);
+  // log2 of 1 / w_scale, within what Exp2 can invert. Large scores round the largest weight off: room for that as well.
+  const float largest = kIsF16<P> ? 0.0f : hn::ReduceMax(df, weight_max) - new_max + std::fabs(new_max) * 0x1p-22f;
+  const float log2_inverse = kIsF16<P> ? 0.0f : std::log2(kLargestWeight<P>) - HWY_MAX(largest, kSmallestExponent + 16.0f);
   const float powers[2] = {*max - new_max, -log2_inverse};
   const hn::CappedTag<float, 2> d2;
   alignas(16) float values[2];
@@ -266,6 +261,9 @@ HWY_INLINE void WithRows(std::size_t rows, const F& f) {
   }
 }
 
+// Turns that share in fetching the next block: with more, the arithmetic outweighs the memory anyway.
+constexpr std::size_t kMaxFetchingTurns = 4;
+
 // ---- one task -------------------------------------------------------------------------------------------------------------------------
 
 // The scales of a block's tokens as f32: in place, or in `copy` (of a constant one, only the first time).
@@ -304,7 +302,7 @@ void AttendRows(const AttendTask& t) {
     const float* q = t.q + r * f.head_dim;
     t.max[r] = LargestFinite(q, f.head_dim);
     PackQuery(KP(), q, f.head_dim, t.max[r], queries + r * row_bytes, info[r]);
-    info[r].scale *= t.scale * kLog2E;
+    info[r].scale = HWY_MAX(info[r].scale * t.scale * kLog2E, 0x1p-100f);  // not 0, which times a masked score of -inf would be NaN
     if (!std::isnan(t.max[r])) t.max[r] = kNegInf;
     t.sum[r] = 0.0f;
   }
@@ -320,7 +318,13 @@ void AttendRows(const AttendTask& t) {
     if (f.v.scale != TileScale::kConstant || b == first_block) {
       for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
     }
-    bool fetch = true;  // the first turn reads the block from memory: let it fetch the next one
+    const std::size_t fetching = HWY_MIN(turns, kMaxFetchingTurns);
+    // For one turn's walk over the bytes [begin, end) of the block.
+    const auto fetcher = [&](std::size_t begin, std::size_t end, std::size_t turn) HWY_ATTR {
+      const std::uint8_t* near = block + begin + Prefetcher::kNear;
+      if (turn >= fetching) return Prefetcher{near, near, 0, false};
+      return Prefetcher{near, block + f.block_bytes + begin + turn * (end - begin) / fetching, fetching, turn == 0};
+    };
     for (std::size_t turn = 0; turn < turns; ++turn) {
       const std::size_t row = turn * t.rows / turns, rows = (turn + 1) * t.rows / turns - row;
       Range seen[kMaxRows];
@@ -333,23 +337,24 @@ void AttendRows(const AttendTask& t) {
         w.last = HWY_MAX(w.last, RoundUp(seen[r].last, kTokenStep));
       }
       if (w.last == 0) continue;
-      const std::uint8_t* next = fetch ? block + f.block_bytes : block;
       WithRows(rows, [&](auto n) HWY_ATTR {
-        Score<KP, n>(f, block, queries + row * row_bytes, info + row, {next + (fetch ? f.k.codes_offset : 0), fetch}, w);
+        Score<KP, n>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
       });
       for (std::size_t r = 0; r < rows; ++r) {
         if (seen[r].last == 0) {
           NoWeights(r, w);
           continue;
         }
-        const float scale = info[row + r].scale;
-        if (t.soft_cap != 0.0f) SoftCap(w.scores[r], w.first, w.last, scale, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
+        float scale = info[row + r].scale;
+        if (t.soft_cap != 0.0f) {
+          SoftCap(w.scores[r], w.first, w.last, scale, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
+          scale = 1.0f;
+        }
         Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, w);
       }
       WithRows(rows, [&](auto n) HWY_ATTR {
-        Weigh<VP, n>(f, block, t.out + row * padded, padded, {next + (fetch ? f.v.codes_offset : 0), fetch}, w);
+        Weigh<VP, n>(f, block, t.out + row * padded, padded, fetcher(f.v.codes_offset, f.block_bytes, turn), w);
       });
-      fetch = false;
     }
   }
 }
