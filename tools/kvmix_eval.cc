@@ -88,22 +88,24 @@ Result<Dump> OpenInput(const Options& o) {
 
 // ---- quant ----------------------------------------------------------------------------------------------------------------------
 
-// What `(int8_t)(x / scale)` does where it should round: the cast bug of the study's first version, and of many a program.
+// `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a program. In the study's own arithmetic, and
+// not the kernels', since the largest value of a row lies on an integer and a last bit decides on which side of it.
 ErrorSums TruncationError(const HalfRows& rows, const HeadCodec& codec) {
   ErrorSums sums;
-  const auto mean = [&](std::size_t c) { return codec.centred() ? codec.mean[c] : 0.0f; };
+  std::vector<float> y(rows.head_dim);
   for (std::size_t t = 0; t < rows.tokens; ++t) {
-    const Half* x = rows.row(t);
     float max = 0.0f;
-    for (std::size_t c = 0; c < rows.head_dim; ++c) max = std::max(max, std::fabs(HalfToFloat(x[c]) - mean(c)));
-    const float scale = codec.scale == ScaleKind::kHead ? codec.head_scale : max / 127.0f;
     for (std::size_t c = 0; c < rows.head_dim; ++c) {
-      const float y = HalfToFloat(x[c]) - mean(c);
-      const float code = scale > 0.0f ? std::clamp(std::trunc(y / scale), -127.0f, 127.0f) : 0.0f;
-      const double error = double{scale} * code - y;
+      const float x = HalfToFloat(rows.row(t)[c]);
+      y[c] = codec.centred() ? x - codec.mean[c] : x;
+      max = std::max(max, std::fabs(y[c]));
+      sums.max_abs = std::max(sums.max_abs, std::fabs(double{x}));
+    }
+    const float inv_scale = codec.scale == ScaleKind::kHead ? 1.0f / codec.head_scale : max > 0.0f ? 127.0f / max : 1.0f;
+    for (const float x : y) {
+      const double error = double{std::clamp(std::trunc(x * inv_scale), -127.0f, 127.0f) / inv_scale} - x;
       sums.sum_squared_error += error * error;
       sums.max_error = std::max(sums.max_error, std::fabs(error));
-      sums.max_abs = std::max(sums.max_abs, std::fabs(double{HalfToFloat(x[c])}));
     }
   }
   sums.count = rows.tokens * rows.head_dim;
