@@ -45,8 +45,7 @@ constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
 constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr float kLargest = 3.4028234e38f;
 constexpr int kMaxCode = 127;
-constexpr std::size_t kAhead = 2048;  // bytes
-constexpr std::size_t kStreamed = std::size_t{256} << 10;
+constexpr std::size_t kLarge = std::size_t{256} << 10;
 
 // y / scale for one scale, fit to be rounded to an integer: the top of this file says how.
 struct Product {
@@ -170,9 +169,13 @@ HWY_INLINE void ScaleGroup(const RowsIn& in, std::size_t t, bool bf16, GroupScal
 
 // Their codes.
 template <class Rows, std::size_t kRows>
-HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, const GroupScales& s, std::int8_t* HWY_RESTRICT codes,
+HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, bool large, const GroupScales& s, std::int8_t* HWY_RESTRICT codes,
                               std::size_t code_stride, float* HWY_RESTRICT scales) {
   for (std::size_t r = 0; r < kRows; ++r) {
+    if (large) {
+      PrefetchAhead(in.x, in.stride, in.dim, t + kGroup + r);
+      PrefetchAhead(codes, code_stride, in.dim, t + r);
+    }
     const Rows y(in, t + r);
     std::int8_t* to = codes + (t + r) * code_stride;
     if (Rows::kHalves && !bf16 && !FewBits(s.divisor[r])) {
@@ -198,15 +201,16 @@ template <class Rows>
 void PerTokenRows(RowsIn in, bool bf16, std::int8_t* codes, std::size_t code_stride, float* scales) {
   // The next group's scales are on their way while this group's codes are made: their long chain of latencies is hidden.
   GroupScales s[2];
+  const bool large = in.tokens * in.dim * sizeof(std::uint16_t) >= kLarge;
   const std::size_t groups = in.tokens / kGroup;
   if (groups > 0) ScaleGroup<Rows, kGroup>(in, 0, bf16, s[0]);
   for (std::size_t g = 0; g < groups; ++g) {
     if (g + 1 < groups) ScaleGroup<Rows, kGroup>(in, (g + 1) * kGroup, bf16, s[(g + 1) % 2]);
-    QuantizeGroup<Rows, kGroup>(in, g * kGroup, bf16, s[g % 2], codes, code_stride, scales);
+    QuantizeGroup<Rows, kGroup>(in, g * kGroup, bf16, large, s[g % 2], codes, code_stride, scales);
   }
   for (std::size_t t = groups * kGroup; t < in.tokens; ++t) {
     ScaleGroup<Rows, 1>(in, t, bf16, s[0]);
-    QuantizeGroup<Rows, 1>(in, t, bf16, s[0], codes, code_stride, scales);
+    QuantizeGroup<Rows, 1>(in, t, bf16, large, s[0], codes, code_stride, scales);
   }
 }
 
@@ -222,9 +226,8 @@ template <class Rows>
 float AbsMaxRows(RowsIn in) {
   const typename Rows::DMax d;
   auto max = hn::Zero(d);
-  const std::size_t ahead = kAhead / (in.dim * sizeof(std::uint16_t) + 1) + 1;
   for (std::size_t t = 0; t < in.tokens; ++t) {
-    Prefetch(in.x + (t + ahead) * in.stride, in.dim * sizeof(std::uint16_t));
+    PrefetchAhead(in.x, in.stride, in.dim, t);
     max = Rows(in, t).Max(in.dim, max);
   }
   const float absmax = Rows::Value(hn::ReduceMax(d, max));
@@ -239,7 +242,7 @@ float AbsMax(const RowsIn& in) { return in.mean ? AbsMaxRows<CentredHalves>(in) 
 template <class T>
 bool Streams(const T* out, std::size_t stride, std::size_t tokens, std::size_t dim, std::size_t lanes) {
   const std::size_t vector = lanes * sizeof(T);
-  return tokens * dim * sizeof(T) >= kStreamed && reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
+  return tokens * dim * sizeof(T) >= kLarge && reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
 }
 
 template <class Out, class Rows, class Divide>
@@ -248,11 +251,10 @@ std::uint64_t PerHeadRows(RowsIn in, float scale, Divide divide, std::int8_t* co
   // Nothing within 127.25 scales rounds beyond 127. Scales that Quotient cannot take let only zeros pass.
   const bool safe = scale >= kSafe && scale <= kLargest / 128.0f;
   const auto limit = hn::Set(d, Rows::Bits(safe ? 127.25f * scale : 0.0f));
-  const std::size_t ahead = kAhead / (in.dim + 1) + 1;
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < in.tokens; ++t) {
     const Rows y(in, t);
-    if constexpr (std::is_same_v<Out, Whole>) Prefetch(codes + (t + ahead) * code_stride, in.dim);
+    if constexpr (std::is_same_v<Out, Whole>) PrefetchAhead(codes, code_stride, in.dim, t);
     if (HWY_LIKELY(hn::AllTrue(d, hn::Le(y.Max(in.dim, hn::Zero(d)), limit)))) {
       QuantizeRow<Out>(y, in.dim, divide, codes + t * code_stride);
     } else {
@@ -345,6 +347,8 @@ RowErrors ErrorsOfRows(RowsIn in, const std::int8_t* codes, std::size_t code_str
   F32 max_error = hn::Zero(DF32()), max_abs = hn::Zero(DF32());
   RowErrors errors{};
   for (std::size_t t = 0; t < in.tokens; ++t) {
+    PrefetchAhead(in.x, in.stride, in.dim, t);
+    PrefetchAhead(codes, code_stride, in.dim, t);
     const CarefulHalves row(in, t);
     const Decoder decoded{codes + t * code_stride, in.mean, hn::Set(DF32(), scales[t * scale_step])};
     F32 sum = hn::Zero(DF32());

@@ -221,9 +221,14 @@ struct CarefulHalves {
   }
 };
 
-// Asks for n bytes in L2.
-HWY_INLINE void Prefetch(const void* p, std::size_t n) {
-  for (std::size_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+// Asks for row t, or one up to kAhead bytes of rows further on, in L2. Rows of head_dim are too short for every CPU's own prefetchers, and
+// with two streams of them (halves and codes) some fail: errors() from DRAM is 2 to 4 times as fast for it on Granite Rapids.
+constexpr std::size_t kAhead = 2048;
+template <class T>
+HWY_INLINE void PrefetchAhead(const T* rows, std::size_t stride, std::size_t dim, std::size_t t) {
+  const std::size_t bytes = dim * sizeof(T);
+  const char* row = reinterpret_cast<const char*>(rows + (t + kAhead / (bytes + 1) + 1) * stride);
+  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
 // absmax of kRows rows (1 or kGroup) from row t on; room for kGroup.
