@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./kvmix.sh demo    installs what is missing, builds into ./build and tunes the built-in sample down to a plan
+# ./kvmix.sh demo    installs what is missing, builds into ./build and tunes the built-in sample down to a plan and a page of charts
 # ./kvmix.sh test    installs what is missing, builds into ./build and runs all tests; closes with "N passed, N failed"
 # Further arguments go to Meson, -Dwerror=true for one. Made for Debian 12 and 13, as root or with sudo; elsewhere it asks for the
 # libraries to be there. A second run does only what is left to do.
@@ -123,15 +123,22 @@ compile() { # TARGET... (none: everything)
 }
 
 demo() {
-  local plan=$build/demo/plan.json
+  local out=$build/demo
+  local tune="$build/tools/kvmix-tune --budget 0.45 --wisdom $out/wisdom.json"
   prepare "$@"
-  compile tools/kvmix-tune
-  mkdir -p "$(dirname $plan)"
-  say "kvmix-tune --budget 0.45 -o $plan (without a dump: the built-in sample)"
-  $build/tools/kvmix-tune --budget 0.45 -o $plan
+  compile tools/kvmix-tune tools/kvmix-eval
+  mkdir -p $out
+  rm -f $out/wisdom.json  # measured anew, then the same for both runs
+  say "kvmix-tune --budget 0.45 -o $out/plan.json (without a dump: the built-in sample)"
+  $tune -o $out/plan.json
+  $tune --json >$out/tune.json
+  say "kvmix-report: the same as a page, with the errors of every head"
+  $build/tools/kvmix-report --sample --plan $out/plan.json $out/tune.json -o $out/report.html
+  say "open file://$PWD/$out/report.html in a browser"
 }
 
 run_tests() {
+  [ -n "${KVMIX_BROWSER:-}" ] || packages+=(chromium)  # the report's page is looked at in a browser
   prepare "$@"
   compile
   rm -f $build/*.xml  # GoogleTest's reports: those of an earlier run must not be counted
