@@ -45,7 +45,7 @@ constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
 constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr float kLargest = 3.4028234e38f;
 constexpr int kMaxCode = 127;
-constexpr std::size_t kLarge = std::size_t{256} << 10;
+constexpr std::size_t kLarge = std::size_t{256} << 10;  // bytes: not for L2
 
 // y / scale for one scale, fit to be rounded to an integer: the top of this file says how.
 struct Product {
@@ -135,7 +135,7 @@ struct GroupScales {
   bool careful;                       // for some row
 };
 
-HWY_INLINE bool IsCareful(float absmax) { return !(absmax == 0.0f || (absmax >= kSafe && absmax <= kLargest)); }
+HWY_INLINE bool IsCareful(float absmax) { return !(absmax < kSmallest || (absmax >= kSafe && absmax <= kLargest)); }
 
 // From s.absmax: all the rest.
 HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
@@ -146,8 +146,9 @@ HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
     const auto absmax = hn::Load(d, s.absmax + i);
     auto bits = hn::BitCast(du, hn::Div(absmax, hn::Set(d, 127.0f)));
     if (bf16) bits = hn::AndNot(hn::Set(du, 0xFFFFu), hn::Add(bits, hn::Set(du, 0xFFFFu)));
-    const auto scale = hn::IfThenZeroElse(hn::Lt(absmax, hn::Set(d, kSmallest)), hn::BitCast(d, bits));
-    const auto divisor = hn::IfThenElse(hn::Eq(scale, hn::Zero(d)), hn::Set(d, 1.0f), scale);
+    const auto zero = hn::Lt(absmax, hn::Set(d, kSmallest));  // clang compares halves one by one if it is told to compare with 0
+    const auto scale = hn::IfThenZeroElse(zero, hn::BitCast(d, bits));
+    const auto divisor = hn::IfThenElse(zero, hn::Set(d, 1.0f), scale);
     hn::Store(scale, d, s.scale + i);
     hn::Store(divisor, d, s.divisor + i);
     const auto inverse = hn::Div(hn::Set(d, 1.0f), divisor);
@@ -156,7 +157,7 @@ HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
     const auto moved = hn::IfThenElse(half_rounds_up, hn::Set(d, 1.0f + 0x1p-21f), hn::Set(d, 1.0f - 0x1p-21f));
     hn::Store(hn::Mul(inverse, moved), d, s.product + i);
     const auto normal = hn::And(hn::Le(absmax, hn::Set(d, kLargest)), hn::Ge(absmax, hn::Set(d, kSafe)));
-    s.careful |= !hn::AllTrue(d, hn::Or(normal, hn::Eq(absmax, hn::Zero(d))));
+    s.careful |= !hn::AllTrue(d, hn::Or(normal, zero));
   }
 }
 
@@ -171,10 +172,11 @@ HWY_INLINE void ScaleGroup(const RowsIn& in, std::size_t t, bool bf16, GroupScal
 template <class Rows, std::size_t kRows>
 HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, bool large, const GroupScales& s, std::int8_t* HWY_RESTRICT codes,
                               std::size_t code_stride, float* HWY_RESTRICT scales) {
+  const Prefetcher prefetch_x(in.x, in.stride, in.dim), prefetch_codes(codes, code_stride, in.dim);
   for (std::size_t r = 0; r < kRows; ++r) {
     if (large) {
-      PrefetchAhead(in.x, in.stride, in.dim, t + kGroup + r);
-      PrefetchAhead(codes, code_stride, in.dim, t + r);
+      prefetch_x(t + kGroup + r);
+      prefetch_codes(t + r);
     }
     const Rows y(in, t + r);
     std::int8_t* to = codes + (t + r) * code_stride;
@@ -197,8 +199,9 @@ HWY_INLINE void QuantizeGroup(const RowsIn& in, std::size_t t, bool bf16, bool l
   }
 }
 
-template <class Rows>
+template <class Rows, std::size_t kDim>
 void PerTokenRows(RowsIn in, bool bf16, std::int8_t* codes, std::size_t code_stride, float* scales) {
+  if constexpr (kDim != 0) in.dim = kDim;
   // The next group's scales are on their way while this group's codes are made: their long chain of latencies is hidden.
   GroupScales s[2];
   const bool large = in.tokens * in.dim * sizeof(std::uint16_t) >= kLarge;
@@ -214,11 +217,18 @@ void PerTokenRows(RowsIn in, bool bf16, std::int8_t* codes, std::size_t code_str
   }
 }
 
+// Loops of known length have no branches to mispredict: up to 1.7 times as fast.
+template <class Rows>
+void PerTokenOf(const RowsIn& in, bool bf16, std::int8_t* codes, std::size_t code_stride, float* scales) {
+  const auto rows = in.dim == 64 ? PerTokenRows<Rows, 64> : in.dim == 128 ? PerTokenRows<Rows, 128> : PerTokenRows<Rows, 0>;
+  rows(in, bf16, codes, code_stride, scales);
+}
+
 void PerToken(const RowsIn& in, bool bf16_scale, std::int8_t* codes, std::size_t code_stride, float* scales) {
   if (in.mean) {
-    PerTokenRows<CentredHalves>(in, bf16_scale, codes, code_stride, scales);
+    PerTokenOf<CentredHalves>(in, bf16_scale, codes, code_stride, scales);
   } else {
-    PerTokenRows<PlainHalves>(in, bf16_scale, codes, code_stride, scales);
+    PerTokenOf<PlainHalves>(in, bf16_scale, codes, code_stride, scales);
   }
 }
 
@@ -226,8 +236,9 @@ template <class Rows>
 float AbsMaxRows(RowsIn in) {
   const typename Rows::DMax d;
   auto max = hn::Zero(d);
+  const Prefetcher prefetch(in.x, in.stride, in.dim);
   for (std::size_t t = 0; t < in.tokens; ++t) {
-    PrefetchAhead(in.x, in.stride, in.dim, t);
+    prefetch(t);
     max = Rows(in, t).Max(in.dim, max);
   }
   const float absmax = Rows::Value(hn::ReduceMax(d, max));
@@ -239,10 +250,14 @@ float AbsMaxRows(RowsIn in) {
 
 float AbsMax(const RowsIn& in) { return in.mean ? AbsMaxRows<CentredHalves>(in) : AbsMaxRows<PlainHalves>(in); }
 
+// Whether rows of T are written past the caches, in vectors of that many lanes. An output of 256 KiB and its input leave L2 before they
+// are read again, and a store through the caches first reads the line from DRAM: dequantizing there is 2.3 times as fast without
+// (Granite Rapids). Half vectors of 128-bit targets have no such store.
 template <class T>
 bool Streams(const T* out, std::size_t stride, std::size_t tokens, std::size_t dim, std::size_t lanes) {
   const std::size_t vector = lanes * sizeof(T);
-  return tokens * dim * sizeof(T) >= kLarge && reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
+  return vector >= 16 && aligned && tokens * dim * sizeof(T) >= kLarge;
 }
 
 template <class Out, class Rows, class Divide>
@@ -251,10 +266,11 @@ std::uint64_t PerHeadRows(RowsIn in, float scale, Divide divide, std::int8_t* co
   // Nothing within 127.25 scales rounds beyond 127. Scales that Quotient cannot take let only zeros pass.
   const bool safe = scale >= kSafe && scale <= kLargest / 128.0f;
   const auto limit = hn::Set(d, Rows::Bits(safe ? 127.25f * scale : 0.0f));
+  const Prefetcher prefetch(codes, code_stride, in.dim);
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < in.tokens; ++t) {
     const Rows y(in, t);
-    if constexpr (std::is_same_v<Out, Whole>) PrefetchAhead(codes, code_stride, in.dim, t);
+    if constexpr (std::is_same_v<Out, Whole>) prefetch(t);
     if (HWY_LIKELY(hn::AllTrue(d, hn::Le(y.Max(in.dim, hn::Zero(d)), limit)))) {
       QuantizeRow<Out>(y, in.dim, divide, codes + t * code_stride);
     } else {
@@ -346,9 +362,10 @@ template <bool kMean>
 RowErrors ErrorsOfRows(RowsIn in, const std::int8_t* codes, std::size_t code_stride, const float* scales, std::size_t scale_step) {
   F32 max_error = hn::Zero(DF32()), max_abs = hn::Zero(DF32());
   RowErrors errors{};
+  const Prefetcher prefetch_x(in.x, in.stride, in.dim), prefetch_codes(codes, code_stride, in.dim);
   for (std::size_t t = 0; t < in.tokens; ++t) {
-    PrefetchAhead(in.x, in.stride, in.dim, t);
-    PrefetchAhead(codes, code_stride, in.dim, t);
+    prefetch_x(t);
+    prefetch_codes(t);
     const CarefulHalves row(in, t);
     const Decoder decoded{codes + t * code_stride, in.mean, hn::Set(DF32(), scales[t * scale_step])};
     F32 sum = hn::Zero(DF32());

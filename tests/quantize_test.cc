@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -135,6 +137,31 @@ TEST_P(QuantizeTest, Long) {
   const Rows rows = RandomRows(5003, 128, 128, 7);
   ExpectAll(rows, nullptr);
   ExpectAll(rows, RandomMean(128, 8).data());
+}
+
+// Large outputs with aligned rows are written past the caches.
+TEST_P(QuantizeTest, LargeAligned) {
+  constexpr std::size_t kMany = 4101;
+  for (const std::size_t dim : Sizes{64, 80, 128}) {
+    const Rows rows = RandomRows(kMany, dim, 0, 9);
+    const std::vector<float> mean = RandomMean(dim, 10);
+    const auto buffer = [](std::size_t bytes) { return std::unique_ptr<void, void (*)(void*)>(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free); };
+    const auto codes = buffer(kMany * dim), f32 = buffer(kMany * dim * sizeof(float)), f16 = buffer(kMany * dim * sizeof(Half));
+    for (const float* m : {static_cast<const float*>(nullptr), mean.data()}) {
+      const float scale = 0.75f * GlobalScale(rows.odd(), m);  // some rows are clamped
+      const reference::Codes expected = reference::QuantizeGlobal(rows.aligned(), m, scale);
+      auto* const q = static_cast<std::int8_t*>(codes.get());
+      ASSERT_EQ(QuantizeGlobal(rows.odd(), m, scale, q), expected.clamped);
+      ASSERT_EQ(std::memcmp(q, expected.codes.data(), expected.codes.size()), 0) << dim;
+      kvmix::Dequantize(q, &scale, 0, m, kMany, dim, static_cast<float*>(f32.get()), dim);
+      kvmix::Dequantize(q, &scale, 0, m, kMany, dim, static_cast<Half*>(f16.get()), dim);
+      for (std::size_t i = 0; i < kMany * dim; ++i) {
+        const float x = reference::Dequantize(q[i], scale, m, i % dim);
+        ASSERT_EQ(static_cast<const float*>(f32.get())[i], x) << dim << " channels, value " << i;
+        ASSERT_EQ(static_cast<const Half*>(f16.get())[i], FloatToHalf(x)) << dim << " channels, value " << i;
+      }
+    }
+  }
 }
 
 // Against their own f32 scale halves are multiplied by an inverse: every significand of the maximum with every half that is not far
