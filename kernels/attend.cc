@@ -148,14 +148,13 @@ struct Work {
   std::size_t first, last;
 };
 
-template <class P, std::size_t kRows>
+template <class P, std::size_t kRows, std::size_t kVecs>
 HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const std::uint8_t* queries, const RowInfo* info, Prefetcher prefetch, Work& w) {
-  constexpr std::size_t kVecs = VecsFor(P::kStorage, kRows);
   static_assert(kTokenStep % (kVecs * kLanes) == 0);
-  const std::size_t row_bytes = QueryRowBytes<P>(f.head_dim), steps = KSteps(P::kStorage, f.head_dim);
+  const std::size_t tile_bytes = KTileBytes(P::kStorage, f.head_dim), row_bytes = QueryRowBytes<P>(f.head_dim);
+  const std::size_t steps = KSteps(P::kStorage, f.head_dim);
   for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
-    const VectorPlace place = KPlace(P::kStorage, f.head_dim, token);
-    Multiply<P, kRows, kVecs>(block + f.k.codes_offset + place.offset, place.step, queries, row_bytes, info, 0, steps, steps, prefetch,
+    Multiply<P, kRows, kVecs>(block + f.k.codes_offset + token / kLanes * tile_bytes, tile_bytes, queries, row_bytes, info, 0, steps, steps, prefetch,
                               [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
                                 const std::size_t at = token + v * kLanes;
                                 hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
@@ -163,24 +162,22 @@ HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const s
   }
 }
 
-template <class P, std::size_t kRows>
+template <class P, std::size_t kRows, std::size_t kVecs>
 HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out, std::size_t out_stride, Prefetcher prefetch, const Work& w) {
   constexpr std::size_t kWidth = Width(P::kStorage);
-  const std::size_t padded = RoundUp(f.head_dim, kLanes);
+  const std::size_t tile_bytes = VTileBytes(P::kStorage), padded = RoundUp(f.head_dim, kLanes);
   std::size_t channel = 0;
-  const auto turn = [&](auto vecs) KVMIX_LAMBDA {
-    const VectorPlace place = VPlace(P::kStorage, f.head_dim, channel);
-    Multiply<P, kRows, vecs>(block + f.v.codes_offset + place.offset, place.step, w.weights[0], sizeof(w.weights[0]), w.weight_info, w.first / kWidth,
-                             w.last / kWidth, VSteps(P::kStorage), prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+  const auto columns = [&](auto vecs) KVMIX_LAMBDA {
+    Multiply<P, kRows, vecs>(block + f.v.codes_offset + channel / kLanes * tile_bytes, tile_bytes, w.weights[0], sizeof(w.weights[0]), w.weight_info,
+                             w.first / kWidth, w.last / kWidth, VSteps(P::kStorage), prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
                                float* to = out + r * out_stride + channel + v * kLanes;
                                const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
                                hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_info[r].scale), before), DF(), to);
                              });
     channel += vecs * kLanes;
   };
-  constexpr std::integral_constant<std::size_t, VecsFor(P::kStorage, kRows)> kVecs;
-  while (channel + kVecs * kLanes <= padded) turn(kVecs);
-  while (channel < padded) turn(std::integral_constant<std::size_t, 1>());
+  while (channel + kVecs * kLanes <= padded) columns(std::integral_constant<std::size_t, kVecs>());
+  while (channel < padded) columns(std::integral_constant<std::size_t, 1>());
 }
 
 // s -> cap * tanh((s * scale + bias) / cap). scale: to units of log2, which the result has as well; bias and cap: in those of exp.
@@ -250,14 +247,18 @@ HWY_INLINE void NoWeights(std::size_t r, Work& w) {
   w.weight_info[r] = {0.0f, 0, 0};
 }
 
-// f<kRows>() for rows in [1, kMaxRows].
-template <class F>
-HWY_INLINE void WithRows(std::size_t rows, const F& f) {
+// f(rows, vectors as the storage wants them) with both as constants; rows in [1, kMaxRows].
+template <class P, class F>
+HWY_INLINE void WithShape(std::size_t rows, bool stream, const F& f) {
+  const auto with_rows = [&](auto n) HWY_ATTR {
+    if (stream) return f(n, std::integral_constant<std::size_t, StreamVecsFor(P::kStorage, n)>());
+    return f(n, std::integral_constant<std::size_t, VecsFor(P::kStorage, n)>());
+  };
   switch (rows) {
-    case 1: return f(std::integral_constant<std::size_t, 1>());
-    case 2: return f(std::integral_constant<std::size_t, 2>());
-    case 3: return f(std::integral_constant<std::size_t, 3>());
-    default: return f(std::integral_constant<std::size_t, 4>());
+    case 1: return with_rows(std::integral_constant<std::size_t, 1>());
+    case 2: return with_rows(std::integral_constant<std::size_t, 2>());
+    case 3: return with_rows(std::integral_constant<std::size_t, 3>());
+    default: return with_rows(std::integral_constant<std::size_t, 4>());
   }
 }
 
@@ -318,7 +319,7 @@ void AttendRows(const AttendTask& t) {
     if (f.v.scale != TileScale::kConstant || b == first_block) {
       for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
     }
-    const std::size_t fetching = HWY_MIN(turns, kMaxFetchingTurns);
+    const std::size_t fetching = t.stream ? HWY_MIN(turns, kMaxFetchingTurns) : 0;
     // For one turn's walk over the bytes [begin, end) of the block.
     const auto fetcher = [&](std::size_t begin, std::size_t end, std::size_t turn) HWY_ATTR {
       const std::uint8_t* near = block + begin + Prefetcher::kNear;
@@ -337,8 +338,9 @@ void AttendRows(const AttendTask& t) {
         w.last = HWY_MAX(w.last, RoundUp(seen[r].last, kTokenStep));
       }
       if (w.last == 0) continue;
-      WithRows(rows, [&](auto n) HWY_ATTR {
-        Score<KP, n>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
+      const bool stream = t.stream && turn == 0;
+      WithShape<KP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
+        Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
       });
       for (std::size_t r = 0; r < rows; ++r) {
         if (seen[r].last == 0) {
@@ -352,8 +354,8 @@ void AttendRows(const AttendTask& t) {
         }
         Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, w);
       }
-      WithRows(rows, [&](auto n) HWY_ATTR {
-        Weigh<VP, n>(f, block, t.out + row * padded, padded, fetcher(f.v.codes_offset, f.block_bytes, turn), w);
+      WithShape<VP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
+        Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, fetcher(f.v.codes_offset, f.block_bytes, turn), w);
       });
     }
   }

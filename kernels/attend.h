@@ -27,6 +27,8 @@ struct AttendTask {
   float soft_cap;              // 0: none
   const float* bias;           // [rows], added to scale * q . k before the soft cap; or null (softmax itself does not see it)
 
+  bool stream;                 // the tiles are expected to come from memory rather than from L2: read them in order, fetch ahead
+
   void* operand;               // scratch of operand_bytes(*format, rows), 64-byte aligned
   // Outputs: sum over tokens of exp(s - max) * x' of V (without its mean), [rows, padded_dim(*format)]; log2-domain max and the sum
   // of weights. A row that saw nothing has max -inf and sum 0; a row with NaN or Inf in q has max NaN.

@@ -42,26 +42,9 @@ HWY_INLINE constexpr std::size_t VectorBytes(TileStorage s) { return kLanes * Wi
 // Steps (vectors) from the first to the last term: K's channels, V's tokens.
 HWY_INLINE constexpr std::size_t KSteps(TileStorage s, std::size_t head_dim) { return RoundUp(head_dim, Width(s)) / Width(s); }
 HWY_INLINE constexpr std::size_t VSteps(TileStorage s) { return kBlockTokens / Width(s); }
-// Vectors that lie side by side at each step, so that a reader of that many walks memory from front to end: on Granite Rapids a cold
-// cache is read at 0.9 of DRAM's speed then, at 0.7 if two quad vectors (64 bytes) come from two places. Narrower ones do not mind.
-HWY_INLINE constexpr std::size_t Adjacent(TileStorage s) { return KVMIX_QUADS && s == TileStorage::kI8 ? 2 : 1; }
-
-// Where a tile vector's first step lies and how far its steps are apart, in bytes. `vectors`: of the tensor's block (the last group of
-// neighbours may be short).
-struct VectorPlace {
-  std::size_t offset, step;
-};
-HWY_INLINE constexpr VectorPlace Place(TileStorage s, std::size_t vector, std::size_t vectors, std::size_t steps) {
-  const std::size_t group = vector / Adjacent(s) * Adjacent(s);
-  const std::size_t neighbours = HWY_MIN(Adjacent(s), vectors - group);
-  return {(group * steps + vector - group) * VectorBytes(s), neighbours * VectorBytes(s)};
-}
-HWY_INLINE constexpr VectorPlace KPlace(TileStorage s, std::size_t head_dim, std::size_t token) {
-  return Place(s, token / kLanes, kBlockTokens / kLanes, KSteps(s, head_dim));
-}
-HWY_INLINE constexpr VectorPlace VPlace(TileStorage s, std::size_t head_dim, std::size_t channel) {
-  return Place(s, channel / kLanes, RoundUp(head_dim, kLanes) / kLanes, VSteps(s));
-}
+// Bytes of all terms of kLanes tokens (K) or kLanes channels (V).
+HWY_INLINE constexpr std::size_t KTileBytes(TileStorage s, std::size_t head_dim) { return KSteps(s, head_dim) * VectorBytes(s); }
+HWY_INLINE constexpr std::size_t VTileBytes(TileStorage s) { return VSteps(s) * VectorBytes(s); }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

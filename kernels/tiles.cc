@@ -25,8 +25,8 @@ void LayOut(BlockFormat& f) {
     at = t.scales_offset = RoundUp(at + code_bytes, 64);
     at = RoundUp(at + ScaleBytes(t.scale), 64);
   };
-  place(f.k, kBlockTokens / kLanes * KSteps(f.k.storage, f.head_dim) * VectorBytes(f.k.storage));
-  place(f.v, RoundUp(f.head_dim, kLanes) / kLanes * VSteps(f.v.storage) * VectorBytes(f.v.storage));
+  place(f.k, kBlockTokens / kLanes * KTileBytes(f.k.storage, f.head_dim));
+  place(f.v, RoundUp(f.head_dim, kLanes) / kLanes * VTileBytes(f.v.storage));
   f.block_bytes = at;
 }
 
@@ -54,77 +54,74 @@ float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t toke
   return scale;
 }
 
-// The first group of K's row `token` in its block; the following ones are KPlace's step apart.
-std::size_t KRow(const BlockFormat& f, std::size_t token) {
-  return f.k.codes_offset + KPlace(f.k.storage, f.head_dim, token).offset + token % kLanes * Width(f.k.storage) * CodeBytes(f.k.storage);
+// The first group of K's row `token`; the following ones are kLanes * kWidth elements apart.
+template <typename Byte>
+Byte* KRow(const BlockFormat& f, Byte* block, std::size_t token) {
+  return block + f.k.codes_offset + token / kLanes * KTileBytes(f.k.storage, f.head_dim) + token % kLanes * Width(f.k.storage) * CodeBytes(f.k.storage);
 }
 
 // kBytes: of one group, so that the copies become single moves.
 template <std::size_t kBytes>
-HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t flip, std::uint8_t* to, std::size_t step) {
+HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t flip, std::uint8_t* to) {
   std::uint8_t group[kBytes];
   std::size_t i = 0;
-  for (; i + kBytes <= row_bytes; i += kBytes, to += step) {
+  for (; i + kBytes <= row_bytes; i += kBytes) {
     for (std::size_t j = 0; j < kBytes; ++j) group[j] = static_cast<std::uint8_t>(row[i + j] ^ flip);
-    std::memcpy(to, group, kBytes);
+    std::memcpy(to + i * kLanes, group, kBytes);
   }
   if (i < row_bytes) {
     for (std::size_t j = 0; j < kBytes; ++j) group[j] = static_cast<std::uint8_t>((i + j < row_bytes ? row[i + j] : 0) ^ flip);
-    std::memcpy(to, group, kBytes);
+    std::memcpy(to + i * kLanes, group, kBytes);
   }
 }
 
 void StoreK(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes, float scale) {
   const std::uint8_t* row = static_cast<const std::uint8_t*>(codes);
-  std::uint8_t* to = block + KRow(f, token);
-  const std::size_t step = KPlace(f.k.storage, f.head_dim, token).step;
   if (f.k.storage == TileStorage::kF16) {
-    ScatterGroups<2>(row, 2 * f.head_dim, 0, to, step);
+    ScatterGroups<2>(row, 2 * f.head_dim, 0, KRow(f, block, token));
   } else {
-    ScatterGroups<kI8Width>(row, f.head_dim, kFlipK, to, step);
+    ScatterGroups<kI8Width>(row, f.head_dim, kFlipK, KRow(f, block, token));
   }
   StoreScale(f.k, block, token, scale);
 }
 
 void LoadK(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes, float* scale) {
   std::uint8_t* row = static_cast<std::uint8_t*>(codes);
-  const std::uint8_t* from = block + KRow(f, token);
-  const std::size_t step = KPlace(f.k.storage, f.head_dim, token).step;
+  const std::uint8_t* from = KRow(f, block, token);
   const std::size_t bytes = f.head_dim * CodeBytes(f.k.storage);
   const std::size_t group = Width(f.k.storage) * CodeBytes(f.k.storage);
   const std::uint8_t flip = f.k.storage == TileStorage::kF16 ? 0 : kFlipK;
-  for (std::size_t i = 0; i < bytes; ++i) row[i] = static_cast<std::uint8_t>(from[i / group * step + i % group] ^ flip);
+  for (std::size_t i = 0; i < bytes; ++i) row[i] = static_cast<std::uint8_t>(from[i / group * group * kLanes + i % group] ^ flip);
   *scale = LoadScale(f.k, block, token);
 }
 
-// Merges the codes of one token into the words of a V tile: `width` codes of type T, neighbouring tokens, share a word.
+// Merges the codes of one token into the words of a V tile: `kWidth` codes of type T, neighbouring tokens, share a word.
 template <typename T, typename Word>
-HWY_INLINE void MergeRow(const BlockFormat& f, const T* row, std::size_t token, std::uint8_t* codes) {
+HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub, std::size_t tile_bytes, std::uint8_t* to) {
   const hn::CappedTag<Word, kLanes> dw;
   const hn::Rebind<T, decltype(dw)> dt;
-  const std::size_t width = sizeof(Word) / sizeof(T);
-  const int shift = static_cast<int>(8 * sizeof(T) * (token % width));
+  const int shift = static_cast<int>(8 * sizeof(T) * sub);
   const auto keep = hn::Set(dw, static_cast<Word>(~(static_cast<Word>(static_cast<T>(~T{0})) << shift)));
-  for (std::size_t c = 0; c < f.head_dim; c += kLanes) {
-    const VectorPlace place = VPlace(f.v.storage, f.head_dim, c);
-    Word* words = reinterpret_cast<Word*>(codes + place.offset + token / width * place.step);
-    const auto x = hn::LoadN(dt, row + c, HWY_MIN(kLanes, f.head_dim - c));
+  for (std::size_t c = 0; c < head_dim; c += kLanes, to += tile_bytes) {
+    const auto codes = hn::LoadN(dt, row + c, HWY_MIN(kLanes, head_dim - c));
+    Word* words = reinterpret_cast<Word*>(to);
+    const auto old = hn::And(hn::LoadU(dw, words), keep);
     if constexpr (sizeof(Word) == sizeof(T)) {
-      hn::StoreU(x, dw, words);
+      hn::StoreU(codes, dw, words);
     } else {
-      const auto others = hn::And(hn::LoadU(dw, words), keep);
-      hn::StoreU(hn::Or(others, hn::ShiftLeftSame(hn::PromoteTo(dw, x), shift)), dw, words);
+      hn::StoreU(hn::Or(old, hn::ShiftLeftSame(hn::PromoteTo(dw, codes), shift)), dw, words);
     }
   }
 }
 
 void StoreV(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes, float scale) {
   using Word = hwy::UnsignedFromSize<kI8Width>;
-  std::uint8_t* to = block + f.v.codes_offset;
+  const std::size_t width = Width(f.v.storage), tile_bytes = VTileBytes(f.v.storage);
+  std::uint8_t* to = block + f.v.codes_offset + token / width * VectorBytes(f.v.storage);
   if (f.v.storage == TileStorage::kF16) {
-    MergeRow<std::uint16_t, std::uint16_t>(f, static_cast<const std::uint16_t*>(codes), token, to);
+    MergeRow<std::uint16_t, std::uint16_t>(static_cast<const std::uint16_t*>(codes), f.head_dim, 0, tile_bytes, to);
   } else {
-    MergeRow<std::uint8_t, Word>(f, static_cast<const std::uint8_t*>(codes), token, to);
+    MergeRow<std::uint8_t, Word>(static_cast<const std::uint8_t*>(codes), f.head_dim, token % width, tile_bytes, to);
   }
   StoreScale(f.v, block, token, scale);
 }
@@ -132,10 +129,9 @@ void StoreV(const BlockFormat& f, std::uint8_t* block, std::size_t token, const 
 void LoadV(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes, float* scale) {
   std::uint8_t* row = static_cast<std::uint8_t*>(codes);
   const std::size_t size = CodeBytes(f.v.storage), width = Width(f.v.storage);
+  const std::uint8_t* from = block + f.v.codes_offset + token / width * VectorBytes(f.v.storage) + token % width * size;
   for (std::size_t c = 0; c < f.head_dim; ++c) {
-    const VectorPlace place = VPlace(f.v.storage, f.head_dim, c);
-    const std::size_t in_vector = (c % kLanes * width + token % width) * size;
-    std::memcpy(row + c * size, block + f.v.codes_offset + place.offset + token / width * place.step + in_vector, size);
+    std::memcpy(row + c * size, from + c / kLanes * VTileBytes(f.v.storage) + c % kLanes * width * size, size);
   }
   *scale = LoadScale(f.v, block, token);
 }

@@ -5,11 +5,8 @@
 //   V: lanes = channels, terms = tokens      tile [channel / lanes][token / width][lanes][width]
 // of one block of 256 tokens. So QK and PV are one and the same product, "rows times tile" (kernels/attend.h). `lanes` and `width`
 // are two constants of a target and a storage: width 1 for f16, 2 where i16 pairs are multiplied (vpmaddwd), 4 where bytes are
-// (vpdpbusd, sdot). Channels are padded with zeros to whole vectors.
-//
-// Quads: at each step two neighbouring vectors lie side by side, [token / 32][channel / 4][2][16][4] and [channel / 32][token / 4]
-// [2][16][4] (a last odd vector of V alone), so that a reader of two walks memory from front to end. K is stored as code ^ 0x80, an
-// unsigned byte: what vpdpbusd wants. (And AMX: rows of [16][4] bytes, 128 apart, are its B operand as they stand.)
+// (vpdpbusd, sdot). Channels are padded with zeros to whole vectors. K in quads is stored as code ^ 0x80, an unsigned byte: what
+// vpdpbusd wants (and AMX: [16 lanes][4] is its B operand as it stands).
 //
 // A KV head is a stream of blocks: K codes | K scales | V codes | V scales, each padded to 64 bytes, so that attention reads memory
 // from front to end.

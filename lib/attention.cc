@@ -2,6 +2,7 @@
 #include "kvmix/attention.h"
 
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -33,6 +34,11 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 std::size_t CeilDiv(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 std::size_t RoundUp(std::size_t n, std::size_t to) { return CeilDiv(n, to) * to; }
+
+std::size_t L2Bytes() {
+  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return bytes > 0 ? static_cast<std::size_t>(bytes) : std::size_t{512} << 10;
+}
 
 // Grows, never shrinks; contents are not kept.
 class Scratch {
@@ -70,6 +76,7 @@ struct AttendJob::Impl {
   std::size_t span = 0;   // tokens
   std::size_t spans = 1;  // of each (KV head, query part)
   std::size_t padded = 0;
+  bool streams = false;  // one call reads more than L2 holds
   std::size_t partial_bytes = 0;                 // of one part
   Scratch partials;                              // [parts], only if spans > 1
   std::uint8_t* partial_memory = nullptr;
@@ -109,6 +116,9 @@ Status AttendJob::Impl::Start(const Cache& c, std::size_t at_layer, std::size_t 
   if (options.sliding_window != 0 && options.sliding_window < tokens) seen = std::min(tokens, options.sliding_window + queries_per_part + kBlockTokens);
   span = std::max(kShortestSpan, RoundUp(CeilDiv(seen * g.kv_heads * query_parts, kPartsWanted), kBlockTokens));
   spans = std::max<std::size_t>(1, CeilDiv(seen, span));
+  std::size_t bytes = 0;
+  for (std::size_t h = 0; h < g.kv_heads; ++h) bytes += CeilDiv(seen, kBlockTokens) * cache->head(layer, h).format.block_bytes;
+  streams = bytes > L2Bytes();
   padded = cache->kernels.attend.padded_dim(cache->head(layer, 0).format);
   const std::size_t rows = queries_per_part * g.group();
   partial_bytes = RoundUp(rows * (padded + 2) * sizeof(float), 64);
@@ -186,6 +196,7 @@ void AttendJob::Impl::RunPart(std::size_t part) {
   task.scale = options.attention_scale;
   task.soft_cap = options.soft_cap;
   task.bias = bias;
+  task.stream = streams;
   task.operand = memory + q_bytes;
   task.out = partial.out;
   task.max = partial.max;

@@ -49,17 +49,13 @@ std::vector<std::pair<TileFormat, TileFormat>> Formats() {
 }
 
 // Offset of one code in a block: tile [token / lanes][channel / width][lanes][width] of K, [channel / lanes][token / width][lanes][width]
-// of V; quads have two such vectors of lanes side by side at each step, but for a last odd one.
+// of V.
 std::size_t CodeAt(const TargetTiles& target, const BlockFormat& f, bool k, std::size_t token, std::size_t channel) {
   const TileFormat& t = k ? f.k : f.v;
   const std::size_t width = t.storage == TileStorage::kF16 ? 1 : target.i8_width, lanes = target.lanes;
   const std::size_t lane = k ? token : channel, term = k ? channel : token;
-  const std::size_t steps = (k ? RoundUp(f.head_dim, width) : kBlockTokens) / width;
-  const std::size_t vectors = (k ? kBlockTokens : RoundUp(f.head_dim, lanes)) / lanes, vector = lane / lanes;
-  const std::size_t first = width == 4 ? vector / 2 * 2 : vector;
-  const std::size_t neighbours = width == 4 && first + 1 < vectors ? 2 : 1;
-  const std::size_t at = first * steps + term / width * neighbours + (vector - first);  // in vectors
-  return t.codes_offset + (at * lanes * width + lane % lanes * width + term % width) * CodeBytes(t);
+  const std::size_t terms = k ? RoundUp(f.head_dim, width) : kBlockTokens;
+  return t.codes_offset + ((lane / lanes * (terms / width) + term / width) * lanes * width + lane % lanes * width + term % width) * CodeBytes(t);
 }
 
 class Block {
