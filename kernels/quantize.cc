@@ -24,7 +24,6 @@
 #include "kernels/quantize.h"
 
 #include <algorithm>
-#include <array>
 #include <type_traits>
 #include <cstring>
 
@@ -70,31 +69,9 @@ struct Quotient {
 // At most 5 significant bits: not for Product.
 HWY_INLINE bool FewBits(float scale) { return (hwy::BitCastScalar<std::uint32_t>(scale) & 0x7FFFFu) == 0; }
 
-template <std::size_t kBlocks>
-constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
-  std::array<std::int32_t, 4 * kBlocks> order{};
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i % kBlocks * 4 + i / kBlocks);
-  return order;
-}
-
-// Four vectors of small integers as one vector of bytes, in order.
-HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
-  const auto ab = hn::ReorderDemote2To(DI16(), a, b);
-  const auto cd = hn::ReorderDemote2To(DI16(), c, d);
-  const auto abcd = hn::ReorderDemote2To(DI8(), ab, cd);
-  // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of d, four bytes each.
-  constexpr std::size_t kBlocks = hn::MaxLanes(DI8()) / 16;
-  if constexpr (kBlocks == 1) {
-    return abcd;
-  } else {
-    static constexpr auto kOrder = PackedOrder<kBlocks>();
-    return hn::BitCast(DI8(), hn::TableLookupLanes(hn::BitCast(DI32(), abcd), hn::SetTableIndices(DI32(), kOrder.data())));
-  }
-}
-
 template <class Out = Whole, class Rows, class Divide>
 HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Divide& divide, std::int8_t* HWY_RESTRICT codes) {
-  const auto code = [&](auto io, std::size_t i) KVMIX_LAMBDA { return hn::NearestIntInRange(DI32(), divide(y.Load(io, i))); };
+  const auto code = [&](auto io, std::size_t i) KVMIX_LAMBDA { return Nearest(divide(y.Load(io, i))); };
   const std::size_t lanes = hn::Lanes(DF32());
   std::size_t i = 0;
   for (; i + 4 * lanes <= dim; i += 4 * lanes) {
@@ -113,7 +90,7 @@ std::uint64_t CarefulRow(const CarefulHalves& y, std::size_t dim, float scale, s
   std::uint64_t clamped = 0;
   ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
     const F32 cut = hn::Max(hn::Min(y.Load(io, i), bound), hn::Neg(bound));
-    const I32 code = hn::NearestIntInRange(DI32(), hn::Div(cut, divisor));
+    const I32 code = Nearest(hn::Div(cut, divisor));
     clamped += hn::CountTrue(DI32(), hn::Gt(hn::Abs(code), limit));
     io.Store(hn::DemoteTo(d8, hn::Max(hn::Min(code, limit), hn::Neg(limit))), d8, codes + i);
   });

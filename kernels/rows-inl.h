@@ -1,4 +1,4 @@
-// Rows of halves as vectors of f32, with their absmax: what kernels/quantize.cc reads.
+// Rows of halves as vectors of f32, with their absmax, and vectors of codes: what kernels/quantize.cc reads and writes.
 #if defined(KVMIX_KERNELS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_ROWS_INL_H_
 #undef KVMIX_KERNELS_ROWS_INL_H_
@@ -6,6 +6,7 @@
 #define KVMIX_KERNELS_ROWS_INL_H_
 #endif
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -100,6 +101,37 @@ HWY_INLINE hn::Vec<D> Finite(D d, hn::Vec<D> halves) {
   const auto magnitude = hn::And(bits, hn::Set(di, 0x7FFF));
   const auto finite = hn::Or(hn::Xor(bits, magnitude), hn::Min(magnitude, hn::Set(di, 0x7BFF)));
   return hn::BitCast(d, hn::IfThenZeroElse(hn::Gt(magnitude, hn::Set(di, 0x7C00)), finite));
+}
+
+// Rounds to nearest even what lies in an integer's range.
+HWY_INLINE I32 Nearest(F32 x) {
+#if HWY_ARCH_X86
+  return hn::NearestIntInRange(DI32(), x);  // one instruction; NearestInt saturates, in several
+#else
+  return hn::NearestInt(x);
+#endif
+}
+
+template <std::size_t kBlocks>
+constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
+  std::array<std::int32_t, 4 * kBlocks> order{};
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i % kBlocks * 4 + i / kBlocks);
+  return order;
+}
+
+// Four vectors of small integers as one vector of bytes, in order.
+HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
+  const auto ab = hn::ReorderDemote2To(DI16(), a, b);
+  const auto cd = hn::ReorderDemote2To(DI16(), c, d);
+  const auto abcd = hn::ReorderDemote2To(DI8(), ab, cd);
+  // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of d, four bytes each.
+  constexpr std::size_t kBlocks = hn::MaxLanes(DI8()) / 16;
+  if constexpr (kBlocks == 1) {
+    return abcd;
+  } else {
+    static constexpr auto kOrder = PackedOrder<kBlocks>();
+    return hn::BitCast(DI8(), hn::TableLookupLanes(hn::BitCast(DI32(), abcd), hn::SetTableIndices(DI32(), kOrder.data())));
+  }
 }
 
 // Lane-wise max of a and b, halved: each pair of lanes of type T of the result comes from a, then b.
