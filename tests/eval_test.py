@@ -171,6 +171,8 @@ class Quant(Case):
         dump_kv.write_safetensors(self.path / 'study.safetensors', dump, metadata(dump, [4]))
         zeros = [(r[1], r[4]) for r in self.csv('quant', 'study.safetensors', '--strategy', 3) if float(r[7]) == 0]
         self.assertEqual(zeros, [('0', '0'), ('0', '1'), ('1', '1'), ('2', '0'), ('2', '1'), ('8', '0')])
+        heads = self.csv('quant', 'study.safetensors', '--strategy', 3, '--fp16-heads', 'none')
+        self.assertFalse([r for r in heads if float(r[7]) == 0])
         self.refused('needs --fp16-heads', 'quant', 'dump.safetensors', '--strategy', 3)
 
     def test_threads_change_nothing(self):

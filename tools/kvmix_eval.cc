@@ -269,7 +269,7 @@ void AddDumpOptions(CLI::App* app, Options* o) {
   app->add_option("DUMP", o->dump, "a safetensors dump or a raw folder; without it, the built-in sample's held-out text");
   app->add_option("--strategy", o->strategy, "1: int8, one scale per head over all tokens; 2: int8, one per token and head; 3: --fp16-heads in fp16, other K as 1, V as 2")->check(CLI::Range(1, 3));
   app->add_option("--plan", o->plan, "a plan of kvmix-tune in the place of strategy 3");
-  app->add_option("--fp16-heads", o->fp16_heads, "K heads that strategy 3 keeps in fp16, as layer:head,... (default: the study's six, on its model only)");
+  app->add_option("--fp16-heads", o->fp16_heads, "K heads that strategy 3 keeps in fp16, as layer:head,..., or none (default: the study's six, on its model only)");
   app->add_option("--threads", o->threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
   AddRawOptions(app, &o->raw);
 }
@@ -290,7 +290,7 @@ int Main(int argc, char** argv) {
   size->add_option("--head-dim", o.geometry.head_dim, "channels of a head");
   size->add_option("--tokens", o.tokens, "lengths of the cache, comma-separated")->delimiter(',')->check(CLI::Range(std::size_t{1}, std::size_t{1} << 40))->capture_default_str();
   size->add_option("--plan", o.plan, "a plan to list as well");
-  size->add_option("--fp16-heads", o.fp16_heads, "K heads that strategy 3 keeps in fp16, as layer:head,... (default: the study's six, on its model only)");
+  size->add_option("--fp16-heads", o.fp16_heads, "K heads that strategy 3 keeps in fp16, as layer:head,..., or none (default: the study's six, on its model only)");
   app.footer("Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ --plan plan.json --kv-heads 2 --query-heads 14 --head-dim 64 --prompt-tokens 512,512\n"
              "  kvmix-eval size --layers 24 --kv-heads 2 --head-dim 64 --tokens 4096,32768");
   try {

@@ -25,6 +25,7 @@ bool ParseNumber(std::string_view text, std::size_t* number) {
 Result<std::vector<KvHead>> ParseKvHeads(const std::string& text) {
   std::vector<KvHead> heads;
   std::string_view rest = text;
+  if (text == "none") rest = {};
   while (!rest.empty()) {
     const std::string_view item = rest.substr(0, rest.find(','));
     rest.remove_prefix(std::min(rest.size(), item.size() + 1));

@@ -18,7 +18,7 @@ struct KvHead {
   std::size_t head = 0;
 };
 
-// "0:0,0:1,8:0", layer:head
+// "0:0,0:1,8:0", layer:head; "none"
 Result<std::vector<KvHead>> ParseKvHeads(const std::string& text);
 
 // 1: int8, one scale per head over all tokens.   2: int8, one per token and head.   3: K int8 with one scale per head, but fp16 for
