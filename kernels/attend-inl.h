@@ -57,22 +57,18 @@ HWY_INLINE T LoadScalar(const std::uint8_t* p) {
   return t;
 }
 
-// An i32 vector that lives in a loop. gcc keeps Highway's __m256i and __m512i (of i64) as loop variables of that type, converts them
-// to i32 and back in each round, and pays with a register move for every product; a variable of the arithmetic's own type costs none.
-#if HWY_ARCH_X86
+// An i32 vector that lives in a loop, as the compiler's own vector type. gcc keeps Highway's __m256i and __m512i (of i64) as loop
+// variables of that type, converts them to i32 and back in each round, and pays with a register move for every product.
 struct LoopI32 {
+#if HWY_ARCH_X86
   typedef std::int32_t Native __attribute__((vector_size(sizeof(VI32))));
+#else
+  using Native = decltype(VI32::raw);
+#endif
   Native native;
   HWY_INLINE void Set(VI32 v) { native = reinterpret_cast<Native>(v.raw); }
   HWY_INLINE VI32 Get() const { return VI32{reinterpret_cast<decltype(VI32::raw)>(native)}; }
 };
-#else
-struct LoopI32 {
-  VI32 v;
-  HWY_INLINE void Set(VI32 to) { v = to; }
-  HWY_INLINE VI32 Get() const { return v; }
-};
-#endif
 
 // What a row says of itself beside its terms.
 struct RowInfo {
@@ -96,8 +92,9 @@ struct F16Product {
 };
 
 #if KVMIX_QUADS
-// i8 tile in quads, rows as two byte limbs: row = 256 * high + low, `steps` quads of high, then as many of low.
-// kTileUnsigned: QK (tile = code ^ 0x80, limbs signed; RowInfo's start is -128 * sum of limbs); else PV (limbs unsigned).
+// i8 tile in quads, rows as two byte limbs: row = 256 * high + low, `steps` quads of high, then as many of low. vpdpbusd: in QK the tile
+// is the unsigned operand (code ^ 0x80; RowInfo's start is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned.
+// sdot: all are signed.
 template <bool kTileUnsigned>
 struct QuadProduct {
   static constexpr TileStorage kStorage = TileStorage::kI8;
@@ -117,11 +114,12 @@ struct QuadProduct {
     return {hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * step)), hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * (steps + step)))};
   }
   static HWY_INLINE VI32 Dot(VI32 sum, VI32 tile, VI32 limb) {
-    if constexpr (kTileUnsigned) {
-      return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), tile), hn::BitCast(DI8(), limb), sum);
-    } else {
-      return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), limb), hn::BitCast(DI8(), tile), sum);
-    }
+#if !KVMIX_UNSIGNED_QUADS
+    return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DI8(), tile), hn::BitCast(DI8(), limb), sum);
+#else
+    const VI32 u = kTileUnsigned ? tile : limb, i = kTileUnsigned ? limb : tile;
+    return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), u), hn::BitCast(DI8(), i), sum);
+#endif
   }
   static HWY_INLINE void MulAdd(Sum& sum, VI32 tile, const Limbs& limbs) {
     sum.high.Set(Dot(sum.high.Get(), tile, limbs.high));
@@ -134,13 +132,32 @@ struct QuadProduct {
 using KI8Product = QuadProduct<true>;
 using VI8Product = QuadProduct<false>;
 #else
-// i8 tile in pairs, widened once for all rows; rows are i16.
+// i8 tile in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products of a pair by itself; elsewhere (smlal,
+// smlal2) two vectors of sums take turns and are added in pairs at the end.
 struct PairProduct {
   static constexpr TileStorage kStorage = TileStorage::kI8;
   static constexpr std::size_t kRowBytesPerStep = 4;
-  using Sum = LoopI32;
   using VI16 = hn::Vec<DI16>;
+#if HWY_ARCH_X86
+  using Sum = LoopI32;
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum.Set(hn::Zero(DI32())); }
+  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) { sum.Set(hn::Add(sum.Get(), hn::WidenMulPairwiseAdd(DI32(), tile, terms))); }
+  static HWY_INLINE VF ToFloat(const Sum& sum) { return hn::ConvertTo(DF(), sum.Get()); }
+#else
+  struct Sum {
+    LoopI32 a, b;
+  };
+  static HWY_INLINE void Start(const RowInfo&, Sum& sum) {
+    sum.a.Set(hn::Zero(DI32()));
+    sum.b.Set(hn::Zero(DI32()));
+  }
+  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) {
+    VI32 b = sum.b.Get();
+    sum.a.Set(hn::ReorderWidenMulAccumulate(DI32(), tile, terms, sum.a.Get(), b));
+    sum.b.Set(b);
+  }
+  static HWY_INLINE VF ToFloat(const Sum& sum) { return hn::ConvertTo(DF(), hn::RearrangeToOddPlusEven(sum.a.Get(), sum.b.Get())); }
+#endif
   static HWY_INLINE VI16 Tile(const std::uint8_t* p) {
     const hn::Rebind<std::int8_t, DI16> d8;
     return hn::PromoteTo(DI16(), hn::LoadU(d8, reinterpret_cast<const std::int8_t*>(p)));
@@ -148,8 +165,6 @@ struct PairProduct {
   static HWY_INLINE VI16 Terms(const std::uint8_t* row, std::size_t step, std::size_t) {
     return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * step)));
   }
-  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) { sum.Set(hn::Add(sum.Get(), hn::WidenMulPairwiseAdd(DI32(), tile, terms))); }
-  static HWY_INLINE VF ToFloat(const Sum& sum) { return hn::ConvertTo(DF(), sum.Get()); }
 };
 using KI8Product = PairProduct;
 using VI8Product = PairProduct;

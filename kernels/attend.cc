@@ -92,7 +92,7 @@ constexpr std::size_t kWeightVecs = 4;  // 64 bytes of a limb on AVX-512
 template <class P>
 constexpr bool kIsF16 = std::is_same<P, F16Product>::value;
 template <class P>
-constexpr float kLargestWeight = kIsF16<P> ? 1.0f : KVMIX_QUADS ? 65500.0f : 32750.0f;  // room for the error of Exp2
+constexpr float kLargestWeight = kIsF16<P> ? 1.0f : KVMIX_UNSIGNED_QUADS ? 65500.0f : KVMIX_QUADS ? 32500.0f : 32750.0f;  // room for Exp2's error
 
 // e: 2^(score - max), in units that make e * scale a code; scale: of V, per token.
 HWY_INLINE void PackWeights(F16Product, const VF (&e)[kWeightVecs], const float*, std::size_t token, std::uint8_t* row) {
@@ -112,12 +112,12 @@ HWY_INLINE void PackWeights(VI8Product, const VF (&e)[kWeightVecs], const float*
   const hn::ScalableTag<std::uint16_t> d16;
   const DU8 d8;
   const hn::RebindToUnsigned<DI32> d32;
-  const auto pair = [&](auto i, auto j) KVMIX_LAMBDA {
-    return hn::BitCast(d8, hn::OrderedTruncate2To(d16, hn::BitCast(d32, code(i)), hn::BitCast(d32, code(j))));
-  };
+  const auto pair = [&](auto i, auto j) KVMIX_LAMBDA { return hn::OrderedTruncate2To(d16, hn::BitCast(d32, code(i)), hn::BitCast(d32, code(j))); };
   const auto lower = pair(k0, k1), upper = pair(k2, k3);
-  hn::StoreU(hn::ConcatOdd(d8, upper, lower), d8, row + token);
-  hn::StoreU(hn::ConcatEven(d8, upper, lower), d8, row + kBlockTokens + token);
+  // A signed low limb wants the high one rounded; its own bits are the same.
+  const auto round = hn::Set(d16, KVMIX_UNSIGNED_QUADS ? 0 : 128);
+  hn::StoreU(hn::ConcatOdd(d8, hn::BitCast(d8, hn::Add(upper, round)), hn::BitCast(d8, hn::Add(lower, round))), d8, row + token);
+  hn::StoreU(hn::ConcatEven(d8, hn::BitCast(d8, upper), hn::BitCast(d8, lower)), d8, row + kBlockTokens + token);
 #else
   const DI16 d16;
   std::int16_t* to = reinterpret_cast<std::int16_t*>(row) + token;

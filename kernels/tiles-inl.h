@@ -13,12 +13,16 @@
 #include "hwy/highway.h"
 #include "kernels/tiles.h"
 
-// Byte dot products (u8 x i8, four terms, vpdpbusd) in one instruction.
+// Byte dot products of four terms in one instruction: vpdpbusd, which wants one operand unsigned, or sdot (which Highway has in this
+// NEON target only).
 #undef KVMIX_QUADS
-#if HWY_TARGET <= HWY_AVX3_DL && HWY_ARCH_X86
-#define KVMIX_QUADS 1
+#undef KVMIX_UNSIGNED_QUADS
+#if HWY_ARCH_X86
+#define KVMIX_QUADS (HWY_TARGET <= HWY_AVX3_DL)
+#define KVMIX_UNSIGNED_QUADS KVMIX_QUADS
 #else
-#define KVMIX_QUADS 0
+#define KVMIX_QUADS (HWY_TARGET == HWY_NEON_BF16)
+#define KVMIX_UNSIGNED_QUADS 0
 #endif
 
 HWY_BEFORE_NAMESPACE();
@@ -31,7 +35,7 @@ using DF = hn::ScalableTag<float>;
 constexpr std::size_t kLanes = hn::MaxLanes(DF());
 static_assert(kBlockTokens % kLanes == 0 && kLanes <= 16);
 constexpr std::size_t kI8Width = KVMIX_QUADS ? 4 : 2;
-constexpr std::uint8_t kFlipK = KVMIX_QUADS ? 0x80 : 0;  // xor of stored K codes
+constexpr std::uint8_t kFlipK = KVMIX_UNSIGNED_QUADS ? 0x80 : 0;  // xor of stored K codes
 
 HWY_INLINE constexpr std::size_t Width(TileStorage s) { return s == TileStorage::kF16 ? 1 : kI8Width; }
 HWY_INLINE constexpr std::size_t CodeBytes(TileStorage s) { return s == TileStorage::kF16 ? 2 : 1; }

@@ -5,8 +5,8 @@
 //   V: lanes = channels, terms = tokens      tile [channel / lanes][token / width][lanes][width]
 // of one block of 256 tokens. So QK and PV are one and the same product, "rows times tile" (kernels/attend.h). `lanes` and `width`
 // are two constants of a target and a storage: width 1 for f16, 2 where i16 pairs are multiplied (vpmaddwd), 4 where bytes are
-// (vpdpbusd, sdot). Channels are padded with zeros to whole vectors. K in quads is stored as code ^ 0x80, an unsigned byte: what
-// vpdpbusd wants (and AMX: [16 lanes][4] is its B operand as it stands).
+// (vpdpbusd, sdot). Channels are padded with zeros to whole vectors. For vpdpbusd K is stored as code ^ 0x80, an unsigned
+// byte, which is what it wants (and AMX: [16 lanes][4] is its B operand as it stands).
 //
 // A KV head is a stream of blocks: K codes | K scales | V codes | V scales, each padded to 64 bytes, so that attention reads memory
 // from front to end.
