@@ -58,7 +58,8 @@ def plain(x, _=None):
 
 
 def log_axis(axis):
-    axis.set_major_locator(LogLocator(numticks=7))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(numticks=7, subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(plain))
     axis.set_minor_formatter(NullFormatter())
 
@@ -75,7 +76,7 @@ def lines(title_top, title_bottom, y_label, tables, top, bottom):
     for ax, title, values in ((axes[0], title_top, top), (axes[1], title_bottom, bottom)):
         for i, table in enumerate(tables):
             y = [v if v > 0 else math.nan for v in values(table)]
-            ax.plot(range(table.layers), y, label=table.label, **theme.series(table, i))
+            ax.plot(range(table.layers), y, label=table.label, **theme.series(table, i), markersize=3.5 if table.layers <= 40 else 2)
         ax.set_yscale('log')
         log_axis(ax.yaxis)
         ax.set_title(title, loc='left')

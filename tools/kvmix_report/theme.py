@@ -24,7 +24,7 @@ DASHES = ('-', '--', '-.', '-', ':')
 def series(table, index):
     """Matplotlib's style of a table's line."""
     i = KEYS.index(table.key) if table.key in KEYS else 4 if index > 3 else index
-    return {'color': LIGHT[f'series{i}'], 'marker': MARKERS[i], 'linestyle': DASHES[i], 'markersize': 3.5, 'linewidth': 1.3}
+    return {'color': LIGHT[f'series{i}'], 'marker': MARKERS[i], 'linestyle': DASHES[i], 'linewidth': 1.3}
 
 
 def css_variables(dark):
