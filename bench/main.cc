@@ -147,7 +147,7 @@ int RunBenchmarks(const Options& options, std::vector<std::string> args) {
   if (!display || (!out.empty() && !file)) return Fail(fmt::format("unknown format '{}': json, console or csv expected", display ? out_format : format));
 
   // One iteration is a whole measurement, many calls long.
-  args.insert(args.begin(), {"kvmix-bench", "--benchmark_min_time=0.001"});
+  args.insert(args.begin(), {"kvmix-bench", "--benchmark_min_time=" KVMIX_MIN_TIME});
   std::vector<char*> argv;
   for (std::string& arg : args) argv.push_back(arg.data());
   int argc = static_cast<int>(argv.size());
