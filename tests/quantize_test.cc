@@ -34,7 +34,7 @@ class Rows {
     for (std::size_t t = 0; t < tokens; ++t) {
       for (std::size_t i = 0; i < dim; ++i) aligned_[t * (dim + gap) + i] = value(t, i);
     }
-    std::memcpy(bytes_.data() + 1, aligned_.data(), aligned_.size() * sizeof(Half));
+    if (!aligned_.empty()) std::memcpy(bytes_.data() + 1, aligned_.data(), aligned_.size() * sizeof(Half));
   }
   const HalfRows& odd() const { return rows_; }  // for the kernels
   HalfRows aligned() const { return {aligned_.data(), rows_.stride, rows_.tokens, rows_.head_dim}; }
