@@ -344,7 +344,7 @@ RowErrors ErrorsOfRows(RowsIn in, const std::int8_t* codes, std::size_t code_str
     prefetch_x(t);
     prefetch_codes(t);
     const CarefulHalves row(in, t);
-    const Decoder decoded{codes + t * code_stride, in.mean, hn::Set(DF32(), scales[t * scale_step])};
+    const Decoder decoded{codes + t * code_stride, in.mean + t * in.mean_stride, hn::Set(DF32(), scales[t * scale_step])};
     F32 sum = hn::Zero(DF32());
     ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
       const F32 x = row.LoadX(io, i), error = hn::Sub(decoded.Load<kMean>(io, i), x);

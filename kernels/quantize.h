@@ -9,13 +9,15 @@
 
 namespace kvmix::kernels {
 
-// Strided rows: row t starts at x + t * stride (elements); `dim` channels each. mean: [dim] or null.
+// Strided rows: row t starts at x + t * stride (elements); `dim` channels each. mean: [dim] or null, row t's at mean + t * mean_stride.
+// (So the rows can be one head's tokens, or one token's heads.)
 struct RowsIn {
   const std::uint16_t* x;
   std::size_t stride;
   std::size_t tokens;
   std::size_t dim;
   const float* mean;
+  std::size_t mean_stride = 0;
 };
 
 struct RowErrors {

@@ -209,7 +209,7 @@ struct CentredHalves {
   const std::uint16_t* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
 
-  HWY_INLINE CentredHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean) {}
+  HWY_INLINE CentredHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean + t * in.mean_stride) {}
 
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
@@ -241,7 +241,7 @@ struct CarefulHalves {
   const std::uint16_t* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
 
-  HWY_INLINE CarefulHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean) {}
+  HWY_INLINE CarefulHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean ? in.mean + t * in.mean_stride : nullptr) {}
 
   template <class IO>
   HWY_INLINE F32 LoadX(IO io, std::size_t i) const {

@@ -54,33 +54,39 @@ float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t toke
   return scale;
 }
 
+using Word = hwy::UnsignedFromSize<kI8Width>;  // the codes of one group
+
 // The first group of K's row `token`; the following ones are kLanes * kWidth elements apart.
 template <typename Byte>
 Byte* KRow(const BlockFormat& f, Byte* block, std::size_t token) {
   return block + f.k.codes_offset + token / kLanes * KTileBytes(f.k.storage, f.head_dim) + token % kLanes * Width(f.k.storage) * CodeBytes(f.k.storage);
 }
 
-// kBytes: of one group, so that the copies become single moves.
-template <std::size_t kBytes>
+// Group: as large as `width` codes, so that each is one move.
+template <typename Group>
 HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t flip, std::uint8_t* to) {
-  std::uint8_t group[kBytes];
+  const Group flips = static_cast<Group>(static_cast<Group>(~Group{0}) / 0xFF * flip);
   std::size_t i = 0;
-  for (; i + kBytes <= row_bytes; i += kBytes) {
-    for (std::size_t j = 0; j < kBytes; ++j) group[j] = static_cast<std::uint8_t>(row[i + j] ^ flip);
-    std::memcpy(to + i * kLanes, group, kBytes);
+  for (; i + sizeof(Group) <= row_bytes; i += sizeof(Group)) {
+    Group group;
+    std::memcpy(&group, row + i, sizeof(Group));
+    group ^= flips;
+    std::memcpy(to + i * kLanes, &group, sizeof(Group));
   }
   if (i < row_bytes) {
-    for (std::size_t j = 0; j < kBytes; ++j) group[j] = static_cast<std::uint8_t>((i + j < row_bytes ? row[i + j] : 0) ^ flip);
-    std::memcpy(to + i * kLanes, group, kBytes);
+    Group group = 0;
+    std::memcpy(&group, row + i, row_bytes - i);
+    group ^= flips;
+    std::memcpy(to + i * kLanes, &group, sizeof(Group));
   }
 }
 
 void StoreK(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes, float scale) {
   const std::uint8_t* row = static_cast<const std::uint8_t*>(codes);
   if (f.k.storage == TileStorage::kF16) {
-    ScatterGroups<2>(row, 2 * f.head_dim, 0, KRow(f, block, token));
+    ScatterGroups<std::uint16_t>(row, 2 * f.head_dim, 0, KRow(f, block, token));
   } else {
-    ScatterGroups<kI8Width>(row, f.head_dim, kFlipK, KRow(f, block, token));
+    ScatterGroups<Word>(row, f.head_dim, kFlipK, KRow(f, block, token));
   }
   StoreScale(f.k, block, token, scale);
 }
@@ -96,26 +102,26 @@ void LoadK(const BlockFormat& f, const std::uint8_t* block, std::size_t token, v
 }
 
 // Merges the codes of one token into the words of a V tile: `kWidth` codes of type T, neighbouring tokens, share a word.
-template <typename T, typename Word>
+template <typename T, typename W>
 HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub, std::size_t tile_bytes, std::uint8_t* to) {
-  const hn::CappedTag<Word, kLanes> dw;
+  const hn::CappedTag<W, kLanes> dw;
   const hn::Rebind<T, decltype(dw)> dt;
   const int shift = static_cast<int>(8 * sizeof(T) * sub);
-  const auto keep = hn::Set(dw, static_cast<Word>(~(static_cast<Word>(static_cast<T>(~T{0})) << shift)));
-  for (std::size_t c = 0; c < head_dim; c += kLanes, to += tile_bytes) {
-    const auto codes = hn::LoadN(dt, row + c, HWY_MIN(kLanes, head_dim - c));
-    Word* words = reinterpret_cast<Word*>(to);
-    const auto old = hn::And(hn::LoadU(dw, words), keep);
-    if constexpr (sizeof(Word) == sizeof(T)) {
+  const auto keep = hn::Set(dw, static_cast<W>(~(static_cast<W>(static_cast<T>(~T{0})) << shift)));
+  const auto merge = [&](auto codes, std::uint8_t* at) HWY_ATTR {
+    W* words = reinterpret_cast<W*>(at);
+    if constexpr (sizeof(W) == sizeof(T)) {
       hn::StoreU(codes, dw, words);
     } else {
-      hn::StoreU(hn::Or(old, hn::ShiftLeftSame(hn::PromoteTo(dw, codes), shift)), dw, words);
+      hn::StoreU(hn::Or(hn::And(hn::LoadU(dw, words), keep), hn::ShiftLeftSame(hn::PromoteTo(dw, codes), shift)), dw, words);
     }
-  }
+  };
+  std::size_t c = 0;
+  for (; c + kLanes <= head_dim; c += kLanes, to += tile_bytes) merge(hn::LoadU(dt, row + c), to);
+  if (c < head_dim) merge(hn::LoadN(dt, row + c, head_dim - c), to);
 }
 
 void StoreV(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes, float scale) {
-  using Word = hwy::UnsignedFromSize<kI8Width>;
   const std::size_t width = Width(f.v.storage), tile_bytes = VTileBytes(f.v.storage);
   std::uint8_t* to = block + f.v.codes_offset + token / width * VectorBytes(f.v.storage);
   if (f.v.storage == TileStorage::kF16) {

@@ -35,6 +35,9 @@ kernels::TileFormat FormatOf(const HeadCodec& codec) {
   return f;
 }
 
+// Of codes in the canonical form.
+std::size_t RowBytes(const HeadCodec& codec, std::size_t head_dim) { return head_dim * (codec.storage == Storage::kF16 ? sizeof(Half) : 1); }
+
 // Some of a head's rows in the canonical form.
 struct Rows {
   const std::uint8_t* codes;
@@ -51,28 +54,69 @@ void StoreRows(const HeadStream& head, StoreRow store, std::size_t first, std::s
   }
 }
 
-// Encodes `count` <= kRowsAtATime rows and writes them to tiles; returns the number of saturated codes.
-std::uint64_t AppendRows(const CacheImpl& c, const HeadStream& head, StoreRow store, const HeadCodec& codec, const Half* x, std::size_t stride,
-                         std::size_t first, std::size_t count) {
-  alignas(64) std::uint8_t codes[kRowsAtATime * kMaxHeadDim * sizeof(Half)];
-  float scales[kRowsAtATime];
+// Rows to append: `count` <= kRowsAtATime of them, `stride` apart; one head's tokens, or one token's heads of the same kind.
+struct NewRows {
+  const Half* x;
+  std::size_t stride, count;
+  const float* mean;
+  std::size_t mean_stride;
+};
+
+// Encodes rows into `codes` (room for kRowsAtATime) and `scales`; returns the number of saturated codes.
+std::uint64_t Encode(const CacheImpl& c, const HeadCodec& codec, const NewRows& rows, std::uint8_t* codes, float* scales) {
   const std::size_t dim = c.plan.geometry.head_dim;
   const kernels::QuantizeKernels& quantize = c.kernels.quantize;
   if (codec.storage == Storage::kF16) {
-    for (std::size_t t = 0; t < count; ++t) quantize.finite(x + t * stride, dim, reinterpret_cast<Half*>(codes) + t * dim);
-    StoreRows(head, store, first, count, {codes, dim * sizeof(Half), nullptr});
+    for (std::size_t r = 0; r < rows.count; ++r) quantize.finite(rows.x + r * rows.stride, dim, reinterpret_cast<Half*>(codes) + r * dim);
     return 0;
   }
-  std::uint64_t saturated = 0;
-  const kernels::RowsIn in{x, stride, count, dim, codec.centred() ? codec.mean.data() : nullptr};
+  const kernels::RowsIn in{rows.x, rows.stride, rows.count, dim, codec.centred() ? rows.mean : nullptr, rows.mean_stride};
   std::int8_t* i8 = reinterpret_cast<std::int8_t*>(codes);
-  if (codec.scale == ScaleKind::kToken) {
-    quantize.per_token(in, codec.scale_type == ScaleType::kBF16, i8, dim, scales);
-  } else {
-    saturated = quantize.per_head(in, codec.head_scale, i8, dim);
+  if (codec.scale == ScaleKind::kHead) return quantize.per_head(in, codec.head_scale, i8, dim);
+  quantize.per_token(in, codec.scale_type == ScaleType::kBF16, i8, dim, scales);
+  return 0;
+}
+
+// Appends one tensor's rows of `count` <= kRowsAtATime tokens; returns the number of saturated codes.
+std::uint64_t AppendTensor(const CacheImpl& c, std::size_t layer, Tensor tensor, const Half* x, std::size_t first, std::size_t count) {
+  alignas(64) std::uint8_t codes[kRowsAtATime * kMaxHeadDim * sizeof(Half)];
+  float scales[kRowsAtATime] = {};
+  const Geometry& g = c.plan.geometry;
+  const StoreRow store = tensor == Tensor::kK ? c.kernels.tiles.store_k : c.kernels.tiles.store_v;
+  std::uint64_t saturated = 0;
+  for (std::size_t h = 0, heads = 0; h < g.kv_heads; h += heads) {
+    const HeadCodec& codec = c.plan.codec(layer, h, tensor);
+    const std::size_t row_bytes = RowBytes(codec, g.head_dim);
+    const std::size_t index = c.index(layer, h, tensor);
+    const float* mean = c.means.data() + index * g.head_dim;
+    heads = count == 1 ? std::min(c.alike[index], kRowsAtATime) : 1;
+    saturated += Encode(c, codec,
+                        count == 1 ? NewRows{x + h * g.head_dim, g.head_dim, heads, mean, g.head_dim}
+                                   : NewRows{x + h * g.head_dim, g.kv_heads * g.head_dim, count, mean, 0},
+                        codes, scales);
+    for (std::size_t i = 0; i < heads; ++i) {
+      StoreRows(c.head(layer, h + i), store, first, count, {codes + i * row_bytes, row_bytes, scales + i});
+    }
   }
-  StoreRows(head, store, first, count, {codes, dim, codec.scale == ScaleKind::kToken ? scales : nullptr});
   return saturated;
+}
+
+// Fills in `means` and `alike`.
+void PrepareEncoding(CacheImpl& c) {
+  const Geometry& g = c.plan.geometry;
+  c.means.assign(2 * g.layers * g.kv_heads * g.head_dim, 0.0f);
+  c.alike.assign(2 * g.layers * g.kv_heads, 1);
+  for (std::size_t layer = 0; layer < g.layers; ++layer) {
+    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+      for (std::size_t h = g.kv_heads; h-- > 0;) {
+        const HeadCodec& codec = c.plan.codec(layer, h, t);
+        const std::size_t index = c.index(layer, h, t);
+        std::copy(codec.mean.begin(), codec.mean.end(), c.means.begin() + static_cast<std::ptrdiff_t>(index * g.head_dim));
+        const bool own_scale = codec.scale == ScaleKind::kHead;  // a number of this head's own
+        if (h + 1 < g.kv_heads && !own_scale && KindOf(codec) == KindOf(c.plan.codec(layer, h + 1, t))) c.alike[index] = c.alike[index + 1] + 1;
+      }
+    }
+  }
 }
 
 Status CheckLayer(const CacheImpl& c, std::size_t layer) {
@@ -129,6 +173,7 @@ Result<Cache> Cache::Create(const Geometry& geometry, const Plan& plan, std::siz
   madvise(p, mapped, MADV_HUGEPAGE);  // a wish; a few percent of decode speed at long contexts
   c->memory = {static_cast<std::uint8_t*>(p), internal::Unmap{mapped}};
   for (std::size_t i = 0; i < offsets.size(); ++i) c->heads[i].blocks = c->memory.get() + offsets[i];
+  PrepareEncoding(*c);
   return Cache(std::move(c));
 }
 
@@ -136,17 +181,12 @@ Status Cache::Append(std::size_t layer, const Half* k, const Half* v, std::size_
   CacheImpl& c = *impl_;
   if (Status s = CheckLayer(c, layer); !s.ok()) return s;
   if (Status s = CheckRoom(c, layer, tokens); !s.ok()) return s;
-  const Geometry& g = c.plan.geometry;
-  const std::size_t stride = g.kv_heads * g.head_dim, held = c.tokens[layer];
+  const std::size_t stride = c.plan.geometry.kv_heads * c.plan.geometry.head_dim, held = c.tokens[layer];
   std::uint64_t saturated = 0;
   for (std::size_t t = 0; t < tokens; t += kRowsAtATime) {
     const std::size_t count = std::min(kRowsAtATime, tokens - t);
-    for (std::size_t h = 0; h < g.kv_heads; ++h) {
-      const HeadStream& head = c.head(layer, h);
-      const std::size_t at = t * stride + h * g.head_dim;
-      saturated += AppendRows(c, head, c.kernels.tiles.store_k, c.plan.codec(layer, h, Tensor::kK), k + at, stride, held + t, count);
-      saturated += AppendRows(c, head, c.kernels.tiles.store_v, c.plan.codec(layer, h, Tensor::kV), v + at, stride, held + t, count);
-    }
+    saturated += AppendTensor(c, layer, Tensor::kK, k + t * stride, held + t, count);
+    saturated += AppendTensor(c, layer, Tensor::kV, v + t * stride, held + t, count);
   }
   if (saturated != 0) c.saturated.fetch_add(saturated, std::memory_order_relaxed);
   c.tokens[layer] = held + tokens;
@@ -172,7 +212,7 @@ Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, 
   }
   const HeadStream& head = c.head(layer, kv_head);
   const HeadCodec& codec = c.plan.codec(layer, kv_head, tensor);
-  const std::size_t row_bytes = BytesPerToken({codec.storage, ScaleKind::kNone, ScaleType::kF32, false}, c.plan.geometry.head_dim);
+  const std::size_t row_bytes = RowBytes(codec, c.plan.geometry.head_dim);
   const auto load = tensor == Tensor::kK ? c.kernels.tiles.load_k : c.kernels.tiles.load_v;
   for (std::size_t t = 0; t < count; ++t) {
     float scale;
@@ -191,9 +231,8 @@ Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const
     const HeadStream& head = c.head(layer, h);
     const auto import = [&](Tensor tensor, StoreRow store, const void* codes, const float* const* scales) {
       const HeadCodec& codec = c.plan.codec(layer, h, tensor);
-      const std::size_t row_bytes = BytesPerToken({codec.storage, ScaleKind::kNone, ScaleType::kF32, false}, c.plan.geometry.head_dim);
       StoreRows(head, store, c.tokens[layer], count,
-                {static_cast<const std::uint8_t*>(codes), row_bytes, codec.scale == ScaleKind::kToken ? scales[h] : nullptr});
+                {static_cast<const std::uint8_t*>(codes), RowBytes(codec, c.plan.geometry.head_dim), codec.scale == ScaleKind::kToken ? scales[h] : nullptr});
     };
     import(Tensor::kK, c.kernels.tiles.store_k, k_codes[h], k_scales);
     import(Tensor::kV, c.kernels.tiles.store_v, v_codes[h], v_scales);
