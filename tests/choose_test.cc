@@ -10,7 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "kvmix/tune.h"
-#include "knapsack.h"
+#include "lib/knapsack.h"
 
 namespace kvmix {
 namespace {

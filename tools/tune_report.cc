@@ -165,7 +165,7 @@ std::string ReportText(const TuneReport& r) {
   text += r.holdout ? fmt::format(", held out {} ({} tokens)\n\n", p.holdout, p.holdout_tokens) : "\n\n";
   text += OutlierText(r);
   text += fmt::format("\nPlan: {} of {} bytes per token, {:.2f} % saved\n", BytesPerToken(plan), Fp16BytesPerToken(plan.geometry), 100.0 * SavedFraction(plan)) + PlanText(plan);
-  text += "\n" + AccuracyText(r) + "\n" + SpeedText(r) + "\n" + FrontText(r.choice.front);
+  for (const std::string& part : {AccuracyText(r), SpeedText(r), FrontText(r.choice.front)}) text += '\n' + part;
   if (r.context > 2 * p.longest_prompt)
     text += fmt::format("\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps as long.\n", p.longest_prompt, r.context);
   return text;

@@ -15,8 +15,10 @@ namespace kvmix::reference {
 
 // q: [queries, query_heads, head_dim], k and v: [tokens, kv_heads, head_dim]; returns [queries, query_heads, head_dim]. Query i of n
 // sees all but the last n - 1 - i tokens; one that sees none gets zeros.
-inline std::vector<double> Attention(const Geometry& g, const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
-                                     const AttendOptions& options = {}) {
+// Real: float or double.
+template <typename Real>
+std::vector<double> Attention(const Geometry& g, const std::vector<float>& q, const std::vector<Real>& k, const std::vector<Real>& v,
+                              const AttendOptions& options = {}) {
   const std::size_t d = g.head_dim;
   const std::size_t queries = q.size() / (g.query_heads * d), tokens = k.size() / (g.kv_heads * d);
   const double scale = options.attention_scale != 0.0f ? options.attention_scale : 1.0 / std::sqrt(static_cast<double>(d));
@@ -27,7 +29,7 @@ inline std::vector<double> Attention(const Geometry& g, const std::vector<float>
     const std::size_t begin = options.sliding_window != 0 && end > options.sliding_window ? end - options.sliding_window : 0;
     for (std::size_t h = 0; h < g.query_heads; ++h) {
       const float* qr = &q[(i * g.query_heads + h) * d];
-      const auto row = [&](const std::vector<float>& x, std::size_t t) { return &x[(t * g.kv_heads + h / g.group()) * d]; };
+      const auto row = [&](const std::vector<Real>& x, std::size_t t) { return &x[(t * g.kv_heads + h / g.group()) * d]; };
       double max = options.sinks ? options.sinks[h] : -std::numeric_limits<double>::infinity();
       for (std::size_t t = begin; t < end; ++t) {
         double s = 0.0;

@@ -79,8 +79,8 @@ struct ErrorTable {
 };
 
 // Scales and means come from all `dumps` together (one model; their shapes must agree), errors are measured on them all. Layers
-// [first_layer, last_layer). NaN or Inf, a dump without Q or without tokens is an error. Memory: a few times
-// one layer's tensors for every layer in work; layers whose outputs take more than 1 GiB are measured one after the other.
+// [first_layer, last_layer), side by side as MeasurePlan does. NaN or Inf, a dump without Q or without tokens is an error. Memory: a
+// few times one layer's tensors for every layer in work; layers whose outputs would take more than 1 GiB together wait their turn.
 KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const std::vector<CodecKind>& candidates, std::size_t first_layer,
                                      std::size_t last_layer, int num_threads, const Progress& progress = {});
 
