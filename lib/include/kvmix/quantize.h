@@ -33,6 +33,7 @@ KVMIX_API void QuantizePerToken(const HalfRows& rows, const float* mean, ScaleTy
 // The scale that covers every row: max |x - mean| / 127.
 KVMIX_API float GlobalScale(const HalfRows& rows, const float* mean);
 // Codes against a given scale; returns how many values were beyond it (|y| / scale rounds beyond 127) and were clamped.
+// Scale 0 gives codes 0, and counts what is not zero. Large codes, like large outputs of Dequantize, are written past the caches.
 KVMIX_API std::uint64_t QuantizeGlobal(const HalfRows& rows, const float* mean, float scale, std::int8_t* codes);
 
 // x' of contiguous codes. scales: one per token (scale_step 1) or one for all (scale_step 0). out: row t at out + t * out_stride.
