@@ -38,6 +38,9 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
   if (codec.scale == ScaleKind::kHead && !(codec.head_scale > 0.0f && std::isfinite(codec.head_scale))) {
     return Status(ErrorCode::kInvalidArgument, fmt::format("expected a scale above 0, found {}", codec.head_scale));
   }
+  if (codec.centred() && codec.storage == Storage::kF16) {
+    return Status(ErrorCode::kInvalidArgument, fmt::format("expected fp16 without a mean, found one of {} channels: only int8 rows are centred", codec.mean.size()));
+  }
   if (codec.centred() && codec.mean.size() != head_dim) {
     return Status(ErrorCode::kInvalidArgument, fmt::format("expected a mean of {} channels, found {}", head_dim, codec.mean.size()));
   }
@@ -77,9 +80,9 @@ Result<CodecKind> ParseCodecName(std::string_view name) {
   const bool centred = name.ends_with(kCentre);
   const std::string_view base = name.substr(0, name.size() - (centred ? kCentre.size() : 0));
   for (const NamedCodec& n : kNamedCodecs) {
-    if (n.name == base) return CodecKind{n.storage, n.scale, n.scale_type, centred};
+    if (n.name == base && !(centred && n.storage == Storage::kF16)) return CodecKind{n.storage, n.scale, n.scale_type, centred};
   }
-  return Status(ErrorCode::kInvalidArgument, fmt::format("codec: expected f16, i8-head, i8-token or i8-token-bf16, with or without +centre, found \"{}\"", name));
+  return Status(ErrorCode::kInvalidArgument, fmt::format("codec: expected f16, or i8-head, i8-token or i8-token-bf16 with or without +centre, found \"{}\"", name));
 }
 
 CodecKind KindOf(const HeadCodec& codec) { return {codec.storage, codec.scale, codec.scale_type, codec.centred()}; }

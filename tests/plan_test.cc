@@ -47,7 +47,7 @@ TEST(Plan, BytesPerToken) {
 }
 
 TEST(Plan, CodecNames) {
-  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16", "f16+centre", "i8-head+centre", "i8-token+centre", "i8-token-bf16+centre"}) {
+  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16", "i8-head+centre", "i8-token+centre", "i8-token-bf16+centre"}) {
     const Result<CodecKind> kind = ParseCodecName(name);
     ASSERT_TRUE(kind.ok()) << kind.status().message();
     HeadCodec codec{kind->storage, kind->scale, kind->scale_type, 1.0f, {}};
@@ -55,7 +55,7 @@ TEST(Plan, CodecNames) {
     EXPECT_EQ(CodecName(codec), name);
     EXPECT_EQ(KindOf(codec), *kind);
   }
-  for (const char* name : {"", "i8", "i8-head-bf16", "F16", "f16 ", "+centre", "f16+centre+centre", "i4-token"}) {
+  for (const char* name : {"", "i8", "i8-head-bf16", "F16", "f16 ", "+centre", "f16+centre", "i8-token+centre+centre", "i4-token"}) {
     const Status status = ParseCodecName(name).status();
     ExpectGoodMessage(status, "codec: ");
     EXPECT_NE(status.message().find(std::string("found \"") + name + '"'), std::string::npos) << status.message();
@@ -93,6 +93,7 @@ TEST(Plan, CheckPlan) {
   refused(centred, "expected a mean of 3 channels, found 4");
   centred.mean = {1.0f, kInf, 3.0f};
   refused(centred, "expected a finite mean, found inf in channel 1");
+  refused({Storage::kF16, ScaleKind::kNone, ScaleType::kF32, 0.0f, {1.0f, 2.0f, 3.0f}}, "expected fp16 without a mean, found one of 3 channels");
   refused({Storage::kF16, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}}, "a scale that it cannot have");
   refused({Storage::kI8, ScaleKind::kNone, ScaleType::kF32, 0.0f, {}}, "a scale that it cannot have");
 
@@ -234,6 +235,7 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/codecs/1", json::array(), "codecs[1]: expected 2 KV heads, found 0"},
       {"/codecs/1/1", nullptr, "codecs[1][1]: expected an object, found null"},
       {"/codecs/2/0/k", "i9", "codecs[2][0].k: expected a codec that this version knows, found \"i9\""},
+      {"/codecs/2/0/k", "f16+centre", "codecs[2][0].k: expected a codec that this version knows, found \"f16+centre\""},
       {"/codecs/2/0/v", removed, "codecs[2][0].v: expected a value, found none"},
       {"/codecs/1/1/v_scale", removed, "codecs[1][1].v_scale: expected a value, found none"},
       {"/codecs/1/1/v_scale", 1e39, "codecs[1][1].v_scale: expected a 32-bit number, found 1e+39"},

@@ -53,15 +53,15 @@ struct HeadCodec {
   ScaleKind scale = ScaleKind::kNone;
   ScaleType scale_type = ScaleType::kF32;
   float head_scale = 0.0f;  // kHead: the scale itself (absmax of the calibration / 127)
-  // Centring: a mean per channel, [head_dim], or empty. At attention K's mean costs nothing: q . mean is the same for all keys of a
-  // row, and softmax does not see it. V's mean is added to the output.
+  // Centring (kI8 only): a mean per channel, [head_dim], or empty. At attention K's mean costs nothing: q . mean is the same for all
+  // keys of a row, and softmax does not see it. V's mean is added to the output.
   std::vector<float> mean = {};
 
   bool centred() const { return !mean.empty(); }
   bool operator==(const HeadCodec&) const = default;
 };
 
-// "f16", "i8-head", "i8-token", "i8-token-bf16"; with "+centre" behind it where a mean is subtracted.
+// "f16", "i8-head", "i8-token", "i8-token-bf16"; with "+centre" behind an int8 one where a mean is subtracted.
 KVMIX_API std::string CodecName(const HeadCodec& codec);
 // The inverse, without the numbers: "+centre" gives an empty mean of no meaning yet, so `centred` says it.
 struct CodecKind {
@@ -111,7 +111,7 @@ struct Plan {
 // All heads alike. head_scale and mean, where the kinds need them, are the caller's to fill in.
 KVMIX_API Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v);
 
-// A valid geometry, codecs of the right number, every codec whole (head_scale > 0 and finite, means of head_dim finite numbers).
+// A valid geometry, codecs of the right number, every codec whole (head_scale > 0 and finite, means of head_dim finite numbers, none with fp16).
 KVMIX_API Status CheckPlan(const Plan& plan);
 
 // Bytes of one token over all layers and heads; of the same in fp16; and the fraction of the latter that the plan saves.
