@@ -34,7 +34,10 @@ using VF = hn::Vec<DF>;
 using VI32 = hn::Vec<DI32>;
 
 constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
-constexpr std::size_t kMaxRows = 4;
+// Rows of a turn. f16 tiles cost a conversion each, which eight rows share where there are registers for them.
+constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
+constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 4;
+HWY_INLINE constexpr std::size_t MaxRowsFor(TileStorage s) { return s == TileStorage::kF16 ? kMaxRows : 4; }
 HWY_INLINE constexpr std::size_t VecsFor(TileStorage s, std::size_t rows) { return VectorBytes(s) < 64 && rows <= 2 ? 4 : 2; }
 // Where the tile comes from memory: one cache line a step, so that one load instruction walks memory from front to end. On Granite
 // Rapids, whose prefetchers follow instructions, that reads a cold cache at 0.92-0.97 of DRAM's speed, two lines a step at 0.70-0.83.

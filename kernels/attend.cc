@@ -247,13 +247,22 @@ HWY_INLINE void NoWeights(std::size_t r, Work& w) {
   w.weight_info[r] = {0.0f, 0, 0};
 }
 
-// f(rows, vectors as the storage wants them) with both as constants; rows in [1, kMaxRows].
+// f(rows, vectors as the storage wants them) with both as constants; rows in [1, MaxRowsFor(P's storage)].
 template <class P, class F>
 HWY_INLINE void WithShape(std::size_t rows, bool stream, const F& f) {
   const auto with_rows = [&](auto n) HWY_ATTR {
     if (stream) return f(n, std::integral_constant<std::size_t, StreamVecsFor(P::kStorage, n)>());
     return f(n, std::integral_constant<std::size_t, VecsFor(P::kStorage, n)>());
   };
+  if constexpr (MaxRowsFor(P::kStorage) > 4) {
+    switch (rows) {
+      case 5: return with_rows(std::integral_constant<std::size_t, 5>());
+      case 6: return with_rows(std::integral_constant<std::size_t, 6>());
+      case 7: return with_rows(std::integral_constant<std::size_t, 7>());
+      case 8: return with_rows(std::integral_constant<std::size_t, 8>());
+      default: break;
+    }
+  }
   switch (rows) {
     case 1: return with_rows(std::integral_constant<std::size_t, 1>());
     case 2: return with_rows(std::integral_constant<std::size_t, 2>());
@@ -310,7 +319,8 @@ void AttendRows(const AttendTask& t) {
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
 
   Work w;
-  const std::size_t turns = (t.rows + kMaxRows - 1) / kMaxRows;
+  const std::size_t turn_rows = HWY_MIN(MaxRowsFor(KP::kStorage), MaxRowsFor(VP::kStorage));
+  const std::size_t turns = (t.rows + turn_rows - 1) / turn_rows;
   const std::size_t first_block = t.first_token / kBlockTokens;
   for (std::size_t b = first_block; b * kBlockTokens < t.last_token; ++b) {
     const std::uint8_t* block = t.blocks + b * f.block_bytes;
