@@ -199,7 +199,7 @@ TEST_F(Attention, Sink) {
   }
   for (const float v_size : {1.0f, 1e-3f, 0.0f}) {
     for (std::size_t c = 0; c < g.kv_heads * g.head_dim; ++c) rows.v[c] = FloatToHalf(v_size * HalfToFloat(rows.v[c]));
-    for (const std::string& v_codec : {"f16", "i8-token", "i8-token-bf16", "i8-head"}) {
+    for (const std::string v_codec : {"f16", "i8-token", "i8-token-bf16", "i8-head"}) {
       // With one scale for the head nothing says how small the sink's V is: its weight sets the step of its block's other weights.
       if (v_codec == "i8-head" && v_size < 1.0f) continue;
       SCOPED_TRACE(::testing::Message() << "V of the sink x " << v_size << ", V " << v_codec);
