@@ -341,7 +341,8 @@ Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b) {
   if (a.geometry != b.geometry) return differ("geometry", ToString(a.geometry), ToString(b.geometry));
   if (a.model != b.model) return differ("model", a.model, b.model);
   if (a.dumps != b.dumps) return differ("dumps", fmt::format("{}", fmt::join(a.dumps, ",")), fmt::format("{}", fmt::join(b.dumps, ",")));
-  if (a.tokens != b.tokens || a.longest_prompt != b.longest_prompt) return differ("tokens", a.tokens, b.tokens);
+  if (a.tokens != b.tokens) return differ("tokens", a.tokens, b.tokens);
+  if (a.longest_prompt != b.longest_prompt) return differ("longest prompt", a.longest_prompt, b.longest_prompt);
   if (a.attention_scale != b.attention_scale) return differ("attention scale", a.attention_scale, b.attention_scale);
   const auto key = [](const HeadErrors& h) { return std::array<std::size_t, 3>{h.layer, h.kv_head, static_cast<std::size_t>(h.tensor)}; };
   ErrorTable merged = a;
