@@ -89,7 +89,7 @@ struct AttendJob::Impl {
   void RunPart(std::size_t part);
   Partial PartialAt(std::uint8_t* memory, std::size_t rows) const;
   void GatherQueries(std::size_t kv_head, std::size_t first, std::size_t count, float* rows) const;
-  void Merge(std::size_t kv_head, std::size_t first_query, std::size_t rows, const float* bias, const std::uint8_t* memory) const;
+  void Merge(std::size_t kv_head, std::size_t first_query, std::size_t rows, const float* bias, std::uint8_t* memory) const;
 };
 
 Status AttendJob::Impl::Start(const Cache& c, std::size_t at_layer, std::size_t n, float* to, const AttendOptions& o) {
@@ -212,10 +212,10 @@ void AttendJob::Impl::RunPart(std::size_t part) {
 }
 
 // out = sum over spans of 2^(max_s - max) out_s / (sum over spans of 2^(max_s - max) sum_s + sink), + the mean of V.
-void AttendJob::Impl::Merge(std::size_t kv_head, std::size_t first_query, std::size_t rows, const float* bias, const std::uint8_t* memory) const {
+void AttendJob::Impl::Merge(std::size_t kv_head, std::size_t first_query, std::size_t rows, const float* bias, std::uint8_t* memory) const {
   const Geometry& g = geometry();
   const std::vector<float>& v_mean = cache->plan.codec(layer, kv_head, Tensor::kV).mean;
-  const auto partial = [&](std::size_t s) { return PartialAt(const_cast<std::uint8_t*>(memory) + s * partial_bytes, rows); };
+  const auto partial = [&](std::size_t s) { return PartialAt(memory + s * partial_bytes, rows); };
   for (std::size_t r = 0; r < rows; ++r) {
     const std::size_t query_head = kv_head * g.group() + r % g.group();
     float* to = out + ((first_query + r / g.group()) * g.query_heads + query_head) * g.head_dim;
@@ -234,12 +234,17 @@ void AttendJob::Impl::Merge(std::size_t kv_head, std::size_t first_query, std::s
     if (options.sinks != nullptr) sink = (options.sinks[query_head] - (options.soft_cap != 0.0f ? 0.0f : bias[r])) / kLn2;
     max = std::max(max, sink);
     float sum = 0.0f;
-    for (std::size_t s = 0; s < spans; ++s) sum += std::exp2(partial(s).max[r] - max) * partial(s).sum[r];
-    const float total = sum + std::exp2(sink - max);
     for (std::size_t s = 0; s < spans; ++s) {
-      const float weight = std::exp2(partial(s).max[r] - max) / total;
+      float& weight = partial(s).max[r];  // from here on
+      weight = std::exp2(weight - max);
+      sum += weight * partial(s).sum[r];
+    }
+    const float total = sum + std::exp2(sink - max);
+    std::fill(to, to + g.head_dim, 0.0f);
+    for (std::size_t s = 0; s < spans; ++s) {
+      const float weight = partial(s).max[r] / total;
       const float* from = partial(s).out + r * padded;
-      for (std::size_t c = 0; c < g.head_dim; ++c) to[c] = (s == 0 ? 0.0f : to[c]) + weight * from[c];
+      for (std::size_t c = 0; c < g.head_dim; ++c) to[c] += weight * from[c];
     }
     for (std::size_t c = 0; c < v_mean.size(); ++c) to[c] += sum / total * v_mean[c];
   }
