@@ -17,6 +17,11 @@ int Fail(const std::string& program, const std::string& message) {
   return 1;
 }
 
+int Print(const std::string& program, const std::string& text) {
+  const bool written = std::fputs(text.c_str(), stdout) >= 0;  // long texts are written here, not by fflush
+  return written && std::fflush(stdout) == 0 ? 0 : Fail(program, "writing to the standard output failed");
+}
+
 ProgressBar::ProgressBar(std::string label) : label_(std::move(label)), terminal_(isatty(STDERR_FILENO) == 1) { Update(0, 1); }
 
 ProgressBar::~ProgressBar() {

@@ -11,6 +11,9 @@ namespace kvmix::tools {
 // "PROGRAM: error: MESSAGE", one line on stderr; returns 1, the exit code of a program that failed.
 int Fail(const std::string& program, const std::string& message);
 
+// Writes a program's result to stdout; returns its exit code: 0, or Fail's where stdout does not take all of it.
+int Print(const std::string& program, const std::string& text);
+
 // A bar on stderr where that is a terminal, nothing elsewhere. Gone when it is destroyed.
 class ProgressBar {
  public:

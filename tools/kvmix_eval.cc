@@ -300,8 +300,7 @@ int Main(int argc, char** argv) {
   }
   const Result<std::string> csv = *quant ? Quant(o) : *attention ? Attention(o) : Size(o);
   if (!csv.ok()) return Fail(kProgram, csv.status().message());
-  std::fputs(csv->c_str(), stdout);
-  return std::fflush(stdout) == 0 ? 0 : Fail(kProgram, "writing to the standard output failed");
+  return Print(kProgram, *csv);
 }
 
 }  // namespace

@@ -214,8 +214,7 @@ int Main(int argc, char** argv) {
   if (!report.ok()) return Fail(kProgram, report.status().message());
   const Result<std::string> written = WritePlan(o, report->choice.plan);
   if (!written.ok()) return Fail(kProgram, written.status().message());
-  std::fputs((o.json ? ReportJson(*report) : ReportText(*report) + "\n" + *written).c_str(), stdout);
-  return std::fflush(stdout) == 0 ? 0 : Fail(kProgram, "writing to the standard output failed");
+  return Print(kProgram, o.json ? ReportJson(*report) : ReportText(*report) + "\n" + *written);
 }
 
 }  // namespace

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""The whole kvmix-tune run on the built-in sample: figures, files, refusals. tune_test.py KVMIX-TUNE KVMIX-EVAL"""
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+EVAL = pathlib.Path(sys.argv.pop()).resolve()
+TUNE = pathlib.Path(sys.argv.pop()).resolve()
+
+# What the sample gave at a budget of 0.45. Speeds, which differ from machine to machine, decide between plans that are about equally
+# accurate: the holdout's worst cosine moves by less than this between them, where losing one outlier head costs ten times as much.
+HOLDOUT_WORST_COSINE, COSINE_TOLERANCE = 0.99927, 0.0003
+OUTLIERS = {(0, 0), (0, 1), (1, 0), (7, 1), (15, 1)}  # (layer, KV head) of K
+
+
+class Tune(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def run_program(self, program, *arguments):
+        return subprocess.run([str(program), *map(str, arguments)], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=240)
+
+    def succeed(self, *arguments, program=TUNE):
+        done = self.run_program(program, *arguments)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        return done.stdout
+
+    def fail_with(self, pattern, *arguments):
+        """One line on stderr, nothing on stdout, no file left."""
+        before = sorted(self.folder.iterdir())
+        done = self.run_program(TUNE, *arguments)
+        self.assertNotEqual(done.returncode, 0, done.stdout)
+        self.assertEqual(done.stdout, '')
+        self.assertEqual(done.stderr.count('\n'), 1, done.stderr)
+        self.assertRegex(done.stderr, r'\Akvmix-tune: error: .*' + pattern)
+        self.assertEqual(sorted(self.folder.iterdir()), before)
+
+
+class Figures(Tune):
+    def test_budget(self):
+        report = json.loads(self.succeed('--budget', '0.45', '--json'))
+        self.assertEqual(list(self.folder.iterdir()), [])  # JSON alone writes no plan
+        self.assertEqual(report['geometry'], {'layers': 28, 'kv_heads': 2, 'query_heads': 12, 'head_dim': 128})
+        self.assertGreaterEqual(report['saved_fraction'], 0.45)
+        self.assertLess(report['saved_fraction'], 0.46)  # and no more than was asked for
+        self.assertAlmostEqual(report['saved_fraction'], 1 - report['bytes_per_token'] / report['fp16_bytes_per_token'], places=12)
+        self.assertEqual(report['fp16_bytes_per_token'], 28 * 2 * 2 * 128 * 2)
+        self.assertAlmostEqual(report['holdout']['worst_cosine'], HOLDOUT_WORST_COSINE, delta=COSINE_TOLERANCE)
+        self.assertEqual((report['calibration_tokens'], report['holdout_tokens']), (64, 64))
+        # Errors of K and V added up foretell what the plan does as a whole.
+        self.assertAlmostEqual(report['predicted']['worst_nmse'] / report['calibration']['worst_nmse'], 1, delta=0.1)
+        self.assertAlmostEqual(report['predicted']['mean_nmse'] / report['calibration']['mean_nmse'], 1, delta=0.02)
+        self.assertLessEqual(OUTLIERS, {(h['layer'], h['kv_head']) for h in report['outliers'] if h['tensor'] == 'k'})
+        saved = [point['saved_fraction'] for point in report['front']]
+        self.assertEqual(saved, sorted(saved, reverse=True))
+        self.assertEqual(saved[-1], 0)  # fp16
+
+    def test_the_studys_codecs_keep_outliers_in_fp16(self):
+        report = json.loads(self.succeed('--budget', '0.45', '--candidates', 'seed', '--json'))
+        self.assertGreaterEqual(report['saved_fraction'], 0.45)
+        self.assertAlmostEqual(report['holdout']['worst_cosine'], HOLDOUT_WORST_COSINE, delta=COSINE_TOLERANCE)
+        self.assertLessEqual(OUTLIERS, {(h['layer'], h['kv_head']) for h in report['fp16_heads'] if h['tensor'] == 'k'})
+        self.assertLessEqual({h['codec'] for h in report['heads']}, {'f16', 'i8-head', 'i8-token'})
+
+    def test_min_cosine_alone_saves_the_most_that_holds_it(self):
+        loose, tight = (json.loads(self.succeed('--min-cosine', c, '--json')) for c in ('0.999', '0.9999'))
+        self.assertGreaterEqual(loose['predicted']['worst_cosine'], 0.999)
+        self.assertGreaterEqual(tight['predicted']['worst_cosine'], 0.9999)
+        self.assertGreater(loose['saved_fraction'], tight['saved_fraction'])
+        self.assertGreater(tight['saved_fraction'], 0.2)
+
+    def test_threads_do_not_change_the_figures(self):
+        one, four = (json.loads(self.succeed('--budget', '0.45', '--json', '--threads', n)) for n in ('1', '4'))
+        self.assertEqual([h['candidates'] for h in one['heads']], [h['candidates'] for h in four['heads']])
+
+
+class Files(Tune):
+    def plan_fits(self, path):
+        plan = json.loads(path.read_text())
+        self.assertEqual(plan['format'], 'kvmix-plan')
+        self.assertGreaterEqual(plan['saved_fraction'], 0.45)
+        self.assertIn(str(plan['bytes_per_token']), self.succeed('size', '--plan', path, program=EVAL))
+
+    def test_output(self):
+        text = self.succeed('--budget', '0.45', '-o', 'mine.json')
+        self.assertIn('plan written to mine.json\n', text)
+        self.assertIn('% saved', text)
+        self.assertEqual([p.name for p in self.folder.iterdir()], ['mine.json'])
+        self.plan_fits(self.folder / 'mine.json')
+        self.assertIsInstance(json.loads(self.succeed('--budget', '0.45', '-o', 'mine.json', '--json')), dict)  # named: replaced, and JSON as well
+        self.plan_fits(self.folder / 'mine.json')
+
+    def test_plan_json_is_never_overwritten_silently(self):
+        self.assertIn('plan written to plan.json\n', self.succeed('--budget', '0.45'))
+        path = self.folder / 'plan.json'
+        self.plan_fits(path)
+        path.write_text('of the user')
+        self.assertIn('plan.json exists already and was left as it is', self.succeed('--budget', '0.45'))
+        self.assertEqual(path.read_text(), 'of the user')
+        path.unlink()
+        path.symlink_to('nowhere')
+        self.assertIn('plan.json exists already', self.succeed('--budget', '0.45'))
+        self.assertEqual([p.name for p in self.folder.iterdir()], ['plan.json'])
+
+    def test_wisdom_is_written_read_and_refused(self):
+        first = json.loads(self.succeed('--budget', '0.45', '--json', '--wisdom', 'speeds.json'))
+        path = self.folder / 'speeds.json'
+        written = path.read_bytes()
+        self.assertEqual(json.loads(self.succeed('--budget', '0.45', '--json', '--wisdom', 'speeds.json')), first)  # the same speeds: the same plan, all digits
+        self.assertEqual(path.read_bytes(), written)
+        wisdom = json.loads(written)
+        cpu = wisdom['cpu']
+        wisdom['cpu'] = 'another'
+        path.write_text(json.dumps(wisdom))
+        done = self.run_program(TUNE, '--budget', '0.45', '--wisdom', 'speeds.json')
+        self.assertNotEqual(done.returncode, 0)
+        for part in ('speeds.json', 'another', cpu):
+            self.assertIn(part, done.stderr)
+
+    def test_outputs_that_cannot_be_written(self):
+        self.fail_with('/nonexistent/plan.json: expected the folder /nonexistent, found none', '--budget', '0.45', '-o', '/nonexistent/plan.json')
+        self.fail_with('/dev/full: .*No space left', '--budget', '0.45', '-o', '/dev/full')
+        self.fail_with('expected a file to write to, found a folder', '--budget', '0.45', '-o', self.folder)
+        with open('/dev/full', 'w') as full:
+            done = subprocess.run([str(TUNE), '--budget', '0.45', '--json'], cwd=self.folder, stdout=full, stderr=subprocess.PIPE, universal_newlines=True)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn('standard output', done.stderr)
+
+
+class Refusals(Tune):
+    def test_budgets_beyond_the_codecs_say_what_is_possible(self):
+        self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates', 'seed')
+        self.fail_with(r'budget 0\.8: the most .* 0\.4922', '--budget', '0.8')
+        self.fail_with(r'0\.9999.*', '--min-cosine', '0.99999', '--budget', '0.45')
+        self.fail_with(r'budget 0\.9: the most', '--min-cosine', '0.9999', '--budget', '0.9')
+
+    def test_numbers_that_are_none(self):
+        for text in ('-1', '0', '1', 'abc', 'nan', 'inf', '0.45x'):
+            self.fail_with(f"--budget: .*found '{text}'", f'--budget={text}')
+            if text != '1':
+                self.fail_with(f"--min-cosine: .*found '{text}'", f'--min-cosine={text}')
+        self.fail_with('--budget', '--budget')
+        self.fail_with('give --budget', '--json')
+        self.fail_with('--candidates', '--budget', '0.45', '--candidates', 'int4')
+        self.fail_with('no_such.safetensors', '--budget', '0.45', 'no_such.safetensors')
+
+
+if __name__ == '__main__':
+    unittest.main()
