@@ -242,12 +242,12 @@ class Chooser {
     if (Status s = Restrict(); !s.ok()) return s;
     const std::optional<double> worst = LeastLevel(Levels(menu_, &Pair::worst_nmse), [&](double level) { return HoldsAt(level); });
     if (!worst) return TooSlow();
-    menu_ = UpTo(menu_, *worst * constraints_.tolerance);
+    menu_ = UpTo(menu_, *worst * constraints_.worst_tolerance);
     const Picks picks = *Priced(0.0);
     if (constraints_.max_decode_ns >= 0.0 && Total(picks, &Pair::decode_ns) > constraints_.max_decode_ns) return WithinTime(Total(picks, &Pair::sum_nmse));
     const double spare_ns = Total(picks, &Pair::decode_ns) - FastestNs();
     if (spare_ns <= 0.0) return picks;
-    return *Priced((constraints_.tolerance - 1.0) * Total(picks, &Pair::sum_nmse) / spare_ns);
+    return *Priced((constraints_.time_tolerance - 1.0) * Total(picks, &Pair::sum_nmse) / spare_ns);
   }
 
  private:
@@ -330,7 +330,8 @@ class Chooser {
 
 Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context, const Constraints& constraints) {
   if (Status s = CheckTable(table); !s.ok()) return s;
-  if (!(constraints.tolerance >= 1.0)) return Status(ErrorCode::kInvalidArgument, fmt::format("tolerance {}: expected 1 or more", constraints.tolerance));
+  for (const double tolerance : {constraints.worst_tolerance, constraints.time_tolerance})
+    if (!(tolerance >= 1.0)) return Status(ErrorCode::kInvalidArgument, fmt::format("tolerance {}: expected 1 or more", tolerance));
   Result<Menu> menu = MakeMenu(table, wisdom, context);
   if (!menu.ok()) return menu.status();
   Result<Picks> picks = Chooser(table, *menu, constraints).Choose();

@@ -170,18 +170,18 @@ TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
       const auto choice = Choose(table, wisdom, kContext, constraints);
       ASSERT_TRUE(choice.ok()) << choice.status().message();
       const Figures chosen = FiguresOf(table, *choice, wisdom, kContext);
-      const double t = constraints.tolerance;
+      const double t = constraints.time_tolerance;
       const double worst = Least(plans, &Figures::worst, [&](const Figures& f) { return f.saved >= budget; });
-      const auto accurate = [&](const Figures& f) { return f.saved >= budget && f.worst <= worst * t; };
+      const auto accurate = [&](const Figures& f) { return f.saved >= budget && f.worst <= worst * constraints.worst_tolerance; };
       const double sum = Least(plans, &Figures::sum, accurate);
       EXPECT_GE(chosen.saved, budget);
-      EXPECT_LE(chosen.worst, worst * t);
+      EXPECT_LE(chosen.worst, worst * constraints.worst_tolerance);
       EXPECT_LE(chosen.sum, sum * t * (1 + 1e-12));
       // Step 3: no plan has a smaller sum + price * time, with the price as the header says it.
       double ns_of_least_sum = kInf;
       for (const Figures& f : plans)
         if (accurate(f) && f.sum <= sum * (1 + 1e-12)) ns_of_least_sum = std::min(ns_of_least_sum, f.ns);
-      const double spare_ns = ns_of_least_sum - Least(plans, &Figures::ns, [&](const Figures& f) { return f.worst <= worst * t; });
+      const double spare_ns = ns_of_least_sum - Least(plans, &Figures::ns, [&](const Figures& f) { return f.worst <= worst * constraints.worst_tolerance; });
       const double price = spare_ns > 0.0 ? (t - 1.0) * sum / spare_ns : 0.0;
       double least_priced = kInf;
       for (const Figures& f : plans)
@@ -189,7 +189,7 @@ TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
       EXPECT_NEAR(chosen.sum + price * chosen.ns, least_priced, least_priced * 1e-9);
       EXPECT_LE(chosen.ns, ns_of_least_sum * (1 + 1e-12));
       Constraints exact = constraints;
-      exact.tolerance = 1.0;
+      exact.worst_tolerance = 1.0;
       EXPECT_EQ(FiguresOf(table, *Choose(table, wisdom, kContext, exact), wisdom, kContext).worst, worst);
       EXPECT_NEAR(choice->predicted.worst_nmse, chosen.worst, 1e-15);
       EXPECT_NEAR(choice->predicted.worst_cosine, 1.0 - chosen.loss, 1e-12);
@@ -209,7 +209,7 @@ TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
     return std::all_of(c.plan.codecs.begin(), c.plan.codecs.end(), [](const HeadCodec& h) { return h.storage == Storage::kF16 || h.scale_type == ScaleType::kBF16; });
   };
   EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
-  constraints.tolerance = 1.0;
+  constraints.time_tolerance = 1.0;
   EXPECT_FALSE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
 }
 
@@ -248,7 +248,7 @@ TEST(Choose, MaxDecodeTime) {
       const double worst = Least(plans, &Figures::worst, holds);
       const Figures chosen = FiguresOf(table, *choice, wisdom, kContext);
       EXPECT_LE(chosen.ns, ns);
-      EXPECT_LE(chosen.worst, worst * constraints.tolerance);
+      EXPECT_LE(chosen.worst, worst * constraints.worst_tolerance);
     }
     constraints.max_decode_ns = 399.0;
     const auto choice = Choose(table, wisdom, kContext, constraints);

@@ -59,8 +59,8 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
 
 INSTANTIATE_TEST_SUITE_P(Dumps, StudyCase,
                          ::testing::Values(Case{"normal", {256}, 1, 0.0, 1.0, 60.0}, Case{"normal_short", {64}, 2, 0.0, 1.0, 60.0}, Case{"prompts", {64, 128, 64}, 3, 0.0, 1.0, 60.0},
-                                           Case{"norms_vary", {256}, 4, 0.5, 1.0, 60.0}, Case{"norms_vary_much", {128}, 5, 1.0, 1.0, 100.0},
-                                           Case{"sharp_queries", {128}, 6, 0.0, 3.0, 60.0}, Case{"long", {512}, 7, 0.2, 1.5, 30.0}, Case{"large_offsets", {64, 64}, 8, 0.3, 1.0, 300.0}),
+                                           Case{"norms_vary", {256}, 4, 0.3, 1.0, 60.0}, Case{"norms_vary_sharp_queries", {128}, 5, 0.3, 2.0, 100.0},
+                                           Case{"sharp_queries", {128}, 6, 0.0, 4.0, 60.0}, Case{"long", {512}, 7, 0.2, 1.5, 30.0}, Case{"large_offsets", {64, 64}, 8, 0.3, 1.0, 300.0}),
                          [](const auto& test) { return test.param.name; });
 
 }  // namespace

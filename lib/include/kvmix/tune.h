@@ -90,10 +90,11 @@ KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
 // ---- choose ---------------------------------------------------------------------------------------------------------------------
 
 struct Constraints {
-  double budget = -1.0;         // at least this fraction of the fp16 bytes is saved; < 0: not asked for
-  double min_cosine = -1.0;     // of the predicted worst query head; < 0: not asked for
-  double max_decode_ns = -1.0;  // of one token over all layers; < 0: not asked for
-  double tolerance = 1.02;      // >= 1: how much error may be given away for decode time
+  double budget = -1.0;           // at least this fraction of the fp16 bytes is saved; < 0: not asked for
+  double min_cosine = -1.0;       // of the predicted worst query head; < 0: not asked for
+  double max_decode_ns = -1.0;    // of one token over all layers; < 0: not asked for
+  double worst_tolerance = 1.25;  // >= 1: plans whose worst heads are within this factor count as alike: between texts it moves by more
+  double time_tolerance = 1.02;   // >= 1: how much of the summed error may be given away for decode time
 };
 
 // One point of the Pareto front: no plan saves as much with a smaller worst NMSE.
@@ -114,9 +115,9 @@ struct Choice {
 
 // One choice of K and V codec per KV head, exact (multiple-choice knapsack), in three steps:
 //   1. worst: the least `w` such that some plan within the constraints has no query head with an NMSE above w.
-//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above w * tolerance.
-//   3. time: of those plans the one that minimises sum + price * decode time. The price is (tolerance - 1) * S over all the time that
-//      could be saved at best, so that the sum is at most S * tolerance, and time decides where plans are about equally accurate.
+//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above w * worst_tolerance.
+//   3. time: of those plans the one that minimises sum + price * decode time. The price is (time_tolerance - 1) * S over all the time
+//      that could be saved at best, so that the sum is at most S * time_tolerance, and time decides where plans are about equally accurate.
 // The NMSE of a query head is the sum of its K's and its V's; so is 1 - cosine.
 //
 // min_cosine without budget: the most bytes that can be saved, then the same. max_decode_ns: step 1 stays exact; in step 2 time gets
