@@ -192,6 +192,10 @@ struct Prefetcher {
     near += first ? kBytes : 0;
     far += far_step;
   }
+  // For work that reads nothing of the block: memory shall not rest meanwhile.
+  HWY_INLINE void FetchLines(std::size_t lines) {
+    for (std::size_t i = 0; i < lines; ++i, far += 64) __builtin_prefetch(far, 0, 2);
+  }
 };
 
 // One register block: kRows rows times kVecs neighbouring tile vectors (tile_bytes apart), over steps [first, last) of `steps`.

@@ -61,7 +61,7 @@ HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, float largest
   const std::size_t steps = KSteps(P::kStorage, head_dim);
   std::memset(to, 0, steps * P::kRowBytesPerStep);
   info = {1.0f, 0, 0};
-  if (!(scale >= 0x1p-100f)) return;  // nor has a row with NaN any terms
+  if (!(scale >= 0x1p-100f)) return;  // a row of zeros, or with NaN
   info.scale = scale;
   const VF inv_scale = hn::Set(df, 1.0f / scale);
   VI32 sum_high = hn::Zero(di), sum_low = sum_high;
@@ -197,7 +197,7 @@ struct Range {
 // Row r of this turn, which sees the tokens `seen` of the block (not empty). scale: of its scores. With x = scale * s - max:
 //   sum += 2^x      weight = 2^x * v_scale / w_scale, w_scale such that the block's largest weight is just below kLargestWeight
 template <class P>
-HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, float* sum, Work& w) {
+HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, float* sum, Prefetcher& prefetch, Work& w) {
   const DF df;
   float* scores = w.scores[r];
   for (std::size_t t = w.first; t < seen.first; ++t) scores[t] = kNegInf;
@@ -210,7 +210,7 @@ HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, fl
     score_max = hn::Max(score_max, s);
     if constexpr (!kIsF16<P>) weight_max = hn::Max(weight_max, hn::MulAdd(s, to_log2, hn::Load(df, w.v_log2 + t)));
   }
-  const float new_max = HWY_MAX(*max, hn::ReduceMax(df, score_max) * scale);
+  const float new_max = HWY_MAX(hn::ReduceMax(df, score_max) * scale, *max);  // in this order: a NaN in *max stays
   // log2 of 1 / w_scale, within what Exp2 can invert. Large scores round the largest weight off: room for that as well.
   const float largest = kIsF16<P> ? 0.0f : hn::ReduceMax(df, weight_max) - new_max + std::fabs(new_max) * 0x1p-22f;
   const float log2_inverse = kIsF16<P> ? 0.0f : std::log2(kLargestWeight<P>) - HWY_MAX(largest, kSmallestExponent + 16.0f);
@@ -226,6 +226,7 @@ HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, fl
   const VF shift = hn::Set(df, log2_inverse - new_max), smallest = hn::Set(df, kSmallestExponent);
   VF total = hn::Zero(df);
   for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
+    if (prefetch.turns != 0) prefetch.FetchLines(4);
     VF e[kWeightVecs];
     Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
       const std::size_t at = t + i * kLanes;
@@ -352,6 +353,8 @@ void AttendRows(const AttendTask& t) {
       WithShape<KP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
         Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
       });
+      const Prefetcher prefetch = fetcher(f.v.codes_offset, f.block_bytes, turn);
+      Prefetcher early = prefetch;  // softmax asks for the first of Weigh's lines; asking again there is free
       for (std::size_t r = 0; r < rows; ++r) {
         if (seen[r].last == 0) {
           NoWeights(r, w);
@@ -362,10 +365,10 @@ void AttendRows(const AttendTask& t) {
           SoftCap(w.scores[r], w.first, w.last, scale, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
           scale = 1.0f;
         }
-        Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, w);
+        Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, early, w);
       }
       WithShape<VP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
-        Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, fetcher(f.v.codes_offset, f.block_bytes, turn), w);
+        Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, prefetch, w);
       });
     }
   }
