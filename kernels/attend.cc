@@ -197,7 +197,7 @@ struct Range {
 // Row r of this turn, which sees the tokens `seen` of the block (not empty). scale: of its scores. With x = scale * s - max:
 //   sum += 2^x      weight = 2^x * v_scale / w_scale, w_scale such that the block's largest weight is just below kLargestWeight
 template <class P>
-HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, float* sum, Work& w) {
+HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, float* sum, Prefetcher& prefetch, Work& w) {
   const DF df;
   float* scores = w.scores[r];
   for (std::size_t t = w.first; t < seen.first; ++t) scores[t] = kNegInf;
@@ -226,6 +226,7 @@ HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, fl
   const VF shift = hn::Set(df, log2_inverse - new_max), smallest = hn::Set(df, kSmallestExponent);
   VF total = hn::Zero(df);
   for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
+    if (prefetch.turns != 0) prefetch.FetchLines(4);
     VF e[kWeightVecs];
     Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
       const std::size_t at = t + i * kLanes;
@@ -352,6 +353,8 @@ void AttendRows(const AttendTask& t) {
       WithShape<KP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
         Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
       });
+      const Prefetcher prefetch = fetcher(f.v.codes_offset, f.block_bytes, turn);
+      Prefetcher early = prefetch;  // softmax asks for the first of Weigh's lines; asking again there is free
       for (std::size_t r = 0; r < rows; ++r) {
         if (seen[r].last == 0) {
           NoWeights(r, w);
@@ -362,10 +365,10 @@ void AttendRows(const AttendTask& t) {
           SoftCap(w.scores[r], w.first, w.last, scale, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
           scale = 1.0f;
         }
-        Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, w);
+        Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, early, w);
       }
       WithShape<VP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
-        Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, fetcher(f.v.codes_offset, f.block_bytes, turn), w);
+        Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, prefetch, w);
       });
     }
   }
