@@ -229,9 +229,11 @@ void AttendJob::Impl::Merge(std::size_t kv_head, std::size_t first_query, std::s
       std::fill(to, to + g.head_dim, nan ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
       continue;
     }
-    // A sink's logit beside scores that lack `bias` (a soft cap has put it back already), in units of log2.
+    // A sink's logit beside scores that lack `bias` (a soft cap has put it back already), in units of log2, in which the largest floats
+    // overflow: they stay finite, so that a sink that takes all leaves 0 rather than NaN.
     float sink = -std::numeric_limits<float>::infinity();
     if (options.sinks != nullptr) sink = (options.sinks[query_head] - (options.soft_cap != 0.0f ? 0.0f : bias[r])) / kLn2;
+    sink = std::min(sink, std::numeric_limits<float>::max());
     max = std::max(max, sink);
     float sum = 0.0f;
     for (std::size_t s = 0; s < spans; ++s) {
