@@ -53,25 +53,31 @@ void CheckOnAllTargets(const Model& m, const AttendOptions& options) {
   ForAllTargets([&] { EXPECT_LE(WorstNmse(m.g, Attended(m.Fill(), 0, q, options), expected), kBound); });
 }
 
+constexpr std::size_t kGroups[] = {1, 4, 7};
+
 TEST(AttendOptions, SlidingWindow) {
-  for (const std::size_t queries : {1, 5, 100}) {
-    const Model m(64, 2, 700, queries, 1);
-    for (const std::size_t window : {std::size_t{1}, std::size_t{5}, std::size_t{256}, std::size_t{699}, std::size_t{700}, std::size_t{5000}, SIZE_MAX}) {
-      SCOPED_TRACE(::testing::Message() << "window " << window << ", " << queries << " queries");
-      AttendOptions options;
-      options.sliding_window = window;
-      CheckOnAllTargets(m, options);
+  for (const std::size_t group : kGroups) {
+    for (const std::size_t queries : {1, 5, 70}) {
+      const Model m(64, group, 700, queries, 1);
+      for (const std::size_t window : {std::size_t{1}, std::size_t{5}, std::size_t{256}, std::size_t{300}, std::size_t{700}, SIZE_MAX}) {
+        SCOPED_TRACE(::testing::Message() << "window " << window << ", " << queries << " queries, group " << group);
+        AttendOptions options;
+        options.sliding_window = window;
+        CheckOnAllTargets(m, options);
+      }
     }
   }
 }
 
 TEST(AttendOptions, SlidingWindowOverSeveralSpans) {
-  const Model m(64, 2, 6000, 3, 2);
-  for (const std::size_t window : {100, 3000, 5999}) {
-    SCOPED_TRACE(window);
-    AttendOptions options;
-    options.sliding_window = window;
-    CheckOnAllTargets(m, options);
+  for (const std::size_t group : kGroups) {
+    const Model m(64, group, 6000, 3, 2);
+    for (const std::size_t window : {300, 3000, 5999}) {
+      SCOPED_TRACE(::testing::Message() << "window " << window << ", group " << group);
+      AttendOptions options;
+      options.sliding_window = window;
+      CheckOnAllTargets(m, options);
+    }
   }
 }
 
@@ -84,27 +90,46 @@ TEST(AttendOptions, SlidingWindowWithMoreQueriesThanTokens) {
 
 // Centred K heads as well: the cap sees the whole score.
 TEST(AttendOptions, SoftCap) {
-  const Model m(128, 2, 1500, 3, 4);
-  for (const float cap : {1.0f, 30.0f, 50.0f, 1e4f}) {
-    for (const float scale : {0.0f, 1.0f}) {  // the latter: scores far into the cap
-      SCOPED_TRACE(::testing::Message() << "cap " << cap << ", attention_scale " << scale);
-      AttendOptions options;
-      options.soft_cap = cap;
-      options.attention_scale = scale;
-      CheckOnAllTargets(m, options);
+  for (const std::size_t group : kGroups) {
+    const Model m(128, group, 1500, 3, 4);
+    for (const float cap : {1.0f, 30.0f, 50.0f, 1e4f}) {
+      for (const float scale : {0.0f, 1.0f}) {  // the latter: scores far into the cap
+        SCOPED_TRACE(::testing::Message() << "cap " << cap << ", attention_scale " << scale << ", group " << group);
+        AttendOptions options;
+        options.soft_cap = cap;
+        options.attention_scale = scale;
+        CheckOnAllTargets(m, options);
+      }
+    }
+  }
+}
+
+TEST(AttendOptions, AttentionScale) {
+  for (const std::size_t group : kGroups) {
+    for (const std::size_t queries : {1, 12}) {
+      const Model m(96, group, 1300, queries, 16);
+      for (const float scale : {0.01f, 1.0f / 16.0f, 0.3f}) {
+        SCOPED_TRACE(::testing::Message() << "attention_scale " << scale << ", " << queries << " queries, group " << group);
+        AttendOptions options;
+        options.attention_scale = scale;
+        CheckOnAllTargets(m, options);
+      }
     }
   }
 }
 
 TEST(AttendOptions, Sinks) {
-  for (const std::size_t tokens : {1, 300, 4000}) {
-    const Model m(64, 4, tokens, 3, 5);
+  struct Shape {
+    std::size_t tokens, group;
+  };
+  for (const auto& [tokens, group] : {Shape{1, 4}, {300, 1}, {300, 4}, {300, 7}, {4000, 4}}) {
+    const Model m(64, group, tokens, 3, 5);
     const float inf = std::numeric_limits<float>::infinity();
     for (const std::vector<float>& values : {std::vector<float>{-inf, -5.0f, 0.0f, 3.0f, 20.0f}, std::vector<float>{1000.0f, -1000.0f}}) {
       std::vector<float> sinks(m.g.query_heads);
       for (std::size_t h = 0; h < sinks.size(); ++h) sinks[h] = values[h % values.size()];
       for (const float cap : {0.0f, 30.0f}) {
-        SCOPED_TRACE(::testing::Message() << tokens << " tokens, sinks " << values[0] << ", cap " << cap);
+        SCOPED_TRACE(::testing::Message() << tokens << " tokens, group " << group << ", sinks " << values[0] << ", cap " << cap);
         AttendOptions options;
         options.sinks = sinks.data();
         options.soft_cap = cap;
@@ -128,6 +153,40 @@ TEST(AttendOptions, Sinks) {
   }
 }
 
+// The mean that centred V puts back is worth what the sink leaves of the weight; both tensors centred, on every head.
+TEST(AttendOptions, SinksOverCentredHeads) {
+  for (const std::size_t group : kGroups) {
+    Model m(80, group, 1500, 3, 17);
+    for (std::size_t i = 0; i < m.rows.v.size(); ++i) m.rows.v[i] = FloatToHalf(HalfToFloat(m.rows.v[i]) + (i % 3 == 0 ? 20.0f : -5.0f));
+    m.plan = MakePlan(m.g, m.rows, {"i8-token+centre"}, {"i8-token+centre", "i8-token-bf16+centre", "i8-head+centre"});
+    std::vector<float> sinks(m.g.query_heads);
+    for (std::size_t h = 0; h < sinks.size(); ++h) sinks[h] = 3.0f * static_cast<float>(h % 7) - 5.0f;
+    for (const float cap : {0.0f, 30.0f}) {
+      SCOPED_TRACE(::testing::Message() << "group " << group << ", cap " << cap);
+      AttendOptions options;
+      options.soft_cap = cap;
+      CheckOnAllTargets(m, options);
+      options.sinks = sinks.data();
+      CheckOnAllTargets(m, options);
+    }
+  }
+}
+
+// As large as f32 goes, which in units of log2 is larger still.
+TEST(AttendOptions, SinksAtTheLimitsOfFloats) {
+  const Model m(64, 2, 300, 2, 18);
+  AttendOptions options;
+  ForAllTargets([&] {
+    const Cache cache = m.Fill();
+    const std::vector<float> without = Attended(cache, 0, m.q);
+    std::vector<float> sinks(m.g.query_heads, -FLT_MAX);
+    options.sinks = sinks.data();
+    EXPECT_EQ(Attended(cache, 0, m.q, options), without);
+    std::fill(sinks.begin(), sinks.end(), FLT_MAX);
+    EXPECT_EQ(Attended(cache, 0, m.q, options), std::vector<float>(m.q.size(), 0.0f));
+  });
+}
+
 TEST(AttendOptions, NanAndInfStayInTheirRow) {
   const Model m(80, 3, 1200, 4, 6);
   const float inf = std::numeric_limits<float>::infinity();
@@ -148,6 +207,10 @@ TEST(AttendOptions, NanAndInfStayInTheirRow) {
           if (is_bad[row]) q[row * m.g.head_dim + row % m.g.head_dim] = bad;
         }
         const std::vector<float> out = Attended(cache, 0, q, options);
+        std::vector<Half> q_halves(q.size());
+        std::transform(q.begin(), q.end(), q_halves.begin(), FloatToHalf);
+        const std::vector<float> of_halves = Attended(cache, 0, q_halves, options);
+        EXPECT_EQ(std::memcmp(of_halves.data(), out.data(), out.size() * sizeof(float)), 0) << "q as halves, with " << bad;
         for (std::size_t i = 0; i < out.size(); ++i) {
           if (is_bad[i / m.g.head_dim]) {
             ASSERT_TRUE(std::isnan(out[i])) << "row " << i / m.g.head_dim << " with " << bad << ": " << out[i];
@@ -238,17 +301,71 @@ TEST(AttendOptions, ZeroRowsOfVTakeWeight) {
   }
 }
 
+// A huge V behind a key that nobody looks at is worth exactly nothing: the bits are those of a cache without that token.
+TEST(AttendOptions, HopelessKeysAddNothing) {
+  for (const std::size_t tokens : {1, 37, 64, 255, 256, 299}) {
+    const Geometry g{1, 5, 20, 64};
+    Rows rows = RandomRows(g, tokens, 19);
+    const std::size_t row = g.kv_heads * g.head_dim;
+    for (std::size_t i = 0; i < rows.k.size(); i += g.head_dim) rows.k[i] = FloatToHalf(1.0f);
+    std::mt19937 rng(20);
+    std::vector<Half> q = RandomHalves(rng, g.query_heads * g.head_dim);
+    for (std::size_t i = 0; i < q.size(); i += g.head_dim) q[i] = FloatToHalf(8.0f);
+    Rows hopeless{std::vector<Half>(row, Half{0}), std::vector<Half>(row, FloatToHalf(60000.0f))};
+    for (std::size_t i = 0; i < row; i += g.head_dim) hopeless.k[i] = FloatToHalf(-400.0f);  // a score of -400, in the middle of 1s
+    for (const char* v : {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre"}) {
+      const Plan plan = MakePlan(g, rows, {"f16", "i8-token", "i8-token-bf16", "i8-token", "i8-token+centre"}, {v});
+      ForAllTargets([&] {
+        SCOPED_TRACE(::testing::Message() << tokens << " tokens, V " << v);
+        Cache cache = Filled(plan, rows, tokens + 1);
+        const std::vector<float> without = Attended(cache, 0, q);
+        ASSERT_TRUE(cache.Append(0, hopeless.k.data(), hopeless.v.data(), 1).ok());
+        EXPECT_EQ(Attended(cache, 0, q), without);
+      });
+    }
+  }
+}
+
+// What a query may not see, later tokens and those before the window, does not change a bit of its output.
+TEST(AttendOptions, MaskedTokensAddNothing) {
+  const std::size_t tokens = 700, queries = 30, window = 200;
+  const Model m(64, 4, tokens, queries, 21);
+  const std::size_t row = m.g.kv_heads * m.g.head_dim, q_row = m.g.query_heads * m.g.head_dim;
+  const auto poisoned = [&](std::size_t first, std::size_t last) {
+    Rows rows = m.rows;
+    std::fill(rows.k.begin() + static_cast<std::ptrdiff_t>(first * row), rows.k.begin() + static_cast<std::ptrdiff_t>(last * row), FloatToHalf(-60000.0f));
+    std::fill(rows.v.begin() + static_cast<std::ptrdiff_t>(first * row), rows.v.begin() + static_cast<std::ptrdiff_t>(last * row), FloatToHalf(60000.0f));
+    return Filled(m.plan, rows, tokens);
+  };
+  ForAllTargets([&] {
+    for (const float cap : {0.0f, 30.0f}) {
+      AttendOptions options;
+      options.soft_cap = cap;
+      const std::vector<float> all = Attended(m.Fill(), 0, m.q, options);
+      const std::vector<float> later = Attended(poisoned(tokens - 10, tokens), 0, m.q, options);
+      for (std::size_t i = 0; i < (queries - 10) * q_row; ++i) ASSERT_EQ(later[i], all[i]) << "query " << i / q_row << ", cap " << cap;
+      EXPECT_NE(later, all);
+      options.sliding_window = window;
+      const std::vector<float> windowed = Attended(m.Fill(), 0, m.q, options);
+      const std::size_t first_seen = tokens - queries + 1 - window;  // by the first query
+      EXPECT_EQ(Attended(poisoned(0, first_seen), 0, m.q, options), windowed) << "cap " << cap;
+      EXPECT_NE(Attended(poisoned(0, first_seen + 1), 0, m.q, options), windowed) << "cap " << cap;
+    }
+  });
+}
+
+// No more than an element's own: by an odd number of them.
 TEST(AttendOptions, AnyAlignment) {
   const Model m(80, 2, 300, 3, 12);
-  const auto misaligned = [](const auto& x, std::size_t by, std::vector<char>* storage) {
+  const auto misaligned = [](const auto& x, std::size_t elements, std::vector<char>* storage) {
     storage->assign(x.size() * sizeof(x[0]) + 128, 0);
-    char* at = storage->data() + (64 - reinterpret_cast<std::uintptr_t>(storage->data()) % 64) % 64 + by;
+    char* at = storage->data() + (64 - reinterpret_cast<std::uintptr_t>(storage->data()) % 64) % 64 + elements * sizeof(x[0]);
     std::memcpy(at, x.data(), x.size() * sizeof(x[0]));
     return at;
   };
   ForAllTargets([&] {
     const std::vector<float> expected = Attended(m.Fill(), 0, m.q);
-    for (const std::size_t by : {1, 2, 6, 33}) {
+    for (const std::size_t by : {1, 3, 17}) {
       std::vector<char> k, v, q, q_floats, out;
       Result<Cache> cache = Cache::Create(m.g, m.plan, m.tokens);
       ASSERT_TRUE(cache->Append(0, reinterpret_cast<const Half*>(misaligned(m.rows.k, by, &k)), reinterpret_cast<const Half*>(misaligned(m.rows.v, by, &v)),
@@ -297,6 +414,34 @@ TEST(AttendOptions, ThreadsAndOrderOfPartsDoNotMatter) {
       EXPECT_EQ(out, expected) << "round " << round;
     }
   }
+}
+
+// One job for layers and calls of all sizes, larger and smaller in turn.
+TEST(AttendOptions, JobReusedOverShapes) {
+  struct Shape {
+    std::size_t head_dim, group, tokens, queries;
+  };
+  ForAllTargets([&] {
+    AttendJob job;
+    for (const Shape& s : {Shape{64, 4, 300, 1}, {64, 4, 300, 70}, {128, 7, 3000, 3}, {64, 1, 10, 1}, {80, 1, 0, 2}, {256, 4, 1200, 20}, {33, 7, 1100, 1},
+                           {128, 7, 3000, 3}, {64, 4, 300, 0}, {64, 4, 300, 1}}) {
+      SCOPED_TRACE(::testing::Message() << s.head_dim << " dims, group " << s.group << ", " << s.tokens << " tokens, " << s.queries << " queries");
+      const Model m(s.head_dim, s.group, s.tokens, s.queries, 22);
+      const Cache cache = m.Fill();
+      const auto run = [&](AttendJob& j) {
+        std::vector<float> out(m.q.size(), -1.0f);
+        EXPECT_TRUE(j.Start(cache, 0, m.q.data(), s.queries, out.data()).ok());
+        for (std::size_t p = 0; p < j.parts(); ++p) j.RunPart(p);
+        return out;
+      };
+      AttendJob fresh;
+      const std::vector<float> expected = run(fresh);
+      EXPECT_EQ(run(job), expected);
+      std::vector<float> out(m.q.size() + 1);
+      EXPECT_EQ(job.Start(cache, 1, m.q.data(), s.queries, out.data()).code(), ErrorCode::kInvalidArgument);
+      EXPECT_EQ(job.parts(), 0u);
+    }
+  });
 }
 
 TEST(AttendOptions, BadArguments) {
