@@ -21,7 +21,7 @@ struct AttendOptions {
 };
 
 // Query i of n sees all but the last n - 1 - i tokens of the layer: append K and V of the prompt (or of the new token) first, then
-// attend. q: [queries, query_heads, head_dim], out: the same shape, f32; they may not overlap; any alignment. A query that sees no
+// attend. q: [queries, query_heads, head_dim], out: the same shape, f32; they may not overlap; no alignment beyond their types' own. A query that sees no
 // token (more queries than tokens) gets zeros; a query row with NaN or Inf gets NaN.
 //
 // The arithmetic: int8 heads multiply exact codes by 15-bit or wider fixed-point q and softmax weights, fp16 heads are f32

@@ -29,7 +29,7 @@ class KVMIX_API Cache {
   Cache& operator=(Cache&&) noexcept;
   ~Cache();
 
-  // Appends `tokens` rows to a layer. k, v: [tokens, kv_heads, head_dim], any alignment. NaN is stored as 0 and infinities as
+  // Appends `tokens` rows to a layer. k, v: [tokens, kv_heads, head_dim], no alignment beyond their type's. NaN is stored as 0 and infinities as
   // +-65504, whatever the codec. Past the capacity: kOutOfMemory, and nothing is appended.
   Status Append(std::size_t layer, const Half* k, const Half* v, std::size_t tokens);
   // Drops all but the first `tokens` tokens of every layer; more than a layer holds: kInvalidArgument, and nothing is dropped.

@@ -5,7 +5,7 @@
 //   code = round-to-nearest-even(y / scale), f32 division, clamped to [-127, 127]          x' = mean + scale * code
 //
 // An all-zero row has scale 0 and codes 0 (so has a row whose |y| all lie below 2^-100). NaN counts as 0, infinities as +-65504.
-// Pointers may have any alignment; outputs may not overlap inputs. Nothing allocates, nothing fails.
+// Pointers need no alignment beyond their types' own; outputs may not overlap inputs. Nothing allocates, nothing fails.
 #ifndef KVMIX_QUANTIZE_H_
 #define KVMIX_QUANTIZE_H_
 
