@@ -1,7 +1,7 @@
 // The SIMD kernels as tables of functions, one table for each instruction set ("target") that was compiled in. Whoever uses kernels
 // picks a table once (dispatch costs nothing per call) and may hold several, e.g. to compare targets.
 //
-// Kernels work on raw pointers of any alignment, keep no state, allocate nothing, do no I/O and cannot fail.
+// Kernels work on raw pointers that need no alignment beyond their types' own, keep no state, allocate nothing, do no I/O and cannot fail.
 #ifndef KVMIX_KERNELS_KERNELS_H_
 #define KVMIX_KERNELS_KERNELS_H_
 

@@ -23,11 +23,6 @@ inline constexpr std::size_t kBlockTokens = 256;
 enum class TileStorage : std::uint8_t { kF16, kI8 };
 enum class TileScale : std::uint8_t { kConstant, kF32, kBF16 };  // one number for the head, or stored one per token
 
-struct TileGeometry {
-  std::size_t lanes;
-  std::size_t width;
-};
-
 // One tensor's part of a block.
 struct TileFormat {
   TileStorage storage = TileStorage::kF16;
