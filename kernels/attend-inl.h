@@ -18,11 +18,8 @@
 #include <utility>
 
 #include "hwy/highway.h"
+#include "kernels/per_target.h"
 #include "kernels/tiles-inl.h"
-
-// A lambda inside a kernel: compiled for the target, and inlined by force.
-#undef KVMIX_LAMBDA
-#define KVMIX_LAMBDA HWY_ATTR __attribute__((always_inline))
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
@@ -34,11 +31,19 @@ using VF = hn::Vec<DF>;
 using VI32 = hn::Vec<DI32>;
 
 constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
-// Rows of a turn. f16 tiles cost a conversion each, which eight rows share where there are registers for them.
 constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
 constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 4;
-HWY_INLINE constexpr std::size_t MaxRowsFor(TileStorage s) { return s == TileStorage::kF16 ? kMaxRows : 4; }
-HWY_INLINE constexpr std::size_t VecsFor(TileStorage s, std::size_t rows) { return VectorBytes(s) < 64 && rows <= 2 ? 4 : 2; }
+// Whether a row has two sums for a tile vector: byte limbs, or smlal's and smlal2's.
+HWY_INLINE constexpr bool TwoSums(TileStorage s) { return s == TileStorage::kI8 && (KVMIX_QUADS || !HWY_ARCH_X86); }
+// Rows of a turn, of `rows` in all: as many as share a tile vector's load (f16: and its conversion) in registers. Eight rows with two
+// sums leave room for one tile vector only, and their broadcast loads bind (17 for 16 products; 10 with four rows and two vectors).
+// That pays where the tile comes from memory and one turn is all: 10-17 % there, -9 % elsewhere (Granite Rapids).
+HWY_INLINE constexpr std::size_t TurnRows(TileStorage s, std::size_t rows, bool stream) {
+  return !TwoSums(s) || (stream && rows <= kMaxRows) ? kMaxRows : 4;
+}
+HWY_INLINE constexpr std::size_t VecsFor(TileStorage s, std::size_t rows) {
+  return TwoSums(s) && rows > 4 ? 1 : VectorBytes(s) < 64 && rows <= 2 ? 4 : 2;
+}
 // Where the tile comes from memory: one cache line a step, so that one load instruction walks memory from front to end. On Granite
 // Rapids, whose prefetchers follow instructions, that reads a cold cache at 0.92-0.97 of DRAM's speed, two lines a step at 0.70-0.83.
 HWY_INLINE constexpr std::size_t StreamVecsFor(TileStorage s, std::size_t rows) { return HWY_MIN(VecsFor(s, rows), 64 / VectorBytes(s)); }

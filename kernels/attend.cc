@@ -133,6 +133,13 @@ HWY_INLINE void PackWeights(VI8Product, const VF (&e)[kWeightVecs], const float*
 constexpr std::size_t kTokenStep = kWeightVecs * kLanes;
 static_assert(kBlockTokens % kTokenStep == 0);
 
+// Tokens [first, last) of a block.
+struct Range {
+  std::size_t first, last;
+};
+
+constexpr std::size_t kRowLanes = RoundUp(kMaxRows, kLanes);
+
 struct Work {
   // Scales of the block's tokens: where they lie, or a copy as f32.
   const float* k_scale;
@@ -143,7 +150,14 @@ struct Work {
   alignas(64) float scores[kMaxRows][kBlockTokens];
   alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
   RowInfo weight_info[kMaxRows];
-  float correction[kMaxRows];
+  // Of softmax, row by row, with room for whole vectors of rows.
+  Range seen[kMaxRows];                       // tokens of the block; {0, 0}: none
+  alignas(64) float scale[kRowLanes];         // of the scores
+  alignas(64) float score_max[kRowLanes];     // of the block's scores
+  alignas(64) float weight_max[kRowLanes];    // of scale * score + log2(v_scale)
+  alignas(64) float shift[kRowLanes];         // a weight's code is v_scale * 2^(scale * score + shift)
+  alignas(64) float weight_scale[kRowLanes];  // w_scale
+  alignas(64) float correction[kRowLanes];    // of what earlier blocks have summed up
   // This turn's tokens: whole steps of kTokenStep that cover what any of its rows sees.
   std::size_t first, last;
 };
@@ -189,73 +203,77 @@ HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, floa
   }
 }
 
-// Tokens [first, last) of a block.
-struct Range {
-  std::size_t first, last;
-};
-
-// Row r of this turn, which sees the tokens `seen` of the block (not empty). scale: of its scores. With x = scale * s - max:
+// Softmax of a turn's rows, in three walks that each take all rows, so that one row's reductions hide behind another's arithmetic.
+// With x = scale * s - max:
 //   sum += 2^x      weight = 2^x * v_scale / w_scale, w_scale such that the block's largest weight is just below kLargestWeight
+// Row r sees the tokens w.seen[r] of the block; one that sees none keeps its max, its sum and its output.
 template <class P>
-HWY_NOINLINE void Softmax(std::size_t r, Range seen, float scale, float* max, float* sum, Prefetcher& prefetch, Work& w) {
+HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher prefetch, Work& w) {
   const DF df;
-  float* scores = w.scores[r];
-  for (std::size_t t = w.first; t < seen.first; ++t) scores[t] = kNegInf;
-  for (std::size_t t = seen.last; t < w.last; ++t) scores[t] = kNegInf;
-
-  VF score_max = hn::Set(df, kNegInf), weight_max = score_max;
-  const VF to_log2 = hn::Set(df, scale);
-  for (std::size_t t = w.first; t < w.last; t += kLanes) {
-    const VF s = hn::Load(df, scores + t);
-    score_max = hn::Max(score_max, s);
-    if constexpr (!kIsF16<P>) weight_max = hn::Max(weight_max, hn::MulAdd(s, to_log2, hn::Load(df, w.v_log2 + t)));
+  for (std::size_t r = 0; r < rows; ++r) {
+    float* scores = w.scores[r];
+    for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
+    for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
+    VF score_max = hn::Set(df, kNegInf), weight_max = score_max;
+    const VF scale = hn::Set(df, w.scale[r]);
+    for (std::size_t t = w.first; t < w.last; t += kLanes) {
+      const VF s = hn::Load(df, scores + t);
+      score_max = hn::Max(score_max, s);
+      if constexpr (!kIsF16<P>) weight_max = hn::Max(weight_max, hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t)));
+    }
+    w.score_max[r] = hn::ReduceMax(df, score_max);
+    w.weight_max[r] = hn::ReduceMax(df, weight_max);
   }
-  const float new_max = HWY_MAX(hn::ReduceMax(df, score_max) * scale, *max);  // in this order: a NaN in *max stays
-  // log2 of 1 / w_scale, within what Exp2 can invert. Large scores round the largest weight off: room for that as well.
-  const float largest = kIsF16<P> ? 0.0f : hn::ReduceMax(df, weight_max) - new_max + std::fabs(new_max) * 0x1p-22f;
-  const float log2_inverse = kIsF16<P> ? 0.0f : std::log2(kLargestWeight<P>) - HWY_MAX(largest, kSmallestExponent + 16.0f);
-  const float powers[2] = {*max - new_max, -log2_inverse};
-  const hn::CappedTag<float, 2> d2;
-  alignas(16) float values[2];
-  // (Exp2 works on whole vectors.)
-  const VF exp = Exp2(hn::ResizeBitCast(df, hn::LoadU(d2, powers)));
-  hn::Store(hn::ResizeBitCast(d2, exp), d2, values);
-  w.correction[r] = *max == new_max ? 1.0f : *max == kNegInf ? 0.0f : values[0];
-  w.weight_info[r] = {kIsF16<P> ? 1.0f : values[1], 0, 0};
 
-  const VF shift = hn::Set(df, log2_inverse - new_max), smallest = hn::Set(df, kSmallestExponent);
-  VF total = hn::Zero(df);
-  for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
-    if (prefetch.turns != 0) prefetch.FetchLines(4);
-    VF e[kWeightVecs];
-    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-      const std::size_t at = t + i * kLanes;
-      const VF x = hn::MulAdd(hn::Load(df, scores + at), to_log2, shift);
-      e[i] = Exp2(x);
-      if constexpr (kIsF16<P>) e[i] = hn::IfThenElseZero(hn::Gt(x, smallest), e[i]);  // codes round to 0 by themselves
-      total = hn::Add(total, e[i]);
-    });
-    PackWeights(P(), e, w.v_scale, t, w.weights[r]);
+  // Rows as lanes. Comparing picks the second where the first is NaN: a NaN in `max` stays.
+  const auto larger = [](VF a, VF b) HWY_ATTR { return hn::IfThenElse(hn::Gt(a, b), a, b); };
+  for (std::size_t r = 0; r < rows; r += kLanes) {
+    const std::size_t n = HWY_MIN(kLanes, rows - r);
+    const VF before = hn::LoadN(df, max + r, n);
+    const VF now = larger(hn::Mul(hn::Load(df, w.score_max + r), hn::Load(df, w.scale + r)), before);
+    hn::StoreN(now, df, max + r, n);
+    hn::Store(hn::IfThenElse(hn::Eq(before, now), hn::Set(df, 1.0f), Exp2(hn::Sub(before, now))), df, w.correction + r);
+    VF log2_inverse = hn::Zero(df);  // of 1 / w_scale, within what Exp2 can invert
+    if constexpr (!kIsF16<P>) {
+      // Large scores round the largest weight off: room for that as well.
+      const VF largest = hn::MulAdd(hn::Abs(now), hn::Set(df, 0x1p-22f), hn::Sub(hn::Load(df, w.weight_max + r), now));
+      log2_inverse = hn::Sub(hn::Set(df, std::log2(kLargestWeight<P>)), larger(largest, hn::Set(df, kSmallestExponent + 16.0f)));
+    }
+    hn::Store(kIsF16<P> ? hn::Set(df, 1.0f) : Exp2(hn::Neg(log2_inverse)), df, w.weight_scale + r);
+    hn::Store(hn::Sub(log2_inverse, now), df, w.shift + r);
   }
-  *sum = *sum * w.correction[r] + hn::ReduceSum(df, total) * w.weight_info[r].scale;
-  *max = new_max;
+
+  for (std::size_t r = 0; r < rows; ++r) {
+    w.weight_info[r] = {w.weight_scale[r], 0, 0};
+    if (w.seen[r].last == 0) {
+      std::memset(w.weights[r], 0, sizeof(w.weights[r]));
+      continue;
+    }
+    const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]), smallest = hn::Set(df, kSmallestExponent);
+    VF total = hn::Zero(df);
+    for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
+      if (prefetch.turns != 0) prefetch.FetchLines(4);
+      VF e[kWeightVecs];
+      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+        const VF x = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
+        e[i] = Exp2(x);
+        if constexpr (kIsF16<P>) e[i] = hn::IfThenElseZero(hn::Gt(x, smallest), e[i]);  // codes round to 0 by themselves
+        total = hn::Add(total, e[i]);
+      });
+      PackWeights(P(), e, w.v_scale, t, w.weights[r]);
+    }
+    sum[r] = sum[r] * w.correction[r] + hn::ReduceSum(df, total) * w.weight_scale[r];
+  }
 }
 
-// A row of this turn that sees none of the block's tokens.
-HWY_INLINE void NoWeights(std::size_t r, Work& w) {
-  std::memset(w.weights[r], 0, sizeof(w.weights[r]));
-  w.correction[r] = 1.0f;
-  w.weight_info[r] = {0.0f, 0, 0};
-}
-
-// f(rows, vectors as the storage wants them) with both as constants; rows in [1, MaxRowsFor(P's storage)].
+// f(rows, vectors as the storage wants them) with both as constants; rows in [1, kMaxRows].
 template <class P, class F>
 HWY_INLINE void WithShape(std::size_t rows, bool stream, const F& f) {
   const auto with_rows = [&](auto n) HWY_ATTR {
     if (stream) return f(n, std::integral_constant<std::size_t, StreamVecsFor(P::kStorage, n)>());
     return f(n, std::integral_constant<std::size_t, VecsFor(P::kStorage, n)>());
   };
-  if constexpr (MaxRowsFor(P::kStorage) > 4) {
+  if constexpr (kMaxRows > 4) {
     switch (rows) {
       case 5: return with_rows(std::integral_constant<std::size_t, 5>());
       case 6: return with_rows(std::integral_constant<std::size_t, 6>());
@@ -320,7 +338,7 @@ void AttendRows(const AttendTask& t) {
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
 
   Work w;
-  const std::size_t turn_rows = HWY_MIN(MaxRowsFor(KP::kStorage), MaxRowsFor(VP::kStorage));
+  const std::size_t turn_rows = HWY_MIN(TurnRows(KP::kStorage, t.rows, t.stream), TurnRows(VP::kStorage, t.rows, t.stream));
   const std::size_t turns = (t.rows + turn_rows - 1) / turn_rows;
   const std::size_t first_block = t.first_token / kBlockTokens;
   for (std::size_t b = first_block; b * kBlockTokens < t.last_token; ++b) {
@@ -339,34 +357,28 @@ void AttendRows(const AttendTask& t) {
     };
     for (std::size_t turn = 0; turn < turns; ++turn) {
       const std::size_t row = turn * t.rows / turns, rows = (turn + 1) * t.rows / turns - row;
-      Range seen[kMaxRows];
       w.first = kBlockTokens;
       w.last = 0;
       for (std::size_t r = 0; r < rows; ++r) {
-        seen[r] = Visible(t, row + r, b * kBlockTokens);
-        if (seen[r].last == 0) continue;
-        w.first = HWY_MIN(w.first, seen[r].first / kTokenStep * kTokenStep);
-        w.last = HWY_MAX(w.last, RoundUp(seen[r].last, kTokenStep));
+        w.seen[r] = Visible(t, row + r, b * kBlockTokens);
+        if (w.seen[r].last == 0) continue;
+        w.first = HWY_MIN(w.first, w.seen[r].first / kTokenStep * kTokenStep);
+        w.last = HWY_MAX(w.last, RoundUp(w.seen[r].last, kTokenStep));
       }
       if (w.last == 0) continue;
       const bool stream = t.stream && turn == 0;
       WithShape<KP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
         Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
       });
-      const Prefetcher prefetch = fetcher(f.v.codes_offset, f.block_bytes, turn);
-      Prefetcher early = prefetch;  // softmax asks for the first of Weigh's lines; asking again there is free
       for (std::size_t r = 0; r < rows; ++r) {
-        if (seen[r].last == 0) {
-          NoWeights(r, w);
-          continue;
-        }
-        float scale = info[row + r].scale;
-        if (t.soft_cap != 0.0f) {
-          SoftCap(w.scores[r], w.first, w.last, scale, t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
-          scale = 1.0f;
-        }
-        Softmax<VP>(r, seen[r], scale, t.max + row + r, t.sum + row + r, early, w);
+        w.scale[r] = info[row + r].scale;
+        if (t.soft_cap == 0.0f) continue;
+        SoftCap(w.scores[r], w.first, w.last, w.scale[r], t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
+        w.scale[r] = 1.0f;
       }
+      // Softmax asks for the first of Weigh's lines; asking again there is free.
+      const Prefetcher prefetch = fetcher(f.v.codes_offset, f.block_bytes, turn);
+      Softmax<VP>(rows, t.max + row, t.sum + row, prefetch, w);
       WithShape<VP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
         Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, prefetch, w);
       });
