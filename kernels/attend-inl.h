@@ -240,11 +240,13 @@ HWY_INLINE VF Exp2(VF x) {
   return hn::BitCast(df, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, n))));
 }
 
-// An upper bound of log2(x), x >= 0, at most 0.09 above it: the exponent, and the mantissa on a straight line.
+// An upper bound of log2(v_scale), at most 0.09 above it: the exponent, and the mantissa on a straight line. At least -32, below the
+// scales of halves (2^-24 / 127), so that tokens without any V leave room for the sum of all weights.
 HWY_INLINE VF Log2Bound(VF x) {
   const DF df;
   const DI32 di;
-  return hn::MulAdd(hn::ConvertTo(df, hn::BitCast(di, x)), hn::Set(df, 0x1p-23f), hn::Set(df, 0.0863f - 127.0f));
+  const VF log2 = hn::MulAdd(hn::ConvertTo(df, hn::BitCast(di, x)), hn::Set(df, 0x1p-23f), hn::Set(df, 0.0863f - 127.0f));
+  return hn::Max(log2, hn::Set(df, -32.0f));
 }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE

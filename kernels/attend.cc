@@ -1,10 +1,11 @@
-// Attention of one KV head, block by block of 256 tokens, up to four query rows at a time:
+// Attention of one KV head, block by block of 256 tokens, up to eight query rows at a time (a turn):
 //   scores   s[r][t] = scale * k_scale[t] * q_scale[r] * (q codes . k codes)          in units of log2
-//   softmax  m' = max(m, max_t s);  e = 2^(s - m');  sum += e;  w[t] = e * v_scale[t], as 16-bit fixed point against the block's own
-//            largest weight, so that a sink in one block cannot cost another its small weights
+//   softmax  b = max_t (s + log2(v_scale[t]));  m' = max(m, b);  sum = sum * 2^(m - m') + sum_t 2^(s - m')
+//            w[t] = 2^(s - m') * v_scale[t] / w_scale, 16-bit fixed point against the block's own largest, 2^(b - m'), so that a sink
+//            in one block cannot cost another its small weights
 //   weigh    out = out * 2^(m - m') + w_scale * (w codes . v codes)
-// All rows of a block's turn share one read of K and V from memory; later rows find it in L2. Scores and weights of four rows
-// (8 KiB) live in L1.
+// All rows of a turn share one read of K and V; the rows of later turns find the block in L1 or L2. Scores and weights of eight rows
+// (16 KiB) live in L1.
 #include "kernels/attend.h"
 
 #include <cmath>
@@ -151,13 +152,12 @@ struct Work {
   alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
   RowInfo weight_info[kMaxRows];
   // Of softmax, row by row, with room for whole vectors of rows.
-  Range seen[kMaxRows];                       // tokens of the block; {0, 0}: none
-  alignas(64) float scale[kRowLanes];         // of the scores
-  alignas(64) float score_max[kRowLanes];     // of the block's scores
-  alignas(64) float weight_max[kRowLanes];    // of scale * score + log2(v_scale)
-  alignas(64) float shift[kRowLanes];         // a weight's code is v_scale * 2^(scale * score + shift)
-  alignas(64) float weight_scale[kRowLanes];  // w_scale
-  alignas(64) float correction[kRowLanes];    // of what earlier blocks have summed up
+  Range seen[kMaxRows];                         // tokens of the block; {0, 0}: none
+  float scale[kMaxRows];                        // of the scores, to units of log2
+  alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
+  alignas(64) float shift[kRowLanes];           // a weight's code is v_scale * 2^(s + shift)
+  alignas(64) float weight_scale[kRowLanes];    // w_scale
+  alignas(64) float correction[kRowLanes];      // 2^(m - m')
   // This turn's tokens: whole steps of kTokenStep that cover what any of its rows sees.
   std::size_t first, last;
 };
@@ -203,44 +203,35 @@ HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, floa
   }
 }
 
-// Softmax of a turn's rows, in three walks that each take all rows, so that one row's reductions hide behind another's arithmetic.
-// With x = scale * s - max:
-//   sum += 2^x      weight = 2^x * v_scale / w_scale, w_scale such that the block's largest weight is just below kLargestWeight
-// Row r sees the tokens w.seen[r] of the block; one that sees none keeps its max, its sum and its output.
+// Softmax of a turn's rows, in walks that each take all rows, so that one row's reductions hide behind another's arithmetic. w_scale
+// puts the block's largest weight just below kLargestWeight. Row r sees the tokens w.seen[r] of the block; one that sees none keeps
+// its max, its sum and its output.
 template <class P>
-HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher prefetch, Work& w) {
+HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher& prefetch, Work& w) {
   const DF df;
   for (std::size_t r = 0; r < rows; ++r) {
     float* scores = w.scores[r];
     for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
     for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
-    VF score_max = hn::Set(df, kNegInf), weight_max = score_max;
+    VF block_max = hn::Set(df, kNegInf);
     const VF scale = hn::Set(df, w.scale[r]);
     for (std::size_t t = w.first; t < w.last; t += kLanes) {
       const VF s = hn::Load(df, scores + t);
-      score_max = hn::Max(score_max, s);
-      if constexpr (!kIsF16<P>) weight_max = hn::Max(weight_max, hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t)));
+      block_max = hn::Max(block_max, kIsF16<P> ? hn::Mul(s, scale) : hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t)));
     }
-    w.score_max[r] = hn::ReduceMax(df, score_max);
-    w.weight_max[r] = hn::ReduceMax(df, weight_max);
+    w.block_max[r] = hn::ReduceMax(df, block_max);
   }
 
-  // Rows as lanes. Comparing picks the second where the first is NaN: a NaN in `max` stays.
-  const auto larger = [](VF a, VF b) HWY_ATTR { return hn::IfThenElse(hn::Gt(a, b), a, b); };
-  for (std::size_t r = 0; r < rows; r += kLanes) {
+  for (std::size_t r = 0; r < rows; r += kLanes) {  // rows as lanes
     const std::size_t n = HWY_MIN(kLanes, rows - r);
-    const VF before = hn::LoadN(df, max + r, n);
-    const VF now = larger(hn::Mul(hn::Load(df, w.score_max + r), hn::Load(df, w.scale + r)), before);
+    const VF block = hn::Load(df, w.block_max + r), before = hn::LoadN(df, max + r, n);
+    const VF now = hn::IfThenElse(hn::Gt(block, before), block, before);  // a NaN in `max` stays
     hn::StoreN(now, df, max + r, n);
     hn::Store(hn::IfThenElse(hn::Eq(before, now), hn::Set(df, 1.0f), Exp2(hn::Sub(before, now))), df, w.correction + r);
-    VF log2_inverse = hn::Zero(df);  // of 1 / w_scale, within what Exp2 can invert
-    if constexpr (!kIsF16<P>) {
-      // Large scores round the largest weight off: room for that as well.
-      const VF largest = hn::MulAdd(hn::Abs(now), hn::Set(df, 0x1p-22f), hn::Sub(hn::Load(df, w.weight_max + r), now));
-      log2_inverse = hn::Sub(hn::Set(df, std::log2(kLargestWeight<P>)), larger(largest, hn::Set(df, kSmallestExponent + 16.0f)));
-    }
-    hn::Store(kIsF16<P> ? hn::Set(df, 1.0f) : Exp2(hn::Neg(log2_inverse)), df, w.weight_scale + r);
-    hn::Store(hn::Sub(log2_inverse, now), df, w.shift + r);
+    // Large scores have rounded block_max off: room for that as well.
+    const VF shift = hn::Sub(hn::Set(df, std::log2(kLargestWeight<P>)), hn::MulAdd(hn::Abs(block), hn::Set(df, 0x1p-22f), block));
+    hn::Store(shift, df, w.shift + r);
+    hn::Store(Exp2(hn::Neg(hn::Add(shift, now))), df, w.weight_scale + r);
   }
 
   for (std::size_t r = 0; r < rows; ++r) {
@@ -349,9 +340,9 @@ void AttendRows(const AttendTask& t) {
       for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
     }
     const std::size_t fetching = t.stream ? HWY_MIN(turns, kMaxFetchingTurns) : 0;
-    // For one turn's walk over the bytes [begin, end) of the block.
-    const auto fetcher = [&](std::size_t begin, std::size_t end, std::size_t turn) HWY_ATTR {
-      const std::uint8_t* near = block + begin + Prefetcher::kNear;
+    // For one turn's walk over the block from `from` on, while its share of the next block's bytes [begin, end) is fetched.
+    const auto fetcher = [&](std::size_t from, std::size_t begin, std::size_t end, std::size_t turn) HWY_ATTR {
+      const std::uint8_t* near = block + from + Prefetcher::kNear;
       if (turn >= fetching) return Prefetcher{near, near, 0, false};
       return Prefetcher{near, block + f.block_bytes + begin + turn * (end - begin) / fetching, fetching, turn == 0};
     };
@@ -368,7 +359,7 @@ void AttendRows(const AttendTask& t) {
       if (w.last == 0) continue;
       const bool stream = t.stream && turn == 0;
       WithShape<KP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
-        Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.v.codes_offset, turn), w);
+        Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.k.codes_offset, f.k.scales_offset, turn), w);
       });
       for (std::size_t r = 0; r < rows; ++r) {
         w.scale[r] = info[row + r].scale;
@@ -376,8 +367,7 @@ void AttendRows(const AttendTask& t) {
         SoftCap(w.scores[r], w.first, w.last, w.scale[r], t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
         w.scale[r] = 1.0f;
       }
-      // Softmax asks for the first of Weigh's lines; asking again there is free.
-      const Prefetcher prefetch = fetcher(f.v.codes_offset, f.block_bytes, turn);
+      Prefetcher prefetch = fetcher(f.v.codes_offset, f.k.scales_offset, f.block_bytes, turn);  // Weigh goes on where Softmax stops
       Softmax<VP>(rows, t.max + row, t.sum + row, prefetch, w);
       WithShape<VP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
         Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, prefetch, w);

@@ -30,8 +30,9 @@ struct AttendTask {
   bool stream;                 // the tiles are expected to come from memory rather than from L2: read them in order, fetch ahead
 
   void* operand;               // scratch of operand_bytes(*format, rows), 64-byte aligned
-  // Outputs: sum over tokens of exp(s - max) * x' of V (without its mean), [rows, padded_dim(*format)]; log2-domain max and the sum
-  // of weights. A row that saw nothing has max -inf and sum 0; a row with NaN or Inf in q has max NaN.
+  // Outputs, with s = log2(e) * score: out = sum over tokens of 2^(s - max) * V (without its mean), [rows, padded_dim(*format)];
+  // sum of 2^(s - max); max: the largest s + log2(V's scale), near enough to s that nothing overflows. A row that saw nothing has max
+  // -inf and sum 0; a row with NaN or Inf in q has max NaN.
   float* out;
   float* max;
   float* sum;
