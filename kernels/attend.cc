@@ -242,8 +242,8 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher& 
     }
     const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]), smallest = hn::Set(df, kSmallestExponent);
     VF total = hn::Zero(df);
-    for (std::size_t t = w.first; t < w.last; t += kWeightVecs * kLanes) {
-      if (prefetch.turns != 0) prefetch.FetchLines(4);
+    for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
+      if (prefetch.turns != 0) prefetch.FetchLines(HWY_MAX(std::size_t{1}, kTokenStep / 16 / prefetch.turns));
       VF e[kWeightVecs];
       Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
         const VF x = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
