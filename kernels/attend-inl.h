@@ -87,26 +87,26 @@ struct RowInfo {
 // f16 tile, f32 rows.
 struct F16Product {
   static constexpr TileStorage kStorage = TileStorage::kF16;
-  static constexpr std::size_t kRowBytesPerStep = 4;
+  static constexpr std::size_t kTermBytes = 4;  // of a row, for a step
   using Sum = VF;
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum = hn::Zero(DF()); }
   static HWY_INLINE VF Tile(const std::uint8_t* p) {
     const hn::Rebind<hwy::float16_t, DF> dh;
     return hn::PromoteTo(DF(), hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
   }
-  static HWY_INLINE VF Terms(const std::uint8_t* row, std::size_t step, std::size_t) { return hn::Set(DF(), LoadScalar<float>(row + 4 * step)); }
+  static HWY_INLINE VF Terms(const std::uint8_t* at, std::size_t) { return hn::Set(DF(), LoadScalar<float>(at)); }
   static HWY_INLINE void MulAdd(Sum& sum, VF tile, VF terms) { sum = hn::MulAdd(tile, terms, sum); }
   static HWY_INLINE VF ToFloat(const Sum& sum) { return sum; }
 };
 
 #if KVMIX_QUADS
-// i8 tile in quads, rows as two byte limbs: row = 256 * high + low, `steps` quads of high, then as many of low. vpdpbusd: in QK the tile
+// i8 tile in quads, rows as two byte limbs: row = 256 * high + low, a quad of high and one of low for a step. vpdpbusd: in QK the tile
 // is the unsigned operand (code ^ 0x80; RowInfo's start is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned.
 // sdot: all are signed.
 template <bool kTileUnsigned>
 struct QuadProduct {
   static constexpr TileStorage kStorage = TileStorage::kI8;
-  static constexpr std::size_t kRowBytesPerStep = 8;
+  static constexpr std::size_t kTermBytes = 8;
   struct Sum {
     LoopI32 high, low;
   };
@@ -118,8 +118,8 @@ struct QuadProduct {
     sum.low.Set(hn::Set(DI32(), r.start_low));
   }
   static HWY_INLINE VI32 Tile(const std::uint8_t* p) { return hn::LoadU(DI32(), reinterpret_cast<const std::int32_t*>(p)); }
-  static HWY_INLINE Limbs Terms(const std::uint8_t* row, std::size_t step, std::size_t steps) {
-    return {hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * step)), hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * (steps + step)))};
+  static HWY_INLINE Limbs Terms(const std::uint8_t* at, std::size_t to_low) {
+    return {hn::Set(DI32(), LoadScalar<std::int32_t>(at)), hn::Set(DI32(), LoadScalar<std::int32_t>(at + to_low))};
   }
   static HWY_INLINE VI32 Dot(VI32 sum, VI32 tile, VI32 limb) {
 #if !KVMIX_UNSIGNED_QUADS
@@ -144,7 +144,7 @@ using VI8Product = QuadProduct<false>;
 // smlal2) two vectors of sums take turns and are added in pairs at the end.
 struct PairProduct {
   static constexpr TileStorage kStorage = TileStorage::kI8;
-  static constexpr std::size_t kRowBytesPerStep = 4;
+  static constexpr std::size_t kTermBytes = 4;
   using VI16 = hn::Vec<DI16>;
 #if HWY_ARCH_X86
   using Sum = LoopI32;
@@ -170,57 +170,62 @@ struct PairProduct {
     const hn::Rebind<std::int8_t, DI16> d8;
     return hn::PromoteTo(DI16(), hn::LoadU(d8, reinterpret_cast<const std::int8_t*>(p)));
   }
-  static HWY_INLINE VI16 Terms(const std::uint8_t* row, std::size_t step, std::size_t) {
-    return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(row + 4 * step)));
-  }
+  static HWY_INLINE VI16 Terms(const std::uint8_t* at, std::size_t) { return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(at))); }
 };
 using KI8Product = PairProduct;
 using VI8Product = PairProduct;
 #endif
 
-// Walks ahead of the reader of a block. The first turn of rows reads it from memory, the others find it in L2; the next block is
-// fetched into L2 meanwhile, evenly over the turns, so that memory works all the time (and not into L1, which would hold its few miss
-// buffers for all of DRAM's latency). The first turn fetches into L1 what it will read kNear bytes later.
+// Fetches the next block into L2 while this one is read: the first turn of rows would else wait for memory; the others find the block
+// in L2 anyway, and fetch their share. Not into L1, which would hold its few miss buffers for longer. Even so these buffers bind: lines
+// must be asked for once and at an even pace, a line for a line that is read, and those of the scales, which are read aside, in
+// softmax's steps. (Bursts in softmax that asked for some lines twice cost 5-15 % of a cold decode on Granite Rapids.)
 struct Prefetcher {
-  static constexpr std::size_t kNear = 1024;
-  const std::uint8_t* near;
-  const std::uint8_t* far;
+  const std::uint8_t* next;
   std::size_t turns;  // that share in fetching; 0: this turn fetches nothing
-  bool first;
 
+  // A step of reading kBytes; `step` of them are this turn's share.
   template <std::size_t kBytes>
-  HWY_INLINE void Advance(std::size_t far_step) {
-    for (std::size_t line = 0; line < kBytes; line += 64) {
-      __builtin_prefetch(far + line, 0, 2);
-      __builtin_prefetch(near + line, 0, 3);
-    }
-    near += first ? kBytes : 0;
-    far += far_step;
+  HWY_INLINE void Advance(std::size_t step) {
+    for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+    next += step;
   }
-  // For work that reads nothing of the block: memory shall not rest meanwhile.
-  HWY_INLINE void FetchLines(std::size_t lines) {
-    for (std::size_t i = 0; i < lines; ++i, far += 64) __builtin_prefetch(far, 0, 2);
+  HWY_INLINE void FetchLine() {
+    __builtin_prefetch(next, 0, 2);
+    next += 64;
   }
 };
 
-// One register block: kRows rows times kVecs neighbouring tile vectors (tile_bytes apart), over steps [first, last) of `steps`.
+// Where the terms of row r for a step lie: at r * kRow + step * kStep, low limbs kToLow bytes after the high ones. All are constants, so
+// that one register addresses the rows.
+template <class P, std::size_t kRows>
+struct QueryTerms {  // [steps][kRows][kTermBytes]
+  static constexpr std::size_t kRow = P::kTermBytes, kStep = kRows * kRow, kToLow = 4;
+};
+struct WeightTerms {  // [kMaxRows][limbs][kBlockTokens], 4 bytes a token in all
+  static constexpr std::size_t kRow = 4 * kBlockTokens, kStep = 4, kToLow = kBlockTokens;
+};
+
+// One register block: kRows rows times kVecs neighbouring tile vectors (tile_bytes apart), over steps [first, last).
 // emit(row, vec, sums as floats) is called for every pair.
-template <class P, std::size_t kRows, std::size_t kVecs, class Emit>
-HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const std::uint8_t* rows, std::size_t row_bytes, const RowInfo* info,
-                         std::size_t first, std::size_t last, std::size_t steps, Prefetcher& prefetch, const Emit& emit) {
+template <class P, class Terms, std::size_t kRows, std::size_t kVecs, class Emit>
+HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const std::uint8_t* rows, const RowInfo* info, std::size_t first,
+                         std::size_t last, Prefetcher& prefetcher, const Emit& emit) {
   constexpr std::size_t kVectorBytes = VectorBytes(P::kStorage);
-  const std::size_t far_step = prefetch.turns != 0 ? kVecs * kVectorBytes / prefetch.turns : 0;
+  Prefetcher prefetch = prefetcher;  // in registers
+  const std::size_t share = prefetch.turns != 0 ? kVecs * kVectorBytes / prefetch.turns : 0;
   typename P::Sum sum[kRows][kVecs];
   Unroll<kRows>([&](auto r) KVMIX_LAMBDA { Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::Start(info[r], sum[r][v]); }); });
   for (std::size_t step = first; step < last; ++step) {
     decltype(P::Tile(tile)) t[kVecs];
     Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { t[v] = P::Tile(tile + v * tile_bytes + step * kVectorBytes); });
-    if (prefetch.turns != 0) prefetch.template Advance<kVecs * kVectorBytes>(far_step);
+    if (prefetch.turns != 0) prefetch.template Advance<kVecs * kVectorBytes>(share);
     Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-      const auto terms = P::Terms(rows + r * row_bytes, step, steps);
+      const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
       Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
     });
   }
+  prefetcher = prefetch;
   Unroll<kRows>([&](auto r) KVMIX_LAMBDA { Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { emit(r, v, P::ToFloat(sum[r][v])); }); });
 }
 

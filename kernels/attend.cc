@@ -31,7 +31,7 @@ constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 template <class P>
 constexpr std::size_t QueryRowBytes(std::size_t head_dim) {
-  return RoundUp(KSteps(P::kStorage, head_dim) * P::kRowBytesPerStep, 64);
+  return KSteps(P::kStorage, head_dim) * P::kTermBytes;
 }
 
 // max |q| of n numbers; NaN if one is NaN or infinite.
@@ -47,7 +47,8 @@ HWY_INLINE float LargestFinite(const float* q, std::size_t n) {
   return hn::AllTrue(df, finite) ? hn::ReduceMax(df, largest) : std::numeric_limits<float>::quiet_NaN();
 }
 
-// f32 terms -> the operand of a product; the fixed-point forms keep 15 bits and a sign. largest: LargestFinite of the row.
+// f32 terms -> those of a product, high limbs before low ones; the fixed-point forms keep 15 bits and a sign. largest: LargestFinite of
+// the row.
 HWY_INLINE void PackQuery(F16Product, const float* q, std::size_t head_dim, float, std::uint8_t* to, RowInfo& info) {
   std::memcpy(to, q, head_dim * sizeof(float));
   info = {1.0f, 0, 0};
@@ -60,7 +61,7 @@ HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, float largest
   const DI32 di;
   const float scale = largest / kLargest;
   const std::size_t steps = KSteps(P::kStorage, head_dim);
-  std::memset(to, 0, steps * P::kRowBytesPerStep);
+  std::memset(to, 0, steps * P::kTermBytes);
   info = {1.0f, 0, 0};
   if (!(scale >= 0x1p-100f)) return;  // a row of zeros, or with NaN
   info.scale = scale;
@@ -84,6 +85,16 @@ HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, float largest
   if (kFlipK != 0) {
     info.start_high = -128 * hn::ReduceSum(di, sum_high);
     info.start_low = -128 * hn::ReduceSum(di, sum_low);
+  }
+}
+
+// The packed row r of a turn of `rows` -> its place among the turn's terms, as QueryTerms has it.
+template <class P>
+HWY_INLINE void PlaceQuery(const std::uint8_t* packed, std::size_t steps, std::size_t r, std::size_t rows, std::uint8_t* turn) {
+  for (std::size_t step = 0; step < steps; ++step) {
+    for (std::size_t limb = 0; limb < P::kTermBytes; limb += 4) {
+      std::memcpy(turn + (step * rows + r) * P::kTermBytes + limb, packed + limb * steps + 4 * step, 4);
+    }
   }
 }
 
@@ -163,31 +174,31 @@ struct Work {
 };
 
 template <class P, std::size_t kRows, std::size_t kVecs>
-HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const std::uint8_t* queries, const RowInfo* info, Prefetcher prefetch, Work& w) {
+HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const std::uint8_t* queries, const RowInfo* info, Prefetcher& prefetch, Work& w) {
   static_assert(kTokenStep % (kVecs * kLanes) == 0);
-  const std::size_t tile_bytes = KTileBytes(P::kStorage, f.head_dim), row_bytes = QueryRowBytes<P>(f.head_dim);
-  const std::size_t steps = KSteps(P::kStorage, f.head_dim);
+  const std::size_t tile_bytes = KTileBytes(P::kStorage, f.head_dim), steps = KSteps(P::kStorage, f.head_dim);
   for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
-    Multiply<P, kRows, kVecs>(block + f.k.codes_offset + token / kLanes * tile_bytes, tile_bytes, queries, row_bytes, info, 0, steps, steps, prefetch,
-                              [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
-                                const std::size_t at = token + v * kLanes;
-                                hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
-                              });
+    const std::uint8_t* tile = block + f.k.codes_offset + token / kLanes * tile_bytes;
+    Multiply<P, QueryTerms<P, kRows>, kRows, kVecs>(tile, tile_bytes, queries, info, 0, steps, prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+      const std::size_t at = token + v * kLanes;
+      hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
+    });
   }
 }
 
 template <class P, std::size_t kRows, std::size_t kVecs>
-HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out, std::size_t out_stride, Prefetcher prefetch, const Work& w) {
+HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out, std::size_t out_stride, Prefetcher& prefetch, const Work& w) {
   constexpr std::size_t kWidth = Width(P::kStorage);
   const std::size_t tile_bytes = VTileBytes(P::kStorage), padded = RoundUp(f.head_dim, kLanes);
   std::size_t channel = 0;
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
-    Multiply<P, kRows, vecs>(block + f.v.codes_offset + channel / kLanes * tile_bytes, tile_bytes, w.weights[0], sizeof(w.weights[0]), w.weight_info,
-                             w.first / kWidth, w.last / kWidth, VSteps(P::kStorage), prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
-                               float* to = out + r * out_stride + channel + v * kLanes;
-                               const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
-                               hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_info[r].scale), before), DF(), to);
-                             });
+    const std::uint8_t* tile = block + f.v.codes_offset + channel / kLanes * tile_bytes;
+    Multiply<P, WeightTerms, kRows, vecs>(tile, tile_bytes, w.weights[0], w.weight_info, w.first / kWidth, w.last / kWidth, prefetch,
+                                          [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+                                            float* to = out + r * out_stride + channel + v * kLanes;
+                                            const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
+                                            hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_info[r].scale), before), DF(), to);
+                                          });
     channel += vecs * kLanes;
   };
   while (channel + kVecs * kLanes <= padded) columns(std::integral_constant<std::size_t, kVecs>());
@@ -205,9 +216,9 @@ HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, floa
 
 // Softmax of a turn's rows, in walks that each take all rows, so that one row's reductions hide behind another's arithmetic. w_scale
 // puts the block's largest weight just below kLargestWeight. Row r sees the tokens w.seen[r] of the block; one that sees none keeps
-// its max, its sum and its output.
+// its max, its sum and its output. Fetches `lines` on the way.
 template <class P>
-HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher& prefetch, Work& w) {
+HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t lines, Prefetcher& prefetch, Work& w) {
   const DF df;
   for (std::size_t r = 0; r < rows; ++r) {
     float* scores = w.scores[r];
@@ -234,6 +245,8 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher& 
     hn::Store(Exp2(hn::Neg(hn::Add(shift, now))), df, w.weight_scale + r);
   }
 
+  const std::size_t steps = rows * (w.last - w.first) / kTokenStep;
+  std::size_t due = 0;  // lines due are due / steps
   for (std::size_t r = 0; r < rows; ++r) {
     w.weight_info[r] = {w.weight_scale[r], 0, 0};
     if (w.seen[r].last == 0) {
@@ -243,7 +256,7 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, Prefetcher& 
     const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]), smallest = hn::Set(df, kSmallestExponent);
     VF total = hn::Zero(df);
     for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
-      if (prefetch.turns != 0) prefetch.FetchLines(HWY_MAX(std::size_t{1}, kTokenStep / 16 / prefetch.turns));
+      for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
       VF e[kWeightVecs];
       Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
         const VF x = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
@@ -316,21 +329,31 @@ template <class KP, class VP>
 void AttendRows(const AttendTask& t) {
   const BlockFormat& f = *t.format;
   const std::size_t row_bytes = QueryRowBytes<KP>(f.head_dim), padded = RoundUp(f.head_dim, kLanes);
+  const std::size_t turn_rows = HWY_MIN(TurnRows(KP::kStorage, t.rows, t.stream), TurnRows(VP::kStorage, t.rows, t.stream));
+  const std::size_t turns = (t.rows + turn_rows - 1) / turn_rows;
+  const auto first_row = [&](std::size_t turn) HWY_ATTR { return turn * t.rows / turns; };
+
+  // Operand: the turns' terms, row_bytes a row | one packed row | RowInfo of all rows.
   std::uint8_t* queries = static_cast<std::uint8_t*>(t.operand);
-  RowInfo* info = reinterpret_cast<RowInfo*>(queries + t.rows * row_bytes);
-  for (std::size_t r = 0; r < t.rows; ++r) {
-    const float* q = t.q + r * f.head_dim;
-    t.max[r] = LargestFinite(q, f.head_dim);
-    PackQuery(KP(), q, f.head_dim, t.max[r], queries + r * row_bytes, info[r]);
-    info[r].scale = HWY_MAX(info[r].scale * t.scale * kLog2E, 0x1p-100f);  // not 0, which times a masked score of -inf would be NaN
-    if (!std::isnan(t.max[r])) t.max[r] = kNegInf;
-    t.sum[r] = 0.0f;
+  std::uint8_t* packed = queries + t.rows * row_bytes;
+  RowInfo* info = reinterpret_cast<RowInfo*>(packed + row_bytes);
+  for (std::size_t turn = 0; turn < turns; ++turn) {
+    const std::size_t row = first_row(turn), rows = first_row(turn + 1) - row;
+    for (std::size_t r = row; r < row + rows; ++r) {
+      const float* q = t.q + r * f.head_dim;
+      t.max[r] = LargestFinite(q, f.head_dim);
+      PackQuery(KP(), q, f.head_dim, t.max[r], packed, info[r]);
+      PlaceQuery<KP>(packed, row_bytes / KP::kTermBytes, r - row, rows, queries + row * row_bytes);
+      info[r].scale = HWY_MAX(info[r].scale * t.scale * kLog2E, 0x1p-100f);  // not 0, which times a masked score of -inf would be NaN
+      if (!std::isnan(t.max[r])) t.max[r] = kNegInf;
+      t.sum[r] = 0.0f;
+    }
   }
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
 
   Work w;
-  const std::size_t turn_rows = HWY_MIN(TurnRows(KP::kStorage, t.rows, t.stream), TurnRows(VP::kStorage, t.rows, t.stream));
-  const std::size_t turns = (t.rows + turn_rows - 1) / turn_rows;
+  const std::size_t fetching = t.stream ? HWY_MIN(turns, kMaxFetchingTurns) : 0;
+  const std::size_t scale_lines = (f.v.codes_offset - f.k.scales_offset + f.block_bytes - f.v.scales_offset) / 64;
   const std::size_t first_block = t.first_token / kBlockTokens;
   for (std::size_t b = first_block; b * kBlockTokens < t.last_token; ++b) {
     const std::uint8_t* block = t.blocks + b * f.block_bytes;
@@ -339,15 +362,8 @@ void AttendRows(const AttendTask& t) {
     if (f.v.scale != TileScale::kConstant || b == first_block) {
       for (std::size_t i = 0; i < kBlockTokens; i += kLanes) hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
     }
-    const std::size_t fetching = t.stream ? HWY_MIN(turns, kMaxFetchingTurns) : 0;
-    // For one turn's walk over the block from `from` on, while its share of the next block's bytes [begin, end) is fetched.
-    const auto fetcher = [&](std::size_t from, std::size_t begin, std::size_t end, std::size_t turn) HWY_ATTR {
-      const std::uint8_t* near = block + from + Prefetcher::kNear;
-      if (turn >= fetching) return Prefetcher{near, near, 0, false};
-      return Prefetcher{near, block + f.block_bytes + begin + turn * (end - begin) / fetching, fetching, turn == 0};
-    };
     for (std::size_t turn = 0; turn < turns; ++turn) {
-      const std::size_t row = turn * t.rows / turns, rows = (turn + 1) * t.rows / turns - row;
+      const std::size_t row = first_row(turn), rows = first_row(turn + 1) - row;
       w.first = kBlockTokens;
       w.last = 0;
       for (std::size_t r = 0; r < rows; ++r) {
@@ -358,8 +374,14 @@ void AttendRows(const AttendTask& t) {
       }
       if (w.last == 0) continue;
       const bool stream = t.stream && turn == 0;
+      Prefetcher prefetch{block + f.block_bytes, 0};
+      std::size_t lines = 0;  // for softmax to fetch
+      if (turn < fetching) {
+        prefetch = {block + f.block_bytes + turn * f.block_bytes / fetching, fetching};
+        lines = scale_lines / fetching;
+      }
       WithShape<KP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
-        Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, fetcher(f.k.codes_offset, f.k.codes_offset, f.k.scales_offset, turn), w);
+        Score<KP, n, vecs>(f, block, queries + row * row_bytes, info + row, prefetch, w);
       });
       for (std::size_t r = 0; r < rows; ++r) {
         w.scale[r] = info[row + r].scale;
@@ -367,8 +389,7 @@ void AttendRows(const AttendTask& t) {
         SoftCap(w.scores[r], w.first, w.last, w.scale[r], t.soft_cap, t.bias != nullptr ? t.bias[row + r] : 0.0f);
         w.scale[r] = 1.0f;
       }
-      Prefetcher prefetch = fetcher(f.v.codes_offset, f.k.scales_offset, f.block_bytes, turn);  // Weigh goes on where Softmax stops
-      Softmax<VP>(rows, t.max + row, t.sum + row, prefetch, w);
+      Softmax<VP>(rows, t.max + row, t.sum + row, lines, prefetch, w);
       WithShape<VP>(rows, stream, [&](auto n, auto vecs) HWY_ATTR {
         Weigh<VP, n, vecs>(f, block, t.out + row * padded, padded, prefetch, w);
       });
@@ -386,7 +407,7 @@ void Attend(const AttendTask& t) {
 
 std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
   const std::size_t row = f.k.storage == TileStorage::kF16 ? QueryRowBytes<F16Product>(f.head_dim) : QueryRowBytes<KI8Product>(f.head_dim);
-  return RoundUp(rows * (row + sizeof(RowInfo)), 64);
+  return RoundUp((rows + 1) * row + rows * sizeof(RowInfo), 64);
 }
 
 std::size_t PaddedDim(const BlockFormat& f) { return RoundUp(f.head_dim, kLanes); }
