@@ -30,6 +30,9 @@ constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 // ---- rows as operands -------------------------------------------------------------------------------------------------------------
 
 template <class P>
+constexpr bool kIsF16 = std::is_same<P, F16Product>::value;
+
+template <class P>
 constexpr std::size_t QueryRowBytes(std::size_t head_dim) {
   return KSteps(P::kStorage, head_dim) * P::kTermBytes;
 }
@@ -47,62 +50,56 @@ HWY_INLINE float LargestFinite(const float* q, std::size_t n) {
   return hn::AllTrue(df, finite) ? hn::ReduceMax(df, largest) : std::numeric_limits<float>::quiet_NaN();
 }
 
-// f32 terms -> those of a product, high limbs before low ones; the fixed-point forms keep 15 bits and a sign. largest: LargestFinite of
-// the row.
-HWY_INLINE void PackQuery(F16Product, const float* q, std::size_t head_dim, float, std::uint8_t* to, RowInfo& info) {
-  std::memcpy(to, q, head_dim * sizeof(float));
-  info = {1.0f, 0, 0};
-}
+// kLanes numbers of a row of q -> terms, limb by limb; the fixed-point forms keep 15 bits and a sign.
+HWY_INLINE void PackTerms(F16Product, VF q, VF, std::uint8_t* to, VI32&, VI32&) { hn::StoreU(q, DF(), reinterpret_cast<float*>(to)); }
 
 template <class P>
-HWY_INLINE void PackQuery(P, const float* q, std::size_t head_dim, float largest, std::uint8_t* to, RowInfo& info) {
+HWY_INLINE void PackTerms(P, VF q, VF inv_scale, std::uint8_t* to, VI32& sum_high, VI32& sum_low) {
+  const DI32 di;
+  const VI32 code = hn::NearestInt(hn::Mul(q, inv_scale));
+#if KVMIX_QUADS
+  const hn::Rebind<std::int8_t, DI32> d8;
+  const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(di, 128))), low = hn::Sub(code, hn::ShiftLeft<8>(high));
+  hn::StoreU(hn::DemoteTo(d8, high), d8, reinterpret_cast<std::int8_t*>(to));
+  hn::StoreU(hn::DemoteTo(d8, low), d8, reinterpret_cast<std::int8_t*>(to) + kLanes);
+  sum_high = hn::Add(sum_high, high);
+  sum_low = hn::Add(sum_low, low);
+#else
+  const hn::Rebind<std::int16_t, DI32> d16;
+  hn::StoreU(hn::DemoteTo(d16, code), d16, reinterpret_cast<std::int16_t*>(to));
+#endif
+}
+
+// One row of a turn of `rows`; to: its first term's place, as QueryTerms has it. largest: LargestFinite of the row. Rows with NaN or Inf
+// count as zeros.
+template <class P>
+HWY_INLINE void PackQuery(const float* q, std::size_t head_dim, float largest, std::size_t rows, std::uint8_t* to, RowInfo& info) {
+  constexpr std::size_t kWidth = Width(P::kStorage);
   constexpr float kLargest = KVMIX_QUADS ? 32512.0f : 32767.0f;  // 127 * 256, so that a rounded high limb fits
   const DF df;
   const DI32 di;
   const float scale = largest / kLargest;
-  const std::size_t steps = KSteps(P::kStorage, head_dim);
-  std::memset(to, 0, steps * P::kTermBytes);
-  info = {1.0f, 0, 0};
-  if (!(scale >= 0x1p-100f)) return;  // a row of zeros, or with NaN
-  info.scale = scale;
-  const VF inv_scale = hn::Set(df, 1.0f / scale);
+  const bool nothing = !(scale >= 0x1p-100f);
+  const VF inv_scale = hn::Set(df, nothing ? 0.0f : 1.0f / scale);
   VI32 sum_high = hn::Zero(di), sum_low = sum_high;
   for (std::size_t c = 0; c < head_dim; c += kLanes) {
     const std::size_t n = HWY_MIN(kLanes, head_dim - c);
-    const VI32 code = hn::NearestInt(hn::Mul(hn::LoadN(df, q + c, n), inv_scale));
-#if KVMIX_QUADS
-    const hn::Rebind<std::int8_t, DI32> d8;
-    const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(di, 128))), low = hn::Sub(code, hn::ShiftLeft<8>(high));
-    hn::StoreN(hn::DemoteTo(d8, high), d8, reinterpret_cast<std::int8_t*>(to) + c, n);
-    hn::StoreN(hn::DemoteTo(d8, low), d8, reinterpret_cast<std::int8_t*>(to) + 4 * steps + c, n);
-    sum_high = hn::Add(sum_high, high);
-    sum_low = hn::Add(sum_low, low);
-#else
-    const hn::Rebind<std::int16_t, DI32> d16;
-    hn::StoreN(hn::DemoteTo(d16, code), d16, reinterpret_cast<std::int16_t*>(to) + c, n);
-#endif
+    alignas(64) std::uint8_t terms[kLanes * 4];
+    PackTerms(P(), nothing ? hn::Zero(df) : hn::LoadN(df, q + c, n), inv_scale, terms, sum_high, sum_low);
+    for (std::size_t i = 0; i < n; i += kWidth, to += rows * P::kTermBytes) {
+      for (std::size_t limb = 0; limb < P::kTermBytes / 4; ++limb) std::memcpy(to + 4 * limb, terms + limb * kLanes + i * (4 / kWidth), 4);
+    }
   }
-  if (kFlipK != 0) {
+  info = {kIsF16<P> || nothing ? 1.0f : scale, 0, 0};
+  if (kFlipK != 0 && !kIsF16<P>) {
     info.start_high = -128 * hn::ReduceSum(di, sum_high);
     info.start_low = -128 * hn::ReduceSum(di, sum_low);
-  }
-}
-
-// The packed row r of a turn of `rows` -> its place among the turn's terms, as QueryTerms has it.
-template <class P>
-HWY_INLINE void PlaceQuery(const std::uint8_t* packed, std::size_t steps, std::size_t r, std::size_t rows, std::uint8_t* turn) {
-  for (std::size_t step = 0; step < steps; ++step) {
-    for (std::size_t limb = 0; limb < P::kTermBytes; limb += 4) {
-      std::memcpy(turn + (step * rows + r) * P::kTermBytes + limb, packed + limb * steps + 4 * step, 4);
-    }
   }
 }
 
 // Softmax weights, kWeightVecs vectors of tokens at a time -> the operand of the PV product.
 constexpr std::size_t kWeightVecs = 4;  // 64 bytes of a limb on AVX-512
 
-template <class P>
-constexpr bool kIsF16 = std::is_same<P, F16Product>::value;
 template <class P>
 constexpr float kLargestWeight = kIsF16<P> ? 1.0f : KVMIX_UNSIGNED_QUADS ? 65500.0f : KVMIX_QUADS ? 32500.0f : 32750.0f;  // room for Exp2's error
 
@@ -333,17 +330,15 @@ void AttendRows(const AttendTask& t) {
   const std::size_t turns = (t.rows + turn_rows - 1) / turn_rows;
   const auto first_row = [&](std::size_t turn) HWY_ATTR { return turn * t.rows / turns; };
 
-  // Operand: the turns' terms, row_bytes a row | one packed row | RowInfo of all rows.
+  // Operand: the turns' terms, row_bytes a row | RowInfo of all rows.
   std::uint8_t* queries = static_cast<std::uint8_t*>(t.operand);
-  std::uint8_t* packed = queries + t.rows * row_bytes;
-  RowInfo* info = reinterpret_cast<RowInfo*>(packed + row_bytes);
+  RowInfo* info = reinterpret_cast<RowInfo*>(queries + t.rows * row_bytes);
+  for (std::size_t r = 0; r < t.rows; ++r) t.max[r] = LargestFinite(t.q + r * f.head_dim, f.head_dim);
   for (std::size_t turn = 0; turn < turns; ++turn) {
     const std::size_t row = first_row(turn), rows = first_row(turn + 1) - row;
-    for (std::size_t r = row; r < row + rows; ++r) {
-      const float* q = t.q + r * f.head_dim;
-      t.max[r] = LargestFinite(q, f.head_dim);
-      PackQuery(KP(), q, f.head_dim, t.max[r], packed, info[r]);
-      PlaceQuery<KP>(packed, row_bytes / KP::kTermBytes, r - row, rows, queries + row * row_bytes);
+    for (std::size_t i = 0; i < rows; ++i) {
+      const std::size_t r = row + i;
+      PackQuery<KP>(t.q + r * f.head_dim, f.head_dim, t.max[r], rows, queries + row * row_bytes + i * KP::kTermBytes, info[r]);
       info[r].scale = HWY_MAX(info[r].scale * t.scale * kLog2E, 0x1p-100f);  // not 0, which times a masked score of -inf would be NaN
       if (!std::isnan(t.max[r])) t.max[r] = kNegInf;
       t.sum[r] = 0.0f;
@@ -407,7 +402,7 @@ void Attend(const AttendTask& t) {
 
 std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
   const std::size_t row = f.k.storage == TileStorage::kF16 ? QueryRowBytes<F16Product>(f.head_dim) : QueryRowBytes<KI8Product>(f.head_dim);
-  return RoundUp((rows + 1) * row + rows * sizeof(RowInfo), 64);
+  return RoundUp(rows * (row + sizeof(RowInfo)), 64);
 }
 
 std::size_t PaddedDim(const BlockFormat& f) { return RoundUp(f.head_dim, kLanes); }
