@@ -4,9 +4,9 @@
 //
 // A storage is a struct of a few one-liners: how a tile vector is loaded (this is where a 4-bit tile would unpack), how a row's terms
 // are broadcast, and how the two are multiplied and added. Multiply() walks the tile once for up to kMaxRows rows and kVecs tile
-// vectors, all sums in registers: 4 rows x 2 vectors x 2 limbs are 16 of AVX-512's 32 registers, 4 x 2 sums 8 of AVX2's 16, which
-// leaves gcc and clang room for the tile and a row. Fewer rows take more vectors, so that enough independent sums hide the latency
-// (4 or 5 cycles at two a cycle); quads, of which a row has two sums a vector, do with two.
+// vectors, all sums in registers: 4 rows x 2 vectors x 2 limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32 registers, 4 x 2 sums
+// 8 of AVX2's 16, which leaves gcc and clang room for the tile and a row. One or two rows take more vectors where these are short, so
+// that enough independent sums hide the latency (4 or 5 cycles at two a cycle).
 #if defined(KVMIX_KERNELS_ATTEND_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_ATTEND_INL_H_
 #undef KVMIX_KERNELS_ATTEND_INL_H_
@@ -20,6 +20,14 @@
 #include "hwy/highway.h"
 #include "kernels/per_target.h"
 #include "kernels/tiles-inl.h"
+
+// Before a loop: one copy of its body, one load instruction for what walks memory (see StreamVecsFor).
+#undef KVMIX_ROLLED
+#if defined(__clang__)
+#define KVMIX_ROLLED _Pragma("clang loop unroll(disable)")
+#else
+#define KVMIX_ROLLED _Pragma("GCC unroll 1")
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
@@ -37,9 +45,9 @@ constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 4;
 HWY_INLINE constexpr bool TwoSums(TileStorage s) { return s == TileStorage::kI8 && (KVMIX_QUADS || !HWY_ARCH_X86); }
 // Rows of a turn, of `rows` in all: as many as share a tile vector's load (f16: and its conversion) in registers. Eight rows with two
 // sums leave room for one tile vector only, and their broadcast loads bind (17 for 16 products; 10 with four rows and two vectors).
-// That pays where the tile comes from memory and one turn is all: 10-17 % there, -9 % elsewhere (Granite Rapids).
+// That pays where a vector is a cache line from memory and one turn is all: 10-17 % there, -5 % elsewhere (Granite Rapids).
 HWY_INLINE constexpr std::size_t TurnRows(TileStorage s, std::size_t rows, bool stream) {
-  return !TwoSums(s) || (stream && rows <= kMaxRows) ? kMaxRows : 4;
+  return !TwoSums(s) || (VectorBytes(s) == 64 && stream && rows <= kMaxRows) ? kMaxRows : 4;
 }
 HWY_INLINE constexpr std::size_t VecsFor(TileStorage s, std::size_t rows) {
   return TwoSums(s) && rows > 4 ? 1 : VectorBytes(s) < 64 && rows <= 2 ? 4 : 2;
@@ -216,6 +224,7 @@ HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const
   const std::size_t share = prefetch.turns != 0 ? kVecs * kVectorBytes / prefetch.turns : 0;
   typename P::Sum sum[kRows][kVecs];
   Unroll<kRows>([&](auto r) KVMIX_LAMBDA { Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::Start(info[r], sum[r][v]); }); });
+  KVMIX_ROLLED
   for (std::size_t step = first; step < last; ++step) {
     decltype(P::Tile(tile)) t[kVecs];
     Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { t[v] = P::Tile(tile + v * tile_bytes + step * kVectorBytes); });
