@@ -54,10 +54,10 @@ HWY_INLINE float LargestFinite(const float* q, std::size_t n) {
 HWY_INLINE void PackTerms(F16Product, VF q, VF, std::uint8_t* to, VI32&, VI32&) { hn::StoreU(q, DF(), reinterpret_cast<float*>(to)); }
 
 template <class P>
-HWY_INLINE void PackTerms(P, VF q, VF inv_scale, std::uint8_t* to, VI32& sum_high, VI32& sum_low) {
-  const DI32 di;
+HWY_INLINE void PackTerms(P, VF q, VF inv_scale, std::uint8_t* to, [[maybe_unused]] VI32& sum_high, [[maybe_unused]] VI32& sum_low) {
   const VI32 code = hn::NearestInt(hn::Mul(q, inv_scale));
 #if KVMIX_QUADS
+  const DI32 di;
   const hn::Rebind<std::int8_t, DI32> d8;
   const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(di, 128))), low = hn::Sub(code, hn::ShiftLeft<8>(high));
   hn::StoreU(hn::DemoteTo(d8, high), d8, reinterpret_cast<std::int8_t*>(to));
