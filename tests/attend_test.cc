@@ -1,9 +1,13 @@
 // Accuracy of attention on every target, against double precision over the same codes. (What the options do: attend_options_test.cc.)
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <map>
+#include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvmix/dump.h"
@@ -90,6 +94,75 @@ TEST_F(Attention, PrefillAndMoreQueriesThanTokens) {
       std::vector<Half> q;
       MixedCase(g, s.tokens, s.queries, shift + s.queries, &plan, &rows, &q);
       Check(plan, rows, q);
+    }
+  }
+}
+
+// Reading tiles as if they came from memory takes other register blocks and other turns of rows, and gives the same bits.
+TEST(AttendKernel, StreamingGivesTheSameBits) {
+  using kernels::TileStorage;
+  struct alignas(64) Line {
+    std::uint8_t bytes[64];
+  };
+  const auto lines = [](std::size_t bytes) { return std::vector<Line>(bytes / sizeof(Line) + 1); };
+  constexpr std::size_t kTokens = 700;
+  for (const kernels::Kernels& k : kernels::AllKernels()) {
+    for (const std::size_t head_dim : {64, 80}) {
+      for (const auto& [k_storage, v_storage] : {std::pair(TileStorage::kI8, TileStorage::kI8), std::pair(TileStorage::kF16, TileStorage::kF16),
+                                                 std::pair(TileStorage::kF16, TileStorage::kI8), std::pair(TileStorage::kI8, TileStorage::kF16)}) {
+        kernels::BlockFormat f;
+        f.head_dim = head_dim;
+        f.k.storage = k_storage;
+        f.v.storage = v_storage;
+        f.k.scale = k_storage == TileStorage::kI8 ? kernels::TileScale::kF32 : kernels::TileScale::kConstant;
+        f.v.scale = v_storage == TileStorage::kI8 ? kernels::TileScale::kF32 : kernels::TileScale::kConstant;
+        k.tiles.lay_out(f);
+        std::vector<Line> memory = lines((kTokens / kernels::kBlockTokens + 1) * f.block_bytes);
+        std::uint8_t* blocks = memory[0].bytes;
+        std::mt19937 rng(21);
+        for (std::size_t t = 0; t < kTokens; ++t) {
+          std::uint8_t* block = blocks + t / kernels::kBlockTokens * f.block_bytes;
+          const std::vector<Half> rows = RandomHalves(rng, 2 * head_dim);
+          const auto codes = [&](TileStorage storage, std::size_t at) {
+            std::vector<Half> row(rows.begin() + static_cast<std::ptrdiff_t>(at), rows.begin() + static_cast<std::ptrdiff_t>(at + head_dim));
+            if (storage == TileStorage::kF16) return row;
+            std::vector<Half> bytes(head_dim);
+            std::int8_t* code = reinterpret_cast<std::int8_t*>(bytes.data());
+            for (std::size_t c = 0; c < head_dim; ++c) code[c] = static_cast<std::int8_t>(std::clamp(40.0f * HalfToFloat(row[c]), -127.0f, 127.0f));
+            return bytes;
+          };
+          k.tiles.store_k(f, block, t % kernels::kBlockTokens, codes(k_storage, 0).data(), 0.02f + 1e-5f * static_cast<float>(t));
+          k.tiles.store_v(f, block, t % kernels::kBlockTokens, codes(v_storage, head_dim).data(), 0.03f - 1e-5f * static_cast<float>(t));
+        }
+        const std::size_t padded = k.attend.padded_dim(f);
+        for (std::size_t rows = 1; rows <= 18; ++rows) {
+          const std::vector<float> q = ToFloats(RandomHalves(rng, rows * head_dim));
+          std::vector<Line> operand = lines(k.attend.operand_bytes(f, rows));
+          const auto run = [&](bool stream) {
+            std::vector<float> out(rows * (padded + 2));  // out | max | sum
+            kernels::AttendTask task{};
+            task.format = &f;
+            task.blocks = blocks;
+            task.last_token = kTokens;
+            task.q = q.data();
+            task.rows = rows;
+            task.group = rows;
+            task.first_end = kTokens;
+            task.scale = 0.125f;
+            task.stream = stream;
+            task.operand = operand.data();
+            task.out = out.data();
+            task.max = task.out + rows * padded;
+            task.sum = task.max + rows;
+            k.attend.attend(task);
+            return out;
+          };
+          const std::vector<float> out = run(false);
+          EXPECT_GT(out.back(), 0.0f);
+          EXPECT_EQ(run(true), out) << k.target << ", head_dim " << head_dim << ", " << rows << " rows, K " << static_cast<int>(k_storage) << ", V "
+                                    << static_cast<int>(v_storage);
+        }
+      }
     }
   }
 }
