@@ -76,7 +76,7 @@ struct AttendJob::Impl {
   std::size_t span = 0;   // tokens
   std::size_t spans = 1;  // of each (KV head, query part)
   std::size_t padded = 0;
-  bool streams = false;  // one call reads more than L2 holds
+  bool streams = false;  // L2 does not hold what this call reads
   std::size_t partial_bytes = 0;                 // of one part
   Scratch partials;                              // [parts], only if spans > 1
   std::uint8_t* partial_memory = nullptr;
@@ -118,7 +118,8 @@ Status AttendJob::Impl::Start(const Cache& c, std::size_t at_layer, std::size_t 
   spans = std::max<std::size_t>(1, CeilDiv(seen, span));
   std::size_t bytes = 0;
   for (std::size_t h = 0; h < g.kv_heads; ++h) bytes += CeilDiv(seen, kBlockTokens) * cache->head(layer, h).format.block_bytes;
-  streams = bytes > L2Bytes();
+  // Before a decode step comes back to this layer, the others have passed through the caches; many queries read a layer many times.
+  streams = bytes * (query_parts > 1 ? 1 : g.layers) > L2Bytes();
   padded = cache->kernels.attend.padded_dim(cache->head(layer, 0).format);
   const std::size_t rows = queries_per_part * g.group();
   partial_bytes = RoundUp(rows * (padded + 2) * sizeof(float), 64);
