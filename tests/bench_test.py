@@ -83,7 +83,7 @@ class BenchTest(unittest.TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, ''))
         lines = done.stdout.splitlines()[1:]  # the first names the CPU
         self.assertLessEqual(max(map(len, lines)), 100)
-        self.assertRegex(done.stdout, r'\n  k=i8-token,v=i8-token/q14kv2d64/512/t1 +[\d.]+ [mun]?s +[\d.]+ +[\d.]+ +\d+ %  \S+ ')
+        self.assertRegex(done.stdout, r'\n  k=i8-token,v=i8-token/q14kv2d64/512/t1 +[\d.]+ us +[\d.]+ +[\d.]+ +\d+ %  \S+ ')
 
     def test_target(self):
         targets = re.search(r'--target NAME .*time: ([^(]*)', bench('--help').stdout)[1].strip().split(', ')
