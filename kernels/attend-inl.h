@@ -86,9 +86,9 @@ struct LoopI32 {
   HWY_INLINE VI32 Get() const { return VI32{reinterpret_cast<decltype(VI32::raw)>(native)}; }
 };
 
-// What a row says of itself beside its terms.
+// What a row of q says of itself beside its terms.
 struct RowInfo {
-  float scale;                 // of the terms; QK: times attention_scale
+  float scale;                         // of the terms, times attention_scale
   std::int32_t start_high, start_low;  // first values of the sums (what undoes K's flipped sign)
 };
 

@@ -158,7 +158,6 @@ struct Work {
   alignas(64) float v_log2[kBlockTokens];  // an upper bound of log2(v_scale)
   alignas(64) float scores[kMaxRows][kBlockTokens];
   alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
-  RowInfo weight_info[kMaxRows];
   // Of softmax, row by row, with room for whole vectors of rows.
   Range seen[kMaxRows];                         // tokens of the block; {0, 0}: none
   float scale[kMaxRows];                        // of the scores, to units of log2
@@ -186,15 +185,16 @@ HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block, const s
 template <class P, std::size_t kRows, std::size_t kVecs>
 HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out, std::size_t out_stride, Prefetcher& prefetch, const Work& w) {
   constexpr std::size_t kWidth = Width(P::kStorage);
+  constexpr RowInfo kFromZero[kMaxRows] = {};
   const std::size_t tile_bytes = VTileBytes(P::kStorage), padded = RoundUp(f.head_dim, kLanes);
   std::size_t channel = 0;
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
     const std::uint8_t* tile = block + f.v.codes_offset + channel / kLanes * tile_bytes;
-    Multiply<P, WeightTerms, kRows, vecs>(tile, tile_bytes, w.weights[0], w.weight_info, w.first / kWidth, w.last / kWidth, prefetch,
+    Multiply<P, WeightTerms, kRows, vecs>(tile, tile_bytes, w.weights[0], kFromZero, w.first / kWidth, w.last / kWidth, prefetch,
                                           [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
                                             float* to = out + r * out_stride + channel + v * kLanes;
                                             const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
-                                            hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_info[r].scale), before), DF(), to);
+                                            hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_scale[r]), before), DF(), to);
                                           });
     channel += vecs * kLanes;
   };
@@ -245,7 +245,6 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
   const std::size_t steps = rows * (w.last - w.first) / kTokenStep;
   std::size_t due = 0;  // lines due are due / steps
   for (std::size_t r = 0; r < rows; ++r) {
-    w.weight_info[r] = {w.weight_scale[r], 0, 0};
     if (w.seen[r].last == 0) {
       std::memset(w.weights[r], 0, sizeof(w.weights[r]));
       continue;
