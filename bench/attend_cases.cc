@@ -1,7 +1,8 @@
 // attend_decode and attend_prefill: attention over a cache full of random rows.
 //
-// Hot: one layer, again and again. Cold: as many layers in rotation as are twice the last cache, so that each comes from DRAM.
-// Bytes: K and V once (codes and scales), q, the output. Multiply-adds: QK and PV of the pairs that causality leaves.
+// Hot: one layer, again and again. Cold: as many layers in rotation as are twice the last cache, so
+// that each comes from DRAM. Bytes: K and V once (codes and scales), q, the output. Multiply-adds:
+// QK and PV of the pairs that causality leaves.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +17,9 @@
 
 namespace kvmix::bench {
 
-std::string Shape::name() const { return fmt::format("q{}kv{}d{}", query_heads, kv_heads, head_dim); }
+std::string Shape::name() const {
+  return fmt::format("q{}kv{}d{}", query_heads, kv_heads, head_dim);
+}
 
 namespace {
 
@@ -25,13 +28,18 @@ struct Context {
   const char* name;
   bool cold;
 };
-constexpr Context kContexts[] = {{512, "512", false}, {4096, "4k", false}, {32768, "32k", true}, {131072, "128k", true}};
+constexpr Context kContexts[] = {
+    {512, "512", false}, {4096, "4k", false}, {32768, "32k", true}, {131072, "128k", true}};
 constexpr Context kMhaContext = {8192, "8k", true};
 
 struct Codecs {
   const char *k, *v;
 };
-constexpr Codecs kCodecs[] = {{"f16", "f16"}, {"i8-token", "i8-token"}, {"i8-head", "i8-token"}, {"f16", "i8-token"}, {"i8-token", "f16"}};
+constexpr Codecs kCodecs[] = {{"f16", "f16"},
+                              {"i8-token", "i8-token"},
+                              {"i8-head", "i8-token"},
+                              {"f16", "i8-token"},
+                              {"i8-token", "f16"}};
 
 constexpr std::size_t kPrefillQueries = 512;
 constexpr int kThreads[] = {1, 2};
@@ -63,14 +71,20 @@ void Check(const Status& s) {
 HeadCodec CodecNamed(const char* name) {
   const Result<CodecKind> kind = ParseCodecName(name);
   Check(kind.status());
-  return {kind->storage, kind->scale, kind->scale_type, kind->scale == ScaleKind::kHead ? kHeadScale : 0.0f, {}};
+  return {kind->storage,
+          kind->scale,
+          kind->scale_type,
+          kind->scale == ScaleKind::kHead ? kHeadScale : 0.0f,
+          {}};
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
-  return UniformPlan({layers, c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim}, CodecNamed(c.codecs.k), CodecNamed(c.codecs.v));
+  return UniformPlan({layers, c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim},
+                     CodecNamed(c.codecs.k), CodecNamed(c.codecs.v));
 }
 
-// Every layer gets the same 256 random tokens over and over: what rotates must be distinct memory, not distinct data.
+// Every layer gets the same 256 random tokens over and over: what rotates must be distinct memory,
+// not distinct data.
 std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers) {
   constexpr std::size_t kTokens = 256;
   const Plan plan = PlanOf(c, layers);
@@ -80,15 +94,18 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers) 
   const std::vector<Half> rows = RandomHalves(2 * kTokens * row);
 #pragma omp parallel for
   for (std::size_t layer = 0; layer < layers; ++layer) {
-    for (std::size_t t = 0; t < c.context.tokens; t += kTokens) Check(cache->Append(layer, rows.data(), rows.data() + kTokens * row, kTokens));
+    for (std::size_t t = 0; t < c.context.tokens; t += kTokens)
+      Check(cache->Append(layer, rows.data(), rows.data() + kTokens * row, kTokens));
   }
   const std::size_t q = kPrefillQueries * c.shape.query_heads * c.shape.head_dim;
-  return std::make_shared<CacheSet>(CacheSet{std::move(*cache), RandomHalves(q), std::vector<float>(q)});
+  return std::make_shared<CacheSet>(
+      CacheSet{std::move(*cache), RandomHalves(q), std::vector<float>(q)});
 }
 
 // K's and V's products may run at different peaks.
 Bound Arithmetic(Limits& limits, const AttendCase& c, double macs) {
-  const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).storage, c.threads), v = limits.TileMacs(CodecNamed(c.codecs.v).storage, c.threads);
+  const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).storage, c.threads),
+              v = limits.TileMacs(CodecNamed(c.codecs.v).storage, c.threads);
   const double seconds = macs / 2 / k.per_second + macs / 2 / v.per_second;
   return {{k.name == v.name ? k.name : "mixed-macs", macs / seconds, true}, macs};
 }
@@ -102,23 +119,29 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
     return w;
   }
   if (layer_bytes > machine.most_memory()) {
-    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(layer_bytes), SizeText(machine.most_memory()));
+    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(layer_bytes),
+                         SizeText(machine.most_memory()));
     return w;
   }
   std::size_t layers = 1;
   if (c.context.cold) {
-    layers = std::min((machine.cold_wanted() - 1) / layer_bytes + 1, machine.most_memory() / layer_bytes);
+    layers = std::min((machine.cold_wanted() - 1) / layer_bytes + 1,
+                      machine.most_memory() / layer_bytes);
     if (layers * layer_bytes < machine.cold_wanted()) {
       w.note = ColdSetNote(layers * layer_bytes);
     }
   }
-  const double pairs = static_cast<double>(c.queries) * (static_cast<double>(c.context.tokens) - static_cast<double>(c.queries - 1) / 2);
+  const double pairs = static_cast<double>(c.queries) * (static_cast<double>(c.context.tokens) -
+                                                         static_cast<double>(c.queries - 1) / 2);
   const std::size_t outputs = c.queries * c.shape.query_heads * c.shape.head_dim;
   w.bytes = static_cast<double>(layer_bytes + outputs * (sizeof(Half) + sizeof(float)));
   w.macs = 2 * pairs * static_cast<double>(c.shape.query_heads * c.shape.head_dim);
-  w.bounds = {{bench.limits.Memory(Access::kRead, c.context.cold ? kCold : layer_bytes, c.threads), w.bytes}, Arithmetic(bench.limits, c, w.macs)};
+  w.bounds = {{bench.limits.Memory(Access::kRead, c.context.cold ? kCold : layer_bytes, c.threads),
+               w.bytes},
+              Arithmetic(bench.limits, c, w.macs)};
 
-  const std::string key = fmt::format("k={},v={}/{}/{}", c.codecs.k, c.codecs.v, c.shape.name(), c.context.name);
+  const std::string key =
+      fmt::format("k={},v={}/{}/{}", c.codecs.k, c.codecs.v, c.shape.name(), c.context.name);
   const auto set = bench.Data<CacheSet>(key, [&] { return FilledCaches(c, layers); });
   AttendOptions options;
   options.num_threads = c.threads;
@@ -132,7 +155,8 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
 bool IsQuick(const AttendCase& c, const Shape& shape, const Codecs& codecs) {
   const auto is = [&](std::size_t i) { return &shape == &kShapes[i]; };
   const bool i8 = &codecs == &kCodecs[1], f16 = &codecs == &kCodecs[0];
-  if (is(kMhaShape)) return i8 && c.queries == 1 && c.threads == 1 && c.context.tokens == kMhaContext.tokens;
+  if (is(kMhaShape))
+    return i8 && c.queries == 1 && c.threads == 1 && c.context.tokens == kMhaContext.tokens;
   if (!is(kSmallShape) && !is(kLargeShape)) return false;
   if (c.queries > 1) return i8 && c.threads == 1 && c.context.tokens == 4096;
   return (i8 || (f16 && c.threads == 1)) && (c.context.tokens == 4096 || c.context.tokens == 32768);
@@ -142,12 +166,16 @@ bool IsQuick(const AttendCase& c, const Shape& shape, const Codecs& codecs) {
 
 void AddAttendCases(std::vector<Case>* cases) {
   const char* const target = kernels::ActiveKernels().target;
-  const auto add = [&](const Shape& shape, const Context& context, const Codecs& codecs, std::size_t queries) {
+  const auto add = [&](const Shape& shape, const Context& context, const Codecs& codecs,
+                       std::size_t queries) {
     for (const int threads : kThreads) {
       const AttendCase c{shape, context, codecs, queries, threads};
-      const std::string work = queries == 1 ? "attend_decode" : "attend_prefill", many = queries == 1 ? "" : fmt::format("{}x", queries);
-      cases->push_back({fmt::format("{}/{}/k={},v={}/{}/{}{}/t{}", work, target, codecs.k, codecs.v, shape.name(), many, context.name, threads),
-                        IsQuick(c, shape, codecs), [c](Bench& bench) { return Prepare(c, bench); }});
+      const std::string work = queries == 1 ? "attend_decode" : "attend_prefill",
+                        many = queries == 1 ? "" : fmt::format("{}x", queries);
+      cases->push_back({fmt::format("{}/{}/k={},v={}/{}/{}{}/t{}", work, target, codecs.k, codecs.v,
+                                    shape.name(), many, context.name, threads),
+                        IsQuick(c, shape, codecs),
+                        [c](Bench& bench) { return Prepare(c, bench); }});
     }
   };
   for (const Shape& shape : kShapes) {

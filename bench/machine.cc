@@ -32,8 +32,10 @@ std::size_t CacheBytes(int name, int level, std::size_t otherwise) {
 }
 
 std::size_t MemoryBytes() {
-  std::size_t bytes = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  for (const char* limit : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+  std::size_t bytes = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
+                      static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  for (const char* limit :
+       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
     std::size_t group = 0;  // "max" leaves it 0
     if (std::ifstream(limit) >> group && group != 0) bytes = std::min(bytes, group);
   }
@@ -67,11 +69,13 @@ std::string SizeText(std::size_t bytes) {
 }
 
 std::string ColdSetNote(std::size_t bytes) {
-  return fmt::format("cold set of {}: a quarter of memory, twice the last cache would be {}", SizeText(bytes), SizeText(ThisMachine().cold_wanted()));
+  return fmt::format("cold set of {}: a quarter of memory, twice the last cache would be {}",
+                     SizeText(bytes), SizeText(ThisMachine().cold_wanted()));
 }
 
 Buffer::Buffer(std::size_t bytes) : size_(bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     std::fprintf(stderr, "kvmix-bench: no memory for %zu bytes\n", bytes);
     std::exit(1);

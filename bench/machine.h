@@ -1,4 +1,5 @@
-// What the benchmark must know of the machine: cache sizes decide what is "hot" and "cold", memory how much it may take.
+// What the benchmark must know of the machine: cache sizes decide what is "hot" and "cold", memory
+// how much it may take.
 #ifndef KVMIX_BENCH_MACHINE_H_
 #define KVMIX_BENCH_MACHINE_H_
 
@@ -14,10 +15,12 @@ struct Machine {
   int cores = 1;
   std::size_t l1 = 0, l2 = 0;  // bytes, of one core
   std::size_t last_cache = 0;  // bytes, shared
-  std::size_t memory = 0;      // bytes that this process may have: of the machine, or of its control group if that is less
+  std::size_t memory = 0;  // bytes that this process may have: of the machine, or of its control
+                           // group if that is less
 
   std::size_t most_memory() const { return memory / 4; }
-  // Data that is to come from DRAM rotates through this much: twice the last cache, or what memory allows.
+  // Data that is to come from DRAM rotates through this much: twice the last cache, or what memory
+  // allows.
   std::size_t cold_wanted() const { return 2 * last_cache; }
   std::size_t cold_bytes() const { return std::min(cold_wanted(), most_memory()); }
 };
@@ -30,7 +33,8 @@ std::string SizeText(std::size_t bytes);
 // What a label says where memory allows less than cold_wanted().
 std::string ColdSetNote(std::size_t bytes);
 
-// Zeroed memory, 64-byte aligned, in huge pages where the system gives them (a cache's memory is the same).
+// Zeroed memory, 64-byte aligned, in huge pages where the system gives them (a cache's memory is
+// the same).
 class Buffer {
  public:
   explicit Buffer(std::size_t bytes);

@@ -15,8 +15,8 @@
 namespace kvmix::bench {
 namespace {
 
-// Cold probes take a window of this size at a time and wander through a buffer of Machine::cold_bytes(), so that a sample is short and
-// still comes from DRAM.
+// Cold probes take a window of this size at a time and wander through a buffer of
+// Machine::cold_bytes(), so that a sample is short and still comes from DRAM.
 constexpr std::size_t kWindow = std::size_t{16} << 20;
 // Hot probes go over their buffer until about this much was moved.
 constexpr std::size_t kHotBytes = std::size_t{16} << 20;
@@ -40,7 +40,9 @@ void AddLoops(const kernels::ProbeKernels& probe, Access access, std::vector<Loo
       sink = read(at, n);
     };
   };
-  const auto copier = [](auto copy) { return [copy](std::uint8_t* at, std::size_t n) { copy(at, n / 2, at + n / 2); }; };
+  const auto copier = [](auto copy) {
+    return [copy](std::uint8_t* at, std::size_t n) { copy(at, n / 2, at + n / 2); };
+  };
   if (access == Access::kRead) {
     loops->push_back(reader(probe.read));
     loops->push_back(reader(probe.read_prefetch));
@@ -55,7 +57,9 @@ std::vector<Loop> AllLoops(Access access) {
   std::vector<Loop> loops;
   for (const kernels::Kernels& k : all) {
     const std::string_view target = k.target;
-    if (target == kernels::ActiveKernels().target || target == all.front().target || target == "AVX2") AddLoops(k.probe, access, &loops);
+    if (target == kernels::ActiveKernels().target || target == all.front().target ||
+        target == "AVX2")
+      AddLoops(k.probe, access, &loops);
   }
   return loops;
 }
@@ -66,7 +70,9 @@ std::size_t Rounded(std::size_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
-std::string ThreadsText(int threads) { return fmt::format("{} thread{}", threads, threads == 1 ? "" : "s"); }
+std::string ThreadsText(int threads) {
+  return fmt::format("{} thread{}", threads, threads == 1 ? "" : "s");
+}
 
 std::string LevelName(std::size_t bytes, int threads) {
   const Machine& m = ThisMachine();
@@ -78,10 +84,12 @@ std::string LevelName(std::size_t bytes, int threads) {
 }  // namespace
 
 std::string Limit::label() const {
-  return macs ? fmt::format("{} {:.0f} Gmac/s", name, per_second * 1e-9) : fmt::format("{} {:.1f} GB/s", name, per_second * 1e-9);
+  return macs ? fmt::format("{} {:.0f} Gmac/s", name, per_second * 1e-9)
+              : fmt::format("{} {:.1f} GB/s", name, per_second * 1e-9);
 }
 
-Limit Limits::Remember(const std::string& what, const std::string& conditions, const std::function<Limit()>& probe) {
+Limit Limits::Remember(const std::string& what, const std::string& conditions,
+                       const std::function<Limit()>& probe) {
   const std::string key = what + ", " + conditions;
   if (const auto known = known_.find(key); known != known_.end()) return known->second;
   const Limit limit = probe();
@@ -95,16 +103,21 @@ Limit Limits::Memory(Access access, std::size_t bytes, int threads) {
   const char* const kind = kinds[static_cast<int>(access)];
   const std::string level = LevelName(bytes, threads);
   const std::size_t size = level == "dram" ? kCold : Rounded(bytes);
-  const std::string conditions = (size == kCold ? "" : SizeText(size) + ", ") + ThreadsText(threads);
-  return Remember(kind, conditions, [&] { return Limit{level + "-" + kind, MemoryRate(access, size, threads), false}; });
+  const std::string conditions =
+      (size == kCold ? "" : SizeText(size) + ", ") + ThreadsText(threads);
+  return Remember(kind, conditions, [&] {
+    return Limit{level + "-" + kind, MemoryRate(access, size, threads), false};
+  });
 }
 
 double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
-  const std::size_t all = bytes == kCold ? ThisMachine().cold_bytes() : bytes, parts = static_cast<std::size_t>(threads);
+  const std::size_t all = bytes == kCold ? ThisMachine().cold_bytes() : bytes,
+                    parts = static_cast<std::size_t>(threads);
   const std::size_t window = bytes == kCold ? std::min(kWindow, all / 8) : all;
   const std::size_t slice = std::max(kGrain, window / parts / kGrain * kGrain);
   const std::size_t windows = std::max<std::size_t>(1, all / (slice * parts));
-  const std::size_t passes = bytes == kCold ? 1 : std::max<std::size_t>(1, kHotBytes / (slice * parts));
+  const std::size_t passes =
+      bytes == kCold ? 1 : std::max<std::size_t>(1, kHotBytes / (slice * parts));
   const Buffer buffer(windows * parts * slice);
   std::memset(buffer.data(), 1, buffer.size());
 
@@ -120,7 +133,8 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
     });
   }
   const std::vector<double> medians = MedianSeconds(functions, seconds_, 7);
-  return static_cast<double>(passes * parts * slice) / *std::min_element(medians.begin(), medians.end());
+  return static_cast<double>(passes * parts * slice) /
+         *std::min_element(medians.begin(), medians.end());
 }
 
 double Limits::MacRate(double (*kernel)(std::size_t rounds), int threads) const {
@@ -138,11 +152,17 @@ double Limits::MacRate(double (*kernel)(std::size_t rounds), int threads) const 
 Limit Limits::TileMacs(Storage storage, int threads) {
   const kernels::ProbeKernels& probe = kernels::ActiveKernels().probe;
   if (storage == Storage::kF16) {
-    return Remember("fma", ThreadsText(threads), [&] { return Limit{"fma-f32", MacRate(probe.fma_f32, threads), true}; });
+    return Remember("fma", ThreadsText(threads), [&] {
+      return Limit{"fma-f32", MacRate(probe.fma_f32, threads), true};
+    });
   }
-  const Limit pairs = Remember("pairs", ThreadsText(threads), [&] { return Limit{"mul-i16", MacRate(probe.widening_i16, threads), true}; });
+  const Limit pairs = Remember("pairs", ThreadsText(threads), [&] {
+    return Limit{"mul-i16", MacRate(probe.widening_i16, threads), true};
+  });
   if (probe.dot_u8i8 == nullptr) return pairs;
-  const Limit dot = Remember("dot", ThreadsText(threads), [&] { return Limit{"dot-u8i8/2", MacRate(probe.dot_u8i8, threads) / 2, true}; });
+  const Limit dot = Remember("dot", ThreadsText(threads), [&] {
+    return Limit{"dot-u8i8/2", MacRate(probe.dot_u8i8, threads) / 2, true};
+  });
   return dot.per_second > pairs.per_second ? dot : pairs;
 }
 

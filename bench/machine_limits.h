@@ -1,8 +1,9 @@
-// What this machine can do at most, probed in the same run as the kernels that are held against it; each limit once, and only if
-// something asks for it.
+// What this machine can do at most, probed in the same run as the kernels that are held against it;
+// each limit once, and only if something asks for it.
 //
-// Memory: the fastest of several loops (with and without prefetch, and with other vector widths than the target's: narrower ones can
-// be faster), over a buffer as large as the kernel's data. Arithmetic: the active target's instructions on registers.
+// Memory: the fastest of several loops (with and without prefetch, and with other vector widths
+// than the target's: narrower ones can be faster), over a buffer as large as the kernel's data.
+// Arithmetic: the active target's instructions on registers.
 #ifndef KVMIX_BENCH_MACHINE_LIMITS_H_
 #define KVMIX_BENCH_MACHINE_LIMITS_H_
 
@@ -33,17 +34,21 @@ class Limits {
   // seconds: for one probe.
   explicit Limits(double seconds) : seconds_(seconds) {}
 
-  // `bytes`: of all data that the kernel walks again and again (a copy: source and destination), or kCold.
+  // `bytes`: of all data that the kernel walks again and again (a copy: source and destination), or
+  // kCold.
   Limit Memory(Access access, std::size_t bytes, int threads);
-  // Exact multiply-adds of 15- or 16-bit rows with a tile of this storage, by the best instruction that the active target has: f16
-  // tiles by FMA; i8 tiles by widening i16 pairs, or by byte dot products, two for the row's two limbs.
+  // Exact multiply-adds of 15- or 16-bit rows with a tile of this storage, by the best instruction
+  // that the active target has: f16 tiles by FMA; i8 tiles by widening i16 pairs, or by byte dot
+  // products, two for the row's two limbs.
   Limit TileMacs(Storage storage, int threads);
 
-  // What was probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3 GB/s, 128 KiB, 1 thread".
+  // What was probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3 GB/s, 128
+  // KiB, 1 thread".
   const std::vector<std::string>& probed() const { return probed_; }
 
  private:
-  Limit Remember(const std::string& what, const std::string& conditions, const std::function<Limit()>& probe);
+  Limit Remember(const std::string& what, const std::string& conditions,
+                 const std::function<Limit()>& probe);
   double MemoryRate(Access access, std::size_t bytes, int threads) const;
   double MacRate(double (*kernel)(std::size_t rounds), int threads) const;
 

@@ -1,16 +1,17 @@
 // kvmix-bench: how fast the kernels are, and how fast this machine would let them be.
 //
-// The table of benchmarks is workload.h's shapes and the contexts, codecs and sizes of attend_cases.cc and row_cases.cc. Google
-// Benchmark filters, lists, repeats and reports; here each run is timed call by call, and its median is what gets reported.
+// The table of benchmarks is workload.h's shapes and the contexts, codecs and sizes of
+// attend_cases.cc and row_cases.cc. Google Benchmark filters, lists, repeats and reports; here each
+// run is timed call by call, and its median is what gets reported.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include <CLI/CLI.hpp>
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include "bench/reporter.h"
 #include "bench/workload.h"
@@ -51,7 +52,8 @@ int Fail(const std::string& message) {
 
 std::string TargetNames() {
   std::string names;
-  for (const kernels::Kernels& k : kernels::AllKernels()) names += fmt::format("{}{}", names.empty() ? "" : ", ", k.target);
+  for (const kernels::Kernels& k : kernels::AllKernels())
+    names += fmt::format("{}{}", names.empty() ? "" : ", ", k.target);
   return names;
 }
 
@@ -62,7 +64,10 @@ struct Times {
 
 Times Measure(const Workload& w, double seconds) {
   const double once = MedianSeconds({w.call}, 0.0, 1)[0];
-  const std::size_t repeat = once >= kShortestSample ? 1 : static_cast<std::size_t>(kShortestSample / std::max(once, 1e-9)) + 1;
+  const std::size_t repeat =
+      once >= kShortestSample
+          ? 1
+          : static_cast<std::size_t>(kShortestSample / std::max(once, 1e-9)) + 1;
   const auto repeated = [repeat](const std::function<void()>& f) {
     return [repeat, f] {
       for (std::size_t i = 0; i < repeat; ++i) f();
@@ -77,7 +82,8 @@ Times Measure(const Workload& w, double seconds) {
 
 Times MedianOf(std::vector<Times> times) {
   const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end(), [](const Times& a, const Times& b) { return a.call < b.call; });
+  std::nth_element(times.begin(), middle, times.end(),
+                   [](const Times& a, const Times& b) { return a.call < b.call; });
   return *middle;
 }
 
@@ -96,7 +102,9 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   double ideal = times.reference;
   std::string label = w.reference_name;
   if (!w.reference) {
-    const Bound& binds = *std::max_element(w.bounds.begin(), w.bounds.end(), [](const Bound& a, const Bound& b) { return a.seconds() < b.seconds(); });
+    const Bound& binds =
+        *std::max_element(w.bounds.begin(), w.bounds.end(),
+                          [](const Bound& a, const Bound& b) { return a.seconds() < b.seconds(); });
     ideal = binds.seconds();
     label = binds.limit.label();
   }
@@ -110,23 +118,30 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
 // Every pair of codecs for every GQA group and head_dim of the table, into `path`.
 int SaveWisdomFile(const std::string& path, double seconds) {
   std::vector<CodecKind> kinds;
-  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16"}) kinds.push_back(*ParseCodecName(name));
+  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
+    kinds.push_back(*ParseCodecName(name));
   Wisdom wisdom = kvmix::ThisMachine();
   for (const Shape& shape : kShapes) {
-    ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(), shape.head_dim));
-    const Status s = MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext, seconds, &wisdom);
+    ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
+                             shape.head_dim));
+    const Status s = MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext,
+                                       seconds, &wisdom);
     if (!s.ok()) return Fail(s.message());
   }
   ShowProgress("");
   if (const Status s = SaveWisdom(wisdom, path); !s.ok()) return Fail(s.message());
-  std::printf("%zu decode speeds of %s on %s: %s\n", wisdom.speeds.size(), wisdom.target.c_str(), wisdom.cpu.c_str(), path.c_str());
+  std::printf("%zu decode speeds of %s on %s: %s\n", wisdom.speeds.size(), wisdom.target.c_str(),
+              wisdom.cpu.c_str(), path.c_str());
   return 0;
 }
 
-// The value of one of Google Benchmark's flags, which it keeps to itself: --NAME=VALUE, or the environment's; the last one wins.
+// The value of one of Google Benchmark's flags, which it keeps to itself: --NAME=VALUE, or the
+// environment's; the last one wins.
 std::string FlagValue(const std::vector<std::string>& args, const std::string& name) {
   std::string variable = name, value;
-  std::transform(variable.begin(), variable.end(), variable.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+  std::transform(variable.begin(), variable.end(), variable.begin(), [](char c) {
+    return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+  });
   if (const char* set = std::getenv(variable.c_str())) value = set;
   const std::string prefix = "--" + name + "=";
   for (const std::string& arg : args) {
@@ -137,14 +152,18 @@ std::string FlagValue(const std::vector<std::string>& args, const std::string& n
 
 // `args`: the command line without the flags of Options.
 int RunBenchmarks(const Options& options, std::vector<std::string> args) {
-  const std::string format = FlagValue(args, "benchmark_format"), out = FlagValue(args, "benchmark_out"), filter = FlagValue(args, "benchmark_filter");
+  const std::string format = FlagValue(args, "benchmark_format"),
+                    out = FlagValue(args, "benchmark_out"),
+                    filter = FlagValue(args, "benchmark_filter");
   std::string out_format = FlagValue(args, "benchmark_out_format");
   if (out_format.empty()) out_format = "json";
 
   Bench bench(options.seconds());
   const auto display = format.empty() ? MakeTable(bench.limits) : MakeReporter(format);
   const auto file = out.empty() ? nullptr : MakeReporter(out_format);
-  if (!display || (!out.empty() && !file)) return Fail(fmt::format("unknown format '{}': json, console or csv expected", display ? out_format : format));
+  if (!display || (!out.empty() && !file))
+    return Fail(fmt::format("unknown format '{}': json, console or csv expected",
+                            display ? out_format : format));
 
   // One iteration is a whole measurement, many calls long.
   args.insert(args.begin(), {"kvmix-bench", "--benchmark_min_time=" KVMIX_MIN_TIME});
@@ -153,14 +172,18 @@ int RunBenchmarks(const Options& options, std::vector<std::string> args) {
   int argc = static_cast<int>(argv.size());
   argv.push_back(nullptr);
   benchmark::Initialize(&argc, argv.data());
-  if (argc > 1) return Fail(fmt::format("unknown argument '{}'; --help lists those there are", argv[1]));
+  if (argc > 1)
+    return Fail(fmt::format("unknown argument '{}'; --help lists those there are", argv[1]));
 
   std::vector<Case> cases;
   AddAttendCases(&cases);
   AddRowCases(&cases);
   for (const Case& c : cases) {
     if (options.quick && !c.quick && filter.empty()) continue;
-    benchmark::RegisterBenchmark(c.name.c_str(), [&c, &bench, seconds = options.seconds()](benchmark::State& state) { Run(state, c, seconds, bench); });
+    benchmark::RegisterBenchmark(
+        c.name.c_str(), [&c, &bench, seconds = options.seconds()](benchmark::State& state) {
+          Run(state, c, seconds, bench);
+        });
   }
   benchmark::AddCustomContext("target", kernels::ActiveKernels().target);
   benchmark::AddCustomContext("cpu", kvmix::ThisMachine().cpu);
@@ -172,15 +195,25 @@ int RunBenchmarks(const Options& options, std::vector<std::string> args) {
 
 int Main(int argc, char** argv) {
   Options options;
-  CLI::App app("Times kvmix's kernels, and says what fraction of this machine's own limits they reach. Without --benchmark_filter: all of them, some ten minutes.",
-               "kvmix-bench");
-  app.add_option("--target", options.target, "instruction set to time: " + TargetNames() + " (default: the first)")->type_name("NAME");
-  app.add_flag("--quick", options.quick, "under a minute: short measurements, and without --benchmark_filter a few benchmarks that stand for all");
-  app.add_option("--save-wisdom", options.wisdom, "measure the decode speeds that kvmix-tune needs into FILE, and nothing else")->type_name("FILE");
+  CLI::App app(
+      "Times kvmix's kernels, and says what fraction of this machine's own limits they reach. "
+      "Without --benchmark_filter: all of them, some ten minutes.",
+      "kvmix-bench");
+  app.add_option("--target", options.target,
+                 "instruction set to time: " + TargetNames() + " (default: the first)")
+      ->type_name("NAME");
+  app.add_flag("--quick", options.quick,
+               "under a minute: short measurements, and without --benchmark_filter a few "
+               "benchmarks that stand for all");
+  app.add_option("--save-wisdom", options.wisdom,
+                 "measure the decode speeds that kvmix-tune needs into FILE, and nothing else")
+      ->type_name("FILE");
   app.footer(kExamples);
   app.allow_extras();
   CLI11_PARSE(app, argc, argv);
-  if (!kernels::UseTarget(options.target)) return Fail(fmt::format("--target '{}': this machine and build have {}", options.target, TargetNames()));
+  if (!kernels::UseTarget(options.target))
+    return Fail(fmt::format("--target '{}': this machine and build have {}", options.target,
+                            TargetNames()));
   if (!options.wisdom.empty()) return SaveWisdomFile(options.wisdom, options.seconds());
   return RunBenchmarks(options, app.remaining());
 }

@@ -19,13 +19,15 @@ namespace {
 using benchmark::BenchmarkReporter;
 using Runs = std::vector<BenchmarkReporter::Run>;
 
-// The time of one call in the run's unit, as Google Benchmark's reporters work it out, is then the median.
+// The time of one call in the run's unit, as Google Benchmark's reporters work it out, is then the
+// median.
 Runs WithMedians(Runs runs) {
   for (BenchmarkReporter::Run& run : runs) {
     const auto median = run.counters.find(kMedianSeconds);
     if (median == run.counters.end()) continue;
     const bool is_time = run.aggregate_unit == benchmark::kTime;
-    run.real_accumulated_time = median->second.value * (is_time ? static_cast<double>(run.iterations) : 1.0);
+    run.real_accumulated_time =
+        median->second.value * (is_time ? static_cast<double>(run.iterations) : 1.0);
     run.cpu_accumulated_time = run.real_accumulated_time;
     run.counters.erase(median);
   }
@@ -68,9 +70,12 @@ class Table : public BenchmarkReporter {
 
   bool ReportContext(const Context&) override {
     const Machine& m = ThisMachine();
-    GetOutputStream() << fmt::format("kvmix-bench {}, {}, {} core{}, L2 {}, last cache {}, memory {}\n", kvmix::ThisMachine().version, m.cpu, m.cores,
-                                     m.cores == 1 ? "" : "s", SizeText(m.l2), SizeText(m.last_cache), SizeText(m.memory))
-                      << "Medians. GB/s: bytes read and written. of limit: 100 % is the time that the limit beside it allows.\n";
+    GetOutputStream() << fmt::format(
+                             "kvmix-bench {}, {}, {} core{}, L2 {}, last cache {}, memory {}\n",
+                             kvmix::ThisMachine().version, m.cpu, m.cores, m.cores == 1 ? "" : "s",
+                             SizeText(m.l2), SizeText(m.last_cache), SizeText(m.memory))
+                      << "Medians. GB/s: bytes read and written. of limit: 100 % is the time that "
+                         "the limit beside it allows.\n";
     return true;
   }
 
@@ -92,7 +97,9 @@ class Table : public BenchmarkReporter {
     const std::size_t split = name.find('/', name.find('/') + 1);
     const std::string family = name.substr(0, split), rest = name.substr(split + 1);
     std::ostream& out = GetOutputStream();
-    if (family != family_) out << fmt::format("\n{:<46}{:>9}{:>6}{:>7}{:>9}  {}\n", family, "time", "GB/s", "Gmac/s", "of limit", "limit");
+    if (family != family_)
+      out << fmt::format("\n{:<46}{:>9}{:>6}{:>7}{:>9}  {}\n", family, "time", "GB/s", "Gmac/s",
+                         "of limit", "limit");
     family_ = family;
 
     const std::size_t note_at = run.report_label.find(kNoteSeparator);
@@ -104,10 +111,12 @@ class Table : public BenchmarkReporter {
     } else {
       const auto counter = [&](const char* of) { return run.counters.at(of).value; };
       const double seconds = run.real_accumulated_time / static_cast<double>(run.iterations);
-      out << fmt::format("  {:<44}{:>9}{:>6}{:>7}{:>7.0f} %  {}\n", rest, TimeText(seconds), RateText(counter("bytes_per_second")),
-                         RateText(counter("mac_per_second")), 100 * counter("limit_fraction"), limit);
+      out << fmt::format("  {:<44}{:>9}{:>6}{:>7}{:>7.0f} %  {}\n", rest, TimeText(seconds),
+                         RateText(counter("bytes_per_second")), RateText(counter("mac_per_second")),
+                         100 * counter("limit_fraction"), limit);
     }
-    if (note_at != std::string::npos) out << fmt::format("{:<10}{}\n", "", run.report_label.substr(note_at + 2));
+    if (note_at != std::string::npos)
+      out << fmt::format("{:<10}{}\n", "", run.report_label.substr(note_at + 2));
   }
 
   const Limits& limits_;
@@ -116,7 +125,9 @@ class Table : public BenchmarkReporter {
 
 }  // namespace
 
-std::unique_ptr<BenchmarkReporter> MakeTable(const Limits& limits) { return std::make_unique<MedianReporter>(std::make_unique<Table>(limits)); }
+std::unique_ptr<BenchmarkReporter> MakeTable(const Limits& limits) {
+  return std::make_unique<MedianReporter>(std::make_unique<Table>(limits));
+}
 
 std::unique_ptr<BenchmarkReporter> MakeReporter(const std::string& format) {
   std::unique_ptr<BenchmarkReporter> inner;

@@ -1,6 +1,7 @@
-// From Google Benchmark's runs to what is shown. A benchmark here takes its own medians (workload.h) and leaves them in the counter
-// kMedianSeconds; every reporter shows that as the time, and not the mean that Google Benchmark computes. cpu_time is set to the same:
-// it is not measured apart.
+// From Google Benchmark's runs to what is shown. A benchmark here takes its own medians
+// (workload.h) and leaves them in the counter kMedianSeconds; every reporter shows that as the
+// time, and not the mean that Google Benchmark computes. cpu_time is set to the same: it is not
+// measured apart.
 #ifndef KVMIX_BENCH_REPORTER_H_
 #define KVMIX_BENCH_REPORTER_H_
 

@@ -1,9 +1,10 @@
-// quantize_token, quantize_head, dequantize_f32, dequantize_f16: rows <-> codes and scales, one thread, over a working set (input and
-// output together) of SIZE bytes, held against a plain copy of as many bytes. 24k and 128k are gone over again and again; 256m is
-// one of several such sets in rotation, so that it comes from DRAM whatever the last cache.
+// quantize_token, quantize_head, dequantize_f32, dequantize_f16: rows <-> codes and scales, one
+// thread, over a working set (input and output together) of SIZE bytes, held against a plain copy
+// of as many bytes. 24k and 128k are gone over again and again; 256m is one of several such sets in
+// rotation, so that it comes from DRAM whatever the last cache.
 //
-// append: one token, K and V of every KV head, into a cache of i8-token codecs; held against memcpy of the same fp16 rows to where a
-// cache of rows would keep them, timed in turns with it.
+// append: one token, K and V of every KV head, into a cache of i8-token codecs; held against memcpy
+// of the same fp16 rows to where a cache of rows would keep them, timed in turns with it.
 #include <algorithm>
 #include <cstring>
 
@@ -23,7 +24,9 @@ struct Size {
   const char* name;
   bool cold;
 };
-constexpr Size kSizes[] = {{std::size_t{24} << 10, "24k", false}, {std::size_t{128} << 10, "128k", false}, {std::size_t{256} << 20, "256m", true}};
+constexpr Size kSizes[] = {{std::size_t{24} << 10, "24k", false},
+                           {std::size_t{128} << 10, "128k", false},
+                           {std::size_t{256} << 20, "256m", true}};
 
 // One head of a working set. wide: halves, or the floats that dequantize_f32 writes.
 struct Rows {
@@ -40,15 +43,25 @@ struct Kind {
   void (*run)(const Rows& rows);
 };
 constexpr Kind kKinds[] = {
-    {"quantize_token", 2, [](const Rows& r) { QuantizePerToken(r.halves(), nullptr, ScaleType::kF32, r.codes, r.scales); }},
+    {"quantize_token", 2,
+     [](const Rows& r) {
+       QuantizePerToken(r.halves(), nullptr, ScaleType::kF32, r.codes, r.scales);
+     }},
     {"quantize_head", 2,
      [](const Rows& r) {
        r.scales[0] = GlobalScale(r.halves(), nullptr);
        QuantizeGlobal(r.halves(), nullptr, r.scales[0], r.codes);
      }},
     {"dequantize_f32", 4,
-     [](const Rows& r) { Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<float*>(r.wide), r.head_dim); }},
-    {"dequantize_f16", 2, [](const Rows& r) { Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<Half*>(r.wide), r.head_dim); }},
+     [](const Rows& r) {
+       Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<float*>(r.wide),
+                  r.head_dim);
+     }},
+    {"dequantize_f16", 2,
+     [](const Rows& r) {
+       Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<Half*>(r.wide),
+                  r.head_dim);
+     }},
 };
 
 // A head's fp16 rows at a time, so that quantize_head's second pass finds them in L2.
@@ -70,15 +83,18 @@ void Fill(const Rows& rows, const std::vector<Half>& random, std::size_t wide_by
     } else {
       std::memset(to, 0, rows.head_dim * wide_bytes);
     }
-    for (std::size_t i = 0; i < rows.head_dim; ++i) rows.codes[t * rows.head_dim + i] = static_cast<std::int8_t>(from[i] % 255 - 127);
+    for (std::size_t i = 0; i < rows.head_dim; ++i)
+      rows.codes[t * rows.head_dim + i] = static_cast<std::int8_t>(from[i] % 255 - 127);
     rows.scales[t] = kHeadScale;
   }
 }
 
-std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_bytes, std::size_t tokens, std::size_t sets) {
+std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_bytes,
+                                     std::size_t tokens, std::size_t sets) {
   const auto padded = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
   const std::size_t values = tokens * head_dim;
-  const std::size_t wide = padded(values * wide_bytes), codes = padded(values), scales = padded(tokens * sizeof(float));
+  const std::size_t wide = padded(values * wide_bytes), codes = padded(values),
+                    scales = padded(tokens * sizeof(float));
   const std::size_t set_bytes = wide + codes + scales;
   auto made = std::shared_ptr<RowSets>(new RowSets{Buffer(sets * set_bytes), {}});
   const std::vector<Half> random = RandomHalves(256 * head_dim);
@@ -87,8 +103,10 @@ std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_byte
     std::uint8_t* const at = made->memory.data() + s * set_bytes;
     made->sets.emplace_back();
     for (std::size_t t = 0; t < tokens; t += head_tokens) {
-      made->sets.back().push_back({at + t * head_dim * wide_bytes, reinterpret_cast<std::int8_t*>(at + wide + t * head_dim),
-                                   reinterpret_cast<float*>(at + wide + codes) + t, std::min(head_tokens, tokens - t), head_dim});
+      made->sets.back().push_back({at + t * head_dim * wide_bytes,
+                                   reinterpret_cast<std::int8_t*>(at + wide + t * head_dim),
+                                   reinterpret_cast<float*>(at + wide + codes) + t,
+                                   std::min(head_tokens, tokens - t), head_dim});
       Fill(made->sets.back().back(), random, wide_bytes);
     }
   }
@@ -97,23 +115,29 @@ std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_byte
 
 Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Bench& bench) {
   const Machine& machine = ThisMachine();
-  const std::size_t token_bytes = shape.head_dim * (kind.wide_bytes + 1) + sizeof(float), tokens = size.bytes / token_bytes;
+  const std::size_t token_bytes = shape.head_dim * (kind.wide_bytes + 1) + sizeof(float),
+                    tokens = size.bytes / token_bytes;
   Workload w;
   if (size.bytes > machine.most_memory()) {
-    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(size.bytes), SizeText(machine.most_memory()));
+    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(size.bytes),
+                         SizeText(machine.most_memory()));
     return w;
   }
   std::size_t sets = 1;
   if (size.cold) {
-    sets = std::min((machine.cold_wanted() - 1) / size.bytes + 1, machine.most_memory() / size.bytes);
+    sets =
+        std::min((machine.cold_wanted() - 1) / size.bytes + 1, machine.most_memory() / size.bytes);
     if (sets * size.bytes < machine.cold_wanted()) w.note = ColdSetNote(sets * size.bytes);
   }
   w.bytes = static_cast<double>(tokens * token_bytes);
   const std::size_t hot_or_cold = size.cold ? kCold : size.bytes;
   w.bounds = {{bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes}};
-  if (size.cold) bench.limits.Memory(Access::kStreamCopy, kCold, 1);  // no kernel here stores so; for the list of limits
-  const auto data = bench.Data<RowSets>(fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),
-                                        [&] { return MakeRowSets(shape.head_dim, kind.wide_bytes, tokens, sets); });
+  if (size.cold)
+    bench.limits.Memory(Access::kStreamCopy, kCold,
+                        1);  // no kernel here stores so; for the list of limits
+  const auto data = bench.Data<RowSets>(
+      fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),
+      [&] { return MakeRowSets(shape.head_dim, kind.wide_bytes, tokens, sets); });
   w.call = [data, run = kind.run] {
     for (const Rows& rows : data->sets[data->next]) run(rows);
     data->next = (data->next + 1) % data->sets.size();
@@ -121,13 +145,13 @@ Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Ben
   return w;
 }
 
-// ---- append -------------------------------------------------------------------------------------------------------------------------
+// ---- append
 
 struct AppendData {
   Cache cache;
-  std::vector<Half> rows;         // [tokens][K, V][kv_heads, head_dim]
-  std::vector<Half> row_cache;    // [K, V][kv_heads][capacity, head_dim]
-  std::size_t row_tokens = 0;     // in row_cache
+  std::vector<Half> rows;       // [tokens][K, V][kv_heads, head_dim]
+  std::vector<Half> row_cache;  // [K, V][kv_heads][capacity, head_dim]
+  std::size_t row_tokens = 0;   // in row_cache
 };
 constexpr std::size_t kAppendCapacity = 4096, kAppendCalls = 64;
 
@@ -145,15 +169,17 @@ void CopyTokens(const Shape& shape, AppendData& data) {
   data.row_tokens %= kAppendCapacity;
   for (std::size_t t = 0; t < kAppendCalls; ++t, ++data.row_tokens) {
     for (std::size_t head = 0; head < 2 * shape.kv_heads; ++head) {
-      std::memcpy(data.row_cache.data() + (head * kAppendCapacity + data.row_tokens) * shape.head_dim,
-                  data.rows.data() + t * 2 * row + head * shape.head_dim, shape.head_dim * sizeof(Half));
+      std::memcpy(
+          data.row_cache.data() + (head * kAppendCapacity + data.row_tokens) * shape.head_dim,
+          data.rows.data() + t * 2 * row + head * shape.head_dim, shape.head_dim * sizeof(Half));
     }
   }
 }
 
 Workload PrepareAppend(const Shape& shape, Bench& bench) {
   const HeadCodec codec{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}};
-  const Plan plan = UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
+  const Plan plan =
+      UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
   Workload w;
   Result<Cache> cache = Cache::Create(plan.geometry, plan, kAppendCapacity);
   if (!cache.ok()) {
@@ -162,7 +188,9 @@ Workload PrepareAppend(const Shape& shape, Bench& bench) {
   }
   const std::size_t row = shape.kv_heads * shape.head_dim;
   const auto data = bench.Data<AppendData>(fmt::format("append {}", shape.name()), [&] {
-    return std::make_shared<AppendData>(AppendData{std::move(*cache), RandomHalves(kAppendCalls * 2 * row), std::vector<Half>(2 * kAppendCapacity * row)});
+    return std::make_shared<AppendData>(AppendData{std::move(*cache),
+                                                   RandomHalves(kAppendCalls * 2 * row),
+                                                   std::vector<Half>(2 * kAppendCapacity * row)});
   });
   w.calls = kAppendCalls;
   w.bytes = static_cast<double>(2 * row * sizeof(Half) + BytesPerToken(plan));
@@ -179,14 +207,18 @@ void AddRowCases(std::vector<Case>* cases) {
   for (const Kind& kind : kKinds) {
     for (const Shape& shape : kShapes) {
       for (const Size& size : kSizes) {
-        const bool quick = (&shape == &kShapes[kSmallShape] || &shape == &kShapes[kLargeShape]) && &size != &kSizes[0];
-        cases->push_back({fmt::format("{}/{}/{}/{}/t1", kind.name, target, shape.name(), size.name), quick,
-                          [&kind, &shape, &size](Bench& bench) { return PrepareRows(kind, shape, size, bench); }});
+        const bool quick = (&shape == &kShapes[kSmallShape] || &shape == &kShapes[kLargeShape]) &&
+                           &size != &kSizes[0];
+        cases->push_back({fmt::format("{}/{}/{}/{}/t1", kind.name, target, shape.name(), size.name),
+                          quick, [&kind, &shape, &size](Bench& bench) {
+                            return PrepareRows(kind, shape, size, bench);
+                          }});
       }
     }
   }
   for (const Shape& shape : kShapes) {
-    cases->push_back({fmt::format("append/{}/{}/1/t1", target, shape.name()), &shape == &kShapes[kLargeShape],
+    cases->push_back({fmt::format("append/{}/{}/1/t1", target, shape.name()),
+                      &shape == &kShapes[kLargeShape],
                       [&shape](Bench& bench) { return PrepareAppend(shape, bench); }});
   }
 }

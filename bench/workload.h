@@ -27,7 +27,8 @@ inline constexpr Shape kShapes[] = {
     {32, 32, 128},  // MHA
     {10, 2, 80},    // awkward: not a multiple of 32
 };
-inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;  // those that --quick keeps
+inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2,
+                             kMhaShape = 4;  // those that --quick keeps
 
 // Amount of work that a limit bounds from below: it takes at least amount / limit.per_second.
 struct Bound {
@@ -39,16 +40,18 @@ struct Bound {
 // What is timed, on data that is ready.
 struct Workload {
   std::function<void()> call;
-  std::size_t calls = 1;            // units of work in one call: the time reported is that of one
-  double bytes = 0.0, macs = 0.0;   // of one unit: read and written, multiply-adds
-  std::vector<Bound> bounds;        // of one unit; the largest binds
-  std::function<void()> reference;  // or, instead of bounds: what to hold the call against, timed in turns with it
-  std::string reference_name;       // "row-copy"
-  std::string note;                 // to be said in the label
-  std::string skip;                 // why it can't run here; else empty
+  std::size_t calls = 1;           // units of work in one call: the time reported is that of one
+  double bytes = 0.0, macs = 0.0;  // of one unit: read and written, multiply-adds
+  std::vector<Bound> bounds;       // of one unit; the largest binds
+  std::function<void()>
+      reference;  // or, instead of bounds: what to hold the call against, timed in turns with it
+  std::string reference_name;  // "row-copy"
+  std::string note;            // to be said in the label
+  std::string skip;            // why it can't run here; else empty
 };
 
-// Limits, and the data of the last workload: the next one often wants the same. Only one set is alive at a time.
+// Limits, and the data of the last workload: the next one often wants the same. Only one set is
+// alive at a time.
 class Bench {
  public:
   explicit Bench(double seconds) : limits(seconds / 4) {}

@@ -7,10 +7,12 @@ namespace {
 
 std::vector<Kernels> MakeAll() {
   std::vector<Kernels> all;
-  // A better target has a lower bit. SupportedTargets() also names fall-backs that are not compiled in: mask them away.
+  // A better target has a lower bit. SupportedTargets() also names fall-backs that are not compiled
+  // in: mask them away.
   for (std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
     const std::int64_t target = left & -left;
-    all.push_back({hwy::TargetName(target), QuantizeKernelsFor(target), TileKernelsFor(target), AttendKernelsFor(target), ProbeKernelsFor(target)});
+    all.push_back({hwy::TargetName(target), QuantizeKernelsFor(target), TileKernelsFor(target),
+                   AttendKernelsFor(target), ProbeKernelsFor(target)});
   }
   return all;
 }

@@ -1,7 +1,9 @@
-// The SIMD kernels as tables of functions, one table for each instruction set ("target") that was compiled in. Whoever uses kernels
-// picks a table once (dispatch costs nothing per call) and may hold several, e.g. to compare targets.
+// The SIMD kernels as tables of functions, one table for each instruction set ("target") that was
+// compiled in. Whoever uses kernels picks a table once (dispatch costs nothing per call) and may
+// hold several, e.g. to compare targets.
 //
-// Kernels work on raw pointers that need no alignment beyond their types' own, keep no state, allocate nothing, do no I/O and cannot fail.
+// Kernels work on raw pointers that need no alignment beyond their types' own, keep no state,
+// allocate nothing, do no I/O and cannot fail.
 #ifndef KVMIX_KERNELS_KERNELS_H_
 #define KVMIX_KERNELS_KERNELS_H_
 
@@ -26,11 +28,12 @@ struct Kernels {
 // Every target that is compiled in and that this CPU runs, the best first. Never empty.
 const std::vector<Kernels>& AllKernels();
 
-// The table that new caches and the functions of kvmix/quantize.h use: the best, unless UseTarget chose another.
+// The table that new caches and the functions of kvmix/quantize.h use: the best, unless UseTarget
+// chose another.
 const Kernels& ActiveKernels();
 
-// For tests and benchmarks: makes the named target active; "" the best. False if this CPU or this build lacks it. Not thread-safe
-// against a concurrent ActiveKernels().
+// For tests and benchmarks: makes the named target active; "" the best. False if this CPU or this
+// build lacks it. Not thread-safe against a concurrent ActiveKernels().
 bool UseTarget(std::string_view target);
 
 }  // namespace kvmix::kernels

@@ -1,4 +1,5 @@
-// For kernel files, after HWY_EXPORT(function): calls the copy of `function` that was compiled for one given target.
+// For kernel files, after HWY_EXPORT(function): calls the copy of `function` that was compiled for
+// one given target.
 #ifndef KVMIX_KERNELS_PER_TARGET_H_
 #define KVMIX_KERNELS_PER_TARGET_H_
 
@@ -21,11 +22,12 @@ inline std::size_t TargetIndex(std::int64_t target) {
 #if HWY_IDE || ((HWY_TARGETS & (HWY_TARGETS - 1)) == 0)
 #define KVMIX_CALL_FOR(target, function) (static_cast<void>(target), &HWY_STATIC_DISPATCH(function))
 #else
-#define KVMIX_CALL_FOR(target, function) HWY_DISPATCH_TABLE(function)[::kvmix::kernels::TargetIndex(target)]
+#define KVMIX_CALL_FOR(target, function) \
+  HWY_DISPATCH_TABLE(function)[::kvmix::kernels::TargetIndex(target)]
 #endif
 
-// Between a lambda's parameters and its body, inside per-target code: lambdas do not inherit the target's attributes, and gcc does not
-// inline those used more than once.
+// Between a lambda's parameters and its body, inside per-target code: lambdas do not inherit the
+// target's attributes, and gcc does not inline those used more than once.
 #define KVMIX_LAMBDA HWY_ATTR __attribute__((always_inline))
 
 #endif  // KVMIX_KERNELS_PER_TARGET_H_

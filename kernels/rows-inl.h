@@ -1,4 +1,5 @@
-// Rows of halves as vectors of f32, with their absmax, and vectors of codes: what kernels/quantize.cc reads and writes.
+// Rows of halves as vectors of f32, with their absmax, and vectors of codes: what
+// kernels/quantize.cc reads and writes.
 #if defined(KVMIX_KERNELS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_ROWS_INL_H_
 #undef KVMIX_KERNELS_ROWS_INL_H_
@@ -61,12 +62,14 @@ struct First {
   }
 };
 
-// What becomes of a row's end. kOverlap: a last whole vector that takes some elements again (cheaper, where twice is as good as once).
+// What becomes of a row's end. kOverlap: a last whole vector that takes some elements again
+// (cheaper, where twice is as good as once).
 enum class Tail { kOverlap, kPartial };
 
 // body(io, i) for the vectors of [begin, dim).
 template <Tail kTail, class Body>
-HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes, const Body& body) {
+HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes,
+                           const Body& body) {
   std::size_t i = begin;
   for (; i + lanes <= dim; i += lanes) body(Whole(), i);
   if (i == dim) return;
@@ -78,14 +81,19 @@ HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes
 }
 
 // Single numbers: to the nearest half's bits, and back.
-HWY_INLINE std::uint16_t HalfBits(float x) { return hwy::BitCastScalar<std::uint16_t>(hwy::F16FromF32(x)); }
-HWY_INLINE float HalfFloat(std::uint16_t bits) { return hwy::F32FromF16(hwy::float16_t::FromBits(bits)); }
+HWY_INLINE std::uint16_t HalfBits(float x) {
+  return hwy::BitCastScalar<std::uint16_t>(hwy::F16FromF32(x));
+}
+HWY_INLINE float HalfFloat(std::uint16_t bits) {
+  return hwy::F32FromF16(hwy::float16_t::FromBits(bits));
+}
 
 template <class D>
 HWY_INLINE hn::Vec<D> ToFloat(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves) {
   const auto x = hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), halves));
 #if HWY_ARCH_X86 && HWY_TARGET >= HWY_SSE4
-  // Without F16C Highway takes infinity for 65536, NaN for what follows: give them an f32's exponent.
+  // Without F16C Highway takes infinity for 65536, NaN for what follows: give them an f32's
+  // exponent.
   const auto infinity = hn::BitCast(d, hn::Set(hn::RebindToSigned<D>(), 0x7F800000));
   return hn::Or(x, hn::IfThenElseZero(hn::Ge(hn::Abs(x), hn::Set(d, 65536.0f)), infinity));
 #else
@@ -115,7 +123,8 @@ HWY_INLINE I32 Nearest(F32 x) {
 template <std::size_t kBlocks>
 constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
   std::array<std::int32_t, 4 * kBlocks> order{};
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i % kBlocks * 4 + i / kBlocks);
+  for (std::size_t i = 0; i < order.size(); ++i)
+    order[i] = static_cast<std::int32_t>(i % kBlocks * 4 + i / kBlocks);
   return order;
 }
 
@@ -124,22 +133,26 @@ HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
   const auto ab = hn::ReorderDemote2To(DI16(), a, b);
   const auto cd = hn::ReorderDemote2To(DI16(), c, d);
   const auto abcd = hn::ReorderDemote2To(DI8(), ab, cd);
-  // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of d, four bytes each.
+  // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of
+  // d, four bytes each.
   constexpr std::size_t kBlocks = hn::MaxLanes(DI8()) / 16;
   if constexpr (kBlocks == 1) {
     return abcd;
   } else {
     static constexpr auto kOrder = PackedOrder<kBlocks>();
-    return hn::BitCast(DI8(), hn::TableLookupLanes(hn::BitCast(DI32(), abcd), hn::SetTableIndices(DI32(), kOrder.data())));
+    return hn::BitCast(DI8(), hn::TableLookupLanes(hn::BitCast(DI32(), abcd),
+                                                   hn::SetTableIndices(DI32(), kOrder.data())));
   }
 }
 
-// Lane-wise max of a and b, halved: each pair of lanes of type T of the result comes from a, then b.
+// Lane-wise max of a and b, halved: each pair of lanes of type T of the result comes from a, then
+// b.
 template <class T, class D>
 HWY_INLINE hn::Vec<D> PairMax(D d, hn::Vec<D> a, hn::Vec<D> b) {
   const hn::Repartition<T, D> dt;
   const auto x = hn::BitCast(dt, a), y = hn::BitCast(dt, b);
-  return hn::Max(hn::BitCast(d, hn::InterleaveLower(dt, x, y)), hn::BitCast(d, hn::InterleaveUpper(dt, x, y)));
+  return hn::Max(hn::BitCast(d, hn::InterleaveLower(dt, x, y)),
+                 hn::BitCast(d, hn::InterleaveUpper(dt, x, y)));
 }
 
 // Lane-wise max of a vector's 128-bit blocks, stored.
@@ -153,7 +166,8 @@ HWY_INLINE void StoreBlockMax(D d, hn::Vec<D> v, hn::TFromD<D>* to) {
   }
 }
 
-// y = x. Maxima are those of the halves' bits without their sign: of the same order as |x|, NaN and Inf above all numbers.
+// y = x. Maxima are those of the halves' bits without their sign: of the same order as |x|, NaN and
+// Inf above all numbers.
 struct PlainHalves {
   using DMax = DI16;
   static constexpr bool kHalves = true;  // y is a half
@@ -179,8 +193,10 @@ struct PlainHalves {
   // The eight rows' absmax, from vectors of their maxima.
   template <class Maxima>
   static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
-    const auto pair = [&](std::size_t r) KVMIX_LAMBDA { return PairMax<std::int16_t>(DMax(), v(r), v(r + 1)); };
-    const auto low = PairMax<std::int32_t>(DMax(), pair(0), pair(2)), high = PairMax<std::int32_t>(DMax(), pair(4), pair(6));
+    const auto pair = [&](std::size_t r)
+                          KVMIX_LAMBDA { return PairMax<std::int16_t>(DMax(), v(r), v(r + 1)); };
+    const auto low = PairMax<std::int32_t>(DMax(), pair(0), pair(2)),
+               high = PairMax<std::int32_t>(DMax(), pair(4), pair(6));
     alignas(16) std::int16_t bits[kGroup];
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), low, high), bits);
     const hn::CappedTag<float, kGroup> d;
@@ -191,7 +207,9 @@ struct PlainHalves {
     }
   }
 
-  static HWY_INLINE float Value(std::int16_t max) { return HalfFloat(static_cast<std::uint16_t>(max)); }
+  static HWY_INLINE float Value(std::int16_t max) {
+    return HalfFloat(static_cast<std::uint16_t>(max));
+  }
 
   // The largest maximum of a row within `limit`.
   static HWY_INLINE std::int16_t Bits(float limit) {
@@ -209,7 +227,8 @@ struct CentredHalves {
   const std::uint16_t* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
 
-  HWY_INLINE CentredHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean + t * in.mean_stride) {}
+  HWY_INLINE CentredHalves(const RowsIn& in, std::size_t t)
+      : x(in.x + t * in.stride), mean(in.mean + t * in.mean_stride) {}
 
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
@@ -225,7 +244,8 @@ struct CentredHalves {
 
   template <class Maxima>
   static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
-    const auto pair = [&](std::size_t r) KVMIX_LAMBDA { return PairMax<std::int32_t>(DMax(), v(r), v(r + 1)); };
+    const auto pair = [&](std::size_t r)
+                          KVMIX_LAMBDA { return PairMax<std::int32_t>(DMax(), v(r), v(r + 1)); };
     alignas(16) std::int32_t bits[kGroup];
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(0), pair(2)), bits);
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(4), pair(6)), bits + kGroup / 2);
@@ -233,7 +253,9 @@ struct CentredHalves {
   }
 
   static HWY_INLINE float Value(std::int32_t max) { return hwy::BitCastScalar<float>(max); }
-  static HWY_INLINE std::int32_t Bits(float limit) { return hwy::BitCastScalar<std::int32_t>(limit); }
+  static HWY_INLINE std::int32_t Bits(float limit) {
+    return hwy::BitCastScalar<std::int32_t>(limit);
+  }
 };
 
 // y = x - mean (mean may be null) with NaN and Inf replaced in x. Only loads: for rare rows.
@@ -241,7 +263,8 @@ struct CarefulHalves {
   const std::uint16_t* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
 
-  HWY_INLINE CarefulHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride), mean(in.mean ? in.mean + t * in.mean_stride : nullptr) {}
+  HWY_INLINE CarefulHalves(const RowsIn& in, std::size_t t)
+      : x(in.x + t * in.stride), mean(in.mean ? in.mean + t * in.mean_stride : nullptr) {}
 
   template <class IO>
   HWY_INLINE F32 LoadX(IO io, std::size_t i) const {
@@ -253,13 +276,17 @@ struct CarefulHalves {
   }
 };
 
-// Asks for the row that lies some 2 KiB after row t, in L2. Rows of a head are too short for a CPU's own prefetchers, and two streams of
-// them (halves and codes) more so: errors() from DRAM is 2 to 4 times as fast for it on Granite Rapids.
+// Asks for the row that lies some 2 KiB after row t, in L2. Rows of a head are too short for a
+// CPU's own prefetchers, and two streams of them (halves and codes) more so: errors() from DRAM is
+// 2 to 4 times as fast for it on Granite Rapids.
 class Prefetcher {
  public:
   template <class T>
   Prefetcher(const T* rows, std::size_t stride, std::size_t dim)
-      : rows_(reinterpret_cast<const char*>(rows)), stride_(stride * sizeof(T)), bytes_(dim * sizeof(T)), ahead_(2048 / (bytes_ + 1) + 1) {}
+      : rows_(reinterpret_cast<const char*>(rows)),
+        stride_(stride * sizeof(T)),
+        bytes_(dim * sizeof(T)),
+        ahead_(2048 / (bytes_ + 1) + 1) {}
   HWY_INLINE void operator()(std::size_t t) const {
     const char* row = rows_ + (t + ahead_) * stride_;
     for (std::size_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
@@ -276,8 +303,10 @@ HWY_INLINE void GroupAbsMax(const RowsIn& in, std::size_t t, float* HWY_RESTRICT
   const typename Rows::DMax d;
   constexpr std::size_t kLanes = hn::MaxLanes(d);
   HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kRows * kLanes];
-  for (std::size_t r = 0; r < kRows; ++r) hn::Store(Rows(in, t + r).Max(in.dim, hn::Zero(d)), d, max + r * kLanes);
-  Rows::Reduce([&](std::size_t r) KVMIX_LAMBDA { return hn::Load(d, max + r % kRows * kLanes); }, absmax);
+  for (std::size_t r = 0; r < kRows; ++r)
+    hn::Store(Rows(in, t + r).Max(in.dim, hn::Zero(d)), d, max + r * kLanes);
+  Rows::Reduce([&](std::size_t r) KVMIX_LAMBDA { return hn::Load(d, max + r % kRows * kLanes); },
+               absmax);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Rows <-> tiles, one token at a time: K's row is scattered in groups of `width` channels; V's row is merged, `width` tokens to a
-// word, with one read-modify-write of a tile vector per `lanes` channels.
+// Rows <-> tiles, one token at a time: K's row is scattered in groups of `width` channels; V's row
+// is merged, `width` tokens to a word, with one read-modify-write of a tile vector per `lanes`
+// channels.
 #include "kernels/tiles.h"
 
 #include <cstring>
@@ -16,7 +17,9 @@ HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
-std::size_t ScaleBytes(TileScale s) { return s == TileScale::kConstant ? 0 : kBlockTokens * (s == TileScale::kF32 ? 4 : 2); }
+std::size_t ScaleBytes(TileScale s) {
+  return s == TileScale::kConstant ? 0 : kBlockTokens * (s == TileScale::kF32 ? 4 : 2);
+}
 
 void LayOut(BlockFormat& f) {
   std::size_t at = 0;
@@ -36,7 +39,8 @@ void StoreScale(const TileFormat& f, std::uint8_t* block, std::size_t token, flo
   } else if (f.scale == TileScale::kBF16) {
     std::uint32_t bits;
     std::memcpy(&bits, &scale, 4);
-    const std::uint16_t upper = static_cast<std::uint16_t>(bits >> 16);  // the encoder rounded it to bf16 already
+    const std::uint16_t upper =
+        static_cast<std::uint16_t>(bits >> 16);  // the encoder rounded it to bf16 already
     std::memcpy(block + f.scales_offset + 2 * token, &upper, 2);
   }
 }
@@ -59,12 +63,14 @@ using Word = hwy::UnsignedFromSize<kI8Width>;  // the codes of one group
 // The first group of K's row `token`; the following ones are kLanes * kWidth elements apart.
 template <typename Byte>
 Byte* KRow(const BlockFormat& f, Byte* block, std::size_t token) {
-  return block + f.k.codes_offset + token / kLanes * KTileBytes(f.k.storage, f.head_dim) + token % kLanes * Width(f.k.storage) * CodeBytes(f.k.storage);
+  return block + f.k.codes_offset + token / kLanes * KTileBytes(f.k.storage, f.head_dim) +
+         token % kLanes * Width(f.k.storage) * CodeBytes(f.k.storage);
 }
 
 // Group: as large as `width` codes, so that each is one move.
 template <typename Group>
-HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t flip, std::uint8_t* to) {
+HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t flip,
+                              std::uint8_t* to) {
   const Group flips = static_cast<Group>(static_cast<Group>(~Group{0}) / 0xFF * flip);
   std::size_t i = 0;
   for (; i + sizeof(Group) <= row_bytes; i += sizeof(Group)) {
@@ -81,7 +87,8 @@ HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, st
   }
 }
 
-void StoreK(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes, float scale) {
+void StoreK(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes,
+            float scale) {
   const std::uint8_t* row = static_cast<const std::uint8_t*>(codes);
   if (f.k.storage == TileStorage::kF16) {
     ScatterGroups<std::uint16_t>(row, 2 * f.head_dim, 0, KRow(f, block, token));
@@ -91,19 +98,23 @@ void StoreK(const BlockFormat& f, std::uint8_t* block, std::size_t token, const 
   StoreScale(f.k, block, token, scale);
 }
 
-void LoadK(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes, float* scale) {
+void LoadK(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes,
+           float* scale) {
   std::uint8_t* row = static_cast<std::uint8_t*>(codes);
   const std::uint8_t* from = KRow(f, block, token);
   const std::size_t bytes = f.head_dim * CodeBytes(f.k.storage);
   const std::size_t group = Width(f.k.storage) * CodeBytes(f.k.storage);
   const std::uint8_t flip = f.k.storage == TileStorage::kF16 ? 0 : kFlipK;
-  for (std::size_t i = 0; i < bytes; ++i) row[i] = static_cast<std::uint8_t>(from[i / group * group * kLanes + i % group] ^ flip);
+  for (std::size_t i = 0; i < bytes; ++i)
+    row[i] = static_cast<std::uint8_t>(from[i / group * group * kLanes + i % group] ^ flip);
   *scale = LoadScale(f.k, block, token);
 }
 
-// Merges the codes of one token into the words of a V tile: `kWidth` codes of type T, neighbouring tokens, share a word.
+// Merges the codes of one token into the words of a V tile: `kWidth` codes of type T, neighbouring
+// tokens, share a word.
 template <typename T, typename W>
-HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub, std::size_t tile_bytes, std::uint8_t* to) {
+HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub,
+                         std::size_t tile_bytes, std::uint8_t* to) {
   const hn::CappedTag<W, kLanes> dw;
   const hn::Rebind<T, decltype(dw)> dt;
   const int shift = static_cast<int>(8 * sizeof(T) * sub);
@@ -113,7 +124,9 @@ HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub, st
     if constexpr (sizeof(W) == sizeof(T)) {
       hn::StoreU(codes, dw, words);
     } else {
-      hn::StoreU(hn::Or(hn::And(hn::LoadU(dw, words), keep), hn::ShiftLeftSame(hn::PromoteTo(dw, codes), shift)), dw, words);
+      hn::StoreU(hn::Or(hn::And(hn::LoadU(dw, words), keep),
+                        hn::ShiftLeftSame(hn::PromoteTo(dw, codes), shift)),
+                 dw, words);
     }
   };
   std::size_t c = 0;
@@ -121,23 +134,29 @@ HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub, st
   if (c < head_dim) merge(hn::LoadN(dt, row + c, head_dim - c), to);
 }
 
-void StoreV(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes, float scale) {
+void StoreV(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes,
+            float scale) {
   const std::size_t width = Width(f.v.storage), tile_bytes = VTileBytes(f.v.storage);
   std::uint8_t* to = block + f.v.codes_offset + token / width * VectorBytes(f.v.storage);
   if (f.v.storage == TileStorage::kF16) {
-    MergeRow<std::uint16_t, std::uint16_t>(static_cast<const std::uint16_t*>(codes), f.head_dim, 0, tile_bytes, to);
+    MergeRow<std::uint16_t, std::uint16_t>(static_cast<const std::uint16_t*>(codes), f.head_dim, 0,
+                                           tile_bytes, to);
   } else {
-    MergeRow<std::uint8_t, Word>(static_cast<const std::uint8_t*>(codes), f.head_dim, token % width, tile_bytes, to);
+    MergeRow<std::uint8_t, Word>(static_cast<const std::uint8_t*>(codes), f.head_dim, token % width,
+                                 tile_bytes, to);
   }
   StoreScale(f.v, block, token, scale);
 }
 
-void LoadV(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes, float* scale) {
+void LoadV(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes,
+           float* scale) {
   std::uint8_t* row = static_cast<std::uint8_t*>(codes);
   const std::size_t size = CodeBytes(f.v.storage), width = Width(f.v.storage);
-  const std::uint8_t* from = block + f.v.codes_offset + token / width * VectorBytes(f.v.storage) + token % width * size;
+  const std::uint8_t* from =
+      block + f.v.codes_offset + token / width * VectorBytes(f.v.storage) + token % width * size;
   for (std::size_t c = 0; c < f.head_dim; ++c) {
-    std::memcpy(row + c * size, from + c / kLanes * VTileBytes(f.v.storage) + c % kLanes * width * size, size);
+    std::memcpy(row + c * size,
+                from + c / kLanes * VTileBytes(f.v.storage) + c % kLanes * width * size, size);
   }
   *scale = LoadScale(f.v, block, token);
 }

@@ -32,7 +32,8 @@ enum Kind : std::size_t { kKeys, kValues, kQueries };
 constexpr std::string_view kLetters = "kvq";
 
 std::string TensorName(bool raw, std::size_t layer, std::size_t kind) {
-  return raw ? fmt::format("layer_{:02}.{}.bin", layer, kLetters[kind]) : fmt::format("layers.{}.{}", layer, kLetters[kind]);
+  return raw ? fmt::format("layer_{:02}.{}.bin", layer, kLetters[kind])
+             : fmt::format("layers.{}.{}", layer, kLetters[kind]);
 }
 
 // A tensor as it lies in a file, by layer and kind.
@@ -51,18 +52,22 @@ std::optional<T> ParseNumber(std::string_view text) {
 }
 
 // The layer and kind that a name stands for, if it is one of TensorName's.
-std::optional<std::pair<std::size_t, std::size_t>> ParseTensorName(bool raw, std::string_view name) {
+std::optional<std::pair<std::size_t, std::size_t>> ParseTensorName(bool raw,
+                                                                   std::string_view name) {
   const std::size_t digit = name.find_first_of("0123456789");
   if (digit == name.npos) return std::nullopt;
   const std::size_t point = name.find('.', digit);
   if (point == name.npos || point + 1 >= name.size()) return std::nullopt;
-  const std::optional<std::size_t> layer = ParseNumber<std::size_t>(name.substr(digit, point - digit));
+  const std::optional<std::size_t> layer =
+      ParseNumber<std::size_t>(name.substr(digit, point - digit));
   const std::size_t kind = kLetters.find(name[point + 1]);
   if (!layer || kind == kLetters.npos || name != TensorName(raw, *layer, kind)) return std::nullopt;
   return std::pair{*layer, kind};
 }
 
-std::string ShapeText(const std::vector<std::uint64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string ShapeText(const std::vector<std::uint64_t>& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 bool IsFinite(Half h) { return (h & 0x7C00u) != 0x7C00u; }
 
@@ -71,9 +76,12 @@ std::size_t FindNonFinite(const Half* x, std::size_t count) {
   constexpr std::size_t kBlock = 4096;
   for (std::size_t begin = 0; begin < count; begin += kBlock) {
     const std::size_t end = std::min(count, begin + kBlock);
-    std::int16_t largest = 0;  // of the magnitudes' bits; signed 16 bit, as every SIMD instruction set has that maximum
-    for (std::size_t i = begin; i < end; ++i) largest = std::max(largest, static_cast<std::int16_t>(x[i] & 0x7FFF));
-    if (largest >= 0x7C00) return static_cast<std::size_t>(std::find_if_not(x + begin, x + end, IsFinite) - x);
+    std::int16_t largest = 0;  // of the magnitudes' bits; signed 16 bit, as every SIMD instruction
+                               // set has that maximum
+    for (std::size_t i = begin; i < end; ++i)
+      largest = std::max(largest, static_cast<std::int16_t>(x[i] & 0x7FFF));
+    if (largest >= 0x7C00)
+      return static_cast<std::size_t>(std::find_if_not(x + begin, x + end, IsFinite) - x);
   }
   return count;
 }
@@ -105,8 +113,11 @@ struct Dump::Impl {
   Status ReadPrompts(const std::string& list);
   Status CheckPrompts() const;
 
-  std::size_t heads(std::size_t kind) const { return kind == kQueries ? geometry.query_heads : geometry.kv_heads; }
-  Status Error(ErrorCode code, std::string_view what, std::string_view expected, std::string_view found) const {
+  std::size_t heads(std::size_t kind) const {
+    return kind == kQueries ? geometry.query_heads : geometry.kv_heads;
+  }
+  Status Error(ErrorCode code, std::string_view what, std::string_view expected,
+               std::string_view found) const {
     return FileError(code, path, what, expected, found);
   }
 };
@@ -120,14 +131,16 @@ Status Dump::Impl::OpenSafetensors() {
 
   const auto format = content->metadata.find("format");
   if (format != content->metadata.end() && format->second != "kvmix-dump-1") {
-    const ErrorCode code = format->second.starts_with("kvmix-dump-") ? ErrorCode::kVersion : ErrorCode::kCorrupt;
+    const ErrorCode code =
+        format->second.starts_with("kvmix-dump-") ? ErrorCode::kVersion : ErrorCode::kCorrupt;
     return Error(code, "metadata format", "kvmix-dump-1", Quoted(format->second));
   }
   FoundTensors found;
   for (const auto& [name, tensor] : content->tensors) {
     const auto key = ParseTensorName(raw, name);
     if (!key) continue;
-    if (tensor.dtype != "F16") return Error(ErrorCode::kMismatch, "tensor " + name, "dtype F16", tensor.dtype);
+    if (tensor.dtype != "F16")
+      return Error(ErrorCode::kMismatch, "tensor " + name, "dtype F16", tensor.dtype);
     found[*key] = Found{tensor.data.data(), tensor.shape};
   }
   if (Status s = Assemble(found); !s.ok()) return s;
@@ -142,7 +155,8 @@ Status Dump::Impl::OpenRaw(const RawFormat& format) {
   }
   FoundTensors found;
   std::error_code error;
-  for (std::filesystem::directory_iterator entry(path, error), end; !error && entry != end; entry.increment(error)) {
+  for (std::filesystem::directory_iterator entry(path, error), end; !error && entry != end;
+       entry.increment(error)) {
     const std::string name = entry->path().filename().string();
     const auto key = ParseTensorName(raw, name);
     if (!key || (key->second == kQueries && format.query_heads == 0)) continue;
@@ -152,7 +166,8 @@ Status Dump::Impl::OpenRaw(const RawFormat& format) {
     const std::size_t row_bytes = heads * format.head_dim * sizeof(Half);
     const std::string_view bytes = file->bytes();
     if (bytes.size() % row_bytes != 0) {
-      return Error(ErrorCode::kMismatch, name, fmt::format("whole tokens of {} heads x {} x 2 bytes", heads, format.head_dim),
+      return Error(ErrorCode::kMismatch, name,
+                   fmt::format("whole tokens of {} heads x {} x 2 bytes", heads, format.head_dim),
                    fmt::format("{} bytes", bytes.size()));
     }
     found[*key] = Found{bytes.data(), {bytes.size() / row_bytes, heads, format.head_dim}};
@@ -167,10 +182,14 @@ Status Dump::Impl::OpenRaw(const RawFormat& format) {
 
 // The geometry, and all tensors checked against it.
 Status Dump::Impl::Assemble(const FoundTensors& found) {
-  if (found.empty()) return Error(ErrorCode::kNotFound, "", "tensors " + TensorName(raw, 0, kKeys) + " and so on", "none");
+  if (found.empty())
+    return Error(ErrorCode::kNotFound, "", "tensors " + TensorName(raw, 0, kKeys) + " and so on",
+                 "none");
   if (Status s = CheckPresent(found); !s.ok()) return s;
   const std::vector<std::uint64_t>& k_shape = found.at({0, kKeys}).shape;
-  if (k_shape.size() != 3) return Error(ErrorCode::kMismatch, TensorName(raw, 0, kKeys), "a shape [tokens, heads, head_dim]", ShapeText(k_shape));
+  if (k_shape.size() != 3)
+    return Error(ErrorCode::kMismatch, TensorName(raw, 0, kKeys),
+                 "a shape [tokens, heads, head_dim]", ShapeText(k_shape));
   tokens = k_shape[0];
   has_q = found.contains({0, kQueries});
   geometry = Geometry{found.rbegin()->first.first + 1, k_shape[1], k_shape[1], k_shape[2]};
@@ -179,7 +198,8 @@ Status Dump::Impl::Assemble(const FoundTensors& found) {
     if (q_shape.size() == 3) geometry.query_heads = q_shape[1];
   }
   if (tokens == 0) return Error(ErrorCode::kMismatch, "", "at least 1 token", "an empty dump");
-  if (Status s = CheckGeometry(geometry); !s.ok()) return Status(s.code(), path + ": " + s.message());
+  if (Status s = CheckGeometry(geometry); !s.ok())
+    return Status(s.code(), path + ": " + s.message());
   if (Status s = CheckShapes(found); !s.ok()) return s;
 
   attention_scale = 1.0f / std::sqrt(static_cast<float>(geometry.head_dim));
@@ -192,12 +212,16 @@ Status Dump::Impl::Assemble(const FoundTensors& found) {
 // Layers from 0 on without a gap, each with K and V, and with Q in all or in none.
 Status Dump::Impl::CheckPresent(const FoundTensors& found) const {
   const std::size_t last = found.rbegin()->first.first;
-  const std::size_t kinds = std::any_of(found.begin(), found.end(), [](const auto& f) { return f.first.second == kQueries; }) ? 3 : 2;
+  const std::size_t kinds = std::any_of(found.begin(), found.end(),
+                                        [](const auto& f) { return f.first.second == kQueries; })
+                                ? 3
+                                : 2;
   // As many steps as there are tensors, whatever number the last layer claims to have.
   for (std::size_t layer = 0; layer <= last; ++layer) {
     for (std::size_t kind = 0; kind < kinds; ++kind) {
       if (found.contains({layer, kind})) continue;
-      return Error(ErrorCode::kMismatch, TensorName(raw, layer, kind), fmt::format("one in every layer from 0 to {}", last), "none");
+      return Error(ErrorCode::kMismatch, TensorName(raw, layer, kind),
+                   fmt::format("one in every layer from 0 to {}", last), "none");
     }
   }
   return {};
@@ -207,15 +231,18 @@ Status Dump::Impl::CheckShapes(const FoundTensors& found) const {
   for (const auto& [key, tensor] : found) {
     const std::vector<std::uint64_t> expected = {tokens, heads(key.second), geometry.head_dim};
     if (tensor.shape != expected) {
-      return Error(ErrorCode::kMismatch, TensorName(raw, key.first, key.second), "shape " + ShapeText(expected), ShapeText(tensor.shape));
+      return Error(ErrorCode::kMismatch, TensorName(raw, key.first, key.second),
+                   "shape " + ShapeText(expected), ShapeText(tensor.shape));
     }
   }
   return {};
 }
 
 const Half* Dump::Impl::Aligned(const Found& tensor) {
-  if (reinterpret_cast<std::uintptr_t>(tensor.data) % alignof(Half) == 0) return reinterpret_cast<const Half*>(tensor.data);
-  std::vector<Half>& copy = copies.emplace_back(tensor.shape[0] * tensor.shape[1] * tensor.shape[2]);
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % alignof(Half) == 0)
+    return reinterpret_cast<const Half*>(tensor.data);
+  std::vector<Half>& copy =
+      copies.emplace_back(tensor.shape[0] * tensor.shape[1] * tensor.shape[2]);
   std::memcpy(copy.data(), tensor.data, copy.size() * sizeof(Half));
   return copy.data();
 }
@@ -229,23 +256,29 @@ Status Dump::Impl::ReadMetadata(const std::map<std::string, std::string>& metada
   if (const std::string* text = find("corpus")) corpus = *text;
   if (const std::string* text = find("query_heads"); text != nullptr && !has_q) {
     const auto value = ParseNumber<std::size_t>(*text);
-    if (!value) return Error(ErrorCode::kCorrupt, "metadata query_heads", "a whole number", Quoted(*text));
+    if (!value)
+      return Error(ErrorCode::kCorrupt, "metadata query_heads", "a whole number", Quoted(*text));
     geometry.query_heads = *value;
-    if (Status s = CheckGeometry(geometry); !s.ok()) return Status(s.code(), path + ": metadata: " + s.message());
+    if (Status s = CheckGeometry(geometry); !s.ok())
+      return Status(s.code(), path + ": metadata: " + s.message());
   }
-  const std::pair<const char*, std::size_t> known[] = {{"layers", geometry.layers},     {"tokens", tokens},
-                                                       {"kv_heads", geometry.kv_heads}, {"query_heads", geometry.query_heads},
+  const std::pair<const char*, std::size_t> known[] = {{"layers", geometry.layers},
+                                                       {"tokens", tokens},
+                                                       {"kv_heads", geometry.kv_heads},
+                                                       {"query_heads", geometry.query_heads},
                                                        {"head_dim", geometry.head_dim}};
   for (const auto& [key, value] : known) {
     const std::string* text = find(key);
     if (text != nullptr && ParseNumber<std::size_t>(*text) != value) {
-      return Error(ErrorCode::kMismatch, fmt::format("metadata {}", key), fmt::format("{}, as the tensors have it", value), Quoted(*text));
+      return Error(ErrorCode::kMismatch, fmt::format("metadata {}", key),
+                   fmt::format("{}, as the tensors have it", value), Quoted(*text));
     }
   }
   if (const std::string* text = find("attention_scale")) {
     attention_scale = ParseNumber<float>(*text).value_or(0.0f);
     if (!(attention_scale > 0.0f) || !std::isfinite(attention_scale)) {
-      return Error(ErrorCode::kCorrupt, "metadata attention_scale", "a number above 0", Quoted(*text));
+      return Error(ErrorCode::kCorrupt, "metadata attention_scale", "a number above 0",
+                   Quoted(*text));
     }
   }
   if (const std::string* text = find("prompt_tokens")) return ReadPrompts(*text);
@@ -258,7 +291,9 @@ Status Dump::Impl::ReadPrompts(const std::string& list) {
   for (std::string_view rest = list;;) {
     const std::size_t comma = rest.find(',');
     const auto length = ParseNumber<std::size_t>(rest.substr(0, comma));
-    if (!length) return Error(ErrorCode::kCorrupt, "metadata prompt_tokens", "whole numbers with commas between them", Quoted(list));
+    if (!length)
+      return Error(ErrorCode::kCorrupt, "metadata prompt_tokens",
+                   "whole numbers with commas between them", Quoted(list));
     prompt_tokens.push_back(*length);
     if (comma == rest.npos) return CheckPrompts();
     rest.remove_prefix(comma + 1);
@@ -268,13 +303,18 @@ Status Dump::Impl::ReadPrompts(const std::string& list) {
 Status Dump::Impl::CheckPrompts() const {
   std::size_t sum = 0;
   for (const std::size_t length : prompt_tokens) {
-    if (length == 0) return Error(ErrorCode::kMismatch, "prompt_tokens", "lengths of at least 1", "0");
+    if (length == 0)
+      return Error(ErrorCode::kMismatch, "prompt_tokens", "lengths of at least 1", "0");
     if (length > tokens - sum) {
-      return Error(ErrorCode::kMismatch, "prompt_tokens", fmt::format("a sum of {}, the dump's tokens", tokens), fmt::format("more, with a prompt of {}", length));
+      return Error(ErrorCode::kMismatch, "prompt_tokens",
+                   fmt::format("a sum of {}, the dump's tokens", tokens),
+                   fmt::format("more, with a prompt of {}", length));
     }
     sum += length;
   }
-  if (sum != tokens) return Error(ErrorCode::kMismatch, "prompt_tokens", fmt::format("a sum of {}, the dump's tokens", tokens), fmt::format("{}", sum));
+  if (sum != tokens)
+    return Error(ErrorCode::kMismatch, "prompt_tokens",
+                 fmt::format("a sum of {}, the dump's tokens", tokens), fmt::format("{}", sum));
   return {};
 }
 
@@ -282,10 +322,13 @@ Result<Dump> Dump::Open(const std::string& path, const RawFormat* raw) try {
   std::error_code error;
   const bool is_folder = std::filesystem::is_directory(path, error);
   if (is_folder && raw == nullptr) {
-    return FileError(ErrorCode::kInvalidArgument, path, "", "a safetensors file, or the heads and the head_dim of a raw folder", "a folder alone");
+    return FileError(ErrorCode::kInvalidArgument, path, "",
+                     "a safetensors file, or the heads and the head_dim of a raw folder",
+                     "a folder alone");
   }
   if (!is_folder && raw != nullptr && std::filesystem::exists(path, error)) {
-    return FileError(ErrorCode::kInvalidArgument, path, "", "a raw folder, as its geometry was given", "a file");
+    return FileError(ErrorCode::kInvalidArgument, path, "",
+                     "a raw folder, as its geometry was given", "a file");
   }
   auto impl = std::make_unique<Impl>();
   impl->path = path;
@@ -293,7 +336,8 @@ Result<Dump> Dump::Open(const std::string& path, const RawFormat* raw) try {
   if (Status s = is_folder ? impl->OpenRaw(*raw) : impl->OpenSafetensors(); !s.ok()) return s;
   return Dump(std::move(impl));
 } catch (const std::bad_alloc&) {
-  return FileError(ErrorCode::kOutOfMemory, path, "", "a dump that fits into memory", "one that does not");
+  return FileError(ErrorCode::kOutOfMemory, path, "", "a dump that fits into memory",
+                   "one that does not");
 }
 
 Dump::Dump(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -326,7 +370,8 @@ const Half* Dump::q(std::size_t layer) const {
 HalfRows Dump::head(std::size_t layer, std::size_t kv_head, Tensor t) const {
   const Geometry& g = impl_->geometry;
   assert(kv_head < g.kv_heads);
-  return {(t == Tensor::kK ? k(layer) : v(layer)) + kv_head * g.head_dim, g.kv_heads * g.head_dim, impl_->tokens, g.head_dim};
+  return {(t == Tensor::kK ? k(layer) : v(layer)) + kv_head * g.head_dim, g.kv_heads * g.head_dim,
+          impl_->tokens, g.head_dim};
 }
 
 Status Dump::CheckFinite(std::size_t layer) const {
@@ -339,9 +384,11 @@ Status Dump::CheckFinite(std::size_t layer) const {
     const std::size_t count = impl_->tokens * heads * head_dim;
     const std::size_t at = FindNonFinite(x, count);
     if (at == count) continue;
-    return impl_->Error(ErrorCode::kNonFinite, TensorName(impl_->raw, layer, kind), "finite numbers",
-                        fmt::format("{} at layer {}, {} head {}, token {}, channel {}", (x[at] & 0x3FFu) != 0 ? "NaN" : "Inf", layer,
-                                    kind == kQueries ? "query" : "KV", at / head_dim % heads, at / head_dim / heads, at % head_dim));
+    return impl_->Error(
+        ErrorCode::kNonFinite, TensorName(impl_->raw, layer, kind), "finite numbers",
+        fmt::format("{} at layer {}, {} head {}, token {}, channel {}",
+                    (x[at] & 0x3FFu) != 0 ? "NaN" : "Inf", layer, kind == kQueries ? "query" : "KV",
+                    at / head_dim % heads, at / head_dim / heads, at % head_dim));
   }
   return {};
 }
@@ -356,7 +403,9 @@ void Dump::Release(std::size_t layer) const {
   for (std::size_t kind = 0; kind < 3; ++kind) {
     const auto* data = reinterpret_cast<const char*>(impl_->layers[layer][kind]);
     // A copy is the only one that there is: it stays.
-    if (data != nullptr && inside(data)) internal::ReleasePages(data, impl_->tokens * impl_->heads(kind) * impl_->geometry.head_dim * sizeof(Half));
+    if (data != nullptr && inside(data))
+      internal::ReleasePages(
+          data, impl_->tokens * impl_->heads(kind) * impl_->geometry.head_dim * sizeof(Half));
   }
 }
 

@@ -35,7 +35,8 @@ class Descriptor {
 
 Status SystemError(const std::string& path, std::string_view expected, int error) {
   const bool missing = error == ENOENT || error == ENOTDIR;
-  return FileError(missing ? ErrorCode::kNotFound : ErrorCode::kIo, path, "", expected, std::generic_category().message(error));
+  return FileError(missing ? ErrorCode::kNotFound : ErrorCode::kIo, path, "", expected,
+                   std::generic_category().message(error));
 }
 
 bool WriteAll(int fd, std::string_view text) {
@@ -50,7 +51,8 @@ bool WriteAll(int fd, std::string_view text) {
 
 Status WriteDirectly(const std::string& path, std::string_view text) {
   Descriptor file(open(path.c_str(), O_WRONLY | O_CLOEXEC));
-  if (!file.ok() || !WriteAll(file.get(), text) || file.Close() != 0) return SystemError(path, "a file that can be written", errno);
+  if (!file.ok() || !WriteAll(file.get(), text) || file.Close() != 0)
+    return SystemError(path, "a file that can be written", errno);
   return {};
 }
 
@@ -67,7 +69,9 @@ int CreateBeside(const std::string& path, std::string* name) {
 
 // Bytes of the UTF-8 character that `text` begins with; 0 where it begins with none.
 std::size_t CharacterLength(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const auto byte = [&](std::size_t i) {
+    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u;
+  };
   if (byte(0) < 0x80u) return 1;
   const std::size_t length = byte(0) >= 0xF0u ? 4 : byte(0) >= 0xE0u ? 3 : 2;
   std::uint32_t code = byte(0) & (0x7Fu >> length);
@@ -77,13 +81,18 @@ std::size_t CharacterLength(std::string_view text) {
   }
   constexpr std::uint32_t kLeast[] = {0, 0, 0x80u, 0x800u, 0x10000u};
   const bool surrogate = code >= 0xD800u && code < 0xE000u;
-  return byte(0) < 0xC0u || byte(0) >= 0xF8u || code < kLeast[length] || code > 0x10FFFFu || surrogate ? 0 : length;
+  return byte(0) < 0xC0u || byte(0) >= 0xF8u || code < kLeast[length] || code > 0x10FFFFu ||
+                 surrogate
+             ? 0
+             : length;
 }
 
 }  // namespace
 
-Status FileError(ErrorCode code, const std::string& path, std::string_view what, std::string_view expected, std::string_view found) {
-  return Status(code, fmt::format("{}: {}{}expected {}, found {}", OneLine(path, 4096), what, what.empty() ? "" : ": ", expected, found));
+Status FileError(ErrorCode code, const std::string& path, std::string_view what,
+                 std::string_view expected, std::string_view found) {
+  return Status(code, fmt::format("{}: {}{}expected {}, found {}", OneLine(path, 4096), what,
+                                  what.empty() ? "" : ": ", expected, found));
 }
 
 std::string OneLine(std::string_view text, std::size_t limit) {
@@ -92,7 +101,8 @@ std::string OneLine(std::string_view text, std::size_t limit) {
   while (i < text.size()) {
     const std::size_t length = CharacterLength(text.substr(i));
     if (i + std::max<std::size_t>(length, 1) > limit) return line + "...";
-    const bool control = length == 1 && (static_cast<unsigned char>(text[i]) < 0x20u || text[i] == 0x7F);
+    const bool control =
+        length == 1 && (static_cast<unsigned char>(text[i]) < 0x20u || text[i] == 0x7F);
     line += length == 0 || control ? "?" : text.substr(i, length);
     i += std::max<std::size_t>(length, 1);
   }
@@ -102,22 +112,30 @@ std::string OneLine(std::string_view text, std::size_t limit) {
 std::string Quoted(std::string_view text) { return '"' + OneLine(text, 60) + '"'; }
 
 Result<MappedFile> MappedFile::Open(const std::string& path) {
-  const Descriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // O_NONBLOCK: do not wait for a pipe's writer
+  const Descriptor file(
+      open(path.c_str(),
+           O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // O_NONBLOCK: do not wait for a pipe's writer
   struct stat info {};
-  if (!file.ok() || fstat(file.get(), &info) != 0) return SystemError(path, "a readable file", errno);
-  if (!S_ISREG(info.st_mode)) return FileError(ErrorCode::kIo, path, "", "a regular file", S_ISDIR(info.st_mode) ? "a folder" : "something else");
+  if (!file.ok() || fstat(file.get(), &info) != 0)
+    return SystemError(path, "a readable file", errno);
+  if (!S_ISREG(info.st_mode))
+    return FileError(ErrorCode::kIo, path, "", "a regular file",
+                     S_ISDIR(info.st_mode) ? "a folder" : "something else");
   if (info.st_size == 0) return MappedFile(nullptr, 0);
   const auto size = static_cast<std::size_t>(info.st_size);
-  char last = 0;  // Touching a mapping past the real end would kill the process: see that the last byte is there.
+  char last = 0;  // Touching a mapping past the real end would kill the process: see that the last
+                  // byte is there.
   if (pread(file.get(), &last, 1, info.st_size - 1) != 1) {
-    return FileError(ErrorCode::kIo, path, "", fmt::format("{} bytes, as the file system says", size), "fewer when read");
+    return FileError(ErrorCode::kIo, path, "",
+                     fmt::format("{} bytes, as the file system says", size), "fewer when read");
   }
   void* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
   if (data == MAP_FAILED) return SystemError(path, "a file that can be mapped into memory", errno);
   return MappedFile(static_cast<const char*>(data), size);
 }
 
-MappedFile::MappedFile(MappedFile&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
@@ -139,7 +157,8 @@ void ReleasePages(const void* data, std::size_t size) {
 Status WriteFileAtomically(const std::string& path, std::string_view text) {
   struct stat info {};
   const bool exists = stat(path.c_str(), &info) == 0;
-  if (exists && S_ISDIR(info.st_mode)) return FileError(ErrorCode::kIo, path, "", "a file to write to", "a folder");
+  if (exists && S_ISDIR(info.st_mode))
+    return FileError(ErrorCode::kIo, path, "", "a file to write to", "a folder");
   if (exists && !S_ISREG(info.st_mode)) return WriteDirectly(path, text);
   std::error_code error;
   std::string target = path;  // a link stays a link: its target is replaced
@@ -149,10 +168,12 @@ Status WriteFileAtomically(const std::string& path, std::string_view text) {
   std::string temporary;
   Descriptor file(CreateBeside(target, &temporary));
   if (!file.ok()) return SystemError(path, "a folder that a file can be created in", errno);
-  if (!WriteAll(file.get(), text) || file.Close() != 0 || rename(temporary.c_str(), target.c_str()) != 0) {
+  if (!WriteAll(file.get(), text) || file.Close() != 0 ||
+      rename(temporary.c_str(), target.c_str()) != 0) {
     const int failure = errno;
     unlink(temporary.c_str());
-    return SystemError(path, fmt::format("room for {} bytes and the right to write them", text.size()), failure);
+    return SystemError(
+        path, fmt::format("room for {} bytes and the right to write them", text.size()), failure);
   }
   return {};
 }

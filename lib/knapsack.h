@@ -1,4 +1,5 @@
-// The multiple-choice knapsack, exact: one option of every group, as little cost as possible, within a number of bytes.
+// The multiple-choice knapsack, exact: one option of every group, as little cost as possible,
+// within a number of bytes.
 #ifndef KVMIX_LIB_KNAPSACK_H_
 #define KVMIX_LIB_KNAPSACK_H_
 
@@ -13,12 +14,14 @@ struct KnapsackOption {
   double cost = 0.0;  // finite
 };
 
-// The index of the option taken in every group; nothing if even the smallest options do not fit. Of options that cost the same the
-// smaller is taken, of those the first.
+// The index of the option taken in every group; nothing if even the smallest options do not fit. Of
+// options that cost the same the smaller is taken, of those the first.
 //
-// Dynamic programming over the bytes above the smallest, in units of their greatest common divisor: time groups * units * options (after
-// dropping dominated ones), memory one byte per group and unit.
-std::optional<std::vector<std::size_t>> SolveKnapsack(const std::vector<std::vector<KnapsackOption>>& groups, std::size_t budget_bytes);
+// Dynamic programming over the bytes above the smallest, in units of their greatest common divisor:
+// time groups * units * options (after dropping dominated ones), memory one byte per group and
+// unit.
+std::optional<std::vector<std::size_t>> SolveKnapsack(
+    const std::vector<std::vector<KnapsackOption>>& groups, std::size_t budget_bytes);
 
 }  // namespace kvmix::internal
 

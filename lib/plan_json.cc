@@ -2,8 +2,9 @@
 //   {"format": "kvmix-plan", "version": [1, 0],
 //    "geometry": {"layers": 24, "kv_heads": 2, "query_heads": 14, "head_dim": 64},
 //    "bytes_per_token": 6720, "saved_fraction": 0.45,        for people; computed again on loading
-//    "provenance": {"model": "...", ...}, "accuracy": {"calibration": {...}, "holdout": {...}},     optional
-//    "codecs": [[{"k": "i8-head+centre", "k_scale": 0.1, "k_mean": [...], "v": "i8-token"}, ...KV heads], ...layers]}
+//    "provenance": {"model": "...", ...}, "accuracy": {"calibration": {...}, "holdout": {...}},
+//    optional "codecs": [[{"k": "i8-head+centre", "k_scale": 0.1, "k_mean": [...], "v":
+//    "i8-token"}, ...KV heads], ...layers]}
 // A newer minor version may add fields, which are ignored here.
 #include <fmt/format.h>
 
@@ -27,15 +28,18 @@ constexpr std::size_t kMajor = 1;
 constexpr std::size_t kMinor = 0;
 constexpr std::string_view kTensorKeys[] = {"k", "v"};
 
-// ---- writing: by hand, so that a head is one line and a float has the nine digits that give it back exactly ----------------------
+// ---- writing: by hand, so that a head is one line and a float has the nine digits that give it
+// back exactly
 
 void AppendCodec(const HeadCodec& codec, std::string_view key, std::string* out) {
   const auto to = std::back_inserter(*out);
   fmt::format_to(to, "\"{}\": \"{}\"", key, CodecName(codec));
-  if (codec.scale == ScaleKind::kHead) fmt::format_to(to, ", \"{}_scale\": {:.9g}", key, codec.head_scale);
+  if (codec.scale == ScaleKind::kHead)
+    fmt::format_to(to, ", \"{}_scale\": {:.9g}", key, codec.head_scale);
   if (!codec.centred()) return;
   fmt::format_to(to, ", \"{}_mean\": [", key);
-  for (std::size_t c = 0; c < codec.mean.size(); ++c) fmt::format_to(to, "{}{:.9g}", c == 0 ? "" : ", ", codec.mean[c]);
+  for (std::size_t c = 0; c < codec.mean.size(); ++c)
+    fmt::format_to(to, "{}{:.9g}", c == 0 ? "" : ", ", codec.mean[c]);
   *out += ']';
 }
 
@@ -56,36 +60,48 @@ std::string CodecsText(const Plan& plan) {
 }
 
 std::string FidelityText(const Fidelity& f) {
-  return fmt::format(R"({{"worst_cosine": {}, "mean_cosine": {}, "worst_nmse": {}, "mean_nmse": {}, "worst_layer": {}, "worst_query_head": {}}})",
-                     f.worst_cosine, f.mean_cosine, f.worst_nmse, f.mean_nmse, f.worst_layer, f.worst_query_head);
+  return fmt::format(
+      R"({{"worst_cosine": {}, "mean_cosine": {}, "worst_nmse": {}, "mean_nmse": {}, "worst_layer": {}, "worst_query_head": {}}})",
+      f.worst_cosine, f.mean_cosine, f.worst_nmse, f.mean_nmse, f.worst_layer, f.worst_query_head);
 }
 
 // Only what was measured.
 std::string AccuracyText(const Provenance& p) {
   std::string out;
   if (p.calibration_tokens > 0) out += "\n    \"calibration\": " + FidelityText(p.on_calibration);
-  if (p.holdout_tokens > 0) out += std::string(out.empty() ? "" : ",") + "\n    \"holdout\": " + FidelityText(p.on_holdout);
+  if (p.holdout_tokens > 0)
+    out += std::string(out.empty() ? "" : ",") + "\n    \"holdout\": " + FidelityText(p.on_holdout);
   return "  \"accuracy\": {" + out + (out.empty() ? "},\n" : "\n  },\n");
 }
 
 std::string PlanText(const Plan& plan) {
   const Geometry& g = plan.geometry;
   const Provenance& p = plan.provenance;
-  std::string out = fmt::format("{{\n  \"format\": \"kvmix-plan\",\n  \"version\": [{}, {}],\n", kMajor, kMinor);
+  std::string out =
+      fmt::format("{{\n  \"format\": \"kvmix-plan\",\n  \"version\": [{}, {}],\n", kMajor, kMinor);
   const auto to = std::back_inserter(out);
-  fmt::format_to(to, "  \"geometry\": {{\"layers\": {}, \"kv_heads\": {}, \"query_heads\": {}, \"head_dim\": {}}},\n", g.layers, g.kv_heads, g.query_heads, g.head_dim);
-  fmt::format_to(to, "  \"bytes_per_token\": {},\n  \"saved_fraction\": {},\n", BytesPerToken(plan), SavedFraction(plan));
-  fmt::format_to(to, "  \"provenance\": {{\"model\": {}, \"calibration\": {}, \"calibration_tokens\": {}, \"longest_prompt\": {}, ", JsonText(p.model),
-                 JsonText(p.calibration), p.calibration_tokens, p.longest_prompt);
-  fmt::format_to(to, "\"holdout\": {}, \"holdout_tokens\": {}}},\n", JsonText(p.holdout), p.holdout_tokens);
+  fmt::format_to(to,
+                 "  \"geometry\": {{\"layers\": {}, \"kv_heads\": {}, \"query_heads\": {}, "
+                 "\"head_dim\": {}}},\n",
+                 g.layers, g.kv_heads, g.query_heads, g.head_dim);
+  fmt::format_to(to, "  \"bytes_per_token\": {},\n  \"saved_fraction\": {},\n", BytesPerToken(plan),
+                 SavedFraction(plan));
+  fmt::format_to(to,
+                 "  \"provenance\": {{\"model\": {}, \"calibration\": {}, \"calibration_tokens\": "
+                 "{}, \"longest_prompt\": {}, ",
+                 JsonText(p.model), JsonText(p.calibration), p.calibration_tokens,
+                 p.longest_prompt);
+  fmt::format_to(to, "\"holdout\": {}, \"holdout_tokens\": {}}},\n", JsonText(p.holdout),
+                 p.holdout_tokens);
   return out + AccuracyText(p) + CodecsText(plan) + "}\n";
 }
 
 bool IsFinite(const Fidelity& f) {
-  return std::isfinite(f.worst_cosine) && std::isfinite(f.mean_cosine) && std::isfinite(f.worst_nmse) && std::isfinite(f.mean_nmse);
+  return std::isfinite(f.worst_cosine) && std::isfinite(f.mean_cosine) &&
+         std::isfinite(f.worst_nmse) && std::isfinite(f.mean_nmse);
 }
 
-// ---- reading ---------------------------------------------------------------------------------------------------------------------
+// ---- reading
 
 // Before anything else: what a newer version means by a field is unknown.
 void CheckVersion(const JsonView& root) {
@@ -93,10 +109,13 @@ void CheckVersion(const JsonView& root) {
     root["format"].Fail(ErrorCode::kCorrupt, "\"kvmix-plan\"", internal::Quoted(format));
   }
   const JsonView version = root["version"];
-  if (const std::size_t size = version.size(); size != 2) return version.Fail(ErrorCode::kCorrupt, "[major, minor]", fmt::format("{} numbers", size));
+  if (const std::size_t size = version.size(); size != 2)
+    return version.Fail(ErrorCode::kCorrupt, "[major, minor]", fmt::format("{} numbers", size));
   const std::size_t major = version[0].Count();
   (void)version[1].Count();
-  if (major != kMajor) version.Fail(major > kMajor ? ErrorCode::kVersion : ErrorCode::kCorrupt, fmt::format("major version {}", kMajor), fmt::format("{}", major));
+  if (major != kMajor)
+    version.Fail(major > kMajor ? ErrorCode::kVersion : ErrorCode::kCorrupt,
+                 fmt::format("major version {}", kMajor), fmt::format("{}", major));
 }
 
 HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
@@ -114,7 +133,9 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
   if (!kind->centred) return codec;
   const JsonView mean = head[key + "_mean"];
   const std::size_t channels = mean.size();
-  if (channels == 0) mean.Fail(ErrorCode::kCorrupt, "a number per channel", "none");  // an empty mean would mean "not centred"
+  if (channels == 0)
+    mean.Fail(ErrorCode::kCorrupt, "a number per channel",
+              "none");  // an empty mean would mean "not centred"
   for (std::size_t c = 0; c < channels; ++c) codec.mean.push_back(mean[c].Float());
   return codec;
 }
@@ -124,7 +145,8 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Geometry& geomet
   std::vector<HeadCodec> codecs;
   const auto check_size = [](const JsonView& array, std::size_t expected, const char* of) {
     const std::size_t found = array.size();
-    if (found != expected) array.Fail(ErrorCode::kCorrupt, fmt::format("{} {}", expected, of), fmt::format("{}", found));
+    if (found != expected)
+      array.Fail(ErrorCode::kCorrupt, fmt::format("{} {}", expected, of), fmt::format("{}", found));
     return found == expected;
   };
   if (!check_size(layers, geometry.layers, "layers")) return codecs;
@@ -132,7 +154,8 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Geometry& geomet
     const JsonView heads = layers[layer];
     if (!check_size(heads, geometry.kv_heads, "KV heads")) return codecs;
     for (std::size_t head = 0; head < geometry.kv_heads; ++head) {
-      for (const std::string_view key : kTensorKeys) codecs.push_back(ReadCodec(heads[head], std::string(key)));
+      for (const std::string_view key : kTensorKeys)
+        codecs.push_back(ReadCodec(heads[head], std::string(key)));
     }
   }
   return codecs;
@@ -141,7 +164,8 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Geometry& geomet
 Fidelity ReadFidelity(const JsonView& accuracy, const std::string& key) {
   if (!accuracy.has(key)) return {};
   const JsonView f = accuracy[key];
-  return {f["worst_cosine"].Number(), f["mean_cosine"].Number(), f["worst_nmse"].Number(), f["mean_nmse"].Number(), f["worst_layer"].Count(), f["worst_query_head"].Count()};
+  return {f["worst_cosine"].Number(), f["mean_cosine"].Number(), f["worst_nmse"].Number(),
+          f["mean_nmse"].Number(),    f["worst_layer"].Count(),  f["worst_query_head"].Count()};
 }
 
 Provenance ReadProvenance(const JsonView& root) {
@@ -182,11 +206,13 @@ Result<Plan> LoadPlan(const std::string& path) {
 
   Plan plan;
   const JsonView geometry = root["geometry"];
-  plan.geometry = {geometry["layers"].Count(), geometry["kv_heads"].Count(), geometry["query_heads"].Count(), geometry["head_dim"].Count()};
+  plan.geometry = {geometry["layers"].Count(), geometry["kv_heads"].Count(),
+                   geometry["query_heads"].Count(), geometry["head_dim"].Count()};
   plan.codecs = ReadCodecs(root["codecs"], plan.geometry);
   plan.provenance = ReadProvenance(root);
   if (!status.ok()) return status;
-  if (Status s = CheckPlan(plan); !s.ok()) return Status(ErrorCode::kCorrupt, path + ": " + s.message());
+  if (Status s = CheckPlan(plan); !s.ok())
+    return Status(ErrorCode::kCorrupt, path + ": " + s.message());
   return plan;
 }
 

@@ -1,5 +1,6 @@
-// The safetensors format: 8 bytes of little-endian header length, a JSON header, a buffer of tensors. Read as strictly as the format's
-// own reader does, and a little more: unknown fields of a tensor and any name or field given twice are refused as well.
+// The safetensors format: 8 bytes of little-endian header length, a JSON header, a buffer of
+// tensors. Read as strictly as the format's own reader does, and a little more: unknown fields of a
+// tensor and any name or field given twice are refused as well.
 #ifndef KVMIX_LIB_SAFETENSORS_H_
 #define KVMIX_LIB_SAFETENSORS_H_
 
@@ -26,9 +27,10 @@ struct Safetensors {
 };
 
 // `file` is the whole file; `path` is for messages only. kCorrupt for everything that is refused:
-// a header longer than 100 MB or than the file, that does not begin with `{`, is no JSON, holds anything but tensors (dtype, shape,
-// data_offsets) and a `__metadata__` of strings; an unknown dtype; a length that is not dtype x shape (or overflows); a buffer that
-// the tensors do not cover exactly once.
+// a header longer than 100 MB or than the file, that does not begin with `{`, is no JSON, holds
+// anything but tensors (dtype, shape, data_offsets) and a `__metadata__` of strings; an unknown
+// dtype; a length that is not dtype x shape (or overflows); a buffer that the tensors do not cover
+// exactly once.
 Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path);
 
 }  // namespace kvmix::internal

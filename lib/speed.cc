@@ -51,7 +51,10 @@ struct Decode {
 Status CheckSameMachine(const Wisdom& found, const std::string& path) {
   const Wisdom here = ThisMachine();
   const auto check = [&](const char* what, const std::string& expected, const std::string& value) {
-    return expected == value ? Status() : internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(expected), internal::Quoted(value));
+    return expected == value
+               ? Status()
+               : internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(expected),
+                                     internal::Quoted(value));
   };
   if (Status s = check("cpu", here.cpu, found.cpu); !s.ok()) return s;
   if (Status s = check("target", here.target, found.target); !s.ok()) return s;
@@ -62,20 +65,32 @@ constexpr std::size_t kModelBytes = std::size_t{64} << 20;
 
 }  // namespace
 
-const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_codec, std::size_t group, std::size_t head_dim, std::size_t context) const {
+const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_codec,
+                              std::size_t group, std::size_t head_dim, std::size_t context) const {
   for (const HeadSpeed& s : speeds)
-    if (s.k_codec == k_codec && s.v_codec == v_codec && s.group == group && s.head_dim == head_dim && s.context == context) return &s;
+    if (s.k_codec == k_codec && s.v_codec == v_codec && s.group == group &&
+        s.head_dim == head_dim && s.context == context)
+      return &s;
   return nullptr;
 }
 
 Wisdom ThisMachine() { return {CpuName(), kernels::ActiveKernels().target, KVMIX_VERSION, {}}; }
 
 Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
-  nlohmann::ordered_json json = {{"format", kFormat}, {"cpu", wisdom.cpu}, {"target", wisdom.target}, {"version", wisdom.version}};
+  nlohmann::ordered_json json = {{"format", kFormat},
+                                 {"cpu", wisdom.cpu},
+                                 {"target", wisdom.target},
+                                 {"version", wisdom.version}};
   json["speeds"] = nlohmann::ordered_json::array();
   for (const HeadSpeed& s : wisdom.speeds)
-    json["speeds"].push_back({{"k", s.k_codec}, {"v", s.v_codec}, {"group", s.group}, {"head_dim", s.head_dim}, {"context", s.context}, {"decode_ns", s.decode_ns}});
-  return internal::WriteFileAtomically(path, json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+    json["speeds"].push_back({{"k", s.k_codec},
+                              {"v", s.v_codec},
+                              {"group", s.group},
+                              {"head_dim", s.head_dim},
+                              {"context", s.context},
+                              {"decode_ns", s.decode_ns}});
+  return internal::WriteFileAtomically(
+      path, json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 Result<Wisdom> LoadWisdom(const std::string& path) {
@@ -85,22 +100,30 @@ Result<Wisdom> LoadWisdom(const std::string& path) {
   try {
     const nlohmann::json json = nlohmann::json::parse(file->bytes());
     if (const std::string format = json.at("format"); format != kFormat)
-      return internal::FileError(ErrorCode::kVersion, path, "format", kFormat, internal::Quoted(format));
+      return internal::FileError(ErrorCode::kVersion, path, "format", kFormat,
+                                 internal::Quoted(format));
     wisdom = {json.at("cpu"), json.at("target"), json.at("version"), {}};
     for (const nlohmann::json& s : json.at("speeds"))
-      wisdom.speeds.push_back({s.at("k"), s.at("v"), s.at("group"), s.at("head_dim"), s.at("context"), s.at("decode_ns")});
+      wisdom.speeds.push_back({s.at("k"), s.at("v"), s.at("group"), s.at("head_dim"),
+                               s.at("context"), s.at("decode_ns")});
   } catch (const nlohmann::json::exception& e) {
-    return internal::FileError(ErrorCode::kCorrupt, path, "", "a record of kernel speeds", internal::OneLine(e.what()));
+    return internal::FileError(ErrorCode::kCorrupt, path, "", "a record of kernel speeds",
+                               internal::OneLine(e.what()));
   }
   for (const HeadSpeed& s : wisdom.speeds)
-    if (!(s.decode_ns > 0.0)) return internal::FileError(ErrorCode::kCorrupt, path, "decode_ns", "a time above 0", fmt::format("{}", s.decode_ns));
+    if (!(s.decode_ns > 0.0))
+      return internal::FileError(ErrorCode::kCorrupt, path, "decode_ns", "a time above 0",
+                                 fmt::format("{}", s.decode_ns));
   if (Status s = CheckSameMachine(wisdom, path); !s.ok()) return s;
   return wisdom;
 }
 
-std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& functions, double seconds, std::size_t min_rounds) {
+std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& functions,
+                                  double seconds, std::size_t min_rounds) {
   using Clock = std::chrono::steady_clock;
-  const auto since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const auto since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
   for (const std::function<void()>& f : functions) f();
   std::vector<std::vector<double>> times(functions.size());
   const Clock::time_point begin = Clock::now();
@@ -120,12 +143,14 @@ std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& func
   return medians;
 }
 
-Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<CodecKind>& v, std::size_t group, std::size_t head_dim, std::size_t context,
+Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<CodecKind>& v,
+                         std::size_t group, std::size_t head_dim, std::size_t context,
                          double seconds, Wisdom* wisdom) {
   Geometry geometry{1, 1, group, head_dim};
   if (Status s = CheckGeometry(geometry); !s.ok()) return s;
   if (context == 0) return {ErrorCode::kInvalidArgument, "context 0: expected 1 or more tokens"};
-  // Layers enough that attention reads one as it does in a model, of which L2 does not hold the whole; only the first is filled.
+  // Layers enough that attention reads one as it does in a model, of which L2 does not hold the
+  // whole; only the first is filled.
   geometry.layers += std::min<std::size_t>(kModelBytes / (context * head_dim * 4), 999);
   std::mt19937 random(1);
   std::vector<Half> k_rows, v_rows;
@@ -136,8 +161,11 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
     for (const CodecKind& vk : v) {
       const HeadCodec kc = CodecFor(kk), vc = CodecFor(vk);
       HeadSpeed speed{CodecName(kc), CodecName(vc), group, head_dim, context, 0.0};
-      const bool measuring = std::any_of(decodes.begin(), decodes.end(), [&](const auto& d) { return d->speed.k_codec == speed.k_codec && d->speed.v_codec == speed.v_codec; });
-      if (measuring || wisdom->Find(speed.k_codec, speed.v_codec, group, head_dim, context)) continue;
+      const bool measuring = std::any_of(decodes.begin(), decodes.end(), [&](const auto& d) {
+        return d->speed.k_codec == speed.k_codec && d->speed.v_codec == speed.v_codec;
+      });
+      if (measuring || wisdom->Find(speed.k_codec, speed.v_codec, group, head_dim, context))
+        continue;
       Result<Cache> cache = Cache::Create(geometry, UniformPlan(geometry, kc, vc), context);
       if (!cache.ok()) return cache.status();
       if (k_rows.empty()) {

@@ -1,5 +1,6 @@
-// What the tests of attention and of the cache share: made-up K, V and q, plans that mix codecs, the double-precision reference over the
-// codes that a cache really holds, and the run over every target.
+// What the tests of attention and of the cache share: made-up K, V and q, plans that mix codecs,
+// the double-precision reference over the codes that a cache really holds, and the run over every
+// target.
 #ifndef KVMIX_TESTS_ATTEND_CASES_H_
 #define KVMIX_TESTS_ATTEND_CASES_H_
 
@@ -45,7 +46,8 @@ struct Rows {
   std::vector<Half> k, v;
 };
 
-// K has a constant offset in one channel of 16 (`offset`), as models with a bias have; V's tokens differ in size.
+// K has a constant offset in one channel of 16 (`offset`), as models with a bias have; V's tokens
+// differ in size.
 inline Rows RandomRows(const Geometry& g, std::size_t tokens, unsigned seed, float offset = 4.0f) {
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal;
@@ -63,9 +65,10 @@ inline Rows RandomRows(const Geometry& g, std::size_t tokens, unsigned seed, flo
   return rows;
 }
 
-// A codec with its numbers taken from the rows that it will hold: a head's scale covers them but for the top tenth (so that some
-// saturate), a mean is that of each channel.
-inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std::vector<Half>& x, std::size_t kv_head) {
+// A codec with its numbers taken from the rows that it will hold: a head's scale covers them but
+// for the top tenth (so that some saturate), a mean is that of each channel.
+inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std::vector<Half>& x,
+                           std::size_t kv_head) {
   const CodecKind kind = ParseCodecName(name).value();
   HeadCodec codec{kind.storage, kind.scale, kind.scale_type, 0.0f, {}};
   const std::size_t stride = g.kv_heads * g.head_dim;
@@ -78,12 +81,14 @@ inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std
       if (kind.centred) codec.mean[c] += value / static_cast<float>(x.size() / stride);
     }
   }
-  if (kind.scale == ScaleKind::kHead) codec.head_scale = largest > 0.0f ? 0.9f * largest / 127.0f : 1.0f;
+  if (kind.scale == ScaleKind::kHead)
+    codec.head_scale = largest > 0.0f ? 0.9f * largest / 127.0f : 1.0f;
   return codec;
 }
 
 // KV head h gets k_codecs[h % n] and v_codecs[h % m], in every layer.
-inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs, const Names& v_codecs) {
+inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs,
+                     const Names& v_codecs) {
   Plan plan;
   plan.geometry = g;
   for (std::size_t i = 0; i < g.layers * g.kv_heads; ++i) {
@@ -115,33 +120,42 @@ inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor
   std::vector<float> scales(tokens);
   for (std::size_t h = 0; h < g.kv_heads; ++h) {
     const HeadCodec& codec = cache.plan().codec(layer, h, tensor);
-    std::fill(scales.begin(), scales.end(), codec.scale == ScaleKind::kHead ? codec.head_scale : 1.0f);
+    std::fill(scales.begin(), scales.end(),
+              codec.scale == ScaleKind::kHead ? codec.head_scale : 1.0f);
     EXPECT_TRUE(cache.ExportRows(layer, h, tensor, 0, tokens, halves.data(), scales.data()).ok());
     const std::int8_t* codes = reinterpret_cast<const std::int8_t*>(halves.data());
     for (std::size_t i = 0; i < tokens * g.head_dim; ++i) {
       const std::size_t t = i / g.head_dim, c = i % g.head_dim;
-      const double code = codec.storage == Storage::kF16 ? static_cast<double>(HalfToFloat(halves[i])) : codes[i];
-      x[(t * g.kv_heads + h) * g.head_dim + c] = (codec.centred() ? codec.mean[c] : 0.0) + scales[t] * code;
+      const double code =
+          codec.storage == Storage::kF16 ? static_cast<double>(HalfToFloat(halves[i])) : codes[i];
+      x[(t * g.kv_heads + h) * g.head_dim + c] =
+          (codec.centred() ? codec.mean[c] : 0.0) + scales[t] * code;
     }
   }
   return x;
 }
 
-inline std::vector<double> Expected(const Cache& cache, std::size_t layer, const std::vector<float>& q, const AttendOptions& options = {}) {
-  return reference::Attention(cache.geometry(), q, Decoded(cache, layer, Tensor::kK), Decoded(cache, layer, Tensor::kV), options);
+inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
+                                    const std::vector<float>& q,
+                                    const AttendOptions& options = {}) {
+  return reference::Attention(cache.geometry(), q, Decoded(cache, layer, Tensor::kK),
+                              Decoded(cache, layer, Tensor::kV), options);
 }
 
 template <typename T>
-std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q, const AttendOptions& options = {}) {
+std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q,
+                            const AttendOptions& options = {}) {
   const Geometry& g = cache.geometry();
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
-  const Status s = Attend(cache, layer, q.data(), q.size() / (g.query_heads * g.head_dim), out.data(), options);
+  const Status s =
+      Attend(cache, layer, q.data(), q.size() / (g.query_heads * g.head_dim), out.data(), options);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }
 
 // mean(d^2) / mean(out^2) of each query head; 0 where both are zero, infinite where a NaN is.
-inline std::vector<double> Nmse(const Geometry& g, const std::vector<float>& out, const std::vector<double>& expected) {
+inline std::vector<double> Nmse(const Geometry& g, const std::vector<float>& out,
+                                const std::vector<double>& expected) {
   std::vector<double> error(g.query_heads), size(g.query_heads), nmse(g.query_heads);
   for (std::size_t i = 0; i < out.size(); ++i) {
     const std::size_t h = i / g.head_dim % g.query_heads;
@@ -151,12 +165,14 @@ inline std::vector<double> Nmse(const Geometry& g, const std::vector<float>& out
   }
   for (std::size_t h = 0; h < g.query_heads; ++h) {
     nmse[h] = error[h] == 0.0 ? 0.0 : error[h] / size[h];
-    if (!(nmse[h] <= std::numeric_limits<double>::max())) nmse[h] = std::numeric_limits<double>::infinity();
+    if (!(nmse[h] <= std::numeric_limits<double>::max()))
+      nmse[h] = std::numeric_limits<double>::infinity();
   }
   return nmse;
 }
 
-inline double WorstNmse(const Geometry& g, const std::vector<float>& out, const std::vector<double>& expected) {
+inline double WorstNmse(const Geometry& g, const std::vector<float>& out,
+                        const std::vector<double>& expected) {
   const std::vector<double> nmse = Nmse(g, out, expected);
   return *std::max_element(nmse.begin(), nmse.end());
 }

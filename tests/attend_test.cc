@@ -1,4 +1,5 @@
-// Accuracy of attention on every target, against double precision over the same codes. (What the options do: attend_options_test.cc.)
+// Accuracy of attention on every target, against double precision over the same codes. (What the
+// options do: attend_options_test.cc.)
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,10 +20,12 @@ namespace {
 // The bound that kvmix/attention.h states.
 constexpr double kBound = 1e-6;
 
-// Runs `q` over `rows` on every target and compares with one reference; both forms of q give the same bits.
+// Runs `q` over `rows` on every target and compares with one reference; both forms of q give the
+// same bits.
 class Attention : public ::testing::Test {
  protected:
-  void Check(const Plan& plan, const Rows& rows, const std::vector<Half>& q, double bound = kBound, const AttendOptions& options = {}) {
+  void Check(const Plan& plan, const Rows& rows, const std::vector<Half>& q, double bound = kBound,
+             const AttendOptions& options = {}) {
     const Geometry& g = plan.geometry;
     const std::size_t tokens = rows.k.size() / (g.kv_heads * g.head_dim);
     const std::vector<float> q_floats = ToFloats(q);
@@ -32,7 +35,8 @@ class Attention : public ::testing::Test {
       const std::vector<float> out = Attended(cache, 0, q_floats, options);
       const std::vector<double> nmse = Nmse(g, out, expected);
       for (std::size_t h = 0; h < g.query_heads; ++h) {
-        const std::string codecs = CodecName(plan.codec(0, h / g.group(), Tensor::kK)) + " " + CodecName(plan.codec(0, h / g.group(), Tensor::kV));
+        const std::string codecs = CodecName(plan.codec(0, h / g.group(), Tensor::kK)) + " " +
+                                   CodecName(plan.codec(0, h / g.group(), Tensor::kV));
         EXPECT_LE(nmse[h], bound) << "query head " << h << ", K and V " << codecs;
         double& worst = worst_[cache.target()];
         worst = std::max(worst, nmse[h] / bound);
@@ -42,7 +46,8 @@ class Attention : public ::testing::Test {
   }
 
   void TearDown() override {
-    for (const auto& [target, worst] : worst_) std::printf("  %-16s worst NMSE: %.1e of the bound\n", target.c_str(), worst);
+    for (const auto& [target, worst] : worst_)
+      std::printf("  %-16s worst NMSE: %.1e of the bound\n", target.c_str(), worst);
   }
 
  private:
@@ -50,11 +55,14 @@ class Attention : public ::testing::Test {
 };
 
 // Five KV heads, each pair of codecs in turn: `shift` picks which of V's codecs meets which of K's.
-void MixedCase(const Geometry& g, std::size_t tokens, std::size_t queries, std::size_t shift, Plan* plan, Rows* rows, std::vector<Half>* q) {
+void MixedCase(const Geometry& g, std::size_t tokens, std::size_t queries, std::size_t shift,
+               Plan* plan, Rows* rows, std::vector<Half>* q) {
   const unsigned seed = static_cast<unsigned>(tokens * 31 + g.head_dim * 7 + queries);
   *rows = RandomRows(g, tokens, seed);
   Names v_codecs = kCodecs;
-  std::rotate(v_codecs.begin(), v_codecs.begin() + static_cast<std::ptrdiff_t>(shift % kCodecs.size()), v_codecs.end());
+  std::rotate(v_codecs.begin(),
+              v_codecs.begin() + static_cast<std::ptrdiff_t>(shift % kCodecs.size()),
+              v_codecs.end());
   *plan = MakePlan(g, *rows, kCodecs, v_codecs);
   std::mt19937 rng(seed + 1);
   *q = RandomHalves(rng, queries * g.query_heads * g.head_dim);
@@ -65,10 +73,12 @@ TEST_F(Attention, EveryHeadDimLengthAndCodec) {
   std::size_t count = 0;
   for (const std::size_t head_dim : {1, 33, 64, 80, 96, 128, 256}) {
     // Around one vector of tokens of every target, one block, and several spans.
-    for (const std::size_t tokens : {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 255, 256, 257, 1000, 5000}) {
+    for (const std::size_t tokens :
+         {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 255, 256, 257, 1000, 5000}) {
       const Geometry g{1, 5, 5 * kGroups[count % 4], head_dim};
       const std::size_t queries = kQueries[count / 4 % 3];
-      SCOPED_TRACE(::testing::Message() << ToString(g) << ", " << tokens << " tokens, " << queries << " queries");
+      SCOPED_TRACE(::testing::Message()
+                   << ToString(g) << ", " << tokens << " tokens, " << queries << " queries");
       Plan plan;
       Rows rows;
       std::vector<Half> q;
@@ -84,11 +94,21 @@ TEST_F(Attention, PrefillAndMoreQueriesThanTokens) {
   struct Shape {
     std::size_t head_dim, group, tokens, queries;
   };
-  for (const Shape& s : {Shape{64, 7, 64, 64}, {128, 6, 100, 100}, {80, 4, 257, 64}, {128, 1, 300, 300}, {64, 1, 3, 64}, {96, 4, 17, 100},
-                         {64, 6, 0, 5}, {256, 4, 70, 71}, {33, 7, 100, 100}, {512, 1, 40, 40}, {64, 65, 20, 5}}) {
+  for (const Shape& s : {Shape{64, 7, 64, 64},
+                         {128, 6, 100, 100},
+                         {80, 4, 257, 64},
+                         {128, 1, 300, 300},
+                         {64, 1, 3, 64},
+                         {96, 4, 17, 100},
+                         {64, 6, 0, 5},
+                         {256, 4, 70, 71},
+                         {33, 7, 100, 100},
+                         {512, 1, 40, 40},
+                         {64, 65, 20, 5}}) {
     for (std::size_t shift = 0; shift < 2; ++shift) {
       const Geometry g{1, 5, 5 * s.group, s.head_dim};
-      SCOPED_TRACE(::testing::Message() << ToString(g) << ", " << s.tokens << " tokens, " << s.queries << " queries");
+      SCOPED_TRACE(::testing::Message()
+                   << ToString(g) << ", " << s.tokens << " tokens, " << s.queries << " queries");
       Plan plan;
       Rows rows;
       std::vector<Half> q;
@@ -98,7 +118,8 @@ TEST_F(Attention, PrefillAndMoreQueriesThanTokens) {
   }
 }
 
-// Reading tiles as if they came from memory takes other register blocks and other turns of rows, and gives the same bits.
+// Reading tiles as if they came from memory takes other register blocks and other turns of rows,
+// and gives the same bits.
 TEST(AttendKernel, StreamingGivesTheSameBits) {
   using kernels::TileStorage;
   struct alignas(64) Line {
@@ -108,14 +129,18 @@ TEST(AttendKernel, StreamingGivesTheSameBits) {
   constexpr std::size_t kTokens = 700;
   for (const kernels::Kernels& k : kernels::AllKernels()) {
     for (const std::size_t head_dim : {64, 80}) {
-      for (const auto& [k_storage, v_storage] : {std::pair(TileStorage::kI8, TileStorage::kI8), std::pair(TileStorage::kF16, TileStorage::kF16),
-                                                 std::pair(TileStorage::kF16, TileStorage::kI8), std::pair(TileStorage::kI8, TileStorage::kF16)}) {
+      for (const auto& [k_storage, v_storage] : {std::pair(TileStorage::kI8, TileStorage::kI8),
+                                                 std::pair(TileStorage::kF16, TileStorage::kF16),
+                                                 std::pair(TileStorage::kF16, TileStorage::kI8),
+                                                 std::pair(TileStorage::kI8, TileStorage::kF16)}) {
         kernels::BlockFormat f;
         f.head_dim = head_dim;
         f.k.storage = k_storage;
         f.v.storage = v_storage;
-        f.k.scale = k_storage == TileStorage::kI8 ? kernels::TileScale::kF32 : kernels::TileScale::kConstant;
-        f.v.scale = v_storage == TileStorage::kI8 ? kernels::TileScale::kF32 : kernels::TileScale::kConstant;
+        f.k.scale = k_storage == TileStorage::kI8 ? kernels::TileScale::kF32
+                                                  : kernels::TileScale::kConstant;
+        f.v.scale = v_storage == TileStorage::kI8 ? kernels::TileScale::kF32
+                                                  : kernels::TileScale::kConstant;
         k.tiles.lay_out(f);
         std::vector<Line> memory = lines((kTokens / kernels::kBlockTokens + 1) * f.block_bytes);
         std::uint8_t* blocks = memory[0].bytes;
@@ -124,15 +149,20 @@ TEST(AttendKernel, StreamingGivesTheSameBits) {
           std::uint8_t* block = blocks + t / kernels::kBlockTokens * f.block_bytes;
           const std::vector<Half> rows = RandomHalves(rng, 2 * head_dim);
           const auto codes = [&](TileStorage storage, std::size_t at) {
-            std::vector<Half> row(rows.begin() + static_cast<std::ptrdiff_t>(at), rows.begin() + static_cast<std::ptrdiff_t>(at + head_dim));
+            std::vector<Half> row(rows.begin() + static_cast<std::ptrdiff_t>(at),
+                                  rows.begin() + static_cast<std::ptrdiff_t>(at + head_dim));
             if (storage == TileStorage::kF16) return row;
             std::vector<Half> bytes(head_dim);
             std::int8_t* code = reinterpret_cast<std::int8_t*>(bytes.data());
-            for (std::size_t c = 0; c < head_dim; ++c) code[c] = static_cast<std::int8_t>(std::clamp(40.0f * HalfToFloat(row[c]), -127.0f, 127.0f));
+            for (std::size_t c = 0; c < head_dim; ++c)
+              code[c] = static_cast<std::int8_t>(
+                  std::clamp(40.0f * HalfToFloat(row[c]), -127.0f, 127.0f));
             return bytes;
           };
-          k.tiles.store_k(f, block, t % kernels::kBlockTokens, codes(k_storage, 0).data(), 0.02f + 1e-5f * static_cast<float>(t));
-          k.tiles.store_v(f, block, t % kernels::kBlockTokens, codes(v_storage, head_dim).data(), 0.03f - 1e-5f * static_cast<float>(t));
+          k.tiles.store_k(f, block, t % kernels::kBlockTokens, codes(k_storage, 0).data(),
+                          0.02f + 1e-5f * static_cast<float>(t));
+          k.tiles.store_v(f, block, t % kernels::kBlockTokens, codes(v_storage, head_dim).data(),
+                          0.03f - 1e-5f * static_cast<float>(t));
         }
         const std::size_t padded = k.attend.padded_dim(f);
         for (std::size_t rows = 1; rows <= 18; ++rows) {
@@ -159,20 +189,24 @@ TEST(AttendKernel, StreamingGivesTheSameBits) {
           };
           const std::vector<float> out = run(false);
           EXPECT_GT(out.back(), 0.0f);
-          EXPECT_EQ(run(true), out) << k.target << ", head_dim " << head_dim << ", " << rows << " rows, K " << static_cast<int>(k_storage) << ", V "
-                                    << static_cast<int>(v_storage);
+          EXPECT_EQ(run(true), out)
+              << k.target << ", head_dim " << head_dim << ", " << rows << " rows, K "
+              << static_cast<int>(k_storage) << ", V " << static_cast<int>(v_storage);
         }
       }
     }
   }
 }
 
-// One channel of q 100 times larger than the others: what the fixed-point q of int8 heads has least room for.
+// One channel of q 100 times larger than the others: what the fixed-point q of int8 heads has least
+// room for.
 TEST_F(Attention, QueryWithAnOutlierChannel) {
   const Geometry g{1, 5, 10, 128};
   Rows rows = RandomRows(g, 700, 5);
-  // K's channel is nearly constant there, as in models whose bias makes such outliers; else it alone would decide the softmax.
-  for (std::size_t i = 3; i < rows.k.size(); i += g.head_dim) rows.k[i] = FloatToHalf(4.0f + 0.01f * HalfToFloat(rows.k[i]));
+  // K's channel is nearly constant there, as in models whose bias makes such outliers; else it
+  // alone would decide the softmax.
+  for (std::size_t i = 3; i < rows.k.size(); i += g.head_dim)
+    rows.k[i] = FloatToHalf(4.0f + 0.01f * HalfToFloat(rows.k[i]));
   std::mt19937 rng(6);
   std::vector<Half> q = RandomHalves(rng, 2 * g.query_heads * g.head_dim);
   for (std::size_t i = 3; i < q.size(); i += g.head_dim) q[i] = FloatToHalf(100.0f);
@@ -190,13 +224,15 @@ TEST_F(Attention, KeysInTheHundreds) {
   Check(MakePlan(g, rows, {"f16", "i8-token+centre"}, kCodecs), rows, q);
 }
 
-// Scores of which f32 itself knows no more than two or three decimals. Nothing may overflow: the weights stay weights.
+// Scores of which f32 itself knows no more than two or three decimals. Nothing may overflow: the
+// weights stay weights.
 TEST_F(Attention, ScoresInTheTensOfThousands) {
   const Geometry g{1, 2, 8, 64};
   for (const float size : {30.0f, 100.0f, 300.0f}) {
     SCOPED_TRACE(size);
     Rows rows = RandomRows(g, 600, 9, 0.0f);
-    for (std::size_t i = 0; i < rows.k.size(); ++i) rows.k[i] = FloatToHalf(size + 0.02f * HalfToFloat(rows.k[i]));
+    for (std::size_t i = 0; i < rows.k.size(); ++i)
+      rows.k[i] = FloatToHalf(size + 0.02f * HalfToFloat(rows.k[i]));
     for (Half& v : rows.v) v = FloatToHalf(1.0f + 0.1f * HalfToFloat(v));
     std::mt19937 rng(10);
     std::vector<Half> q = RandomHalves(rng, g.query_heads * g.head_dim);
@@ -211,7 +247,8 @@ TEST_F(Attention, TinyQueries) {
   const Geometry g{1, 5, 5, 64};
   const Rows rows = RandomRows(g, 300, 11);
   const Plan plan = MakePlan(g, rows, kCodecs, {"i8-token"});
-  const std::vector<double> even = Expected(Filled(plan, rows, 300), 0, std::vector<float>(g.query_heads * g.head_dim));
+  const std::vector<double> even =
+      Expected(Filled(plan, rows, 300), 0, std::vector<float>(g.query_heads * g.head_dim));
   for (const float size : {0.0f, 1e-45f, 1e-38f, 1e-30f, 1e-29f, 1e-20f}) {
     ForAllTargets([&] {
       const Cache cache = Filled(plan, rows, 300);
@@ -220,9 +257,11 @@ TEST_F(Attention, TinyQueries) {
       for (const float scale : {0.0f, 1e-30f, 1e-45f}) {
         AttendOptions options;
         options.attention_scale = scale;
-        EXPECT_LE(WorstNmse(g, Attended(cache, 0, q, options), even), kBound) << "q " << size << ", attention_scale " << scale;
+        EXPECT_LE(WorstNmse(g, Attended(cache, 0, q, options), even), kBound)
+            << "q " << size << ", attention_scale " << scale;
         options.soft_cap = 30.0f;
-        EXPECT_LE(WorstNmse(g, Attended(cache, 0, q, options), even), kBound) << "q " << size << ", attention_scale " << scale << ", soft cap";
+        EXPECT_LE(WorstNmse(g, Attended(cache, 0, q, options), even), kBound)
+            << "q " << size << ", attention_scale " << scale << ", soft cap";
       }
     });
   }
@@ -243,15 +282,17 @@ TEST_F(Attention, LongContext) {
         if (&k != &all.front() && std::string(k.target) != "AVX2") continue;
         SCOPED_TRACE(k.target);
         ASSERT_TRUE(kernels::UseTarget(k.target));
-        EXPECT_LE(WorstNmse(g, Attended(Filled(plan, rows, tokens), 0, q), expected), kBound) << tokens << " tokens, " << pair[0] << " " << pair[1];
+        EXPECT_LE(WorstNmse(g, Attended(Filled(plan, rows, tokens), 0, q), expected), kBound)
+            << tokens << " tokens, " << pair[0] << " " << pair[1];
       }
       kernels::UseTarget("");
     }
   }
 }
 
-// An attention sink: the first key takes 0.9 of the weight, 32767 others share the rest; also with hardly any V behind it, as models
-// make their sinks, so that the output is what the others add up to.
+// An attention sink: the first key takes 0.9 of the weight, 32767 others share the rest; also with
+// hardly any V behind it, as models make their sinks, so that the output is what the others add up
+// to.
 TEST_F(Attention, Sink) {
   const Geometry g{1, 5, 5, 64};
   constexpr std::size_t kTokens = 32768;
@@ -263,17 +304,23 @@ TEST_F(Attention, Sink) {
     double others = 0.0, q2 = 0.0;
     for (std::size_t t = 1; t < kTokens; ++t) {
       double s = 0.0;
-      for (std::size_t c = 0; c < g.head_dim; ++c) s += static_cast<double>(HalfToFloat(qr[c])) * HalfToFloat(rows.k[(t * g.kv_heads + h) * g.head_dim + c]);
+      for (std::size_t c = 0; c < g.head_dim; ++c)
+        s += static_cast<double>(HalfToFloat(qr[c])) *
+             HalfToFloat(rows.k[(t * g.kv_heads + h) * g.head_dim + c]);
       others += std::exp(s / 8.0);
     }
-    for (std::size_t c = 0; c < g.head_dim; ++c) q2 += static_cast<double>(HalfToFloat(qr[c])) * HalfToFloat(qr[c]);
+    for (std::size_t c = 0; c < g.head_dim; ++c)
+      q2 += static_cast<double>(HalfToFloat(qr[c])) * HalfToFloat(qr[c]);
     const double factor = 8.0 * std::log(9.0 * others) / q2;
-    for (std::size_t c = 0; c < g.head_dim; ++c) rows.k[h * g.head_dim + c] = FloatToHalf(static_cast<float>(factor) * HalfToFloat(qr[c]));
+    for (std::size_t c = 0; c < g.head_dim; ++c)
+      rows.k[h * g.head_dim + c] = FloatToHalf(static_cast<float>(factor) * HalfToFloat(qr[c]));
   }
   for (const float v_size : {1.0f, 1e-3f, 0.0f}) {
-    for (std::size_t c = 0; c < g.kv_heads * g.head_dim; ++c) rows.v[c] = FloatToHalf(v_size * HalfToFloat(rows.v[c]));
+    for (std::size_t c = 0; c < g.kv_heads * g.head_dim; ++c)
+      rows.v[c] = FloatToHalf(v_size * HalfToFloat(rows.v[c]));
     for (const std::string v_codec : {"f16", "i8-token", "i8-token-bf16", "i8-head"}) {
-      // With one scale for the head nothing says how small the sink's V is: its weight sets the step of its block's other weights.
+      // With one scale for the head nothing says how small the sink's V is: its weight sets the
+      // step of its block's other weights.
       if (v_codec == "i8-head" && v_size < 1.0f) continue;
       SCOPED_TRACE(::testing::Message() << "V of the sink x " << v_size << ", V " << v_codec);
       Check(MakePlan(g, rows, kCodecs, {v_codec}), rows, q, 1e-5);
@@ -283,18 +330,25 @@ TEST_F(Attention, Sink) {
 
 // Real rows: layers with and without outlier heads of the sample.
 TEST_F(Attention, RealRows) {
-  const Result<Dump> dump = Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
+  const Result<Dump> dump =
+      Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   Geometry g = dump->geometry();
   g.layers = 1;
   const std::size_t row = g.kv_heads * g.head_dim;
   for (const std::size_t layer : {0, 1, 7, 15, 27}) {
     SCOPED_TRACE(layer);
-    const Rows rows{{dump->k(layer), dump->k(layer) + dump->tokens() * row}, {dump->v(layer), dump->v(layer) + dump->tokens() * row}};
-    const std::vector<Half> q(dump->q(layer), dump->q(layer) + dump->tokens() * g.query_heads * g.head_dim);
+    const Rows rows{{dump->k(layer), dump->k(layer) + dump->tokens() * row},
+                    {dump->v(layer), dump->v(layer) + dump->tokens() * row}};
+    const std::vector<Half> q(dump->q(layer),
+                              dump->q(layer) + dump->tokens() * g.query_heads * g.head_dim);
     AttendOptions options;
     options.attention_scale = dump->attention_scale();
-    for (const Names& pair : {Names{"f16", "f16"}, {"i8-token", "i8-token"}, {"i8-token+centre", "i8-token-bf16"}, {"i8-head", "f16"}, {"f16", "i8-head"}}) {
+    for (const Names& pair : {Names{"f16", "f16"},
+                              {"i8-token", "i8-token"},
+                              {"i8-token+centre", "i8-token-bf16"},
+                              {"i8-head", "f16"},
+                              {"f16", "i8-head"}}) {
       Check(MakePlan(g, rows, {pair[0]}, {pair[1]}), rows, q, kBound, options);
     }
   }

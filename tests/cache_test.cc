@@ -1,5 +1,6 @@
-// The cache against the canonical form: what it stores, byte by byte, is what tests/reference/quantize.h makes of the rows, on every
-// target and however the rows arrive; and what it refuses leaves it as it was.
+// The cache against the canonical form: what it stores, byte by byte, is what
+// tests/reference/quantize.h makes of the rows, on every target and however the rows arrive; and
+// what it refuses leaves it as it was.
 #include "kvmix/cache.h"
 
 #include <gtest/gtest.h>
@@ -22,9 +23,22 @@ namespace {
 constexpr Half kHalfInf = 0x7C00, kHalfNan = 0x7E01, kHalfMax = 0x7BFF, kHalfSign = 0x8000;
 constexpr float kUntouched = -7.0f;
 
-// Runs of heads of one kind, whose rows of one token are encoded together, between heads of other kinds; centred ones in both tensors.
-const Names kRuns = {"i8-token+centre", "i8-token+centre", "i8-token+centre", "i8-token", "i8-token",      "i8-token-bf16", "i8-token-bf16+centre", "i8-token-bf16+centre",
-                     "f16",             "f16",             "i8-head",         "i8-head",  "i8-head+centre", "i8-head+centre"};
+// Runs of heads of one kind, whose rows of one token are encoded together, between heads of other
+// kinds; centred ones in both tensors.
+const Names kRuns = {"i8-token+centre",
+                     "i8-token+centre",
+                     "i8-token+centre",
+                     "i8-token",
+                     "i8-token",
+                     "i8-token-bf16",
+                     "i8-token-bf16+centre",
+                     "i8-token-bf16+centre",
+                     "f16",
+                     "f16",
+                     "i8-head",
+                     "i8-head",
+                     "i8-head+centre",
+                     "i8-head+centre"};
 
 // One KV head's K or V in the canonical form.
 struct Codes {
@@ -34,22 +48,29 @@ struct Codes {
 };
 using LayerCodes = std::vector<Codes>;  // [kv_heads][K, V]
 
-std::size_t RowBytes(const Geometry& g, const HeadCodec& codec) { return g.head_dim * (codec.storage == Storage::kF16 ? 2 : 1); }
+std::size_t RowBytes(const Geometry& g, const HeadCodec& codec) {
+  return g.head_dim * (codec.storage == Storage::kF16 ? 2 : 1);
+}
 
 LayerCodes Export(const Cache& cache, std::size_t layer, std::size_t first, std::size_t count) {
   LayerCodes all;
   const Geometry& g = cache.geometry();
   for (std::size_t i = 0; i < 2 * g.kv_heads; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
-    Codes c{std::vector<std::uint8_t>(count * RowBytes(g, cache.plan().codec(layer, i / 2, tensor))), std::vector<float>(count, kUntouched)};
-    const Status s = cache.ExportRows(layer, i / 2, tensor, first, count, c.codes.data(), c.scales.data());
+    Codes c{
+        std::vector<std::uint8_t>(count * RowBytes(g, cache.plan().codec(layer, i / 2, tensor))),
+        std::vector<float>(count, kUntouched)};
+    const Status s =
+        cache.ExportRows(layer, i / 2, tensor, first, count, c.codes.data(), c.scales.data());
     EXPECT_TRUE(s.ok()) << s.message();
     all.push_back(std::move(c));
   }
   return all;
 }
 
-LayerCodes Export(const Cache& cache, std::size_t layer) { return Export(cache, layer, 0, cache.tokens(layer)); }
+LayerCodes Export(const Cache& cache, std::size_t layer) {
+  return Export(cache, layer, 0, cache.tokens(layer));
+}
 
 Status Import(Cache& cache, std::size_t layer, const LayerCodes& all) {
   std::vector<const void*> codes[2];
@@ -58,7 +79,8 @@ Status Import(Cache& cache, std::size_t layer, const LayerCodes& all) {
     codes[i % 2].push_back(all[i].codes.data());
     scales[i % 2].push_back(all[i].scales.data());
   }
-  return cache.ImportRows(layer, all[0].scales.size(), codes[0].data(), scales[0].data(), codes[1].data(), scales[1].data());
+  return cache.ImportRows(layer, all[0].scales.size(), codes[0].data(), scales[0].data(),
+                          codes[1].data(), scales[1].data());
 }
 
 // What a cache has to hold after these rows, and how many of their values saturate.
@@ -68,18 +90,21 @@ LayerCodes Reference(const Plan& plan, const Rows& rows, std::uint64_t* saturate
   LayerCodes all;
   for (std::size_t i = 0; i < 2 * g.kv_heads; ++i) {
     const HeadCodec& codec = plan.codec(0, i / 2, static_cast<Tensor>(i % 2));
-    const HalfRows head{(i % 2 == 0 ? rows.k : rows.v).data() + i / 2 * g.head_dim, stride, rows.k.size() / stride, g.head_dim};
+    const HalfRows head{(i % 2 == 0 ? rows.k : rows.v).data() + i / 2 * g.head_dim, stride,
+                        rows.k.size() / stride, g.head_dim};
     Codes c{{}, std::vector<float>(head.tokens, kUntouched)};
     if (codec.storage == Storage::kF16) {
       for (std::size_t j = 0; j < head.tokens * g.head_dim; ++j) {
-        const Half x = FloatToHalf(reference::FiniteFloat(head.row(j / g.head_dim)[j % g.head_dim]));
+        const Half x =
+            FloatToHalf(reference::FiniteFloat(head.row(j / g.head_dim)[j % g.head_dim]));
         c.codes.push_back(static_cast<std::uint8_t>(x & 0xFF));
         c.codes.push_back(static_cast<std::uint8_t>(x >> 8));
       }
     } else {
       const float* mean = codec.centred() ? codec.mean.data() : nullptr;
       const bool own = codec.scale == ScaleKind::kToken;
-      const reference::Codes r = own ? reference::QuantizePerToken(head, mean, codec.scale_type) : reference::QuantizeGlobal(head, mean, codec.head_scale);
+      const reference::Codes r = own ? reference::QuantizePerToken(head, mean, codec.scale_type)
+                                     : reference::QuantizeGlobal(head, mean, codec.head_scale);
       for (const std::int8_t code : r.codes) c.codes.push_back(static_cast<std::uint8_t>(code));
       if (own) c.scales = r.scales;
       if (!own && saturated) *saturated += r.clamped;
@@ -92,7 +117,9 @@ LayerCodes Reference(const Plan& plan, const Rows& rows, std::uint64_t* saturate
 void ExpectSame(const LayerCodes& found, const LayerCodes& expected, const Plan& plan) {
   ASSERT_EQ(found.size(), expected.size());
   for (std::size_t i = 0; i < found.size(); ++i) {
-    const std::string what = std::string(i % 2 == 0 ? "K" : "V") + " of head " + std::to_string(i / 2) + ", " + CodecName(plan.codec(0, i / 2, static_cast<Tensor>(i % 2)));
+    const std::string what = std::string(i % 2 == 0 ? "K" : "V") + " of head " +
+                             std::to_string(i / 2) + ", " +
+                             CodecName(plan.codec(0, i / 2, static_cast<Tensor>(i % 2)));
     EXPECT_TRUE(found[i].codes == expected[i].codes) << what;
     EXPECT_TRUE(found[i].scales == expected[i].scales) << what;
   }
@@ -102,9 +129,11 @@ Cache Empty(const Plan& plan, std::size_t capacity) { return Filled(plan, {}, ca
 
 // Appends to one layer, `step` tokens at a time.
 void AppendInSteps(Cache& cache, std::size_t layer, const Rows& rows, std::size_t step) {
-  const std::size_t row = cache.geometry().kv_heads * cache.geometry().head_dim, tokens = rows.k.size() / row;
+  const std::size_t row = cache.geometry().kv_heads * cache.geometry().head_dim,
+                    tokens = rows.k.size() / row;
   for (std::size_t t = 0; t < tokens; t += step) {
-    const Status s = cache.Append(layer, &rows.k[t * row], &rows.v[t * row], std::min(step, tokens - t));
+    const Status s =
+        cache.Append(layer, &rows.k[t * row], &rows.v[t * row], std::min(step, tokens - t));
     ASSERT_TRUE(s.ok()) << s.message();
   }
 }
@@ -116,40 +145,49 @@ std::vector<Half> RandomQueries(const Geometry& g, std::size_t queries, unsigned
 
 // NaN, infinities and the largest halves here and there.
 void Damage(std::vector<Half>& x) {
-  constexpr Half kBad[] = {kHalfNan, kHalfInf, kHalfInf | kHalfSign, kHalfMax, kHalfNan | kHalfSign};
+  constexpr Half kBad[] = {kHalfNan, kHalfInf, kHalfInf | kHalfSign, kHalfMax,
+                           kHalfNan | kHalfSign};
   for (std::size_t i = 5, n = 0; i < x.size(); i += 97, ++n) x[i] = kBad[n % 5];
 }
 
 void ExpectError(const Status& s, ErrorCode code, const std::vector<std::string>& parts) {
   EXPECT_EQ(s.code(), code) << s.message();
   EXPECT_EQ(s.message().find('\n'), std::string::npos) << s.message();
-  for (const std::string& part : parts) EXPECT_NE(s.message().find(part), std::string::npos) << s.message() << " does not name " << part;
+  for (const std::string& part : parts)
+    EXPECT_NE(s.message().find(part), std::string::npos)
+        << s.message() << " does not name " << part;
 }
 
-// ---- Create -----------------------------------------------------------------------------------------------------------------------
+// ---- Create
 
 TEST(CacheCreate, RefusesPlansThatAreInvalidOrOfAnotherModel) {
   const Geometry g{2, 2, 4, 16}, other{3, 2, 4, 16};
   const Plan good = UniformPlan(g, {}, {});
   Plan plan = good;
   plan.codecs.pop_back();
-  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument, {"expected 8", "found 7"});
+  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
+              {"expected 8", "found 7"});
   plan = good;
   plan.codec(1, 0, Tensor::kV) = {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, 0.0f, {}};
-  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument, {"layer 1, KV head 0, V"});
+  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
+              {"layer 1, KV head 0, V"});
   plan = good;
   plan.codec(0, 1, Tensor::kK).mean.assign(16, 1.0f);  // fp16 is not centred
-  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument, {"layer 0, KV head 1, K", "mean"});
-  ExpectError(Cache::Create(other, good, 8).status(), ErrorCode::kMismatch, {ToString(g), ToString(other)});
+  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
+              {"layer 0, KV head 1, K", "mean"});
+  ExpectError(Cache::Create(other, good, 8).status(), ErrorCode::kMismatch,
+              {ToString(g), ToString(other)});
 }
 
 TEST(CacheCreate, RefusesMoreThanThereIsMemory) {
   const Geometry g{28, 4, 28, 128};
-  for (const std::size_t capacity : {std::size_t{1} << 40, std::size_t{1} << 55, std::numeric_limits<std::size_t>::max() / 2, std::numeric_limits<std::size_t>::max() - 1,
-                                     std::numeric_limits<std::size_t>::max()}) {
+  for (const std::size_t capacity :
+       {std::size_t{1} << 40, std::size_t{1} << 55, std::numeric_limits<std::size_t>::max() / 2,
+        std::numeric_limits<std::size_t>::max() - 1, std::numeric_limits<std::size_t>::max()}) {
     for (const char* codec : {"f16", "i8-token"}) {
       const HeadCodec c = MakeCodec(codec, g, {}, 0);
-      ExpectError(Cache::Create(g, UniformPlan(g, c, c), capacity).status(), ErrorCode::kOutOfMemory, {std::to_string(capacity), ToString(g), "GiB"});
+      ExpectError(Cache::Create(g, UniformPlan(g, c, c), capacity).status(),
+                  ErrorCode::kOutOfMemory, {std::to_string(capacity), ToString(g), "GiB"});
     }
   }
 }
@@ -161,9 +199,11 @@ TEST(CacheCreate, CapacityZeroHoldsNothing) {
   EXPECT_EQ(cache.bytes(), 0u);
   const Rows rows = RandomRows(g, 1, 1);
   EXPECT_TRUE(cache.Append(0, nullptr, nullptr, 0).ok());
-  ExpectError(cache.Append(0, rows.k.data(), rows.v.data(), 1), ErrorCode::kOutOfMemory, {"0 of 0"});
+  ExpectError(cache.Append(0, rows.k.data(), rows.v.data(), 1), ErrorCode::kOutOfMemory,
+              {"0 of 0"});
   EXPECT_TRUE(cache.Truncate(0).ok());
-  EXPECT_EQ(Attended(cache, 0, RandomQueries(g, 2, 2)), std::vector<float>(2 * g.query_heads * g.head_dim, 0.0f));
+  EXPECT_EQ(Attended(cache, 0, RandomQueries(g, 2, 2)),
+            std::vector<float>(2 * g.query_heads * g.head_dim, 0.0f));
 }
 
 TEST(CacheCreate, BytesAreThePlansAndALittleMore) {
@@ -181,10 +221,12 @@ TEST(CacheCreate, BytesAreThePlansAndALittleMore) {
   }
 }
 
-// ---- what is stored -----------------------------------------------------------------------------------------------------------------
+// ---- what is stored
 
-// The reference's bytes on every target, whether the rows come one by one, some at a time or all at once.
-void ExpectReferenceBytes(const Geometry& g, const Names& k, const Names& v, std::size_t tokens, bool damaged) {
+// The reference's bytes on every target, whether the rows come one by one, some at a time or all at
+// once.
+void ExpectReferenceBytes(const Geometry& g, const Names& k, const Names& v, std::size_t tokens,
+                          bool damaged) {
   Rows rows = RandomRows(g, tokens, static_cast<unsigned>(tokens + g.head_dim));
   const Plan plan = MakePlan(g, rows, k, v);
   if (damaged) Damage(rows.k);
@@ -205,20 +247,25 @@ void ExpectReferenceBytes(const Geometry& g, const Names& k, const Names& v, std
 TEST(CacheStores, TheCanonicalBytesHoweverTheRowsCome) {
   Names reversed(kRuns.rbegin(), kRuns.rend());
   for (const std::size_t head_dim : {1, 33, 64, 128}) {
-    for (const bool damaged : {false, true}) ExpectReferenceBytes({1, kRuns.size(), kRuns.size(), head_dim}, kRuns, reversed, 300, damaged);
+    for (const bool damaged : {false, true})
+      ExpectReferenceBytes({1, kRuns.size(), kRuns.size(), head_dim}, kRuns, reversed, 300,
+                           damaged);
   }
 }
 
 // More neighbours of a kind than are encoded at a time, each with a mean of its own.
 TEST(CacheStores, ManyHeadsAlike) {
-  for (const char* name : {"i8-token+centre", "i8-token-bf16+centre", "i8-token", "f16", "i8-head+centre"}) ExpectReferenceBytes({1, 37, 37, 40}, {name}, {name}, 20, false);
+  for (const char* name :
+       {"i8-token+centre", "i8-token-bf16+centre", "i8-token", "f16", "i8-head+centre"})
+    ExpectReferenceBytes({1, 37, 37, 40}, {name}, {name}, 20, false);
 }
 
 TEST(CacheStores, ZeroForNanAndTheLargestHalfForInfinity) {
   const Geometry g{1, 1, 1, 4};
   const std::vector<Half> x{kHalfNan, kHalfInf, kHalfInf | kHalfSign, FloatToHalf(1.0f)};
   ForAllTargets([&] {
-    for (const char* name : {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre", "i8-head+centre"}) {
+    for (const char* name :
+         {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre", "i8-head+centre"}) {
       SCOPED_TRACE(name);
       HeadCodec codec = MakeCodec(name, g, {}, 0);
       if (codec.scale == ScaleKind::kHead) codec.head_scale = 65504.0f / 127.0f;
@@ -227,7 +274,10 @@ TEST(CacheStores, ZeroForNanAndTheLargestHalfForInfinity) {
       for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
         const std::vector<double> y = Decoded(cache, 0, tensor);
         EXPECT_EQ(y[0], 0.0);
-        EXPECT_NEAR(y[1], 65504.0, codec.scale_type == ScaleType::kBF16 ? 512.0 : 0.01);  // a bf16 scale is up to 2^-7 too large
+        EXPECT_NEAR(y[1], 65504.0,
+                    codec.scale_type == ScaleType::kBF16
+                        ? 512.0
+                        : 0.01);  // a bf16 scale is up to 2^-7 too large
         EXPECT_EQ(y[2], -y[1]);
         EXPECT_EQ(y[3], codec.storage == Storage::kF16 ? 1.0 : 0.0);
       }
@@ -248,7 +298,10 @@ TEST(CacheStores, RowsOfAnyAlignment) {
     const std::size_t row_bytes = g.kv_heads * g.head_dim * 2;
     for (const std::size_t first : {0, 1, 2}) {  // two tokens one by one, the rest at once
       const std::size_t at = 1 + first * row_bytes;
-      ASSERT_TRUE(cache.Append(0, reinterpret_cast<const Half*>(k.data() + at), reinterpret_cast<const Half*>(v.data() + at), first < 2 ? 1 : 38).ok());
+      ASSERT_TRUE(cache
+                      .Append(0, reinterpret_cast<const Half*>(k.data() + at),
+                              reinterpret_cast<const Half*>(v.data() + at), first < 2 ? 1 : 38)
+                      .ok());
     }
     ExpectSame(Export(cache, 0), expected, plan);
   });
@@ -272,7 +325,7 @@ TEST(CacheStores, SaturatedCountsSinceCreate) {
   EXPECT_EQ(static_cast<std::int8_t>(Reference(cache.plan(), {beyond, beyond})[0].codes[5]), 127);
 }
 
-// ---- what is refused ----------------------------------------------------------------------------------------------------------------
+// ---- what is refused
 
 TEST(CacheRefuses, ToGrowPastItsCapacity) {
   const Geometry g{2, kRuns.size(), kRuns.size(), 32};
@@ -284,11 +337,16 @@ TEST(CacheRefuses, ToGrowPastItsCapacity) {
     const LayerCodes codes = Export(cache, 0);
     const std::vector<float> attended = Attended(cache, 0, q);
     const std::uint64_t saturated = cache.saturated();
-    for (const std::size_t tokens : {std::size_t{51}, std::size_t{60}, std::numeric_limits<std::size_t>::max(), std::numeric_limits<std::size_t>::max() - 99}) {
-      ExpectError(cache.Append(0, more.k.data(), more.v.data(), tokens), ErrorCode::kOutOfMemory, {"100 of 150", std::to_string(tokens)});
+    for (const std::size_t tokens :
+         {std::size_t{51}, std::size_t{60}, std::numeric_limits<std::size_t>::max(),
+          std::numeric_limits<std::size_t>::max() - 99}) {
+      ExpectError(cache.Append(0, more.k.data(), more.v.data(), tokens), ErrorCode::kOutOfMemory,
+                  {"100 of 150", std::to_string(tokens)});
     }
-    ExpectError(cache.Append(2, more.k.data(), more.v.data(), 1), ErrorCode::kInvalidArgument, {"layer 2", "2 layers"});
-    ExpectError(Import(cache, 0, Reference(plan, more)), ErrorCode::kOutOfMemory, {"100 of 150", "60"});
+    ExpectError(cache.Append(2, more.k.data(), more.v.data(), 1), ErrorCode::kInvalidArgument,
+                {"layer 2", "2 layers"});
+    ExpectError(Import(cache, 0, Reference(plan, more)), ErrorCode::kOutOfMemory,
+                {"100 of 150", "60"});
     ExpectError(Import(cache, 7, Reference(plan, more)), ErrorCode::kInvalidArgument, {"layer 7"});
     EXPECT_EQ(cache.tokens(0), 100u);
     EXPECT_EQ(cache.saturated(), saturated);
@@ -316,11 +374,14 @@ TEST(CacheRefuses, ToTruncateToMoreThanALayerHolds) {
 
 TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   const Geometry g{1, 2, 2, 16};
-  const Cache cache = Filled(MakePlan(g, RandomRows(g, 20, 9), {"i8-token"}, {"i8-token"}), RandomRows(g, 20, 9), 64);
+  const Cache cache = Filled(MakePlan(g, RandomRows(g, 20, 9), {"i8-token"}, {"i8-token"}),
+                             RandomRows(g, 20, 9), 64);
   std::vector<std::uint8_t> codes(64 * 16, 0xAA);
   std::vector<float> scales(64, kUntouched);
-  const auto refused = [&](std::size_t layer, std::size_t head, std::size_t first, std::size_t count) {
-    const Status s = cache.ExportRows(layer, head, Tensor::kK, first, count, codes.data(), scales.data());
+  const auto refused = [&](std::size_t layer, std::size_t head, std::size_t first,
+                           std::size_t count) {
+    const Status s =
+        cache.ExportRows(layer, head, Tensor::kK, first, count, codes.data(), scales.data());
     ExpectError(s, ErrorCode::kInvalidArgument, {});
   };
   refused(1, 0, 0, 1);
@@ -335,7 +396,7 @@ TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   EXPECT_EQ(scales, std::vector<float>(64, kUntouched));
 }
 
-// ---- export, import, truncate -------------------------------------------------------------------------------------------------------
+// ---- export, import, truncate
 
 TEST(CacheRows, MoveFromAnyTargetToAnyOther) {
   const Geometry g{1, kRuns.size(), 2 * kRuns.size(), 64};
@@ -350,7 +411,13 @@ TEST(CacheRows, MoveFromAnyTargetToAnyOther) {
     const std::vector<float> expected = Attended(direct, 0, q);
     Cache whole = Empty(plan, 300), parts = Empty(plan, 300);
     ASSERT_TRUE(Import(whole, 0, exported[0]).ok());
-    for (const std::size_t first : {0, 70, 290}) ASSERT_TRUE(Import(parts, 0, Export(direct, 0, first, first == 0 ? 70 : first == 70 ? 220 : 10)).ok());
+    for (const std::size_t first : {0, 70, 290})
+      ASSERT_TRUE(Import(parts, 0,
+                         Export(direct, 0, first,
+                                first == 0    ? 70
+                                : first == 70 ? 220
+                                              : 10))
+                      .ok());
     for (const Cache* cache : {&whole, &parts}) {
       EXPECT_EQ(cache->tokens(0), 300u);
       ExpectSame(Export(*cache, 0), exported[0], plan);
@@ -359,13 +426,15 @@ TEST(CacheRows, MoveFromAnyTargetToAnyOther) {
   });
 }
 
-// What truncated tokens leave behind is never read: not by attention, not as part of a block's scales, whatever they were.
+// What truncated tokens leave behind is never read: not by attention, not as part of a block's
+// scales, whatever they were.
 TEST(CacheRows, AreForgottenOnceTruncated) {
   const Geometry g{1, kRuns.size(), kRuns.size(), 64};
   const Rows rows = RandomRows(g, 330, 12);
   const Plan plan = MakePlan(g, rows, kRuns, {kRuns.rbegin(), kRuns.rend()});
   const std::size_t row = g.kv_heads * g.head_dim;
-  constexpr Half kHuge[] = {kHalfMax, kHalfMax | kHalfSign, kHalfNan, kHalfInf, kHalfInf | kHalfSign};
+  constexpr Half kHuge[] = {kHalfMax, kHalfMax | kHalfSign, kHalfNan, kHalfInf,
+                            kHalfInf | kHalfSign};
   std::vector<Half> huge(500 * row);
   for (std::size_t i = 0; i < huge.size(); ++i) huge[i] = kHuge[i / 3 % 5];
   for (const std::size_t kept : {0, 1, 100, 255, 256, 320}) {
@@ -373,7 +442,8 @@ TEST(CacheRows, AreForgottenOnceTruncated) {
       SCOPED_TRACE(::testing::Message() << kept << " tokens kept, " << added << " added");
       const std::size_t tokens = kept + added;
       const auto last = static_cast<std::ptrdiff_t>(tokens * row);
-      const Rows seen{{rows.k.begin(), rows.k.begin() + last}, {rows.v.begin(), rows.v.begin() + last}};
+      const Rows seen{{rows.k.begin(), rows.k.begin() + last},
+                      {rows.v.begin(), rows.v.begin() + last}};
       const std::vector<Half> q = RandomQueries(g, 2, 13);
       ForAllTargets([&] {
         Cache cache = Empty(plan, 900);

@@ -19,7 +19,8 @@ using internal::KnapsackOption;
 using internal::SolveKnapsack;
 
 HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
-  HeadCodec codec{kind.storage, kind.scale, kind.scale_type, kind.scale == ScaleKind::kHead ? 0.1f : 0.0f, {}};
+  HeadCodec codec{
+      kind.storage, kind.scale, kind.scale_type, kind.scale == ScaleKind::kHead ? 0.1f : 0.0f, {}};
   if (kind.centred) codec.mean.assign(head_dim, 0.5f);
   return codec;
 }
@@ -51,10 +52,13 @@ ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::ui
 
 // int8 takes half of fp16's time, a tenth more for each stored scale.
 Wisdom Speeds(const Geometry& g, std::size_t context) {
-  const auto ns = [](const std::string& codec) { return codec == "f16" ? 100.0 : codec == "i8-head" ? 50.0 : codec == "i8-token" ? 60.0 : 55.0; };
+  const auto ns = [](const std::string& codec) {
+    return codec == "f16" ? 100.0 : codec == "i8-head" ? 50.0 : codec == "i8-token" ? 60.0 : 55.0;
+  };
   Wisdom wisdom;
   for (const std::string k : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
-    for (const std::string v : {"f16", "i8-head", "i8-token", "i8-token-bf16"}) wisdom.speeds.push_back({k, v, g.group(), g.head_dim, context, ns(k) + ns(v)});
+    for (const std::string v : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
+      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, context, ns(k) + ns(v)});
   return wisdom;
 }
 
@@ -62,15 +66,19 @@ struct Figures {
   double worst = 0.0, sum = 0.0, loss = 0.0, ns = 0.0, saved = 0.0;
 };
 
-Figures FiguresOf(const ErrorTable& table, const std::vector<std::size_t>& picks, const Wisdom& wisdom, std::size_t context) {
+Figures FiguresOf(const ErrorTable& table, const std::vector<std::size_t>& picks,
+                  const Wisdom& wisdom, std::size_t context) {
   const Geometry& g = table.geometry;
   Figures f;
   std::size_t bytes = 0;
   for (std::size_t i = 0; i < picks.size(); i += 2) {
     const CandidateError& k = table.heads[i].candidates[picks[i]];
     const CandidateError& v = table.heads[i + 1].candidates[picks[i + 1]];
-    bytes += BytesPerToken(KindOf(k.codec), g.head_dim) + BytesPerToken(KindOf(v.codec), g.head_dim);
-    const auto name = [](const HeadCodec& c) { return CodecName(c).substr(0, CodecName(c).find('+')); };
+    bytes +=
+        BytesPerToken(KindOf(k.codec), g.head_dim) + BytesPerToken(KindOf(v.codec), g.head_dim);
+    const auto name = [](const HeadCodec& c) {
+      return CodecName(c).substr(0, CodecName(c).find('+'));
+    };
     f.ns += wisdom.Find(name(k.codec), name(v.codec), g.group(), g.head_dim, context)->decode_ns;
     for (std::size_t q = 0; q < g.group(); ++q) {
       const double nmse = k.queries[q].nmse() + v.queries[q].nmse();
@@ -94,11 +102,15 @@ std::vector<Figures> AllPlans(const ErrorTable& table, const Wisdom& wisdom, std
   }
 }
 
-Figures FiguresOf(const ErrorTable& table, const Choice& choice, const Wisdom& wisdom, std::size_t context) {
+Figures FiguresOf(const ErrorTable& table, const Choice& choice, const Wisdom& wisdom,
+                  std::size_t context) {
   std::vector<std::size_t> picks;
   for (std::size_t i = 0; i < table.heads.size(); ++i) {
     const auto& candidates = table.heads[i].candidates;
-    picks.push_back(static_cast<std::size_t>(std::find_if(candidates.begin(), candidates.end(), [&](const auto& c) { return c.codec == choice.plan.codecs[i]; }) - candidates.begin()));
+    picks.push_back(static_cast<std::size_t>(
+        std::find_if(candidates.begin(), candidates.end(),
+                     [&](const auto& c) { return c.codec == choice.plan.codecs[i]; }) -
+        candidates.begin()));
   }
   return FiguresOf(table, picks, wisdom, context);
 }
@@ -171,8 +183,11 @@ TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
       ASSERT_TRUE(choice.ok()) << choice.status().message();
       const Figures chosen = FiguresOf(table, *choice, wisdom, kContext);
       const double t = constraints.time_tolerance;
-      const double worst = Least(plans, &Figures::worst, [&](const Figures& f) { return f.saved >= budget; });
-      const auto accurate = [&](const Figures& f) { return f.saved >= budget && f.worst <= worst * constraints.worst_tolerance; };
+      const double worst =
+          Least(plans, &Figures::worst, [&](const Figures& f) { return f.saved >= budget; });
+      const auto accurate = [&](const Figures& f) {
+        return f.saved >= budget && f.worst <= worst * constraints.worst_tolerance;
+      };
       const double sum = Least(plans, &Figures::sum, accurate);
       EXPECT_GE(chosen.saved, budget);
       EXPECT_LE(chosen.worst, worst * constraints.worst_tolerance);
@@ -180,8 +195,11 @@ TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
       // Step 3: no plan has a smaller sum + price * time, with the price as the header says it.
       double ns_of_least_sum = kInf;
       for (const Figures& f : plans)
-        if (accurate(f) && f.sum <= sum * (1 + 1e-12)) ns_of_least_sum = std::min(ns_of_least_sum, f.ns);
-      const double spare_ns = ns_of_least_sum - Least(plans, &Figures::ns, [&](const Figures& f) { return f.worst <= worst * constraints.worst_tolerance; });
+        if (accurate(f) && f.sum <= sum * (1 + 1e-12))
+          ns_of_least_sum = std::min(ns_of_least_sum, f.ns);
+      const double spare_ns = ns_of_least_sum - Least(plans, &Figures::ns, [&](const Figures& f) {
+                                return f.worst <= worst * constraints.worst_tolerance;
+                              });
       const double price = spare_ns > 0.0 ? (t - 1.0) * sum / spare_ns : 0.0;
       double least_priced = kInf;
       for (const Figures& f : plans)
@@ -190,7 +208,8 @@ TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
       EXPECT_LE(chosen.ns, ns_of_least_sum * (1 + 1e-12));
       Constraints exact = constraints;
       exact.worst_tolerance = 1.0;
-      EXPECT_EQ(FiguresOf(table, *Choose(table, wisdom, kContext, exact), wisdom, kContext).worst, worst);
+      EXPECT_EQ(FiguresOf(table, *Choose(table, wisdom, kContext, exact), wisdom, kContext).worst,
+                worst);
       EXPECT_NEAR(choice->predicted.worst_nmse, chosen.worst, 1e-15);
       EXPECT_NEAR(choice->predicted.worst_cosine, 1.0 - chosen.loss, 1e-12);
       EXPECT_NEAR(choice->decode_ns, chosen.ns, 1e-9);
@@ -202,11 +221,17 @@ TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
   ErrorTable table = RandomTable(kSmall, "int8", 1);
   for (HeadErrors& head : table.heads)
     for (CandidateError& c : head.candidates)
-      for (AttentionError& e : c.queries) e = {c.codec.storage == Storage::kF16 ? 0.0 : c.codec.scale_type == ScaleType::kF32 ? 1e-4 : 1.001e-4, 1.0, 1.0, 1};
+      for (AttentionError& e : c.queries)
+        e = {c.codec.storage == Storage::kF16        ? 0.0
+             : c.codec.scale_type == ScaleType::kF32 ? 1e-4
+                                                     : 1.001e-4,
+             1.0, 1.0, 1};
   Constraints constraints;
   constraints.budget = 0.3;
   const auto all_bf16 = [](const Choice& c) {
-    return std::all_of(c.plan.codecs.begin(), c.plan.codecs.end(), [](const HeadCodec& h) { return h.storage == Storage::kF16 || h.scale_type == ScaleType::kBF16; });
+    return std::all_of(c.plan.codecs.begin(), c.plan.codecs.end(), [](const HeadCodec& h) {
+      return h.storage == Storage::kF16 || h.scale_type == ScaleType::kBF16;
+    });
   };
   EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
   constraints.time_tolerance = 1.0;
@@ -254,7 +279,8 @@ TEST(Choose, MaxDecodeTime) {
     const auto choice = Choose(table, wisdom, kContext, constraints);
     ASSERT_FALSE(choice.ok());
     EXPECT_EQ(choice.status().code(), ErrorCode::kInfeasible);
-    EXPECT_NE(choice.status().message().find("takes 400 ns"), std::string::npos) << choice.status().message();
+    EXPECT_NE(choice.status().message().find("takes 400 ns"), std::string::npos)
+        << choice.status().message();
   }
 }
 
@@ -275,7 +301,9 @@ TEST(Choose, FrontIsWhatBruteForceFinds) {
       EXPECT_LT(p.saved_fraction, choice.front[i - 1].saved_fraction);
       EXPECT_LT(p.predicted.worst_nmse, choice.front[i - 1].predicted.worst_nmse);
     }
-    const double least = Least(plans, &Figures::worst, [&](const Figures& f) { return f.saved >= p.saved_fraction - 1e-12; });
+    const double least = Least(plans, &Figures::worst, [&](const Figures& f) {
+      return f.saved >= p.saved_fraction - 1e-12;
+    });
     EXPECT_NEAR(p.predicted.worst_nmse, least, 1e-12);
   }
 }
@@ -293,7 +321,8 @@ TEST(Choose, InfeasibleSaysWhatIsPossible) {
     return choice.status().message();
   };
   EXPECT_NE(message(0.8, -1.0).find("0.5000"), std::string::npos) << message(0.8, -1.0);
-  EXPECT_NE(message(0.45, 0.9999999).find("worst head reaches 0.99"), std::string::npos) << message(0.45, 0.9999999);
+  EXPECT_NE(message(0.45, 0.9999999).find("worst head reaches 0.99"), std::string::npos)
+      << message(0.45, 0.9999999);
 }
 
 TEST(Choose, RefusesTablesThatAreNotWhole) {
@@ -302,7 +331,8 @@ TEST(Choose, RefusesTablesThatAreNotWhole) {
   constraints.budget = 0.4;
   EXPECT_EQ(Choose(table, Wisdom{}, kContext, constraints).status().code(), ErrorCode::kNotFound);
   table.heads.pop_back();
-  EXPECT_EQ(Choose(table, Speeds(kSmall, kContext), kContext, constraints).status().code(), ErrorCode::kMismatch);
+  EXPECT_EQ(Choose(table, Speeds(kSmall, kContext), kContext, constraints).status().code(),
+            ErrorCode::kMismatch);
 }
 
 TEST(Choose, LargeModelsTakeSeconds) {
@@ -327,10 +357,13 @@ TEST(Choose, LargeModelsTakeSeconds) {
 TEST(Merge, IsAssociativeAndRefusesOverlap) {
   const ErrorTable whole = RandomTable({3, 1, 2, 16}, "seed", 9);
   std::vector<ErrorTable> parts(3, whole);
-  for (std::size_t i = 0; i < 3; ++i) parts[i].heads.assign(whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2), whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2 + 2));
+  for (std::size_t i = 0; i < 3; ++i)
+    parts[i].heads.assign(whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2),
+                          whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2 + 2));
   const auto layers = [](const ErrorTable& t) {
     std::vector<std::size_t> l;
-    for (const HeadErrors& h : t.heads) l.push_back(h.layer * 2 + static_cast<std::size_t>(h.tensor));
+    for (const HeadErrors& h : t.heads)
+      l.push_back(h.layer * 2 + static_cast<std::size_t>(h.tensor));
     return l;
   };
   EXPECT_EQ(layers(*Merge(*Merge(parts[2], parts[0]), parts[1])), layers(whole));

@@ -1,4 +1,5 @@
-// Files that tests make and damage: safetensors built by hand, raw folders, a folder that goes away by itself.
+// Files that tests make and damage: safetensors built by hand, raw folders, a folder that goes away
+// by itself.
 #ifndef KVMIX_TESTS_DUMP_FILES_H_
 #define KVMIX_TESTS_DUMP_FILES_H_
 
@@ -33,14 +34,17 @@ class TempFolder {
 
   std::string file(const std::string& name) const { return (path_ / name).string(); }
   std::string path() const { return path_.string(); }
-  std::size_t entries() const { return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(path_), {})); }
+  std::size_t entries() const {
+    return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(path_), {}));
+  }
 
  private:
   std::filesystem::path path_;
 };
 
 inline void WriteBytes(const std::string& path, std::string_view bytes) {
-  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream(path, std::ios::binary)
+      .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
 inline std::string ReadBytes(const std::string& path) {
@@ -61,7 +65,8 @@ inline void ExpectGoodMessage(const Status& status, const std::string& path) {
 // 8 bytes of length, the header, the buffer.
 inline std::string SafetensorsBytes(const std::string& header, const std::string& buffer) {
   std::string bytes;
-  for (int i = 0; i < 8; ++i) bytes += static_cast<char>(static_cast<std::uint64_t>(header.size()) >> (8 * i) & 0xFFu);
+  for (int i = 0; i < 8; ++i)
+    bytes += static_cast<char>(static_cast<std::uint64_t>(header.size()) >> (8 * i) & 0xFFu);
   return bytes + header + buffer;
 }
 
@@ -72,24 +77,38 @@ struct DumpParts {
   std::string buffer;
 
   explicit DumpParts(bool with_q = true) {
-    header["__metadata__"] = {{"format", "kvmix-dump-1"}, {"model", "a model"},  {"corpus", "a corpus"}, {"layers", "2"},
-                              {"tokens", "6"},            {"kv_heads", "2"},     {"query_heads", "4"},   {"head_dim", "8"},
-                              {"prompt_tokens", "4,2"},   {"rope_theta", "1e4"}, {"attention_scale", "0.25"}};
+    header["__metadata__"] = {{"format", "kvmix-dump-1"},
+                              {"model", "a model"},
+                              {"corpus", "a corpus"},
+                              {"layers", "2"},
+                              {"tokens", "6"},
+                              {"kv_heads", "2"},
+                              {"query_heads", "4"},
+                              {"head_dim", "8"},
+                              {"prompt_tokens", "4,2"},
+                              {"rope_theta", "1e4"},
+                              {"attention_scale", "0.25"}};
     for (std::size_t layer = 0; layer < layers; ++layer) {
       for (const char* kind : {"k", "q", "v"}) {
         if (*kind == 'q' && !with_q) continue;
         const std::size_t heads = *kind == 'q' ? query_heads : kv_heads;
-        Add("layers." + std::to_string(layer) + '.' + kind, "F16", {tokens, heads, head_dim}, Numbers(tokens * heads * head_dim));
+        Add("layers." + std::to_string(layer) + '.' + kind, "F16", {tokens, heads, head_dim},
+            Numbers(tokens * heads * head_dim));
       }
     }
   }
 
-  void Add(const std::string& name, const std::string& dtype, const std::vector<std::size_t>& shape, const std::string& data) {
-    header[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {buffer.size(), buffer.size() + data.size()}}};
+  void Add(const std::string& name, const std::string& dtype, const std::vector<std::size_t>& shape,
+           const std::string& data) {
+    header[name] = {{"dtype", dtype},
+                    {"shape", shape},
+                    {"data_offsets", {buffer.size(), buffer.size() + data.size()}}};
     buffer += data;
   }
   // The halves of a tensor, to look at or to change.
-  Half* tensor(const std::string& name) { return reinterpret_cast<Half*>(&buffer[header[name]["data_offsets"][0].get<std::size_t>()]); }
+  Half* tensor(const std::string& name) {
+    return reinterpret_cast<Half*>(&buffer[header[name]["data_offsets"][0].get<std::size_t>()]);
+  }
   std::string Bytes() const { return SafetensorsBytes(header.dump(), buffer); }
 
  private:

@@ -23,7 +23,8 @@ using testing::SafetensorsBytes;
 using testing::TempFolder;
 using testing::WriteBytes;
 
-Result<Dump> OpenBytes(const TempFolder& folder, const std::string& bytes, const std::string& name = "dump.safetensors") {
+Result<Dump> OpenBytes(const TempFolder& folder, const std::string& bytes,
+                       const std::string& name = "dump.safetensors") {
   WriteBytes(folder.file(name), bytes);
   return Dump::Open(folder.file(name));
 }
@@ -34,7 +35,8 @@ void ExpectRefused(const std::string& bytes, ErrorCode code, const std::string& 
   ASSERT_FALSE(dump.ok()) << "expected: " << text;
   ExpectGoodMessage(dump.status(), folder.file("dump.safetensors"));
   EXPECT_EQ(dump.status().code(), code) << dump.status().message();
-  EXPECT_NE(dump.status().message().find(text), std::string::npos) << dump.status().message() << "\nshould speak of: " << text;
+  EXPECT_NE(dump.status().message().find(text), std::string::npos)
+      << dump.status().message() << "\nshould speak of: " << text;
 }
 
 TEST(Dump, ReadsWhatWasWritten) {
@@ -107,7 +109,8 @@ TEST(Dump, MisalignedTensorsAreCopied) {
     ASSERT_TRUE(dump.ok()) << dump.status().message();
     for (const std::size_t layer : {0u, 1u}) {
       EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(layer)) % alignof(Half), 0u);
-      EXPECT_TRUE(std::equal(dump->q(layer), dump->q(layer) + 6 * 4 * 8, parts.tensor("layers." + std::to_string(layer) + ".q")));
+      EXPECT_TRUE(std::equal(dump->q(layer), dump->q(layer) + 6 * 4 * 8,
+                             parts.tensor("layers." + std::to_string(layer) + ".q")));
       dump->Release(layer);
       EXPECT_EQ(dump->q(layer)[0], parts.tensor("layers." + std::to_string(layer) + ".q")[0]);
     }
@@ -121,7 +124,8 @@ TEST(Dump, ReleasedPagesComeBack) {
   parts.buffer.clear();
   std::vector<Half> numbers(64 * 2 * 64);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<Half>(i);
-  const std::string data(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(Half));
+  const std::string data(reinterpret_cast<const char*>(numbers.data()),
+                         numbers.size() * sizeof(Half));
   parts.Add("layers.0.k", "F16", {64, 2, 64}, data);
   parts.Add("layers.0.v", "F16", {64, 2, 64}, data);
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
@@ -140,9 +144,15 @@ TEST(Dump, NamesNanAndInf) {
     Half value;
     const char* text;
   };
-  for (const Case& c : {Case{"layers.1.k", 3 * 16 + 1 * 8 + 5, 0x7E00, "layers.1.k: expected finite numbers, found NaN at layer 1, KV head 1, token 3, channel 5"},
-                        Case{"layers.1.v", 0, 0xFC00, "layers.1.v: expected finite numbers, found Inf at layer 1, KV head 0, token 0, channel 0"},
-                        Case{"layers.1.q", 6 * 32 - 1, 0xFFFF, "layers.1.q: expected finite numbers, found NaN at layer 1, query head 3, token 5, channel 7"}}) {
+  for (const Case& c : {Case{"layers.1.k", 3 * 16 + 1 * 8 + 5, 0x7E00,
+                             "layers.1.k: expected finite numbers, found NaN at layer 1, KV head "
+                             "1, token 3, channel 5"},
+                        Case{"layers.1.v", 0, 0xFC00,
+                             "layers.1.v: expected finite numbers, found Inf at layer 1, KV head "
+                             "0, token 0, channel 0"},
+                        Case{"layers.1.q", 6 * 32 - 1, 0xFFFF,
+                             "layers.1.q: expected finite numbers, found NaN at layer 1, query "
+                             "head 3, token 5, channel 7"}}) {
     const TempFolder folder;
     DumpParts parts;
     parts.tensor(c.tensor)[c.index] = c.value;
@@ -171,8 +181,11 @@ TEST(Dump, FindsNanAnywhereInALongTensor) {
     damaged.tensor("layers.0.v")[index] = 0x7C01;
     const Result<Dump> dump = OpenBytes(folder, damaged.Bytes());
     ASSERT_TRUE(dump.ok()) << dump.status().message();
-    const std::string place = "KV head " + std::to_string(index / 33 % 3) + ", token " + std::to_string(index / 99) + ", channel " + std::to_string(index % 33);
-    EXPECT_NE(dump->CheckFinite(0).message().find(place), std::string::npos) << dump->CheckFinite(0).message();
+    const std::string place = "KV head " + std::to_string(index / 33 % 3) + ", token " +
+                              std::to_string(index / 99) + ", channel " +
+                              std::to_string(index % 33);
+    EXPECT_NE(dump->CheckFinite(0).message().find(place), std::string::npos)
+        << dump->CheckFinite(0).message();
   }
 }
 
@@ -189,21 +202,37 @@ TEST(Dump, RefusesWhatDisagrees) {
       p.header.erase(from);
     };
   };
-  const auto reshape = [](const char* name, std::vector<std::size_t> shape) { return [=](DumpParts& p) { p.header[name]["shape"] = shape; }; };
-  const auto metadata = [](const char* key, const char* value) { return [=](DumpParts& p) { p.header["__metadata__"][key] = value; }; };
+  const auto reshape = [](const char* name, std::vector<std::size_t> shape) {
+    return [=](DumpParts& p) { p.header[name]["shape"] = shape; };
+  };
+  const auto metadata = [](const char* key, const char* value) {
+    return [=](DumpParts& p) { p.header["__metadata__"][key] = value; };
+  };
   const std::vector<Case> cases = {
-      {ErrorCode::kMismatch, "tensor layers.1.v: expected dtype F16, found BF16", [](DumpParts& p) { p.header["layers.1.v"]["dtype"] = "BF16"; }},
-      {ErrorCode::kMismatch, "layers.1.v: expected one in every layer", rename("layers.1.v", "other")},
-      {ErrorCode::kMismatch, "layers.0.k: expected one in every layer", rename("layers.0.k", "other")},
-      {ErrorCode::kMismatch, "layers.1.q: expected one in every layer", rename("layers.1.q", "other")},
-      {ErrorCode::kMismatch, "layers.0.q: expected one in every layer", rename("layers.0.q", "other")},
-      {ErrorCode::kMismatch, "layers.1.v: expected one in every layer from 0 to 18446744073709551615", rename("layers.1.v", "layers.18446744073709551615.v")},
-      {ErrorCode::kMismatch, "layers.0.v: expected shape [6, 2, 8], found [6, 4, 4]", reshape("layers.0.v", {6, 4, 4})},
-      {ErrorCode::kMismatch, "layers.1.k: expected shape [6, 2, 8], found [12, 1, 8]", reshape("layers.1.k", {12, 1, 8})},
-      {ErrorCode::kMismatch, "layers.1.q: expected shape [6, 4, 8], found [6, 8, 4]", reshape("layers.1.q", {6, 8, 4})},
+      {ErrorCode::kMismatch, "tensor layers.1.v: expected dtype F16, found BF16",
+       [](DumpParts& p) { p.header["layers.1.v"]["dtype"] = "BF16"; }},
+      {ErrorCode::kMismatch, "layers.1.v: expected one in every layer",
+       rename("layers.1.v", "other")},
+      {ErrorCode::kMismatch, "layers.0.k: expected one in every layer",
+       rename("layers.0.k", "other")},
+      {ErrorCode::kMismatch, "layers.1.q: expected one in every layer",
+       rename("layers.1.q", "other")},
+      {ErrorCode::kMismatch, "layers.0.q: expected one in every layer",
+       rename("layers.0.q", "other")},
+      {ErrorCode::kMismatch,
+       "layers.1.v: expected one in every layer from 0 to 18446744073709551615",
+       rename("layers.1.v", "layers.18446744073709551615.v")},
+      {ErrorCode::kMismatch, "layers.0.v: expected shape [6, 2, 8], found [6, 4, 4]",
+       reshape("layers.0.v", {6, 4, 4})},
+      {ErrorCode::kMismatch, "layers.1.k: expected shape [6, 2, 8], found [12, 1, 8]",
+       reshape("layers.1.k", {12, 1, 8})},
+      {ErrorCode::kMismatch, "layers.1.q: expected shape [6, 4, 8], found [6, 8, 4]",
+       reshape("layers.1.q", {6, 8, 4})},
       {ErrorCode::kMismatch, "layers.0.q: expected shape", reshape("layers.0.q", {192})},
-      {ErrorCode::kMismatch, "layers.0.k: expected a shape [tokens, heads, head_dim], found [96]", reshape("layers.0.k", {96})},
-      {ErrorCode::kMismatch, "metadata layers: expected 2, as the tensors have it, found \"3\"", metadata("layers", "3")},
+      {ErrorCode::kMismatch, "layers.0.k: expected a shape [tokens, heads, head_dim], found [96]",
+       reshape("layers.0.k", {96})},
+      {ErrorCode::kMismatch, "metadata layers: expected 2, as the tensors have it, found \"3\"",
+       metadata("layers", "3")},
       {ErrorCode::kMismatch, "metadata tokens", metadata("tokens", "7")},
       {ErrorCode::kMismatch, "metadata kv_heads", metadata("kv_heads", "-2")},
       {ErrorCode::kMismatch, "metadata query_heads", metadata("query_heads", "8")},
@@ -215,12 +244,17 @@ TEST(Dump, RefusesWhatDisagrees) {
       {ErrorCode::kCorrupt, "metadata prompt_tokens", metadata("prompt_tokens", "7,-3,x")},
       {ErrorCode::kCorrupt, "metadata prompt_tokens", metadata("prompt_tokens", "4,2,")},
       {ErrorCode::kCorrupt, "found \"4?2\"", metadata("prompt_tokens", "4\n2")},
-      {ErrorCode::kMismatch, "prompt_tokens: expected lengths of at least 1, found 0", metadata("prompt_tokens", "6,0")},
+      {ErrorCode::kMismatch, "prompt_tokens: expected lengths of at least 1, found 0",
+       metadata("prompt_tokens", "6,0")},
       {ErrorCode::kMismatch, "prompt_tokens: expected a sum of 6", metadata("prompt_tokens", "5")},
-      {ErrorCode::kMismatch, "prompt_tokens: expected a sum of 6", metadata("prompt_tokens", "4,3")},
-      {ErrorCode::kMismatch, "prompt_tokens: expected a sum of 6", metadata("prompt_tokens", "18446744073709551615,7")},
-      {ErrorCode::kVersion, "metadata format: expected kvmix-dump-1, found \"kvmix-dump-2\"", metadata("format", "kvmix-dump-2")},
-      {ErrorCode::kCorrupt, "metadata format: expected kvmix-dump-1, found \"pt\"", metadata("format", "pt")},
+      {ErrorCode::kMismatch, "prompt_tokens: expected a sum of 6",
+       metadata("prompt_tokens", "4,3")},
+      {ErrorCode::kMismatch, "prompt_tokens: expected a sum of 6",
+       metadata("prompt_tokens", "18446744073709551615,7")},
+      {ErrorCode::kVersion, "metadata format: expected kvmix-dump-1, found \"kvmix-dump-2\"",
+       metadata("format", "kvmix-dump-2")},
+      {ErrorCode::kCorrupt, "metadata format: expected kvmix-dump-1, found \"pt\"",
+       metadata("format", "pt")},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(c.text);
@@ -236,24 +270,30 @@ TEST(Dump, RefusesImpossibleGeometry) {
     std::vector<std::size_t> kv, q;
     const char* text;
   };
-  for (const Case& c : {Case{{0, 2, 8}, {0, 4, 8}, "expected at least 1 token"}, Case{{4, 0, 8}, {4, 4, 8}, "kv_heads: expected 1 to"},
-                        Case{{4, 2, 0}, {4, 2, 0}, "head_dim: expected 1 to 512"}, Case{{4, 2, 513}, {4, 2, 513}, "head_dim: expected 1 to 512, found 513"},
-                        Case{{4, 2, 8}, {4, 3, 8}, "query_heads: expected a multiple of the 2 KV heads, found 3"}, Case{{4, 2, 8}, {4, 0, 8}, "query_heads: expected 1 to"},
-                        Case{{1, 65537, 1}, {1, 65537, 1}, "kv_heads: expected 1 to 65536, found 65537"}}) {
+  for (const Case& c :
+       {Case{{0, 2, 8}, {0, 4, 8}, "expected at least 1 token"},
+        Case{{4, 0, 8}, {4, 4, 8}, "kv_heads: expected 1 to"},
+        Case{{4, 2, 0}, {4, 2, 0}, "head_dim: expected 1 to 512"},
+        Case{{4, 2, 513}, {4, 2, 513}, "head_dim: expected 1 to 512, found 513"},
+        Case{{4, 2, 8}, {4, 3, 8}, "query_heads: expected a multiple of the 2 KV heads, found 3"},
+        Case{{4, 2, 8}, {4, 0, 8}, "query_heads: expected 1 to"},
+        Case{{1, 65537, 1}, {1, 65537, 1}, "kv_heads: expected 1 to 65536, found 65537"}}) {
     SCOPED_TRACE(c.text);
     DumpParts parts;
     parts.header = nlohmann::ordered_json::object();
     parts.buffer.clear();
     for (const char* kind : {"k", "v", "q"}) {
       const auto& shape = *kind == 'q' ? c.q : c.kv;
-      parts.Add(std::string("layers.0.") + kind, "F16", shape, std::string(shape[0] * shape[1] * shape[2] * 2, '\0'));
+      parts.Add(std::string("layers.0.") + kind, "F16", shape,
+                std::string(shape[0] * shape[1] * shape[2] * 2, '\0'));
     }
     const TempFolder folder;
     const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
     ExpectGoodMessage(dump.status(), folder.file("dump.safetensors"));
     EXPECT_NE(dump.status().message().find(c.text), std::string::npos) << dump.status().message();
   }
-  ExpectRefused(SafetensorsBytes("{}", ""), ErrorCode::kNotFound, "expected tensors layers.0.k and so on, found none");
+  ExpectRefused(SafetensorsBytes("{}", ""), ErrorCode::kNotFound,
+                "expected tensors layers.0.k and so on, found none");
   DumpParts parts(false);
   parts.header["__metadata__"]["query_heads"] = "3";
   ExpectRefused(parts.Bytes(), ErrorCode::kInvalidArgument, "query_heads: expected a multiple");
@@ -271,7 +311,9 @@ TEST(Dump, SurvivesRandomDamage) {
     std::string bytes = good;
     for (unsigned flips = 1 + random() % 8; flips-- > 0;) {
       // Half of the flips are likely to leave JSON.
-      bytes[random() % header_end] = static_cast<char>(random() % 2 == 0 ? random() % 256 : static_cast<unsigned>(alphabet[random() % alphabet.size()]));
+      bytes[random() % header_end] = static_cast<char>(
+          random() % 2 == 0 ? random() % 256
+                            : static_cast<unsigned>(alphabet[random() % alphabet.size()]));
     }
     const Result<Dump> dump = OpenBytes(folder, bytes);
     if (!dump.ok()) {
@@ -296,7 +338,8 @@ TEST(Dump, RefusesWhatIsNoFile) {
   EXPECT_EQ(is_folder.code(), ErrorCode::kInvalidArgument);
   ExpectGoodMessage(is_folder, folder.path());
   ASSERT_EQ(mkfifo(folder.file("pipe").c_str(), 0600), 0);
-  ExpectGoodMessage(Dump::Open(folder.file("pipe")).status(), folder.file("pipe"));  // and does not wait for a writer
+  ExpectGoodMessage(Dump::Open(folder.file("pipe")).status(),
+                    folder.file("pipe"));  // and does not wait for a writer
   ExpectGoodMessage(Dump::Open("/dev/zero").status(), "/dev/zero");
   EXPECT_FALSE(Dump::Open("").ok());
 }
@@ -304,10 +347,12 @@ TEST(Dump, RefusesWhatIsNoFile) {
 // A raw folder of `layers` layers, 6 tokens, 2 KV heads, 4 query heads, head_dim 8.
 void WriteRaw(const TempFolder& folder, std::size_t layers, bool with_q = true) {
   for (std::size_t layer = 0; layer < layers; ++layer) {
-    const std::string name = folder.file((layer < 10 ? "layer_0" : "layer_") + std::to_string(layer));
+    const std::string name =
+        folder.file((layer < 10 ? "layer_0" : "layer_") + std::to_string(layer));
     WriteBytes(name + ".k.bin", std::string(6 * 2 * 8 * 2, static_cast<char>(layer)));
     WriteBytes(name + ".v.bin", std::string(6 * 2 * 8 * 2, static_cast<char>(layer + 1)));
-    if (with_q) WriteBytes(name + ".q.bin", std::string(6 * 4 * 8 * 2, static_cast<char>(layer + 2)));
+    if (with_q)
+      WriteBytes(name + ".q.bin", std::string(6 * 4 * 8 * 2, static_cast<char>(layer + 2)));
   }
 }
 
@@ -354,16 +399,23 @@ TEST(RawDump, RefusesWhatDisagrees) {
     std::function<void(const TempFolder&)> damage;
   };
   const RawFormat good{2, 4, 8, {}};
-  const auto remove = [](const char* name) { return [=](const TempFolder& f) { std::filesystem::remove(f.file(name)); }; };
-  const auto resize = [](const char* name, std::size_t size) { return [=](const TempFolder& f) { WriteBytes(f.file(name), std::string(size, '\1')); }; };
+  const auto remove = [](const char* name) {
+    return [=](const TempFolder& f) { std::filesystem::remove(f.file(name)); };
+  };
+  const auto resize = [](const char* name, std::size_t size) {
+    return [=](const TempFolder& f) { WriteBytes(f.file(name), std::string(size, '\1')); };
+  };
   const auto nothing = [](const TempFolder&) {};
   const Case cases[] = {
       {"layer_01.k.bin: expected one in every layer from 0 to 2", good, remove("layer_01.k.bin")},
       {"layer_00.v.bin: expected one in every layer", good, remove("layer_00.v.bin")},
       {"layer_02.q.bin: expected one in every layer", good, remove("layer_02.q.bin")},
-      {"layer_01.v.bin: expected whole tokens of 2 heads x 8 x 2 bytes, found 191 bytes", good, resize("layer_01.v.bin", 191)},
-      {"layer_01.v.bin: expected shape [6, 2, 8], found [5, 2, 8]", good, resize("layer_01.v.bin", 160)},
-      {"layer_01.q.bin: expected shape [6, 4, 8], found [3, 4, 8]", good, resize("layer_01.q.bin", 192)},
+      {"layer_01.v.bin: expected whole tokens of 2 heads x 8 x 2 bytes, found 191 bytes", good,
+       resize("layer_01.v.bin", 191)},
+      {"layer_01.v.bin: expected shape [6, 2, 8], found [5, 2, 8]", good,
+       resize("layer_01.v.bin", 160)},
+      {"layer_01.q.bin: expected shape [6, 4, 8], found [3, 4, 8]", good,
+       resize("layer_01.q.bin", 192)},
       {"expected at least 1 token", good, resize("layer_00.k.bin", 0)},
       {"kv_heads: expected 1 to", {0, 4, 8, {}}, nothing},
       {"head_dim: expected 1 to", {2, 4, 0, {}}, nothing},
@@ -372,7 +424,8 @@ TEST(RawDump, RefusesWhatDisagrees) {
       {"prompt_tokens: expected a sum of 6", {2, 4, 8, {4, 4}}, nothing},
       {"prompt_tokens: expected lengths of at least 1", {2, 4, 8, {6, 0}}, nothing},
       {"expected tensors layer_00.k.bin and so on, found none", good, [](const TempFolder& f) {
-         for (const auto& entry : std::filesystem::directory_iterator(f.path())) std::filesystem::remove(entry.path());
+         for (const auto& entry : std::filesystem::directory_iterator(f.path()))
+           std::filesystem::remove(entry.path());
        }}};
   for (const Case& c : cases) {
     SCOPED_TRACE(c.text);
@@ -406,12 +459,15 @@ void ExpectFacts(const std::filesystem::path& folder, const Facts& facts) {
   EXPECT_TRUE(dump->has_q());
   EXPECT_EQ(dump->tokens(), facts.tokens);
   EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{facts.tokens});
-  EXPECT_FLOAT_EQ(dump->attention_scale(), 1.0f / std::sqrt(static_cast<float>(facts.geometry.head_dim)));
-  for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer) EXPECT_TRUE(dump->CheckFinite(layer).ok());
+  EXPECT_FLOAT_EQ(dump->attention_scale(),
+                  1.0f / std::sqrt(static_cast<float>(facts.geometry.head_dim)));
+  for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer)
+    EXPECT_TRUE(dump->CheckFinite(layer).ok());
   const HalfRows rows = dump->head(0, 0, Tensor::kK);
   float largest = 0.0f;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
-    for (std::size_t c = 0; c < rows.head_dim; ++c) largest = std::max(largest, std::abs(HalfToFloat(rows.row(t)[c])));
+    for (std::size_t c = 0; c < rows.head_dim; ++c)
+      largest = std::max(largest, std::abs(HalfToFloat(rows.row(t)[c])));
   }
   EXPECT_NEAR(largest, facts.largest_k, 0.5f);
 }
@@ -426,7 +482,8 @@ TEST(RealDumps, BuiltInSample) {
 
 TEST(RealDumps, LargerOnes) {
   const std::filesystem::path folder = std::filesystem::path(KVMIX_SOURCE_ROOT) / "../shared/dumps";
-  if (!std::filesystem::exists(folder)) GTEST_SKIP() << "NO LARGER DUMPS HERE: " << folder << " does not exist";
+  if (!std::filesystem::exists(folder))
+    GTEST_SKIP() << "NO LARGER DUMPS HERE: " << folder << " does not exist";
   ExpectFacts(folder, {"qwen2.5-coder-1.5b.c4.safetensors", kQwen, 256, 358.0f});
   ExpectFacts(folder, {"qwen2.5-coder-1.5b.wikitext.safetensors", kQwen, 512, 358.0f});
   ExpectFacts(folder, {"smollm2-135m.wikitext.safetensors", {30, 3, 9, 64}, 256, 6.3f});

@@ -20,7 +20,8 @@ TEST(OneLine, IsOneShortLine) {
   EXPECT_EQ(internal::OneLine("abcdef", 3), "abc...");
   EXPECT_EQ(internal::OneLine("ab\u00e9f", 3), "ab...");  // no half of a character
   EXPECT_EQ(internal::OneLine("ab\u00e9", 4), "ab\u00e9");
-  EXPECT_EQ(internal::OneLine("a\xF9 \xC3(\xED\xA0\x80\xC0\xAF"), "a? ?(?????");  // stray, cut, a surrogate, overlong
+  EXPECT_EQ(internal::OneLine("a\xF9 \xC3(\xED\xA0\x80\xC0\xAF"),
+            "a? ?(?????");  // stray, cut, a surrogate, overlong
   EXPECT_EQ(internal::Quoted(""), "\"\"");
 }
 
@@ -55,7 +56,8 @@ TEST(WriteFile, ErrorsLeaveNothing) {
   EXPECT_EQ(testing::ReadBytes(path), "before");
   EXPECT_EQ(folder.entries(), 1u);
 
-  ExpectGoodMessage(internal::WriteFileAtomically(folder.file("no/file"), "x"), folder.file("no/file"));
+  ExpectGoodMessage(internal::WriteFileAtomically(folder.file("no/file"), "x"),
+                    folder.file("no/file"));
   ExpectGoodMessage(internal::WriteFileAtomically(folder.path(), "x"), folder.path());
   ExpectGoodMessage(internal::WriteFileAtomically("", "x"), "");
   EXPECT_EQ(folder.entries(), 1u);

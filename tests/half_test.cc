@@ -12,9 +12,10 @@ namespace {
 // From the definition of binary16.
 double Value(Half h) {
   const int exponent = (h >> 10) & 31, fraction = h & 1023;
-  const double magnitude = exponent == 0    ? std::ldexp(fraction, -24)
-                           : exponent == 31 ? (fraction ? std::nan("") : std::numeric_limits<double>::infinity())
-                                            : std::ldexp(1024 + fraction, exponent - 25);
+  const double magnitude = exponent == 0 ? std::ldexp(fraction, -24)
+                           : exponent == 31
+                               ? (fraction ? std::nan("") : std::numeric_limits<double>::infinity())
+                               : std::ldexp(1024 + fraction, exponent - 25);
   return h & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -42,11 +43,12 @@ TEST(Half, RoundTrip) {
   }
 }
 
-// Between every two neighbours: the middle goes to the even one, the floats beside it to the nearer one. 65520 is the middle between the
-// largest half and infinity.
+// Between every two neighbours: the middle goes to the even one, the floats beside it to the nearer
+// one. 65520 is the middle between the largest half and infinity.
 TEST(Half, RoundsToNearestEven) {
   for (unsigned h = 0; h < 0x7C00; ++h) {
-    const double low = Value(static_cast<Half>(h)), high = h == 0x7BFF ? 65536.0 : Value(static_cast<Half>(h + 1));
+    const double low = Value(static_cast<Half>(h)),
+                 high = h == 0x7BFF ? 65536.0 : Value(static_cast<Half>(h + 1));
     const float middle = static_cast<float>((low + high) / 2);
     const Half even = static_cast<Half>(h + (h & 1));
     for (const unsigned sign : {0u, 0x8000u}) {
@@ -64,12 +66,14 @@ TEST(Half, Extremes) {
     EXPECT_EQ(FloatToHalf(f), 0x7C00);
     EXPECT_EQ(FloatToHalf(-f), 0xFC00);
   }
-  for (const float f : {0.0f, std::numeric_limits<float>::denorm_min(), std::numeric_limits<float>::min(), 0x1p-26f}) {
+  for (const float f : {0.0f, std::numeric_limits<float>::denorm_min(),
+                        std::numeric_limits<float>::min(), 0x1p-26f}) {
     EXPECT_EQ(FloatToHalf(f), 0x0000);
     EXPECT_EQ(FloatToHalf(-f), 0x8000);
   }
   EXPECT_GT(FloatToHalf(std::numeric_limits<float>::quiet_NaN()) & 0x7FFF, 0x7C00);
-  EXPECT_GT(FloatToHalf(std::bit_cast<float>(0x7F800001u)) & 0x7FFF, 0x7C00);  // its payload is all in the bits that are dropped
+  EXPECT_GT(FloatToHalf(std::bit_cast<float>(0x7F800001u)) & 0x7FFF,
+            0x7C00);  // its payload is all in the bits that are dropped
 }
 
 TEST(Half, NoHalfIsNearer) {

@@ -1,5 +1,6 @@
-// Error tables and the errors of plans against the direct computation: rows encoded with tests/reference/quantize.h, attention in double
-// precision with tests/reference/attention.h, prompt by prompt.
+// Error tables and the errors of plans against the direct computation: rows encoded with
+// tests/reference/quantize.h, attention in double precision with tests/reference/attention.h,
+// prompt by prompt.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -43,7 +44,8 @@ class MeasureTest : public ::testing::Test {
     return Open(folder_.file(name));
   }
 
-  ErrorTable Table(const std::string& candidates, std::size_t first = 0, std::size_t last = kGeometry.layers, int threads = 1) const {
+  ErrorTable Table(const std::string& candidates, std::size_t first = 0,
+                   std::size_t last = kGeometry.layers, int threads = 1) const {
     Result<ErrorTable> table = Measure({&a_, &b_}, *Candidates(candidates), first, last, threads);
     if (!table.ok()) ADD_FAILURE() << table.status().message();
     return std::move(*table);
@@ -56,7 +58,9 @@ class MeasureTest : public ::testing::Test {
 // One head's rows as a codec stores them.
 reference::Codes Encode(const HalfRows& rows, const HeadCodec& codec) {
   const float* mean = codec.centred() ? codec.mean.data() : nullptr;
-  return codec.scale == ScaleKind::kHead ? reference::QuantizeGlobal(rows, mean, codec.head_scale) : reference::QuantizePerToken(rows, mean, codec.scale_type);
+  return codec.scale == ScaleKind::kHead
+             ? reference::QuantizeGlobal(rows, mean, codec.head_scale)
+             : reference::QuantizePerToken(rows, mean, codec.scale_type);
 }
 
 void Decode(const HalfRows& rows, const HeadCodec& codec, std::size_t stride, double* out) {
@@ -65,26 +69,35 @@ void Decode(const HalfRows& rows, const HeadCodec& codec, std::size_t stride, do
   const float* mean = codec.centred() ? codec.mean.data() : nullptr;
   for (std::size_t t = 0; t < rows.tokens; ++t)
     for (std::size_t c = 0; c < rows.head_dim; ++c)
-      out[t * stride + c] = f16 ? HalfToFloat(rows.row(t)[c]) : reference::Dequantize(q.codes[t * rows.head_dim + c], q.scales[q.scales.size() > 1 ? t : 0], mean, c);
+      out[t * stride + c] =
+          f16 ? HalfToFloat(rows.row(t)[c])
+              : reference::Dequantize(q.codes[t * rows.head_dim + c],
+                                      q.scales[q.scales.size() > 1 ? t : 0], mean, c);
 }
 
 // Attention of a layer, [tokens, query_heads, head_dim], through codecs [kv_heads][K, V].
-std::vector<double> DirectAttention(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs) {
+std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
+                                    const std::vector<HeadCodec>& codecs) {
   const Geometry& g = dump.geometry();
   const std::size_t kv_row = g.kv_heads * g.head_dim, q_row = g.query_heads * g.head_dim;
   std::vector<double> x[2], out;
   for (std::size_t tensor = 0; tensor < 2; ++tensor) {
     x[tensor].resize(dump.tokens() * kv_row);
-    for (std::size_t h = 0; h < g.kv_heads; ++h) Decode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor], kv_row, &x[tensor][h * g.head_dim]);
+    for (std::size_t h = 0; h < g.kv_heads; ++h)
+      Decode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor], kv_row,
+             &x[tensor][h * g.head_dim]);
   }
   AttendOptions options;
   options.attention_scale = dump.attention_scale();
   std::size_t first = 0;
   for (const std::size_t tokens : dump.prompt_tokens()) {
     std::vector<float> q(tokens * q_row);
-    std::transform(dump.q(layer) + first * q_row, dump.q(layer) + (first + tokens) * q_row, q.begin(), HalfToFloat);
+    std::transform(dump.q(layer) + first * q_row, dump.q(layer) + (first + tokens) * q_row,
+                   q.begin(), HalfToFloat);
     const auto part = [&](const std::vector<double>& all) {
-      return std::vector<double>(all.begin() + static_cast<std::ptrdiff_t>(first * kv_row), all.begin() + static_cast<std::ptrdiff_t>((first + tokens) * kv_row));
+      return std::vector<double>(
+          all.begin() + static_cast<std::ptrdiff_t>(first * kv_row),
+          all.begin() + static_cast<std::ptrdiff_t>((first + tokens) * kv_row));
     };
     const std::vector<double> o = reference::Attention(g, q, part(x[0]), part(x[1]), options);
     out.insert(out.end(), o.begin(), o.end());
@@ -94,9 +107,12 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer, const s
 }
 
 // [query_heads] errors of a layer.
-std::vector<AttentionError> DirectErrors(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs) {
+std::vector<AttentionError> DirectErrors(const Dump& dump, std::size_t layer,
+                                         const std::vector<HeadCodec>& codecs) {
   const Geometry& g = dump.geometry();
-  const std::vector<double> exact = DirectAttention(dump, layer, std::vector<HeadCodec>(2 * g.kv_heads)), found = DirectAttention(dump, layer, codecs);
+  const std::vector<double> exact = DirectAttention(dump, layer,
+                                                    std::vector<HeadCodec>(2 * g.kv_heads)),
+                            found = DirectAttention(dump, layer, codecs);
   std::vector<AttentionError> errors(g.query_heads);
   for (std::size_t row = 0; row * g.head_dim < exact.size(); ++row) {
     double xx = 0.0, yy = 0.0, xy = 0.0, dd = 0.0;
@@ -111,13 +127,15 @@ std::vector<AttentionError> DirectErrors(const Dump& dump, std::size_t layer, co
   return errors;
 }
 
-// The kernels' softmax weights are off by up to 8e-5 of themselves, the exact side's as well: that scales outputs a little, and nearly
-// cancels in the errors.
+// The kernels' softmax weights are off by up to 8e-5 of themselves, the exact side's as well: that
+// scales outputs a little, and nearly cancels in the errors.
 void ExpectClose(const AttentionError& found, const AttentionError& expected) {
   EXPECT_EQ(found.rows, expected.rows);
-  EXPECT_NEAR(found.sum_squared_output, expected.sum_squared_output, 3e-4 * expected.sum_squared_output);
+  EXPECT_NEAR(found.sum_squared_output, expected.sum_squared_output,
+              3e-4 * expected.sum_squared_output);
   EXPECT_NEAR(found.nmse(), expected.nmse(), 0.02 * expected.nmse() + 1e-8);
-  EXPECT_NEAR(1.0 - found.cosine(), 1.0 - expected.cosine(), 0.02 * (1.0 - expected.cosine()) + 1e-8);
+  EXPECT_NEAR(1.0 - found.cosine(), 1.0 - expected.cosine(),
+              0.02 * (1.0 - expected.cosine()) + 1e-8);
 }
 
 void ExpectSame(const AttentionError& a, const AttentionError& b) {
@@ -146,7 +164,8 @@ void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
       EXPECT_EQ(x.candidates[c].codec, y.candidates[c].codec);
       EXPECT_EQ(x.candidates[c].values.sum_squared_error, y.candidates[c].values.sum_squared_error);
       ASSERT_EQ(x.candidates[c].queries.size(), y.candidates[c].queries.size());
-      for (std::size_t q = 0; q < x.candidates[c].queries.size(); ++q) ExpectSame(x.candidates[c].queries[q], y.candidates[c].queries[q]);
+      for (std::size_t q = 0; q < x.candidates[c].queries.size(); ++q)
+        ExpectSame(x.candidates[c].queries[q], y.candidates[c].queries[q]);
     }
   }
 }
@@ -154,10 +173,12 @@ void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
 void ExpectError(const Status& s, ErrorCode code, const std::vector<std::string>& parts) {
   EXPECT_EQ(s.code(), code) << s.message();
   EXPECT_EQ(s.message().find('\n'), std::string::npos) << s.message();
-  for (const std::string& part : parts) EXPECT_NE(s.message().find(part), std::string::npos) << s.message() << " does not name " << part;
+  for (const std::string& part : parts)
+    EXPECT_NE(s.message().find(part), std::string::npos)
+        << s.message() << " does not name " << part;
 }
 
-// ---- measure ------------------------------------------------------------------------------------------------------------------------
+// ---- measure
 
 TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
   for (const std::string candidates : {"seed", "int8"}) {
@@ -166,13 +187,18 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
     ASSERT_EQ(table.heads.size(), kGeometry.layers * kGeometry.kv_heads * 2);
     for (std::size_t i = 0; i < table.heads.size(); ++i) {
       const HeadErrors& head = table.heads[i];
-      ASSERT_EQ((head.layer * kGeometry.kv_heads + head.kv_head) * 2 + static_cast<std::size_t>(head.tensor), i);  // sorted, each once
+      ASSERT_EQ((head.layer * kGeometry.kv_heads + head.kv_head) * 2 +
+                    static_cast<std::size_t>(head.tensor),
+                i);  // sorted, each once
       std::vector<CodecKind> kinds = *Candidates(candidates);
-      if (head.tensor == Tensor::kV) std::erase_if(kinds, [](const CodecKind& kind) { return kind.centred; });
+      if (head.tensor == Tensor::kV)
+        std::erase_if(kinds, [](const CodecKind& kind) { return kind.centred; });
       ASSERT_EQ(head.candidates.size(), kinds.size());
       for (std::size_t c = 0; c < kinds.size(); ++c) {
         const CandidateError& candidate = head.candidates[c];
-        SCOPED_TRACE(::testing::Message() << "layer " << head.layer << ", KV head " << head.kv_head << ", " << (i % 2 == 0 ? "K " : "V ") << CodecName(candidate.codec));
+        SCOPED_TRACE(::testing::Message()
+                     << "layer " << head.layer << ", KV head " << head.kv_head << ", "
+                     << (i % 2 == 0 ? "K " : "V ") << CodecName(candidate.codec));
         EXPECT_EQ(KindOf(candidate.codec), kinds[c]);
         std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads);
         codecs[head.kv_head * 2 + i % 2] = candidate.codec;
@@ -189,7 +215,9 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
 }
 
 TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
-  const std::vector<CodecKind> kinds = {{}, {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, false}, {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, true},
+  const std::vector<CodecKind> kinds = {{},
+                                        {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, false},
+                                        {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, true},
                                         {Storage::kI8, ScaleKind::kToken, ScaleType::kBF16, true}};
   const Result<ErrorTable> table = Measure({&a_, &b_}, kinds, 0, kGeometry.layers, 1);
   ASSERT_TRUE(table.ok()) << table.status().message();
@@ -198,20 +226,28 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
   EXPECT_EQ(table->tokens, 57u);
   EXPECT_EQ(table->longest_prompt, 30u);
   for (const HeadErrors& head : table->heads) {
-    const HalfRows rows[] = {a_.head(head.layer, head.kv_head, head.tensor), b_.head(head.layer, head.kv_head, head.tensor)};
+    const HalfRows rows[] = {a_.head(head.layer, head.kv_head, head.tensor),
+                             b_.head(head.layer, head.kv_head, head.tensor)};
     std::vector<double> mean(kGeometry.head_dim);
     for (const HalfRows& r : rows)
       for (std::size_t t = 0; t < r.tokens; ++t)
-        for (std::size_t c = 0; c < r.head_dim; ++c) mean[c] += static_cast<double>(HalfToFloat(r.row(t)[c])) / 57.0;
+        for (std::size_t c = 0; c < r.head_dim; ++c)
+          mean[c] += static_cast<double>(HalfToFloat(r.row(t)[c])) / 57.0;
     for (const CandidateError& candidate : head.candidates) {
       const HeadCodec& codec = candidate.codec;
       const float* used = codec.centred() ? codec.mean.data() : nullptr;
-      for (std::size_t c = 0; c < codec.mean.size(); ++c) EXPECT_NEAR(codec.mean[c], mean[c], 1e-6 * (1.0 + std::fabs(mean[c])));
-      EXPECT_EQ(codec.head_scale, codec.scale == ScaleKind::kHead ? std::max(reference::GlobalScale(rows[0], used), reference::GlobalScale(rows[1], used)) : 0.0f);
+      for (std::size_t c = 0; c < codec.mean.size(); ++c)
+        EXPECT_NEAR(codec.mean[c], mean[c], 1e-6 * (1.0 + std::fabs(mean[c])));
+      EXPECT_EQ(codec.head_scale, codec.scale == ScaleKind::kHead
+                                      ? std::max(reference::GlobalScale(rows[0], used),
+                                                 reference::GlobalScale(rows[1], used))
+                                      : 0.0f);
       ErrorSums expected;
       if (codec.storage == Storage::kI8)
-        for (const HalfRows& r : rows) expected += reference::QuantizationError(r, Encode(r, codec), used);
-      EXPECT_NEAR(candidate.values.sum_squared_error, expected.sum_squared_error, 1e-5 * expected.sum_squared_error);
+        for (const HalfRows& r : rows)
+          expected += reference::QuantizationError(r, Encode(r, codec), used);
+      EXPECT_NEAR(candidate.values.sum_squared_error, expected.sum_squared_error,
+                  1e-5 * expected.sum_squared_error);
       EXPECT_EQ(candidate.values.count, 57u * kGeometry.head_dim);
       EXPECT_EQ(head.max_abs, candidate.values.max_abs);
       if (codec.storage == Storage::kF16) continue;
@@ -227,7 +263,10 @@ TEST_F(MeasureTest, DoesNotDependOnTheThreads) {
 
 TEST_F(MeasureTest, ReportsProgressLayerByLayer) {
   std::vector<std::pair<std::size_t, std::size_t>> calls;
-  ASSERT_TRUE(Measure({&a_}, *Candidates("seed"), 1, 3, 2, [&](std::size_t done, std::size_t total) { calls.emplace_back(done, total); }).ok());
+  ASSERT_TRUE(
+      Measure({&a_}, *Candidates("seed"), 1, 3, 2, [&](std::size_t done, std::size_t total) {
+        calls.emplace_back(done, total);
+      }).ok());
   EXPECT_EQ(calls, (std::vector<std::pair<std::size_t, std::size_t>>{{1, 2}, {2, 2}}));
 }
 
@@ -236,26 +275,33 @@ TEST_F(MeasureTest, CandidateLists) {
     std::vector<std::string> names;
     const std::vector<CodecKind> kinds = *Candidates(name);
     for (const CodecKind& kind : kinds)
-      names.push_back(CodecName({kind.storage, kind.scale, kind.scale_type, 1.0f, std::vector<float>(kind.centred ? 1 : 0)}));
-    EXPECT_EQ(names, name == "seed" ? (std::vector<std::string>{"f16", "i8-head", "i8-token"})
-                                    : (std::vector<std::string>{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre"}));
+      names.push_back(CodecName({kind.storage, kind.scale, kind.scale_type, 1.0f,
+                                 std::vector<float>(kind.centred ? 1 : 0)}));
+    EXPECT_EQ(names, name == "seed"
+                         ? (std::vector<std::string>{"f16", "i8-head", "i8-token"})
+                         : (std::vector<std::string>{"f16", "i8-token", "i8-token-bf16",
+                                                     "i8-token+centre", "i8-token-bf16+centre"}));
   }
   ExpectError(Candidates("int4").status(), ErrorCode::kInvalidArgument, {"int4", "seed", "int8"});
 }
 
-// ---- whole plans --------------------------------------------------------------------------------------------------------------------
+// ---- whole plans
 
 TEST_F(MeasureTest, PlansAsComputedDirectly) {
   const ErrorTable table = Table("int8");
   Plan plan = UniformPlan(kGeometry, {}, {});
-  for (std::size_t i = 0; i < table.heads.size(); ++i) plan.codecs[i] = table.heads[i].candidates[i * 7 % table.heads[i].candidates.size()].codec;  // a mixture
+  for (std::size_t i = 0; i < table.heads.size(); ++i)
+    plan.codecs[i] =
+        table.heads[i].candidates[i * 7 % table.heads[i].candidates.size()].codec;  // a mixture
   const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, 1);
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), kGeometry.layers * kGeometry.query_heads);
   for (std::size_t layer = 0; layer < kGeometry.layers; ++layer) {
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
-    const std::vector<AttentionError> expected = DirectErrors(a_, layer, {first, first + 2 * kGeometry.kv_heads});
-    for (std::size_t q = 0; q < kGeometry.query_heads; ++q) ExpectClose((*errors)[layer * kGeometry.query_heads + q], expected[q]);
+    const std::vector<AttentionError> expected =
+        DirectErrors(a_, layer, {first, first + 2 * kGeometry.kv_heads});
+    for (std::size_t q = 0; q < kGeometry.query_heads; ++q)
+      ExpectClose((*errors)[layer * kGeometry.query_heads + q], expected[q]);
   }
   for (const int threads : {2, 5}) {
     const Result<std::vector<AttentionError>> again = MeasurePlan(a_, plan, threads);
@@ -264,7 +310,8 @@ TEST_F(MeasureTest, PlansAsComputedDirectly) {
 }
 
 TEST_F(MeasureTest, Fp16IsExact) {
-  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), 1);
+  const Result<std::vector<AttentionError>> errors =
+      MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), 1);
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   for (const AttentionError& e : *errors) {
     EXPECT_EQ(e.nmse(), 0.0);
@@ -279,26 +326,32 @@ TEST_F(MeasureTest, Fp16IsExact) {
 TEST_F(MeasureTest, RefusesPlansThatDoNotFit) {
   Geometry other = kGeometry;
   other.layers = 4;
-  ExpectError(MeasurePlan(a_, UniformPlan(other, {}, {}), 1).status(), ErrorCode::kMismatch, {a_.path(), ToString(other), ToString(kGeometry)});
+  ExpectError(MeasurePlan(a_, UniformPlan(other, {}, {}), 1).status(), ErrorCode::kMismatch,
+              {a_.path(), ToString(other), ToString(kGeometry)});
   Plan broken = UniformPlan(kGeometry, {}, {});
   broken.codecs.pop_back();
-  ExpectError(MeasurePlan(a_, broken, 1).status(), ErrorCode::kInvalidArgument, {"expected 12", "found 11"});
+  ExpectError(MeasurePlan(a_, broken, 1).status(), ErrorCode::kInvalidArgument,
+              {"expected 12", "found 11"});
 }
 
-// ---- what cannot be measured --------------------------------------------------------------------------------------------------------
+// ---- what cannot be measured
 
 TEST_F(MeasureTest, NamesWhereANanIs) {
   struct Case {
     const char *tensor, *head;
     std::size_t heads;
   };
-  for (const Case& c : {Case{"k", "KV head 1", 2}, {"v", "KV head 1", 2}, {"q", "query head 1", 4}}) {
+  for (const Case& c :
+       {Case{"k", "KV head 1", 2}, {"v", "KV head 1", 2}, {"q", "query head 1", 4}}) {
     DumpParts parts;
-    parts.tensor(std::string("layers.1.") + c.tensor)[(3 * c.heads + 1) * parts.head_dim + 5] = 0x7E00;
+    parts.tensor(std::string("layers.1.") + c.tensor)[(3 * c.heads + 1) * parts.head_dim + 5] =
+        0x7E00;
     const Dump dump = Write("nan.safetensors", parts);
     const std::vector<std::string> names{dump.path(), "NaN", "layer 1", c.head, "token 3"};
-    ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2, 1).status(), ErrorCode::kNonFinite, names);
-    ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), 2).status(), ErrorCode::kNonFinite, names);
+    ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2, 1).status(), ErrorCode::kNonFinite,
+                names);
+    ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), 2).status(),
+                ErrorCode::kNonFinite, names);
     EXPECT_TRUE(Measure({&dump}, *Candidates("seed"), 0, 1, 1).ok());  // the other layer is whole
   }
 }
@@ -306,10 +359,13 @@ TEST_F(MeasureTest, NamesWhereANanIs) {
 TEST_F(MeasureTest, RefusesDumpsWithoutQ) {
   const Dump dump = Write("no_q.safetensors", DumpParts(false));
   const std::vector<std::string> names{dump.path(), "no Q"};
-  ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2, 1).status(), ErrorCode::kInvalidArgument, names);
-  ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), 1).status(), ErrorCode::kInvalidArgument, names);
+  ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2, 1).status(), ErrorCode::kInvalidArgument,
+              names);
+  ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), 1).status(),
+              ErrorCode::kInvalidArgument, names);
   std::vector<float> out;
-  ExpectError(AttendDump(dump, 0, std::vector<HeadCodec>(4), 1, &out), ErrorCode::kInvalidArgument, names);
+  ExpectError(AttendDump(dump, 0, std::vector<HeadCodec>(4), 1, &out), ErrorCode::kInvalidArgument,
+              names);
 }
 
 TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
@@ -318,18 +374,23 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
   const Dump one = Write("one.safetensors", parts);
   parts.header["__metadata__"]["attention_scale"] = "0.5";
   const Dump scaled = Write("scaled.safetensors", parts);
-  ExpectError(Measure({&a_, &one}, seed, 0, 1, 1).status(), ErrorCode::kMismatch, {a_.path(), one.path(), ToString(kGeometry), ToString(one.geometry())});
-  ExpectError(Measure({&one, &scaled}, seed, 0, 1, 1).status(), ErrorCode::kMismatch, {one.path(), scaled.path(), "0.25", "0.5"});
-  ExpectError(Measure({&a_}, seed, 0, 4, 1).status(), ErrorCode::kInvalidArgument, {a_.path(), "layers 0 to 4"});
-  ExpectError(Measure({&a_}, seed, 2, 1, 1).status(), ErrorCode::kInvalidArgument, {"layers 2 to 1"});
+  ExpectError(Measure({&a_, &one}, seed, 0, 1, 1).status(), ErrorCode::kMismatch,
+              {a_.path(), one.path(), ToString(kGeometry), ToString(one.geometry())});
+  ExpectError(Measure({&one, &scaled}, seed, 0, 1, 1).status(), ErrorCode::kMismatch,
+              {one.path(), scaled.path(), "0.25", "0.5"});
+  ExpectError(Measure({&a_}, seed, 0, 4, 1).status(), ErrorCode::kInvalidArgument,
+              {a_.path(), "layers 0 to 4"});
+  ExpectError(Measure({&a_}, seed, 2, 1, 1).status(), ErrorCode::kInvalidArgument,
+              {"layers 2 to 1"});
   ExpectError(Measure({}, seed, 0, 0, 1).status(), ErrorCode::kInvalidArgument, {"dump"});
   ExpectError(Measure({&a_}, {}, 0, 1, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
 }
 
-// ---- merge --------------------------------------------------------------------------------------------------------------------------
+// ---- merge
 
 TEST_F(MeasureTest, MergedLayersAreTheWhole) {
-  const ErrorTable whole = Table("seed"), x = Table("seed", 0, 1), y = Table("seed", 1, 2), z = Table("seed", 2, 3);
+  const ErrorTable whole = Table("seed"), x = Table("seed", 0, 1), y = Table("seed", 1, 2),
+                   z = Table("seed", 2, 3);
   const auto merge = [](const ErrorTable& a, const ErrorTable& b) {
     Result<ErrorTable> merged = Merge(a, b);
     if (!merged.ok()) ADD_FAILURE() << merged.status().message();
@@ -358,11 +419,13 @@ TEST_F(MeasureTest, RefusesToMergeWhatOverlapsOrDiffers) {
   refused([](ErrorTable& t) { t.attention_scale = 2.0f; }, {"attention scale", "2"});
 }
 
-// ---- errors and their summaries -----------------------------------------------------------------------------------------------------
+// ---- errors and their summaries
 
 TEST(AttentionErrors, RowsOfZeros) {
   const std::vector<float> zero(13), one(13, 1.0f);
-  const auto compare = [](const std::vector<float>& x, const std::vector<float>& y) { return CompareOutputs(x.data(), y.data(), 1, 13, 13); };
+  const auto compare = [](const std::vector<float>& x, const std::vector<float>& y) {
+    return CompareOutputs(x.data(), y.data(), 1, 13, 13);
+  };
   EXPECT_EQ(compare(zero, zero).cosine(), 1.0);
   EXPECT_EQ(compare(zero, zero).nmse(), 0.0);
   EXPECT_EQ(compare(zero, one).cosine(), 0.0);
@@ -388,7 +451,8 @@ TEST(AttentionErrors, AddUpOverRowsWithAStride) {
 
 TEST(AttentionErrors, Summary) {
   const Geometry g{2, 1, 2, 8};
-  const std::vector<AttentionError> errors{{1.0, 10.0, 9.0, 10}, {4.0, 10.0, 9.9, 10}, {0.0, 10.0, 10.0, 10}, {1.0, 10.0, 8.0, 10}};
+  const std::vector<AttentionError> errors{
+      {1.0, 10.0, 9.0, 10}, {4.0, 10.0, 9.9, 10}, {0.0, 10.0, 10.0, 10}, {1.0, 10.0, 8.0, 10}};
   const Fidelity f = Summarize(errors, g);
   EXPECT_DOUBLE_EQ(f.worst_cosine, 0.8);
   EXPECT_EQ(f.worst_layer, 1u);

@@ -26,8 +26,12 @@ using testing::WriteBytes;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-HeadCodec Head(float scale = 0.5f) { return {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, scale, {}}; }
-HeadCodec Token(ScaleType type = ScaleType::kF32) { return {Storage::kI8, ScaleKind::kToken, type, 0.0f, {}}; }
+HeadCodec Head(float scale = 0.5f) {
+  return {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, scale, {}};
+}
+HeadCodec Token(ScaleType type = ScaleType::kF32) {
+  return {Storage::kI8, ScaleKind::kToken, type, 0.0f, {}};
+}
 
 const Geometry kStudy{24, 2, 14, 64};
 
@@ -35,11 +39,13 @@ TEST(Plan, BytesPerToken) {
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, {}, {})), 12288u);
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Head(), Head())), 6144u);
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(), Token())), 6528u);
-  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(ScaleType::kBF16), Token(ScaleType::kBF16))), 6336u);
+  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(ScaleType::kBF16), Token(ScaleType::kBF16))),
+            6336u);
   EXPECT_EQ(Fp16BytesPerToken(kStudy), 12288u);
 
   Plan strategy3 = UniformPlan(kStudy, Head(), Token());
-  const std::pair<std::size_t, std::size_t> outliers[] = {{0, 0}, {0, 1}, {1, 1}, {2, 0}, {2, 1}, {8, 0}};
+  const std::pair<std::size_t, std::size_t> outliers[] = {{0, 0}, {0, 1}, {1, 1},
+                                                          {2, 0}, {2, 1}, {8, 0}};
   for (const auto& [layer, head] : outliers) strategy3.codec(layer, head, Tensor::kK) = {};
   EXPECT_EQ(BytesPerToken(strategy3), 6720u);
   EXPECT_DOUBLE_EQ(SavedFraction(strategy3), 1.0 - 6720.0 / 12288.0);
@@ -47,7 +53,8 @@ TEST(Plan, BytesPerToken) {
 }
 
 TEST(Plan, CodecNames) {
-  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16", "i8-head+centre", "i8-token+centre", "i8-token-bf16+centre"}) {
+  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16", "i8-head+centre",
+                           "i8-token+centre", "i8-token-bf16+centre"}) {
     const Result<CodecKind> kind = ParseCodecName(name);
     ASSERT_TRUE(kind.ok()) << kind.status().message();
     HeadCodec codec{kind->storage, kind->scale, kind->scale_type, 1.0f, {}};
@@ -55,10 +62,12 @@ TEST(Plan, CodecNames) {
     EXPECT_EQ(CodecName(codec), name);
     EXPECT_EQ(KindOf(codec), *kind);
   }
-  for (const char* name : {"", "i8", "i8-head-bf16", "F16", "f16 ", "+centre", "f16+centre", "i8-token+centre+centre", "i4-token"}) {
+  for (const char* name : {"", "i8", "i8-head-bf16", "F16", "f16 ", "+centre", "f16+centre",
+                           "i8-token+centre+centre", "i4-token"}) {
     const Status status = ParseCodecName(name).status();
     ExpectGoodMessage(status, "codec: ");
-    EXPECT_NE(status.message().find(std::string("found \"") + name + '"'), std::string::npos) << status.message();
+    EXPECT_NE(status.message().find(std::string("found \"") + name + '"'), std::string::npos)
+        << status.message();
   }
 }
 
@@ -66,10 +75,14 @@ TEST(Plan, CheckGeometry) {
   EXPECT_TRUE(CheckGeometry(kStudy).ok());
   EXPECT_TRUE(CheckGeometry({65536, 65536, 65536, 512}).ok());
   const std::pair<Geometry, const char*> bad[] = {
-      {{0, 2, 14, 64}, "layers: expected 1 to 65536, found 0"},           {{65537, 2, 14, 64}, "layers: expected 1 to 65536, found 65537"},
-      {{24, 0, 14, 64}, "kv_heads: expected 1 to 65536, found 0"},        {{24, 2, 0, 64}, "query_heads: expected 1 to 65536, found 0"},
-      {{24, 2, 15, 64}, "query_heads: expected a multiple of the 2 KV heads, found 15"}, {{24, 2, 14, 0}, "head_dim: expected 1 to 512, found 0"},
-      {{24, 2, 14, 513}, "head_dim: expected 1 to 512, found 513"},       {{24, 28, 14, 64}, "query_heads: expected a multiple of the 28 KV heads, found 14"},
+      {{0, 2, 14, 64}, "layers: expected 1 to 65536, found 0"},
+      {{65537, 2, 14, 64}, "layers: expected 1 to 65536, found 65537"},
+      {{24, 0, 14, 64}, "kv_heads: expected 1 to 65536, found 0"},
+      {{24, 2, 0, 64}, "query_heads: expected 1 to 65536, found 0"},
+      {{24, 2, 15, 64}, "query_heads: expected a multiple of the 2 KV heads, found 15"},
+      {{24, 2, 14, 0}, "head_dim: expected 1 to 512, found 0"},
+      {{24, 2, 14, 513}, "head_dim: expected 1 to 512, found 513"},
+      {{24, 28, 14, 64}, "query_heads: expected a multiple of the 28 KV heads, found 14"},
   };
   for (const auto& [geometry, text] : bad) EXPECT_EQ(CheckGeometry(geometry).message(), text);
   EXPECT_EQ(ToString(kStudy), "24 layers x 2 KV heads x 64, 14 query heads");
@@ -87,26 +100,33 @@ TEST(Plan, CheckPlan) {
     ExpectGoodMessage(status, "layer 1, KV head 0, V: ");
     EXPECT_NE(status.message().find(text), std::string::npos) << status.message();
   };
-  for (const float scale : {0.0f, -1.0f, kInf, std::nanf("")}) refused(Head(scale), "expected a scale above 0");
+  for (const float scale : {0.0f, -1.0f, kInf, std::nanf("")})
+    refused(Head(scale), "expected a scale above 0");
   HeadCodec centred = Token();
   centred.mean = {1.0f, 2.0f, 3.0f, 4.0f};
   refused(centred, "expected a mean of 3 channels, found 4");
   centred.mean = {1.0f, kInf, 3.0f};
   refused(centred, "expected a finite mean, found inf in channel 1");
-  refused({Storage::kF16, ScaleKind::kNone, ScaleType::kF32, 0.0f, {1.0f, 2.0f, 3.0f}}, "expected fp16 without a mean, found one of 3 channels");
-  refused({Storage::kF16, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}}, "a scale that it cannot have");
-  refused({Storage::kI8, ScaleKind::kNone, ScaleType::kF32, 0.0f, {}}, "a scale that it cannot have");
+  refused({Storage::kF16, ScaleKind::kNone, ScaleType::kF32, 0.0f, {1.0f, 2.0f, 3.0f}},
+          "expected fp16 without a mean, found one of 3 channels");
+  refused({Storage::kF16, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}},
+          "a scale that it cannot have");
+  refused({Storage::kI8, ScaleKind::kNone, ScaleType::kF32, 0.0f, {}},
+          "a scale that it cannot have");
 
   Plan plan = good;
   plan.codecs.pop_back();
-  EXPECT_EQ(CheckPlan(plan).message(), "codecs: expected 8 (2 layers x 2 KV heads x 3, 4 query heads), found 7");
+  EXPECT_EQ(CheckPlan(plan).message(),
+            "codecs: expected 8 (2 layers x 2 KV heads x 3, 4 query heads), found 7");
   plan = good;
   plan.geometry.head_dim = 0;
   EXPECT_FALSE(CheckPlan(plan).ok());
   EXPECT_TRUE(CheckGeometryMatches(good, small).ok());
   const Status mismatch = CheckGeometryMatches(good, kStudy);
   EXPECT_EQ(mismatch.code(), ErrorCode::kMismatch);
-  EXPECT_EQ(mismatch.message(), "plan: expected 24 layers x 2 KV heads x 64, 14 query heads, found 2 layers x 2 KV heads x 3, 4 query heads");
+  EXPECT_EQ(mismatch.message(),
+            "plan: expected 24 layers x 2 KV heads x 64, 14 query heads, found 2 layers x 2 KV "
+            "heads x 3, 4 query heads");
 }
 
 // One of everything, with numbers that use all of their bits.
@@ -125,7 +145,14 @@ Plan RichPlan() {
   mean[0] = std::numeric_limits<float>::max();
   mean[1] = -std::numeric_limits<float>::denorm_min();
   mean[2] = 1.0f / 3.0f;
-  plan.provenance = {"a \"model\"\nby someone, \u00e9", "one,two", 512, 256, "three", 64, {0.99, 0.1 + 0.2, 1e-300, 2e-5, 2, 5}, {1.0 / 3.0, 1.0, 0.0, 0.5, 1, 0}};
+  plan.provenance = {"a \"model\"\nby someone, \u00e9",
+                     "one,two",
+                     512,
+                     256,
+                     "three",
+                     64,
+                     {0.99, 0.1 + 0.2, 1e-300, 2e-5, 2, 5},
+                     {1.0 / 3.0, 1.0, 0.0, 0.5, 1, 0}};
   return plan;
 }
 
@@ -182,7 +209,8 @@ TEST(PlanFile, EveryFloatComesBack) {
 
 TEST(PlanFile, HandwrittenMinimum) {
   const TempFolder folder;
-  WriteBytes(folder.file("plan.json"), R"({"format": "kvmix-plan", "version": [1, 7], "a later field": [null],
+  WriteBytes(folder.file("plan.json"),
+             R"({"format": "kvmix-plan", "version": [1, 7], "a later field": [null],
     "geometry": {"layers": 1, "kv_heads": 1, "query_heads": 2, "head_dim": 2}, "codecs": [[{"k": "i8-token+centre", "k_mean": [1, -2e1], "v": "f16"}]]})");
   const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
   ASSERT_TRUE(plan.ok()) << plan.status().message();
@@ -225,8 +253,10 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/geometry/layers", nullptr, "geometry.layers: expected a whole number, found null"},
       {"/geometry/layers", 3.5, "geometry.layers: expected a whole number, found 3.5"},
       {"/geometry/layers", 4, "codecs: expected 4 layers, found 3"},
-      {"/geometry/layers", std::uint64_t{1} << 63, "codecs: expected 9223372036854775808 layers, found 3"},
-      {"/geometry/kv_heads", std::uint64_t{1} << 62, "codecs[0]: expected 4611686018427387904 KV heads, found 2"},
+      {"/geometry/layers", std::uint64_t{1} << 63,
+       "codecs: expected 9223372036854775808 layers, found 3"},
+      {"/geometry/kv_heads", std::uint64_t{1} << 62,
+       "codecs[0]: expected 4611686018427387904 KV heads, found 2"},
       {"/geometry/query_heads", 7, "query_heads: expected a multiple of the 2 KV heads, found 7"},
       {"/geometry/head_dim", 41, "expected a mean of 41 channels, found 40"},
       {"/geometry/head_dim", 1000000, "head_dim: expected 1 to 512, found 1000000"},
@@ -234,29 +264,38 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/codecs", "none", "codecs: expected an array, found \"none\""},
       {"/codecs/1", json::array(), "codecs[1]: expected 2 KV heads, found 0"},
       {"/codecs/1/1", nullptr, "codecs[1][1]: expected an object, found null"},
-      {"/codecs/2/0/k", "i9", "codecs[2][0].k: expected a codec that this version knows, found \"i9\""},
-      {"/codecs/2/0/k", "f16+centre", "codecs[2][0].k: expected a codec that this version knows, found \"f16+centre\""},
+      {"/codecs/2/0/k", "i9",
+       "codecs[2][0].k: expected a codec that this version knows, found \"i9\""},
+      {"/codecs/2/0/k", "f16+centre",
+       "codecs[2][0].k: expected a codec that this version knows, found \"f16+centre\""},
       {"/codecs/2/0/v", removed, "codecs[2][0].v: expected a value, found none"},
       {"/codecs/1/1/v_scale", removed, "codecs[1][1].v_scale: expected a value, found none"},
       {"/codecs/1/1/v_scale", 1e39, "codecs[1][1].v_scale: expected a 32-bit number, found 1e+39"},
       {"/codecs/1/1/v_scale", 0, "layer 1, KV head 1, V: expected a scale above 0, found 0"},
       {"/codecs/1/1/v_scale", true, "expected a number, found true"},
       {"/codecs/0/1/k_mean", removed, "codecs[0][1].k_mean: expected a value, found none"},
-      {"/codecs/0/1/k_mean", json::array(), "codecs[0][1].k_mean: expected a number per channel, found none"},
-      {"/codecs/0/1/k_mean/39", removed, "layer 0, KV head 1, K: expected a mean of 40 channels, found 39"},
+      {"/codecs/0/1/k_mean", json::array(),
+       "codecs[0][1].k_mean: expected a number per channel, found none"},
+      {"/codecs/0/1/k_mean/39", removed,
+       "layer 0, KV head 1, K: expected a mean of 40 channels, found 39"},
       {"/codecs/0/1/k_mean/3", nullptr, "codecs[0][1].k_mean[3]: expected a number, found null"},
       {"/codecs/0/1/k_mean/3", "NaN", "codecs[0][1].k_mean[3]: expected a number, found \"NaN\""},
       {"/provenance", 5, "provenance: expected an object, found 5"},
-      {"/provenance/calibration_tokens", -1, "provenance.calibration_tokens: expected a whole number, found -1"},
-      {"/accuracy/holdout/mean_nmse", nullptr, "accuracy.holdout.mean_nmse: expected a number, found null"},
+      {"/provenance/calibration_tokens", -1,
+       "provenance.calibration_tokens: expected a whole number, found -1"},
+      {"/accuracy/holdout/mean_nmse", nullptr,
+       "accuracy.holdout.mean_nmse: expected a number, found null"},
   };
   for (const Case& c : cases) {
     json bad = good;
     const json::json_pointer pointer(c.pointer);
     json& parent = bad[pointer.parent_pointer()];
-    if (!c.value.is_discarded()) bad[pointer] = c.value;
-    else if (parent.is_array()) parent.erase(std::stoul(pointer.back()));
-    else parent.erase(pointer.back());
+    if (!c.value.is_discarded())
+      bad[pointer] = c.value;
+    else if (parent.is_array())
+      parent.erase(std::stoul(pointer.back()));
+    else
+      parent.erase(pointer.back());
     ExpectRefused(bad.dump(), ErrorCode::kCorrupt, c.concerns);
   }
   json newer = good;
@@ -277,13 +316,19 @@ TEST(PlanFile, RefusesBadText) {
   ExpectRefused("null", ErrorCode::kCorrupt, ": expected an object, found null");
   ExpectRefused(good + "x", ErrorCode::kCorrupt, "expected JSON");
   ExpectRefused(good + '\0' + "x", ErrorCode::kCorrupt, "expected JSON, found a zero byte");
-  ExpectRefused(replaced("\"kv_heads\": 2", "\"kv_heads\": NaN"), ErrorCode::kCorrupt, "expected JSON");
-  ExpectRefused(replaced("\"v_scale\": ", "\"v_scale\": 1e999, \"w\": "), ErrorCode::kCorrupt, "expected JSON");
-  ExpectRefused(replaced("\"kv_heads\": 2", "\"layers\": 3"), ErrorCode::kCorrupt, "found the key \"layers\" twice");
-  ExpectRefused(replaced("\"codecs\"", "\"version\": [1, 0], \"codecs\""), ErrorCode::kCorrupt, "found the key \"version\" twice");
+  ExpectRefused(replaced("\"kv_heads\": 2", "\"kv_heads\": NaN"), ErrorCode::kCorrupt,
+                "expected JSON");
+  ExpectRefused(replaced("\"v_scale\": ", "\"v_scale\": 1e999, \"w\": "), ErrorCode::kCorrupt,
+                "expected JSON");
+  ExpectRefused(replaced("\"kv_heads\": 2", "\"layers\": 3"), ErrorCode::kCorrupt,
+                "found the key \"layers\" twice");
+  ExpectRefused(replaced("\"codecs\"", "\"version\": [1, 0], \"codecs\""), ErrorCode::kCorrupt,
+                "found the key \"version\" twice");
   ExpectRefused(std::string(1'000'000, '['), ErrorCode::kCorrupt, "found nesting deeper than 16");
-  ExpectRefused(replaced("\"model\": ", "\"model\": " + std::string(100'000, '[')), ErrorCode::kCorrupt, "found nesting deeper than 16");
-  for (std::size_t length = 0; length + 2 < good.size(); length += 37) ExpectRefused(good.substr(0, length), ErrorCode::kCorrupt, "expected JSON");
+  ExpectRefused(replaced("\"model\": ", "\"model\": " + std::string(100'000, '[')),
+                ErrorCode::kCorrupt, "found nesting deeper than 16");
+  for (std::size_t length = 0; length + 2 < good.size(); length += 37)
+    ExpectRefused(good.substr(0, length), ErrorCode::kCorrupt, "expected JSON");
 }
 
 TEST(PlanFile, RandomDamageIsAnErrorOrAPlan) {
@@ -295,7 +340,8 @@ TEST(PlanFile, RandomDamageIsAnErrorOrAPlan) {
   const std::string alphabet = "{}[]\",:0123456789.-eE\\ kv";
   for (int round = 0; round < 500; ++round) {
     std::string bytes = good;
-    for (unsigned flips = 1 + random() % 4; flips-- > 0;) bytes[random() % bytes.size()] = alphabet[random() % alphabet.size()];
+    for (unsigned flips = 1 + random() % 4; flips-- > 0;)
+      bytes[random() % bytes.size()] = alphabet[random() % alphabet.size()];
     WriteBytes(path, bytes);
     const Result<Plan> plan = LoadPlan(path);
     if (plan.ok()) {

@@ -23,7 +23,8 @@ void ExpectRefused(const std::string& bytes, const std::string& text) {
   ASSERT_FALSE(parsed.ok()) << "expected: " << text;
   ExpectGoodMessage(parsed.status(), "a-file: ");
   EXPECT_EQ(parsed.status().code(), ErrorCode::kCorrupt);
-  EXPECT_NE(parsed.status().message().find(text), std::string::npos) << parsed.status().message() << "\nshould speak of: " << text;
+  EXPECT_NE(parsed.status().message().find(text), std::string::npos)
+      << parsed.status().message() << "\nshould speak of: " << text;
 }
 
 // Every way in which the header's JSON can lie about the file.
@@ -33,8 +34,12 @@ TEST(Safetensors, RefusesLyingHeaders) {
     edit(parts.header);
     return parts.Bytes();
   };
-  const auto offsets = [&](nlohmann::ordered_json value) { return edited([&](auto& h) { h["layers.0.k"]["data_offsets"] = std::move(value); }); };
-  const auto shape = [&](nlohmann::ordered_json value) { return edited([&](auto& h) { h["layers.0.v"]["shape"] = std::move(value); }); };
+  const auto offsets = [&](nlohmann::ordered_json value) {
+    return edited([&](auto& h) { h["layers.0.k"]["data_offsets"] = std::move(value); });
+  };
+  const auto shape = [&](nlohmann::ordered_json value) {
+    return edited([&](auto& h) { h["layers.0.v"]["shape"] = std::move(value); });
+  };
   const std::uint64_t huge = std::uint64_t{1} << 40;
   const std::pair<std::string, const char*> cases[] = {
       {offsets({-4, 10}), "expected a whole number below 2^64, found -4"},
@@ -53,21 +58,34 @@ TEST(Safetensors, RefusesLyingHeaders) {
       {shape({6, 2, true}), "expected a whole number below 2^64, found true"},
       {shape(nlohmann::ordered_json::parse("[6, 2, [8]]")), "found an array"},
       {shape(nlohmann::ordered_json::object()), "found an object"},
-      {edited([](auto& h) { h["layers.0.q"]["shape"][0] = 0; }), "expected 0 bytes (dtype x shape)"},
+      {edited([](auto& h) { h["layers.0.q"]["shape"][0] = 0; }),
+       "expected 0 bytes (dtype x shape)"},
       {edited([](auto& h) { h["layers.0.v"]["dtype"] = "I64"; }), "dtype x shape"},
-      {edited([](auto& h) { h["layers.0.v"]["dtype"] = "F17"; }), "expected a dtype of the format, found \"F17\""},
+      {edited([](auto& h) { h["layers.0.v"]["dtype"] = "F17"; }),
+       "expected a dtype of the format, found \"F17\""},
       {edited([](auto& h) { h["layers.0.v"]["dtype"] = 16; }), "expected a string, found 16"},
       {edited([](auto& h) { h["layers.0.v"].erase("dtype"); }), "found not all of them"},
       {edited([](auto& h) { h["layers.0.v"]["extra"] = 1; }), "found \"extra\""},
-      {edited([](auto& h) { h["layers.0.v"] = {1, 2}; }), "expected an object, found an array"},
+      {edited([](auto& h) {
+         h["layers.0.v"] = {1, 2};
+       }),
+       "expected an object, found an array"},
       {edited([](auto& h) { h["layers.0.v"] = 7; }), "expected an object, found 7"},
-      {edited([](auto& h) { h["__metadata__"]["tokens"] = 6; }), "\"__metadata__\" \"tokens\": expected a string, found 6"},
-      {edited([](auto& h) { h["__metadata__"]["tokens"] = {{"a", "b"}}; }), "expected a string, found an object"},
+      {edited([](auto& h) { h["__metadata__"]["tokens"] = 6; }),
+       "\"__metadata__\" \"tokens\": expected a string, found 6"},
+      {edited([](auto& h) {
+         h["__metadata__"]["tokens"] = {{"a", "b"}};
+       }),
+       "expected a string, found an object"},
       {edited([](auto& h) { h["__metadata__"] = nullptr; }), "expected an object, found null"},
       {edited([](auto& h) { h.erase("layers.1.q"); }), "without a hole"},
       {edited([](auto& h) { h.erase("layers.1.v"); }), "bytes that the header lists"},
-      {edited([](auto& h) { h["layers.1.v"]["data_offsets"] = h["layers.1.k"]["data_offsets"]; }), "without an overlap"},
-      {edited([](auto& h) { h["odd"] = {{"dtype", "F4"}, {"shape", {1}}, {"data_offsets", {0, 0}}}; }), "expected whole bytes, found 4 bits"},
+      {edited([](auto& h) { h["layers.1.v"]["data_offsets"] = h["layers.1.k"]["data_offsets"]; }),
+       "without an overlap"},
+      {edited([](auto& h) {
+         h["odd"] = {{"dtype", "F4"}, {"shape", {1}}, {"data_offsets", {0, 0}}};
+       }),
+       "expected whole bytes, found 4 bits"},
   };
   for (const auto& [bytes, text] : cases) {
     SCOPED_TRACE(text);
@@ -79,7 +97,9 @@ TEST(Safetensors, RefusesLyingHeaders) {
 TEST(Safetensors, RefusesBadText) {
   DumpParts parts;
   const std::string good = parts.header.dump();
-  const auto with = [&](const std::string& header) { return SafetensorsBytes(header, parts.buffer); };
+  const auto with = [&](const std::string& header) {
+    return SafetensorsBytes(header, parts.buffer);
+  };
   const auto replaced = [&](const std::string& from, const std::string& to) {
     std::string header = good;
     header.replace(header.find(from), from.size(), to);
@@ -93,18 +113,26 @@ TEST(Safetensors, RefusesBadText) {
       {with(good.substr(0, good.size() - 1)), "expected JSON"},
       {with(good + "{}"), "expected JSON"},
       {with(good + std::string(8, '\0')), "expected JSON, found a zero byte"},
-      {replaced("\"model\"", "\"mo\xFF" "del\""), "expected JSON"},
+      {replaced("\"model\"",
+                "\"mo\xFF"
+                "del\""),
+       "expected JSON"},
       {replaced("\"layers.1.k\"", "\"layers.0.k\""), "\"layers.0.k\": expected once, found twice"},
-      {replaced("\"model\"", "\"corpus\""), "\"__metadata__\" \"corpus\": expected once, found twice"},
-      {replaced("\"dtype\":\"F16\"", "\"dtype\":\"F16\",\"dtype\":\"F16\""), "\"layers.0.k\" \"dtype\": expected once, found twice"},
-      {replaced("\"layers.0.k\"", "\"__metadata__\""), "\"__metadata__\": expected once, found twice"},
+      {replaced("\"model\"", "\"corpus\""),
+       "\"__metadata__\" \"corpus\": expected once, found twice"},
+      {replaced("\"dtype\":\"F16\"", "\"dtype\":\"F16\",\"dtype\":\"F16\""),
+       "\"layers.0.k\" \"dtype\": expected once, found twice"},
+      {replaced("\"layers.0.k\"", "\"__metadata__\""),
+       "\"__metadata__\": expected once, found twice"},
       {replaced("[0,192]", "[0,192.0]"), "expected a whole number below 2^64, found 192.0"},
-      {replaced("[0,192]", "[0,18446744073709551616]"), "expected a whole number below 2^64, found 18446744073709551616"},
+      {replaced("[0,192]", "[0,18446744073709551616]"),
+       "expected a whole number below 2^64, found 18446744073709551616"},
       {replaced("[0,192]", "[-0,192]"), "expected a whole number below 2^64"},
       {replaced("[0,192]", "[NaN,192]"), "expected JSON"},
       {replaced("[0,192]", std::string(1'000'000, '[')), "found an array"},
       {with("{\"a\":" + std::string(1'000'000, '{')), "expected JSON"},
-      {replaced("layers.0.k", "new\\nline" + std::string(1000, 'x') + "\":{\"y\":1},\"z"), "\"new?line"},
+      {replaced("layers.0.k", "new\\nline" + std::string(1000, 'x') + "\":{\"y\":1},\"z"),
+       "\"new?line"},
   };
   for (const auto& [bytes, text] : cases) {
     SCOPED_TRACE(text);
@@ -122,7 +150,8 @@ TEST(Safetensors, RefusesBadLengths) {
   };
   ExpectRefused("", "expected a safetensors file of 8 bytes or more, found 0");
   ExpectRefused(good.substr(0, 5), "expected a safetensors file of 8 bytes or more, found 5");
-  for (const std::uint64_t length : {std::uint64_t{100'000'001}, std::uint64_t{1} << 63, ~std::uint64_t{0}}) {
+  for (const std::uint64_t length :
+       {std::uint64_t{100'000'001}, std::uint64_t{1} << 63, ~std::uint64_t{0}}) {
     ExpectRefused(with_length(length), "header length: expected at most 100000000");
   }
   ExpectRefused(with_length(good.size() - 7), "bytes up to the end of the file");
@@ -134,7 +163,8 @@ TEST(Safetensors, RefusesEveryTruncation) {
   const std::string good = parts.Bytes();
   ASSERT_TRUE(ParseSafetensors(good, "good").ok());
   for (std::size_t length = 0; length < good.size(); ++length) {
-    const std::string cut = good.substr(0, length);  // a copy, so that a sanitizer sees a read past the end
+    const std::string cut =
+        good.substr(0, length);  // a copy, so that a sanitizer sees a read past the end
     const auto parsed = ParseSafetensors(cut, "cut");
     ASSERT_FALSE(parsed.ok()) << length << " of " << good.size() << " bytes";
     ExpectGoodMessage(parsed.status(), "cut: ");
@@ -152,7 +182,9 @@ TEST(Safetensors, SurvivesRandomDamage) {
     std::string bytes = good;
     for (unsigned flips = 1 + random() % 8; flips-- > 0;) {
       // Half of the flips are likely to leave JSON.
-      bytes[random() % header_end] = static_cast<char>(random() % 2 == 0 ? random() % 256 : static_cast<unsigned>(alphabet[random() % alphabet.size()]));
+      bytes[random() % header_end] = static_cast<char>(
+          random() % 2 == 0 ? random() % 256
+                            : static_cast<unsigned>(alphabet[random() % alphabet.size()]));
     }
     const auto parsed = ParseSafetensors(bytes, "damaged");
     refused += !parsed.ok();
@@ -161,7 +193,9 @@ TEST(Safetensors, SurvivesRandomDamage) {
       continue;
     }
     for (const auto& [name, tensor] : parsed->tensors) {
-      EXPECT_TRUE(tensor.data.data() >= bytes.data() + 8 && tensor.data.data() + tensor.data.size() <= bytes.data() + bytes.size()) << name;
+      EXPECT_TRUE(tensor.data.data() >= bytes.data() + 8 &&
+                  tensor.data.data() + tensor.data.size() <= bytes.data() + bytes.size())
+          << name;
     }
   }
   EXPECT_GT(refused, 1000u);

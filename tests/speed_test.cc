@@ -26,7 +26,8 @@ using testing::WriteBytes;
 // Of this machine, with times that use all of their bits.
 Wisdom SomeWisdom() {
   Wisdom wisdom = ThisMachine();
-  wisdom.speeds = {{"i8-token", "f16", 6, 128, 4096, 0.1 + 0.2}, {"f16", "i8-head", 7, 64, 1, 1e12 / 3.0}};
+  wisdom.speeds = {{"i8-token", "f16", 6, 128, 4096, 0.1 + 0.2},
+                   {"f16", "i8-head", 7, 64, 1, 1e12 / 3.0}};
   return wisdom;
 }
 
@@ -35,7 +36,9 @@ void ExpectRefused(const std::string& path, ErrorCode code, const std::vector<st
   ASSERT_FALSE(wisdom.ok());
   EXPECT_EQ(wisdom.status().code(), code) << wisdom.status().message();
   ExpectGoodMessage(wisdom.status(), path);
-  for (const std::string& part : parts) EXPECT_NE(wisdom.status().message().find(part), std::string::npos) << wisdom.status().message() << " does not name " << part;
+  for (const std::string& part : parts)
+    EXPECT_NE(wisdom.status().message().find(part), std::string::npos)
+        << wisdom.status().message() << " does not name " << part;
 }
 
 TEST(WisdomFile, ComesBackExactly) {
@@ -80,7 +83,8 @@ TEST(WisdomFile, OfAnotherMachineIsRefusedNamingBoth) {
 
 TEST(WisdomFile, BelongsToTheActiveTarget) {
   const TempFolder folder;
-  const std::string path = folder.file("wisdom.json"), best = ThisMachine().target, last = kernels::AllKernels().back().target;
+  const std::string path = folder.file("wisdom.json"), best = ThisMachine().target,
+                    last = kernels::AllKernels().back().target;
   EXPECT_EQ(best, kernels::AllKernels().front().target);
   ASSERT_TRUE(SaveWisdom(SomeWisdom(), path).ok());
   ASSERT_TRUE(kernels::UseTarget(last));
@@ -97,7 +101,8 @@ TEST(WisdomFile, RefusesWhatIsWrong) {
   EXPECT_FALSE(LoadWisdom(folder.path()).ok());
   ASSERT_TRUE(SaveWisdom(SomeWisdom(), path).ok());
   const std::string good = ReadBytes(path);
-  for (const std::size_t size : {std::size_t{0}, std::size_t{1}, good.size() / 2, good.size() - 3}) {
+  for (const std::size_t size :
+       {std::size_t{0}, std::size_t{1}, good.size() / 2, good.size() - 3}) {
     WriteBytes(path, good.substr(0, size));
     ExpectRefused(path, ErrorCode::kCorrupt, {});
   }
@@ -116,12 +121,14 @@ TEST(WisdomFile, RefusesWhatIsWrong) {
   refused("/speeds/0/decode_ns", "1", ErrorCode::kCorrupt);
   refused("/speeds/0/decode_ns", 0.0, ErrorCode::kCorrupt);
   refused("/speeds/1/decode_ns", -5.0, ErrorCode::kCorrupt);
-  ExpectGoodMessage(SaveWisdom(SomeWisdom(), folder.file("no/wisdom.json")), folder.file("no/wisdom.json"));
+  ExpectGoodMessage(SaveWisdom(SomeWisdom(), folder.file("no/wisdom.json")),
+                    folder.file("no/wisdom.json"));
 }
 
 TEST(MedianSeconds, CallsEveryFunctionOnceARound) {
   std::string calls;
-  const std::vector<double> medians = MedianSeconds({[&] { calls += 'a'; }, [&] { calls += 'b'; }, [&] { calls += 'c'; }}, 0.0, 4);
+  const std::vector<double> medians =
+      MedianSeconds({[&] { calls += 'a'; }, [&] { calls += 'b'; }, [&] { calls += 'c'; }}, 0.0, 4);
   EXPECT_EQ(calls, "abcabcabcabcabc");  // one round to warm up, then four
   ASSERT_EQ(medians.size(), 3u);
   for (const double m : medians) EXPECT_GE(m, 0.0);
@@ -131,7 +138,11 @@ TEST(MedianSeconds, CallsEveryFunctionOnceARound) {
 TEST(MedianSeconds, GoesOnUntilTheTimeHasPassed) {
   std::size_t calls = 0;
   const auto begin = std::chrono::steady_clock::now();
-  (void)MedianSeconds({[&] { ++calls; std::this_thread::sleep_for(std::chrono::microseconds(200)); }}, 0.05, 1);
+  (void)MedianSeconds({[&] {
+                        ++calls;
+                        std::this_thread::sleep_for(std::chrono::microseconds(200));
+                      }},
+                      0.05, 1);
   EXPECT_GE(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(), 0.05);
   EXPECT_GT(calls, 3u);
 }
@@ -139,9 +150,12 @@ TEST(MedianSeconds, GoesOnUntilTheTimeHasPassed) {
 TEST(MedianSeconds, IsTheMiddleAndNotMovedByOneSlowRound) {
   using std::chrono::milliseconds;
   std::size_t slow = 0, usual = 0;
-  const std::vector<double> medians = MedianSeconds({[&] { if (slow++ == 3) std::this_thread::sleep_for(milliseconds(300)); },  // in one round of five
-                                                     [&] { std::this_thread::sleep_for(milliseconds(++usual * 4)); }},         // 8, 12, 16, 20, 24 ms
-                                                    0.0, 5);
+  const std::vector<double> medians = MedianSeconds(
+      {[&] {
+         if (slow++ == 3) std::this_thread::sleep_for(milliseconds(300));
+       },                                                                 // in one round of five
+       [&] { std::this_thread::sleep_for(milliseconds(++usual * 4)); }},  // 8, 12, 16, 20, 24 ms
+      0.0, 5);
   EXPECT_LT(medians[0], 0.1);
   EXPECT_GE(medians[1], 0.016);
 }
@@ -162,10 +176,12 @@ TEST(MeasureHeadSpeeds, FillsAllPairsThatAreMissing) {
   }
   EXPECT_EQ(wisdom.Find("f16", "i8-token", 3, 32, 100)->decode_ns, 12345.0);  // not measured again
   const std::vector<HeadSpeed> before = wisdom.speeds;
-  ASSERT_TRUE(MeasureHeadSpeeds(kinds, kinds, 3, 32, 100, 0.0, &wisdom).ok());  // nothing left to do
+  ASSERT_TRUE(
+      MeasureHeadSpeeds(kinds, kinds, 3, 32, 100, 0.0, &wisdom).ok());  // nothing left to do
   ASSERT_EQ(wisdom.speeds.size(), 9u);
   for (std::size_t i = 0; i < 9; ++i) EXPECT_EQ(wisdom.speeds[i].decode_ns, before[i].decode_ns);
-  ASSERT_TRUE(MeasureHeadSpeeds({kinds[0], kinds[0]}, {kinds[0]}, 3, 32, 101, 0.0, &wisdom).ok());  // another context; twice the same is one
+  ASSERT_TRUE(MeasureHeadSpeeds({kinds[0], kinds[0]}, {kinds[0]}, 3, 32, 101, 0.0, &wisdom)
+                  .ok());  // another context; twice the same is one
   EXPECT_EQ(wisdom.speeds.size(), 10u);
 }
 
@@ -180,10 +196,14 @@ TEST(MeasureHeadSpeeds, CentringIsNoCodecOfItsOwn) {
 TEST(MeasureHeadSpeeds, RefusesShapesThatAreNone) {
   Wisdom wisdom = ThisMachine();
   const std::vector<CodecKind> kinds = *Candidates("seed");
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 0, 32, 100, 0.0, &wisdom).code(), ErrorCode::kInvalidArgument);
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 513, 100, 0.0, &wisdom).code(), ErrorCode::kInvalidArgument);
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 32, 0, 0.0, &wisdom).code(), ErrorCode::kInvalidArgument);
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 32, std::size_t{1} << 50, 0.0, &wisdom).code(), ErrorCode::kOutOfMemory);
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 0, 32, 100, 0.0, &wisdom).code(),
+            ErrorCode::kInvalidArgument);
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 513, 100, 0.0, &wisdom).code(),
+            ErrorCode::kInvalidArgument);
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 32, 0, 0.0, &wisdom).code(),
+            ErrorCode::kInvalidArgument);
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 32, std::size_t{1} << 50, 0.0, &wisdom).code(),
+            ErrorCode::kOutOfMemory);
   EXPECT_TRUE(wisdom.speeds.empty());
 }
 

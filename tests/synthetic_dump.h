@@ -28,7 +28,8 @@ struct SyntheticDump {
   // Tokens are normal, times exp(norm_spread * normal) of their own.
   double norm_spread = 0.0;
   double query_norm = 1.0;
-  // K heads (layer, KV head) with an offset on some channels that is the same for all tokens: what the bias of Qwen's K projection does.
+  // K heads (layer, KV head) with an offset on some channels that is the same for all tokens: what
+  // the bias of Qwen's K projection does.
   std::set<std::pair<std::size_t, std::size_t>> outliers;
   double offset = 60.0;
 
@@ -42,14 +43,19 @@ struct SyntheticDump {
   void Write(const std::string& path) const {
     std::mt19937 random(seed);
     nlohmann::ordered_json header;
-    header["__metadata__"] = {{"format", "kvmix-dump-1"}, {"model", "synthetic"}, {"prompt_tokens", fmt::format("{}", fmt::join(prompt_tokens, ","))}};
+    header["__metadata__"] = {{"format", "kvmix-dump-1"},
+                              {"model", "synthetic"},
+                              {"prompt_tokens", fmt::format("{}", fmt::join(prompt_tokens, ","))}};
     std::string buffer;
     for (std::size_t layer = 0; layer < geometry.layers; ++layer) {
       for (const char tensor : {'k', 'q', 'v'}) {
         const std::vector<Half> rows = Rows(layer, tensor, &random);
-        header[fmt::format("layers.{}.{}", layer, tensor)] = {{"dtype", "F16"},
-                                                              {"shape", {tokens(), tensor == 'q' ? geometry.query_heads : geometry.kv_heads, geometry.head_dim}},
-                                                              {"data_offsets", {buffer.size(), buffer.size() + rows.size() * sizeof(Half)}}};
+        header[fmt::format("layers.{}.{}", layer, tensor)] = {
+            {"dtype", "F16"},
+            {"shape",
+             {tokens(), tensor == 'q' ? geometry.query_heads : geometry.kv_heads,
+              geometry.head_dim}},
+            {"data_offsets", {buffer.size(), buffer.size() + rows.size() * sizeof(Half)}}};
         buffer.append(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Half));
       }
     }
@@ -63,10 +69,12 @@ struct SyntheticDump {
     const std::size_t heads = tensor == 'q' ? geometry.query_heads : geometry.kv_heads;
     for (std::size_t t = 0; t < tokens(); ++t) {
       for (std::size_t h = 0; h < heads; ++h) {
-        const double norm = (tensor == 'q' ? query_norm : 1.0) * std::exp(norm_spread * normal(*random));
+        const double norm =
+            (tensor == 'q' ? query_norm : 1.0) * std::exp(norm_spread * normal(*random));
         const bool biased = tensor == 'k' && outliers.contains({layer, h});
         for (std::size_t c = 0; c < geometry.head_dim; ++c) {
-          const double bias = biased && c % 16 == (layer + h) % 16 ? (c % 32 < 16 ? offset : -offset) : 0.0;
+          const double bias =
+              biased && c % 16 == (layer + h) % 16 ? (c % 32 < 16 ? offset : -offset) : 0.0;
           rows.push_back(FloatToHalf(static_cast<float>(norm * normal(*random) + bias)));
         }
       }

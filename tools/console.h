@@ -11,7 +11,8 @@ namespace kvmix::tools {
 // "PROGRAM: error: MESSAGE", one line on stderr; returns 1, the exit code of a program that failed.
 int Fail(const std::string& program, const std::string& message);
 
-// Writes a program's result to stdout; returns its exit code: 0, or Fail's where stdout does not take all of it.
+// Writes a program's result to stdout; returns its exit code: 0, or Fail's where stdout does not
+// take all of it.
 int Print(const std::string& program, const std::string& text);
 
 // A bar on stderr where that is a terminal, nothing elsewhere. Gone when it is destroyed.
@@ -28,7 +29,8 @@ class ProgressBar {
   bool terminal_;
 };
 
-// Rows of cells in columns as wide as they need: the first `left` columns aligned to the left, the others to the right.
+// Rows of cells in columns as wide as they need: the first `left` columns aligned to the left, the
+// others to the right.
 class Table {
  public:
   Table(std::vector<std::string> header, std::size_t left);

@@ -1,4 +1,5 @@
-// Dumps as the command-line programs take them: safetensors files, raw folders with their shape in options, the built-in sample.
+// Dumps as the command-line programs take them: safetensors files, raw folders with their shape in
+// options, the built-in sample.
 #ifndef KVMIX_TOOLS_DUMPS_H_
 #define KVMIX_TOOLS_DUMPS_H_
 
@@ -10,14 +11,16 @@
 
 namespace kvmix::tools {
 
-// Adds --kv-heads, --query-heads, --head-dim and --prompt-tokens: what the files of a raw folder do not say.
+// Adds --kv-heads, --query-heads, --head-dim and --prompt-tokens: what the files of a raw folder do
+// not say.
 void AddRawOptions(CLI::App* app, RawFormat* raw);
 
 // A folder needs a whole `raw`; a file is read as safetensors.
 Result<Dump> OpenDump(const std::string& path, const RawFormat& raw);
 
-// The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set, else in share/kvmix beside the
-// program's bin folder, else where the sources were when it was built.
+// The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set,
+// else in share/kvmix beside the program's bin folder, else where the sources were when it was
+// built.
 Result<std::string> SamplePath(const std::string& part);
 
 }  // namespace kvmix::tools

@@ -1,5 +1,6 @@
-// Decodes every KV head's rows to doubles (exported from a cache, so that they are the kernels' own codes), then takes query heads and
-// prompts in parallel, one query row at a time: scores, softmax, weighted sum.
+// Decodes every KV head's rows to doubles (exported from a cache, so that they are the kernels' own
+// codes), then takes query heads and prompts in parallel, one query row at a time: scores, softmax,
+// weighted sum.
 #include "exact_attention.h"
 
 #include <omp.h>
@@ -25,15 +26,18 @@ Result<Rows> DecodedRows(const Cache& cache, std::size_t head, Tensor t) {
   Rows rows(tokens * d);
   if (codec.storage == Storage::kF16) {
     std::vector<Half> halves(rows.size());
-    if (Status s = cache.ExportRows(0, head, t, 0, tokens, halves.data(), nullptr); !s.ok()) return s;
+    if (Status s = cache.ExportRows(0, head, t, 0, tokens, halves.data(), nullptr); !s.ok())
+      return s;
     std::transform(halves.begin(), halves.end(), rows.begin(), HalfToFloat);
     return rows;
   }
   std::vector<std::int8_t> codes(rows.size());
   std::vector<float> scales(tokens, codec.head_scale);
-  if (Status s = cache.ExportRows(0, head, t, 0, tokens, codes.data(), scales.data()); !s.ok()) return s;
+  if (Status s = cache.ExportRows(0, head, t, 0, tokens, codes.data(), scales.data()); !s.ok())
+    return s;
   for (std::size_t i = 0; i < rows.size(); ++i)
-    rows[i] = double{scales[i / d]} * codes[i] + (codec.centred() ? double{codec.mean[i % d]} : 0.0);
+    rows[i] =
+        double{scales[i / d]} * codes[i] + (codec.centred() ? double{codec.mean[i % d]} : 0.0);
   return rows;
 }
 
@@ -49,10 +53,12 @@ double Dot(const double* a, const double* b, std::size_t n) {
 }
 
 // One query row over the first `tokens` rows of k and v.
-void AttendRow(const std::vector<double>& q, const double* k, const double* v, std::size_t tokens, std::vector<double>* scores, std::vector<double>* sums) {
+void AttendRow(const std::vector<double>& q, const double* k, const double* v, std::size_t tokens,
+               std::vector<double>* scores, std::vector<double>* sums) {
   const std::size_t d = q.size();
   for (std::size_t t = 0; t < tokens; ++t) (*scores)[t] = Dot(q.data(), k + t * d, d);
-  const double max = *std::max_element(scores->begin(), scores->begin() + static_cast<std::ptrdiff_t>(tokens));
+  const double max =
+      *std::max_element(scores->begin(), scores->begin() + static_cast<std::ptrdiff_t>(tokens));
   std::fill(sums->begin(), sums->end(), 0.0);
   double weights = 0.0;
   for (std::size_t t = 0; t < tokens; ++t) {
@@ -65,7 +71,8 @@ void AttendRow(const std::vector<double>& q, const double* k, const double* v, s
 
 }  // namespace
 
-Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs, int num_threads, std::vector<float>* out) {
+Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs,
+                     int num_threads, std::vector<float>* out) {
   Geometry g = dump.geometry();
   g.layers = 1;
   Result<Cache> cache = Cache::Create(g, Plan{g, codecs, {}}, dump.tokens());
@@ -93,9 +100,11 @@ Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<Head
       std::vector<double> q(d), scores(prompts[p]), sums(d);
       for (std::size_t i = 0; i < prompts[p]; ++i) {
         const std::size_t at = (first[p] + i) * q_row + h * d;
-        for (std::size_t c = 0; c < d; ++c) q[c] = double{dump.attention_scale()} * HalfToFloat(dump.q(layer)[at + c]);
+        for (std::size_t c = 0; c < d; ++c)
+          q[c] = double{dump.attention_scale()} * HalfToFloat(dump.q(layer)[at + c]);
         AttendRow(q, k, v, i + 1, &scores, &sums);
-        std::transform(sums.begin(), sums.end(), out->begin() + static_cast<std::ptrdiff_t>(at), [](double x) { return static_cast<float>(x); });
+        std::transform(sums.begin(), sums.end(), out->begin() + static_cast<std::ptrdiff_t>(at),
+                       [](double x) { return static_cast<float>(x); });
       }
     }
   }

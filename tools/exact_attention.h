@@ -1,5 +1,5 @@
-// Attention in double precision over the very codes that a cache stores, in plain C++: shows how much of an error is the codec's and
-// how much the kernels add. Slow: some 2 Gmac/s a thread.
+// Attention in double precision over the very codes that a cache stores, in plain C++: shows how
+// much of an error is the codec's and how much the kernels add. Slow: some 2 Gmac/s a thread.
 #ifndef KVMIX_TOOLS_EXACT_ATTENTION_H_
 #define KVMIX_TOOLS_EXACT_ATTENTION_H_
 
@@ -12,9 +12,11 @@
 
 namespace kvmix::tools {
 
-// AttendDump() of kvmix/tune.h in double precision: one layer, causal within each prompt. codecs: [kv_heads][K, V].
-// out: [tokens, query_heads, head_dim], rounded to f32 at the very end. Memory: K and V as doubles.
-Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs, int num_threads, std::vector<float>* out);
+// AttendDump() of kvmix/tune.h in double precision: one layer, causal within each prompt. codecs:
+// [kv_heads][K, V]. out: [tokens, query_heads, head_dim], rounded to f32 at the very end. Memory: K
+// and V as doubles.
+Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs,
+                     int num_threads, std::vector<float>* out);
 
 }  // namespace kvmix::tools
 

@@ -1,4 +1,5 @@
-// kvmix-tune: from dumps to a plan. Measures what every codec costs every head, chooses, measures the plan as a whole, reports.
+// kvmix-tune: from dumps to a plan. Measures what every codec costs every head, chooses, measures
+// the plan as a whole, reports.
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include "console.h"
 #include "dumps.h"
@@ -45,36 +46,64 @@ CLI::Validator Between(double low, double high, bool closed) {
   return CLI::Validator(
       [=](std::string& text) -> std::string {
         double x = 0.0;
-        if (CLI::detail::lexical_cast(text, x) && x > low && (x < high || (closed && x == high))) return "";
-        return fmt::format("expected a number above {} and {} {}, found '{}'", low, closed ? "up to" : "below", high, text);
+        if (CLI::detail::lexical_cast(text, x) && x > low && (x < high || (closed && x == high)))
+          return "";
+        return fmt::format("expected a number above {} and {} {}, found '{}'", low,
+                           closed ? "up to" : "below", high, text);
       },
       "NUMBER");
 }
 
 void AddOptions(CLI::App* app, Options* o) {
-  app->add_option("DUMP", o->dumps, "dumps of one model to calibrate on: safetensors files or raw folders; without any, the built-in sample");
-  app->add_option("--budget", o->constraints.budget, "save at least this fraction of the fp16 KV bytes")->check(Between(0.0, 1.0, false));
-  app->add_option("--min-cosine", o->constraints.min_cosine, "of the predicted worst query head; without --budget: save the most that holds it")->check(Between(0.0, 1.0, true));
-  app->add_option("--max-time", o->constraints.max_decode_ns, "predicted decode time of a token over all layers, in ns")->check(Between(0.0, 1e18, false));
+  app->add_option("DUMP", o->dumps,
+                  "dumps of one model to calibrate on: safetensors files or raw folders; without "
+                  "any, the built-in sample");
+  app->add_option("--budget", o->constraints.budget,
+                  "save at least this fraction of the fp16 KV bytes")
+      ->check(Between(0.0, 1.0, false));
+  app->add_option(
+         "--min-cosine", o->constraints.min_cosine,
+         "of the predicted worst query head; without --budget: save the most that holds it")
+      ->check(Between(0.0, 1.0, true));
+  app->add_option("--max-time", o->constraints.max_decode_ns,
+                  "predicted decode time of a token over all layers, in ns")
+      ->check(Between(0.0, 1e18, false));
   app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
-  app->add_option("--candidates", o->candidates, "codecs to choose from")->check(CLI::IsMember({"seed", "int8"}))->capture_default_str();
-  app->add_option("--context", o->context, "tokens in the cache for decode times")->check(CLI::Range(1u, 1u << 20))->capture_default_str();
-  app->add_option("--threads", o->threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
-  app->add_option("--wisdom", o->wisdom, "file of kernel speeds of this CPU: read if it exists, completed, written");
-  app->add_option("-o,--output", o->output, fmt::format("the plan; without it (and without --json) {}, if there is none yet", kDefaultPlan));
+  app->add_option("--candidates", o->candidates, "codecs to choose from")
+      ->check(CLI::IsMember({"seed", "int8"}))
+      ->capture_default_str();
+  app->add_option("--context", o->context, "tokens in the cache for decode times")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  app->add_option("--threads", o->threads, "0: all")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app->add_option("--wisdom", o->wisdom,
+                  "file of kernel speeds of this CPU: read if it exists, completed, written");
+  app->add_option("-o,--output", o->output,
+                  fmt::format("the plan; without it (and without --json) {}, if there is none yet",
+                              kDefaultPlan));
   app->add_flag("--json", o->json, "print the report as JSON");
   AddRawOptions(app, &o->raw);
-  app->footer("Example:\n  kvmix-tune model.c4.safetensors --holdout model.wikitext.safetensors --budget 0.45 -o plan.json");
+  app->footer(
+      "Example:\n  kvmix-tune model.c4.safetensors --holdout model.wikitext.safetensors --budget "
+      "0.45 -o plan.json");
 }
 
 // Tells early that a file cannot be written, before minutes of work.
 Status CheckWritable(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code error;
-  if (fs::is_directory(path, error)) return {ErrorCode::kIo, fmt::format("{}: expected a file to write to, found a folder", path)};
-  const fs::path folder = fs::path(path).has_parent_path() ? fs::path(path).parent_path() : fs::path(".");
-  if (!fs::is_directory(folder, error)) return {ErrorCode::kIo, fmt::format("{}: expected the folder {}, found none", path, folder.string())};
-  if (access(folder.c_str(), W_OK | X_OK) != 0) return {ErrorCode::kIo, fmt::format("{}: may not write to the folder {}", path, folder.string())};
+  if (fs::is_directory(path, error))
+    return {ErrorCode::kIo, fmt::format("{}: expected a file to write to, found a folder", path)};
+  const fs::path folder =
+      fs::path(path).has_parent_path() ? fs::path(path).parent_path() : fs::path(".");
+  if (!fs::is_directory(folder, error))
+    return {ErrorCode::kIo,
+            fmt::format("{}: expected the folder {}, found none", path, folder.string())};
+  if (access(folder.c_str(), W_OK | X_OK) != 0)
+    return {ErrorCode::kIo,
+            fmt::format("{}: may not write to the folder {}", path, folder.string())};
   return {};
 }
 
@@ -102,15 +131,20 @@ Result<Dumps> OpenDumps(const Options& o) {
   if (!holdout_path.empty()) {
     Result<Dump> dump = OpenDump(holdout_path, o.raw);
     if (!dump.ok()) return dump.status();
-    if (!dump->has_q()) return Status(ErrorCode::kInvalidArgument, fmt::format("{}: has no Q, which attention errors need", holdout_path));
+    if (!dump->has_q())
+      return Status(ErrorCode::kInvalidArgument,
+                    fmt::format("{}: has no Q, which attention errors need", holdout_path));
     if (dump->geometry() != dumps.calibration[0].geometry())
-      return Status(ErrorCode::kMismatch, fmt::format("{}: expected {}, found {}", holdout_path, ToString(dumps.calibration[0].geometry()), ToString(dump->geometry())));
+      return Status(ErrorCode::kMismatch, fmt::format("{}: expected {}, found {}", holdout_path,
+                                                      ToString(dumps.calibration[0].geometry()),
+                                                      ToString(dump->geometry())));
     dumps.holdout.emplace(std::move(*dump));
   }
   return dumps;
 }
 
-Result<Wisdom> Speeds(const Options& o, const Geometry& g, const std::vector<CodecKind>& candidates) {
+Result<Wisdom> Speeds(const Options& o, const Geometry& g,
+                      const std::vector<CodecKind>& candidates) {
   Wisdom wisdom = ThisMachine();
   if (!o.wisdom.empty()) {
     Result<Wisdom> known = LoadWisdom(o.wisdom);
@@ -121,20 +155,26 @@ Result<Wisdom> Speeds(const Options& o, const Geometry& g, const std::vector<Cod
     }
   }
   std::vector<CodecKind> plain;
-  std::copy_if(candidates.begin(), candidates.end(), std::back_inserter(plain), [](const CodecKind& kind) { return !kind.centred; });
+  std::copy_if(candidates.begin(), candidates.end(), std::back_inserter(plain),
+               [](const CodecKind& kind) { return !kind.centred; });
   const std::size_t before = wisdom.speeds.size();
-  if (Status s = MeasureHeadSpeeds(plain, plain, g.group(), g.head_dim, o.context, kSpeedSeconds, &wisdom); !s.ok()) return s;
+  if (Status s =
+          MeasureHeadSpeeds(plain, plain, g.group(), g.head_dim, o.context, kSpeedSeconds, &wisdom);
+      !s.ok())
+    return s;
   if (!o.wisdom.empty() && wisdom.speeds.size() > before)
     if (Status s = SaveWisdom(wisdom, o.wisdom); !s.ok()) return s;
   return wisdom;
 }
 
 // The plan as a whole over several dumps.
-Result<Fidelity> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads, const std::string& label) {
+Result<Fidelity> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads,
+                              const std::string& label) {
   ProgressBar bar(label);
   std::vector<AttentionError> total(plan.geometry.layers * plan.geometry.query_heads);
   for (const Dump* dump : dumps) {
-    Result<std::vector<AttentionError>> errors = MeasurePlan(*dump, plan, threads, [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
+    Result<std::vector<AttentionError>> errors = MeasurePlan(
+        *dump, plan, threads, [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
     if (!errors.ok()) return errors.status();
     for (std::size_t i = 0; i < total.size(); ++i) total[i] += (*errors)[i];
   }
@@ -155,7 +195,9 @@ Result<TuneReport> Tune(const Options& o) {
   const Geometry& geometry = calibration[0]->geometry();
   {
     ProgressBar bar("measuring every head and codec");
-    Result<ErrorTable> table = Measure(calibration, *candidates, 0, geometry.layers, o.threads, [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
+    Result<ErrorTable> table =
+        Measure(calibration, *candidates, 0, geometry.layers, o.threads,
+                [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
     if (!table.ok()) return table.status();
     report.table = std::move(*table);
   }
@@ -170,11 +212,13 @@ Result<TuneReport> Tune(const Options& o) {
   report.choice = std::move(*choice);
 
   Provenance& provenance = report.choice.plan.provenance;
-  Result<Fidelity> on_calibration = MeasureWhole(calibration, report.choice.plan, o.threads, "measuring the plan on the calibration");
+  Result<Fidelity> on_calibration = MeasureWhole(calibration, report.choice.plan, o.threads,
+                                                 "measuring the plan on the calibration");
   if (!on_calibration.ok()) return on_calibration.status();
   report.calibration = provenance.on_calibration = *on_calibration;
   if (dumps->holdout) {
-    Result<Fidelity> on_holdout = MeasureWhole({&*dumps->holdout}, report.choice.plan, o.threads, "measuring the plan on the holdout");
+    Result<Fidelity> on_holdout = MeasureWhole({&*dumps->holdout}, report.choice.plan, o.threads,
+                                               "measuring the plan on the holdout");
     if (!on_holdout.ok()) return on_holdout.status();
     report.holdout = provenance.on_holdout = *on_holdout;
     provenance.holdout = std::filesystem::path(dumps->holdout->path()).filename().string();
@@ -190,7 +234,9 @@ Result<std::string> WritePlan(const Options& o, const Plan& plan) {
     if (o.json) return std::string();
     std::error_code error;
     if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
-      return fmt::format("{} exists already and was left as it is: name a file with -o to keep this plan\n", kDefaultPlan);
+      return fmt::format(
+          "{} exists already and was left as it is: name a file with -o to keep this plan\n",
+          kDefaultPlan);
     path = kDefaultPlan;
   }
   if (Status s = SavePlan(plan, path); !s.ok()) return s;
@@ -199,14 +245,19 @@ Result<std::string> WritePlan(const Options& o, const Plan& plan) {
 
 int Main(int argc, char** argv) {
   Options o;
-  CLI::App app("Chooses how every KV head's K and V is stored: the least damage to attention within a budget of bytes.", kProgram);
+  CLI::App app(
+      "Chooses how every KV head's K and V is stored: the least damage to attention within a "
+      "budget of bytes.",
+      kProgram);
   AddOptions(&app, &o);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return e.get_exit_code() == 0 ? app.exit(e) : Fail(kProgram, e.what());
   }
-  if (o.constraints.budget < 0.0 && o.constraints.min_cosine < 0.0) return Fail(kProgram, "nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
+  if (o.constraints.budget < 0.0 && o.constraints.min_cosine < 0.0)
+    return Fail(kProgram,
+                "nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
   for (const std::string& path : {o.output, o.wisdom})
     if (!path.empty())
       if (const Status s = CheckWritable(path); !s.ok()) return Fail(kProgram, s.message());

@@ -13,7 +13,9 @@ namespace {
 
 const std::vector<KvHead> kStudyHeads = {{0, 0}, {0, 1}, {1, 1}, {2, 0}, {2, 1}, {8, 0}};
 
-bool IsStudyModel(const Geometry& g) { return g.layers == 24 && g.kv_heads == 2 && g.head_dim == 64; }
+bool IsStudyModel(const Geometry& g) {
+  return g.layers == 24 && g.kv_heads == 2 && g.head_dim == 64;
+}
 
 bool ParseNumber(std::string_view text, std::size_t* number) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *number);
@@ -31,22 +33,32 @@ Result<std::vector<KvHead>> ParseKvHeads(const std::string& text) {
     rest.remove_prefix(std::min(rest.size(), item.size() + 1));
     const std::size_t colon = item.find(':');
     KvHead head;
-    if (colon == item.npos || !ParseNumber(item.substr(0, colon), &head.layer) || !ParseNumber(item.substr(colon + 1), &head.head))
-      return Status(ErrorCode::kInvalidArgument, fmt::format("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item));
+    if (colon == item.npos || !ParseNumber(item.substr(0, colon), &head.layer) ||
+        !ParseNumber(item.substr(colon + 1), &head.head))
+      return Status(ErrorCode::kInvalidArgument,
+                    fmt::format("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item));
     heads.push_back(head);
   }
   return heads;
 }
 
-Result<Plan> StrategyPlan(const Geometry& g, int strategy, const std::optional<std::vector<KvHead>>& fp16_heads) {
-  const HeadCodec per_head{Storage::kI8, ScaleKind::kHead, ScaleType::kF32, 1.0f, {}}, per_token{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}};
+Result<Plan> StrategyPlan(const Geometry& g, int strategy,
+                          const std::optional<std::vector<KvHead>>& fp16_heads) {
+  const HeadCodec per_head{Storage::kI8, ScaleKind::kHead, ScaleType::kF32, 1.0f, {}},
+      per_token{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}};
   if (strategy == 1) return UniformPlan(g, per_head, per_head);
   if (strategy == 2) return UniformPlan(g, per_token, per_token);
   if (!fp16_heads && !IsStudyModel(g))
-    return Status(ErrorCode::kInvalidArgument, fmt::format("strategy 3 on {} needs --fp16-heads (its K heads to keep in fp16) or --plan: the study's six heads are those of 24 layers x 2 KV heads x 64", ToString(g)));
+    return Status(
+        ErrorCode::kInvalidArgument,
+        fmt::format("strategy 3 on {} needs --fp16-heads (its K heads to keep in fp16) or --plan: "
+                    "the study's six heads are those of 24 layers x 2 KV heads x 64",
+                    ToString(g)));
   Plan plan = UniformPlan(g, per_head, per_token);
   for (const KvHead& h : fp16_heads ? *fp16_heads : kStudyHeads) {
-    if (h.layer >= g.layers || h.head >= g.kv_heads) return Status(ErrorCode::kInvalidArgument, fmt::format("--fp16-heads: no head {}:{} in {}", h.layer, h.head, ToString(g)));
+    if (h.layer >= g.layers || h.head >= g.kv_heads)
+      return Status(ErrorCode::kInvalidArgument,
+                    fmt::format("--fp16-heads: no head {}:{} in {}", h.layer, h.head, ToString(g)));
     plan.codec(h.layer, h.head, Tensor::kK) = {};
   }
   return plan;

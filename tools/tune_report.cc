@@ -16,7 +16,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// A head is an outlier if int8 with a scale per token costs it this many times what it costs the median head of the same tensor.
+// A head is an outlier if int8 with a scale per token costs it this many times what it costs the
+// median head of the same tensor.
 constexpr double kOutlierFactor = 10.0;
 // Larger grids are not drawn.
 constexpr std::size_t kMaxGridLayers = 80;
@@ -34,7 +35,9 @@ const CandidateError* Find(const HeadErrors& head, const CodecKind& kind) {
   return nullptr;
 }
 
-Fidelity OfHead(const CandidateError& candidate) { return Summarize(candidate.queries, {1, 1, candidate.queries.size(), 1}); }
+Fidelity OfHead(const CandidateError& candidate) {
+  return Summarize(candidate.queries, {1, 1, candidate.queries.size(), 1});
+}
 
 // Heads that plain int8 hurts, the worst first.
 std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
@@ -47,28 +50,43 @@ std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
     std::vector<double> costs;
     for (const HeadErrors& h : table.heads)
       if (h.tensor == tensor) costs.push_back(cost(h));
-    std::nth_element(costs.begin(), costs.begin() + static_cast<std::ptrdiff_t>(costs.size() / 2), costs.end());
+    std::nth_element(costs.begin(), costs.begin() + static_cast<std::ptrdiff_t>(costs.size() / 2),
+                     costs.end());
     const double limit = kOutlierFactor * costs[costs.size() / 2];
     for (const HeadErrors& h : table.heads)
       if (h.tensor == tensor && cost(h) > limit) outliers.push_back(&h);
   }
-  std::stable_sort(outliers.begin(), outliers.end(), [&](const HeadErrors* a, const HeadErrors* b) { return cost(*a) > cost(*b); });
+  std::stable_sort(outliers.begin(), outliers.end(),
+                   [&](const HeadErrors* a, const HeadErrors* b) { return cost(*a) > cost(*b); });
   return outliers;
 }
 
-// ---- text -------------------------------------------------------------------------------------------------------------------------
+// ---- text
 
 std::string OutlierText(const TuneReport& r) {
   const std::vector<const HeadErrors*> outliers = Outliers(r.table);
-  if (outliers.empty()) return fmt::format("No outlier heads: int8 with a scale per token costs no head more than {:.0f} x what it costs the median head.\n", kOutlierFactor);
-  Table table({"layer", "KV head", "", "max|x|", "cosine as int8", "NMSE as int8", "NMSE centred", "stored as"}, 0);
+  if (outliers.empty())
+    return fmt::format(
+        "No outlier heads: int8 with a scale per token costs no head more than {:.0f} x what it "
+        "costs the median head.\n",
+        kOutlierFactor);
+  Table table({"layer", "KV head", "", "max|x|", "cosine as int8", "NMSE as int8", "NMSE centred",
+               "stored as"},
+              0);
   for (const HeadErrors* h : outliers) {
     const Fidelity plain = OfHead(*Find(*h, kPlain));
     const CandidateError* centred = Find(*h, kCentred);
-    table.Add({fmt::format("{}", h->layer), fmt::format("{}", h->kv_head), h->tensor == Tensor::kK ? "K" : "V", fmt::format("{:.1f}", h->max_abs), fmt::format("{:.5f}", plain.worst_cosine),
-               fmt::format("{:.1e}", plain.worst_nmse), centred ? fmt::format("{:.1e}", OfHead(*centred).worst_nmse) : "-", CodecName(r.choice.plan.codec(h->layer, h->kv_head, h->tensor))});
+    table.Add({fmt::format("{}", h->layer), fmt::format("{}", h->kv_head),
+               h->tensor == Tensor::kK ? "K" : "V", fmt::format("{:.1f}", h->max_abs),
+               fmt::format("{:.5f}", plain.worst_cosine), fmt::format("{:.1e}", plain.worst_nmse),
+               centred ? fmt::format("{:.1e}", OfHead(*centred).worst_nmse) : "-",
+               CodecName(r.choice.plan.codec(h->layer, h->kv_head, h->tensor))});
   }
-  return fmt::format("Outlier heads: int8 with a scale per token costs their worst query head over {:.0f} x what it costs the median head\n", kOutlierFactor) + table.Text();
+  return fmt::format(
+             "Outlier heads: int8 with a scale per token costs their worst query head over {:.0f} "
+             "x what it costs the median head\n",
+             kOutlierFactor) +
+         table.Text();
 }
 
 // The codecs in use, most frequent first, each with a letter: f for fp16, then a, b, c.
@@ -86,13 +104,15 @@ std::string PlanText(const Plan& plan) {
   for (std::size_t t = 0; t < 2; ++t) {
     text += t ? "  V: " : "  K: ";
     std::vector<std::string> parts;
-    for (const auto& [name, count] : counts[t]) parts.push_back(fmt::format("{} x {} ({})", count, name, letters[name]));
+    for (const auto& [name, count] : counts[t])
+      parts.push_back(fmt::format("{} x {} ({})", count, name, letters[name]));
     text += fmt::format("{}\n", fmt::join(parts, ", "));
   }
   if (g.layers > kMaxGridLayers || g.kv_heads > kMaxGridHeads) return text;
   std::string tens;
   for (std::size_t l = 0; l < g.layers; l += 10) tens += fmt::format("{:<10}", l);
-  text += fmt::format("  {:<13} {}\n", "layer", tens.substr(0, std::max(g.layers, tens.find_last_not_of(' ') + 1)));
+  text += fmt::format("  {:<13} {}\n", "layer",
+                      tens.substr(0, std::max(g.layers, tens.find_last_not_of(' ') + 1)));
   for (const Tensor t : {Tensor::kK, Tensor::kV}) {
     for (std::size_t h = 0; h < g.kv_heads; ++h) {
       std::string row;
@@ -104,16 +124,24 @@ std::string PlanText(const Plan& plan) {
 }
 
 std::string AccuracyText(const TuneReport& r) {
-  Table table({"", "worst cosine", "layer, query head", "mean cosine", "worst NMSE", "mean NMSE"}, 1);
+  Table table({"", "worst cosine", "layer, query head", "mean cosine", "worst NMSE", "mean NMSE"},
+              1);
   const auto add = [&](const std::string& name, const Fidelity& f) {
-    table.Add({name, fmt::format("{:.6f}", f.worst_cosine), fmt::format("{}, {}", f.worst_layer, f.worst_query_head), fmt::format("{:.6f}", f.mean_cosine), fmt::format("{:.2e}", f.worst_nmse),
+    table.Add({name, fmt::format("{:.6f}", f.worst_cosine),
+               fmt::format("{}, {}", f.worst_layer, f.worst_query_head),
+               fmt::format("{:.6f}", f.mean_cosine), fmt::format("{:.2e}", f.worst_nmse),
                fmt::format("{:.2e}", f.mean_nmse)});
   };
   const Provenance& p = r.choice.plan.provenance;
   add("predicted: K and V of each head added up", r.choice.predicted);
-  add(fmt::format("measured as a whole, calibration ({} tokens)", p.calibration_tokens), r.calibration);
-  if (r.holdout) add(fmt::format("measured as a whole, holdout ({} tokens)", p.holdout_tokens), *r.holdout);
-  return "Attention output against exact K and V\n" + table.Text() + (r.holdout ? "" : "  no holdout: --holdout DUMP measures the plan on text that it was not made from\n");
+  add(fmt::format("measured as a whole, calibration ({} tokens)", p.calibration_tokens),
+      r.calibration);
+  if (r.holdout)
+    add(fmt::format("measured as a whole, holdout ({} tokens)", p.holdout_tokens), *r.holdout);
+  return "Attention output against exact K and V\n" + table.Text() +
+         (r.holdout ? ""
+                    : "  no holdout: --holdout DUMP measures the plan on text that it was not made "
+                      "from\n");
 }
 
 std::string SpeedText(const TuneReport& r) {
@@ -128,46 +156,75 @@ std::string SpeedText(const TuneReport& r) {
   Table table(header, 1);
   for (const std::string& k : names[0]) {
     std::vector<std::string> row{"K " + k};
-    for (const std::string& v : names[1]) row.push_back(fmt::format("{:.1f}", r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e3));
+    for (const std::string& v : names[1])
+      row.push_back(fmt::format(
+          "{:.1f}", r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e3));
     table.Add(row);
   }
-  return fmt::format("Decode of one token at context {}, attention alone, 1 thread, {} on {}: {:.3f} ms, in fp16 {:.3f} ms ({:.2f} x)\n", r.context, r.wisdom.target, r.wisdom.cpu,
-                     r.choice.decode_ns / 1e6, r.choice.fp16_decode_ns / 1e6, r.choice.fp16_decode_ns / r.choice.decode_ns) +
+  return fmt::format(
+             "Decode of one token at context {}, attention alone, 1 thread, {} on {}: {:.3f} ms, "
+             "in fp16 {:.3f} ms ({:.2f} x)\n",
+             r.context, r.wisdom.target, r.wisdom.cpu, r.choice.decode_ns / 1e6,
+             r.choice.fp16_decode_ns / 1e6, r.choice.fp16_decode_ns / r.choice.decode_ns) +
          table.Text();
 }
 
 std::string FrontText(const std::vector<ParetoPoint>& front) {
-  Table table({"saved", "worst cosine", "worst NMSE", "mean NMSE", "K and V in fp16", "decode ms"}, 0);
+  Table table({"saved", "worst cosine", "worst NMSE", "mean NMSE", "K and V in fp16", "decode ms"},
+              0);
   const std::size_t lines = std::min(front.size(), kFrontLines);
   for (std::size_t i = 0; i < lines; ++i) {
     const ParetoPoint& p = front[lines > 1 ? i * (front.size() - 1) / (lines - 1) : 0];
-    table.Add({fmt::format("{:.2f} %", 100.0 * p.saved_fraction), fmt::format("{:.6f}", p.predicted.worst_cosine), fmt::format("{:.2e}", p.predicted.worst_nmse),
-               fmt::format("{:.2e}", p.predicted.mean_nmse), fmt::format("{}", p.fp16_tensors), fmt::format("{:.3f}", p.decode_ns / 1e6)});
+    table.Add({fmt::format("{:.2f} %", 100.0 * p.saved_fraction),
+               fmt::format("{:.6f}", p.predicted.worst_cosine),
+               fmt::format("{:.2e}", p.predicted.worst_nmse),
+               fmt::format("{:.2e}", p.predicted.mean_nmse), fmt::format("{}", p.fp16_tensors),
+               fmt::format("{:.3f}", p.decode_ns / 1e6)});
   }
-  return fmt::format("Other budgets: {} of the Pareto front's points (all {} with --json), predicted\n", lines, front.size()) + table.Text();
+  return fmt::format(
+             "Other budgets: {} of the Pareto front's points (all {} with --json), predicted\n",
+             lines, front.size()) +
+         table.Text();
 }
 
-// ---- JSON -------------------------------------------------------------------------------------------------------------------------
+// ---- JSON
 
 Json ToJson(const Fidelity& f) {
-  return {{"worst_cosine", f.worst_cosine}, {"mean_cosine", f.mean_cosine}, {"worst_nmse", f.worst_nmse}, {"mean_nmse", f.mean_nmse},
+  return {{"worst_cosine", f.worst_cosine},
+          {"mean_cosine", f.mean_cosine},
+          {"worst_nmse", f.worst_nmse},
+          {"mean_nmse", f.mean_nmse},
           {"worst_head", {{"layer", f.worst_layer}, {"query_head", f.worst_query_head}}}};
 }
 
-Json HeadJson(const HeadErrors& h) { return {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", Letter(h.tensor)}, {"max_abs", h.max_abs}}; }
+Json HeadJson(const HeadErrors& h) {
+  return {{"layer", h.layer},
+          {"kv_head", h.kv_head},
+          {"tensor", Letter(h.tensor)},
+          {"max_abs", h.max_abs}};
+}
 
 }  // namespace
 
 std::string ReportText(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
   const Provenance& p = plan.provenance;
-  std::string text = fmt::format("{}: {}\ncalibrated on {} ({} tokens)", p.model.empty() ? "unknown model" : p.model, ToString(plan.geometry), p.calibration, p.calibration_tokens);
-  text += r.holdout ? fmt::format(", held out {} ({} tokens)\n\n", p.holdout, p.holdout_tokens) : "\n\n";
+  std::string text = fmt::format("{}: {}\ncalibrated on {} ({} tokens)",
+                                 p.model.empty() ? "unknown model" : p.model,
+                                 ToString(plan.geometry), p.calibration, p.calibration_tokens);
+  text += r.holdout ? fmt::format(", held out {} ({} tokens)\n\n", p.holdout, p.holdout_tokens)
+                    : "\n\n";
   text += OutlierText(r);
-  text += fmt::format("\nPlan: {} of {} bytes per token, {:.2f} % saved\n", BytesPerToken(plan), Fp16BytesPerToken(plan.geometry), 100.0 * SavedFraction(plan)) + PlanText(plan);
-  for (const std::string& part : {AccuracyText(r), SpeedText(r), FrontText(r.choice.front)}) text += '\n' + part;
+  text += fmt::format("\nPlan: {} of {} bytes per token, {:.2f} % saved\n", BytesPerToken(plan),
+                      Fp16BytesPerToken(plan.geometry), 100.0 * SavedFraction(plan)) +
+          PlanText(plan);
+  for (const std::string& part : {AccuracyText(r), SpeedText(r), FrontText(r.choice.front)})
+    text += '\n' + part;
   if (r.context > 2 * p.longest_prompt)
-    text += fmt::format("\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps as long.\n", p.longest_prompt, r.context);
+    text += fmt::format(
+        "\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps "
+        "as long.\n",
+        p.longest_prompt, r.context);
   return text;
 }
 
@@ -177,7 +234,11 @@ std::string ReportJson(const TuneReport& r) {
   const Provenance& p = plan.provenance;
   Json json = {{"format", "kvmix-tune-1"},
                {"model", p.model},
-               {"geometry", {{"layers", g.layers}, {"kv_heads", g.kv_heads}, {"query_heads", g.query_heads}, {"head_dim", g.head_dim}}},
+               {"geometry",
+                {{"layers", g.layers},
+                 {"kv_heads", g.kv_heads},
+                 {"query_heads", g.query_heads},
+                 {"head_dim", g.head_dim}}},
                {"candidates", r.candidates},
                {"calibration_dumps", p.calibration},
                {"calibration_tokens", p.calibration_tokens},
@@ -190,7 +251,12 @@ std::string ReportJson(const TuneReport& r) {
                {"predicted", ToJson(r.choice.predicted)},
                {"calibration", ToJson(r.calibration)},
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
-               {"decode_ns_per_token", {{"plan", r.choice.decode_ns}, {"fp16", r.choice.fp16_decode_ns}, {"context", r.context}, {"cpu", r.wisdom.cpu}, {"target", r.wisdom.target}}}};
+               {"decode_ns_per_token",
+                {{"plan", r.choice.decode_ns},
+                 {"fp16", r.choice.fp16_decode_ns},
+                 {"context", r.context},
+                 {"cpu", r.wisdom.cpu},
+                 {"target", r.wisdom.target}}}};
   json["fp16_heads"] = Json::array();
   json["outliers"] = Json::array();
   json["heads"] = Json::array();
@@ -198,17 +264,26 @@ std::string ReportJson(const TuneReport& r) {
   for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
   for (const HeadErrors& h : r.table.heads) {
     const HeadCodec& codec = plan.codec(h.layer, h.kv_head, h.tensor);
-    if (codec.storage == Storage::kF16) json["fp16_heads"].push_back({{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", Letter(h.tensor)}});
+    if (codec.storage == Storage::kF16)
+      json["fp16_heads"].push_back(
+          {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", Letter(h.tensor)}});
     Json head = HeadJson(h);
     head["codec"] = CodecName(codec);
     for (const CandidateError& c : h.candidates) {
       const Fidelity f = OfHead(c);
-      head["candidates"].push_back({{"codec", CodecName(c.codec)}, {"worst_nmse", f.worst_nmse}, {"worst_cosine", f.worst_cosine}, {"mse", c.values.mse()}, {"max_error", c.values.max_error}});
+      head["candidates"].push_back({{"codec", CodecName(c.codec)},
+                                    {"worst_nmse", f.worst_nmse},
+                                    {"worst_cosine", f.worst_cosine},
+                                    {"mse", c.values.mse()},
+                                    {"max_error", c.values.max_error}});
     }
     json["heads"].push_back(head);
   }
   for (const ParetoPoint& point : r.choice.front)
-    json["front"].push_back({{"saved_fraction", point.saved_fraction}, {"predicted", ToJson(point.predicted)}, {"decode_ns", point.decode_ns}, {"fp16_tensors", point.fp16_tensors}});
+    json["front"].push_back({{"saved_fraction", point.saved_fraction},
+                             {"predicted", ToJson(point.predicted)},
+                             {"decode_ns", point.decode_ns},
+                             {"fp16_tensors", point.fp16_tensors}});
   return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 

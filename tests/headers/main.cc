@@ -1,2 +1,3 @@
-// The check is that everything compiled and links (an inline function without `inline` would be defined twice).
+// The check is that everything compiled and links (an inline function without `inline` would be
+// defined twice).
 int main() { return 0; }

@@ -1,5 +1,6 @@
-// Quantization straight from the formulas of kvmix/quantize.h, one number at a time: what every quantize kernel is held against, byte by
-// byte. Intermediates go through double or are single operations, so that no compiler can fuse two roundings into one.
+// Quantization straight from the formulas of kvmix/quantize.h, one number at a time: what every
+// quantize kernel is held against, byte by byte. Intermediates go through double or are single
+// operations, so that no compiler can fuse two roundings into one.
 #ifndef KVMIX_TESTS_REFERENCE_QUANTIZE_H_
 #define KVMIX_TESTS_REFERENCE_QUANTIZE_H_
 
@@ -34,7 +35,8 @@ inline float Centred(const HalfRows& rows, const float* mean, std::size_t t, std
 
 inline float RowAbsMax(const HalfRows& rows, const float* mean, std::size_t t) {
   float max = 0.0f;
-  for (std::size_t i = 0; i < rows.head_dim; ++i) max = std::max(max, std::fabs(Centred(rows, mean, t, i)));
+  for (std::size_t i = 0; i < rows.head_dim; ++i)
+    max = std::max(max, std::fabs(Centred(rows, mean, t, i)));
   return max;
 }
 
@@ -46,7 +48,8 @@ inline float ScaleOf(float absmax, ScaleType type) {
 }
 
 // Appends row t's codes.
-inline void QuantizeRow(const HalfRows& rows, const float* mean, std::size_t t, float scale, Codes& out) {
+inline void QuantizeRow(const HalfRows& rows, const float* mean, std::size_t t, float scale,
+                        Codes& out) {
   for (std::size_t i = 0; i < rows.head_dim; ++i) {
     const float y = Centred(rows, mean, t, i);
     float code = 0.0f;
@@ -93,7 +96,9 @@ inline ErrorSums QuantizationError(const HalfRows& rows, const Codes& q, const f
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t i = 0; i < rows.head_dim; ++i) {
       const double x = FiniteFloat(rows.row(t)[i]);
-      const double error = Dequantize(q.codes[t * rows.head_dim + i], q.scales[q.scales.size() > 1 ? t : 0], mean, i) - x;
+      const double error = Dequantize(q.codes[t * rows.head_dim + i],
+                                      q.scales[q.scales.size() > 1 ? t : 0], mean, i) -
+                           x;
       ++sums.count;
       sums.sum_squared_error += error * error;
       sums.max_error = std::max(sums.max_error, std::fabs(error));

@@ -1,12 +1,15 @@
 // Dumps: K, V and Q of a model as it ran over real text, memory-mapped and read-only.
 //
 // Two forms are read:
-// 1. safetensors: tensors `layers.N.k|v|q`, F16, [tokens, heads, head_dim], C order. Metadata (strings): format `kvmix-dump-1`, model,
-//    corpus, layers, tokens, prompt_tokens (comma-separated lengths of the concatenated prompts), kv_heads, query_heads, head_dim,
-//    rope_theta, attention_scale. What safetensors' own reader refuses is refused. Metadata that are missing follow from the tensors
-//    (one prompt then); those that contradict them are an error. Tensors of other names are ignored.
-// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, fp16, [tokens, heads, head_dim], the geometry given by the caller.
-// Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
+// 1. safetensors: tensors `layers.N.k|v|q`, F16, [tokens, heads, head_dim], C order. Metadata
+// (strings): format `kvmix-dump-1`, model,
+//    corpus, layers, tokens, prompt_tokens (comma-separated lengths of the concatenated prompts),
+//    kv_heads, query_heads, head_dim, rope_theta, attention_scale. What safetensors' own reader
+//    refuses is refused. Metadata that are missing follow from the tensors (one prompt then); those
+//    that contradict them are an error. Tensors of other names are ignored.
+// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, fp16, [tokens, heads, head_dim], the
+// geometry given by the caller. Q may be missing (all layers or none): errors of K and V can be
+// measured then, attention cannot.
 #ifndef KVMIX_DUMP_H_
 #define KVMIX_DUMP_H_
 
@@ -31,7 +34,8 @@ struct RawFormat {
   std::vector<std::size_t> prompt_tokens;  // empty: one prompt of all tokens
 };
 
-// Movable. Owns the mapping; everything that it hands out points into it. Every file is fully checked on opening, but for NaN and Inf.
+// Movable. Owns the mapping; everything that it hands out points into it. Every file is fully
+// checked on opening, but for NaN and Inf.
 class KVMIX_API Dump {
  public:
   // A safetensors file, or a raw folder (then, and only then, `raw` must be given).
@@ -50,7 +54,8 @@ class KVMIX_API Dump {
   const std::vector<std::size_t>& prompt_tokens() const;  // sums to tokens()
   float attention_scale() const;                          // 1 / sqrt(head_dim) where unknown
 
-  // [tokens, heads, head_dim]. Not necessarily aligned to 2 bytes in the file: a misaligned file is copied on opening.
+  // [tokens, heads, head_dim]. Not necessarily aligned to 2 bytes in the file: a misaligned file is
+  // copied on opening.
   const Half* k(std::size_t layer) const;
   const Half* v(std::size_t layer) const;
   const Half* q(std::size_t layer) const;  // null without Q
@@ -58,7 +63,8 @@ class KVMIX_API Dump {
 
   // NaN or Inf in this layer's K, V or Q: an error naming file, tensor, layer, head, token.
   Status CheckFinite(std::size_t layer) const;
-  // Tells the kernel that this layer's pages are not needed for now, so that a long walk over layers keeps little in memory.
+  // Tells the kernel that this layer's pages are not needed for now, so that a long walk over
+  // layers keeps little in memory.
   void Release(std::size_t layer) const;
 
  private:

@@ -13,9 +13,12 @@ using Half = std::uint16_t;
 inline float HalfToFloat(Half h) {
   const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16;
   const std::uint32_t magnitude = h & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
-  // The bits, read as a float, are the number times 2^-112; that holds for subnormal halves as well.
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f) | sign);
+  if (magnitude >= 0x7C00u)
+    return std::bit_cast<float>(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
+  // The bits, read as a float, are the number times 2^-112; that holds for subnormal halves as
+  // well.
+  return std::bit_cast<float>(
+      std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f) | sign);
 }
 
 // Rounds to nearest, ties to even; overflow becomes infinity, a NaN stays a (quiet) NaN.
@@ -29,7 +32,8 @@ inline Half FloatToHalf(float f) {
     const float ulps = std::bit_cast<float>(magnitude) * 0x1p24f + 0x1p23f;  // rounds to an integer
     return sign | static_cast<Half>(std::bit_cast<std::uint32_t>(ulps) & 0x7FFu);
   }
-  return sign | static_cast<Half>((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13);
+  return sign |
+         static_cast<Half>((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13);
 }
 
 }  // namespace kvmix

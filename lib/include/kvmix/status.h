@@ -1,5 +1,6 @@
-// Errors as values: bad input never throws across the library's border and never aborts. A Status says what went wrong and what
-// it concerns (the file, what was expected, what was found) in one line that a tool can print as it stands.
+// Errors as values: bad input never throws across the library's border and never aborts. A Status
+// says what went wrong and what it concerns (the file, what was expected, what was found) in one
+// line that a tool can print as it stands.
 #ifndef KVMIX_STATUS_H_
 #define KVMIX_STATUS_H_
 
@@ -44,8 +45,14 @@ class [[nodiscard]] Result {
   Result(Status error) : status_(std::move(error)) { assert(!status_.ok()); }
   bool ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
-  T& value() { assert(ok()); return *value_; }
-  const T& value() const { assert(ok()); return *value_; }
+  T& value() {
+    assert(ok());
+    return *value_;
+  }
+  const T& value() const {
+    assert(ok());
+    return *value_;
+  }
   T& operator*() { return value(); }
   const T& operator*() const { return value(); }
   T* operator->() { return &value(); }

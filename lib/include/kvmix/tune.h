@@ -1,5 +1,6 @@
 // From dumps to a plan, in three steps that can run apart and on different machines:
-//   measure (dump -> error table, layer by layer)   merge (tables of other layers or other dumps of one model)   choose (table + speeds + budget -> plan)
+//   measure (dump -> error table, layer by layer)   merge (tables of other layers or other dumps of
+//   one model)   choose (table + speeds + budget -> plan)
 #ifndef KVMIX_TUNE_H_
 #define KVMIX_TUNE_H_
 
@@ -17,7 +18,8 @@
 
 namespace kvmix {
 
-// Attention outputs of one query head against those of exact K and V, as sums over token rows: additive over prompts and dumps.
+// Attention outputs of one query head against those of exact K and V, as sums over token rows:
+// additive over prompts and dumps.
 //   NMSE = sum_squared_error / sum_squared_output      cosine = sum_cosine / rows
 struct KVMIX_API AttentionError {
   double sum_squared_error = 0.0;
@@ -31,33 +33,43 @@ struct KVMIX_API AttentionError {
 };
 
 // Compares rows [rows, head_dim] (each `stride` floats apart) of one query head.
-KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approximate, std::size_t rows, std::size_t stride, std::size_t head_dim);
-KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Geometry& geometry);  // errors: [layers][query_heads]
+KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approximate,
+                                        std::size_t rows, std::size_t stride, std::size_t head_dim);
+KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors,
+                             const Geometry& geometry);  // errors: [layers][query_heads]
 
-// The causal attention of one layer of a dump, prompt by prompt, through a cache of `codecs` ([kv_heads][K, V]).
-// out: [tokens, query_heads, head_dim]. saturated, if not null, is increased by the codes that a fixed scale clamped.
-KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs, int num_threads, std::vector<float>* out,
-                            std::uint64_t* saturated = nullptr);
+// The causal attention of one layer of a dump, prompt by prompt, through a cache of `codecs`
+// ([kv_heads][K, V]). out: [tokens, query_heads, head_dim]. saturated, if not null, is increased by
+// the codes that a fixed scale clamped.
+KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer,
+                            const std::vector<HeadCodec>& codecs, int num_threads,
+                            std::vector<float>* out, std::uint64_t* saturated = nullptr);
 
-// The errors of a whole plan, [layers][query_heads]. Layers run side by side on num_threads threads (0: OpenMP's default);
-// progress(done, total), if given, is called after each layer, by one thread at a time.
+// The errors of a whole plan, [layers][query_heads]. Layers run side by side on num_threads threads
+// (0: OpenMP's default); progress(done, total), if given, is called after each layer, by one thread
+// at a time.
 using Progress = std::function<void(std::size_t done, std::size_t total)>;
-KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan, int num_threads, const Progress& progress = {});
+KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
+                                                          int num_threads,
+                                                          const Progress& progress = {});
 
-// ---- measure --------------------------------------------------------------------------------------------------------------------
+// ---- measure
 
-// The codecs that the tuner may choose from; the same list for K and for V, but for centring, which is K's only.
-//   seed: f16, i8-head, i8-token (the study's)      int8: f16, i8-token, i8-token-bf16; K also centred
+// The codecs that the tuner may choose from; the same list for K and for V, but for centring, which
+// is K's only.
+//   seed: f16, i8-head, i8-token (the study's)      int8: f16, i8-token, i8-token-bf16; K also
+//   centred
 KVMIX_API Result<std::vector<CodecKind>> Candidates(const std::string& name);
 
-// Errors of the values themselves: rows encoded with a whole codec (its scale and mean set) and decoded again.
+// Errors of the values themselves: rows encoded with a whole codec (its scale and mean set) and
+// decoded again.
 KVMIX_API ErrorSums EncodingError(const HalfRows& rows, const HeadCodec& codec);
 
 // What one candidate does to one KV head's K or V: this tensor encoded, the rest exact.
 struct CandidateError {
-  HeadCodec codec;                        // whole: with its scale and mean
-  std::vector<AttentionError> queries;    // [group]
-  ErrorSums values;                       // of K or V itself
+  HeadCodec codec;                      // whole: with its scale and mean
+  std::vector<AttentionError> queries;  // [group]
+  ErrorSums values;                     // of K or V itself
 };
 
 struct HeadErrors {
@@ -65,36 +77,42 @@ struct HeadErrors {
   std::size_t kv_head = 0;
   Tensor tensor = Tensor::kK;
   double max_abs = 0.0;
-  std::vector<CandidateError> candidates;  // in the order of Candidates(); those for V without the centred ones
+  std::vector<CandidateError>
+      candidates;  // in the order of Candidates(); those for V without the centred ones
 };
 
 struct ErrorTable {
   Geometry geometry;
   float attention_scale = 0.0f;
-  std::vector<std::string> dumps;   // names, in the order of merging
+  std::vector<std::string> dumps;  // names, in the order of merging
   std::string model;
   std::size_t tokens = 0;
   std::size_t longest_prompt = 0;
-  std::vector<HeadErrors> heads;    // sorted by layer, kv head, tensor; each once
+  std::vector<HeadErrors> heads;  // sorted by layer, kv head, tensor; each once
 };
 
-// Scales and means come from all `dumps` together (one model; their shapes must agree), errors are measured on them all. Layers
-// [first_layer, last_layer), side by side as MeasurePlan does. NaN or Inf, a dump without Q or without tokens is an error. Memory: a
-// few times one layer's tensors for every layer in work; layers whose outputs would take more than 1 GiB together wait their turn.
-KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const std::vector<CodecKind>& candidates, std::size_t first_layer,
-                                     std::size_t last_layer, int num_threads, const Progress& progress = {});
+// Scales and means come from all `dumps` together (one model; their shapes must agree), errors are
+// measured on them all. Layers [first_layer, last_layer), side by side as MeasurePlan does. NaN or
+// Inf, a dump without Q or without tokens is an error. Memory: a few times one layer's tensors for
+// every layer in work; layers whose outputs would take more than 1 GiB together wait their turn.
+KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps,
+                                     const std::vector<CodecKind>& candidates,
+                                     std::size_t first_layer, std::size_t last_layer,
+                                     int num_threads, const Progress& progress = {});
 
 // Tables over disjoint layers of the same model and dumps; associative. A head in both is an error.
 KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
 
-// ---- choose ---------------------------------------------------------------------------------------------------------------------
+// ---- choose
 
 struct Constraints {
-  double budget = -1.0;           // at least this fraction of the fp16 bytes is saved; < 0: not asked for
+  double budget = -1.0;  // at least this fraction of the fp16 bytes is saved; < 0: not asked for
   double min_cosine = -1.0;       // of the predicted worst query head; < 0: not asked for
   double max_decode_ns = -1.0;    // of one token over all layers; < 0: not asked for
-  double worst_tolerance = 1.25;  // >= 1: plans whose worst heads are within this factor count as alike: between texts it moves by more
-  double time_tolerance = 1.02;   // >= 1: how much of the summed error may be given away for decode time
+  double worst_tolerance = 1.25;  // >= 1: plans whose worst heads are within this factor count as
+                                  // alike: between texts it moves by more
+  double time_tolerance =
+      1.02;  // >= 1: how much of the summed error may be given away for decode time
 };
 
 // One point of the Pareto front: no plan saves as much with a smaller worst NMSE.
@@ -110,22 +128,29 @@ struct Choice {
   Fidelity predicted;      // errors of K and V added up
   double decode_ns = 0.0;  // one token, all layers, 1 thread
   double fp16_decode_ns = 0.0;
-  std::vector<ParetoPoint> front;  // by falling saved fraction, from the smallest plan to fp16; at most 64 points, even along the curve
+  std::vector<ParetoPoint> front;  // by falling saved fraction, from the smallest plan to fp16; at
+                                   // most 64 points, even along the curve
 };
 
 // One choice of K and V codec per KV head, exact (multiple-choice knapsack), in three steps:
-//   1. worst: the least `w` such that some plan within the constraints has no query head with an NMSE above w.
-//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above w * worst_tolerance.
-//   3. time: of those plans the one that minimises sum + price * decode time. The price is (time_tolerance - 1) * S over all the time
-//      that could be saved at best, so that the sum is at most S * time_tolerance, and time decides where plans are about equally accurate.
+//   1. worst: the least `w` such that some plan within the constraints has no query head with an
+//   NMSE above w.
+//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above w *
+//   worst_tolerance.
+//   3. time: of those plans the one that minimises sum + price * decode time. The price is
+//   (time_tolerance - 1) * S over all the time
+//      that could be saved at best, so that the sum is at most S * time_tolerance, and time decides
+//      where plans are about equally accurate.
 // The NMSE of a query head is the sum of its K's and its V's; so is 1 - cosine.
 //
-// min_cosine without budget: the most bytes that can be saved, then the same. max_decode_ns: step 1 stays exact; in step 2 time gets
-// the least price that holds the limit (a Lagrange multiplier: a plan between two prices may be missed), and step 3 falls away.
-// Infeasible: an error that says what is possible. Wisdom must hold every pair of codecs in the table, at `context`.
+// min_cosine without budget: the most bytes that can be saved, then the same. max_decode_ns: step 1
+// stays exact; in step 2 time gets the least price that holds the limit (a Lagrange multiplier: a
+// plan between two prices may be missed), and step 3 falls away. Infeasible: an error that says
+// what is possible. Wisdom must hold every pair of codecs in the table, at `context`.
 //
 // 80 layers x 8 KV heads take well below a second.
-KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context, const Constraints& constraints);
+KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
+                                const Constraints& constraints);
 
 }  // namespace kvmix
 
