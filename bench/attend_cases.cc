@@ -35,11 +35,10 @@ constexpr Context kMhaContext = {8192, "8k", true};
 struct Codecs {
   const char *k, *v;
 };
-constexpr Codecs kCodecs[] = {{"f16", "f16"},
-                              {"i8-token", "i8-token"},
-                              {"i8-head", "i8-token"},
-                              {"f16", "i8-token"},
-                              {"i8-token", "f16"}};
+constexpr Codecs kCodecs[] = {
+    {"f16", "f16"},      {"i8-token", "i8-token"}, {"i8-head", "i8-token"},
+    {"f16", "i8-token"}, {"i8-token", "f16"},      {"i8-token+hadamard", "i8-token+hadamard"},
+};
 
 constexpr std::size_t kPrefillQueries = 512;
 constexpr int kThreads[] = {1, 2};
@@ -69,13 +68,9 @@ void Check(const Status& s) {
 }
 
 HeadCodec CodecNamed(const char* name) {
-  const Result<CodecKind> kind = ParseCodecName(name);
+  const Result<CodecKind> kind = ParseCodecKind(name);
   Check(kind.status());
-  return {kind->storage,
-          kind->scale,
-          kind->scale_type,
-          kind->scale == ScaleKind::kHead ? kHeadScale : 0.0f,
-          {}};
+  return {*kind, kind->scale == Scale::kHead ? kHeadScale : 0.0f, nullptr};
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
@@ -85,17 +80,20 @@ Plan PlanOf(const AttendCase& c, std::size_t layers) {
 
 // Every layer gets the same 256 random tokens over and over: what rotates must be distinct memory,
 // not distinct data.
-std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers) {
+std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
+                                       const char* target) {
   constexpr std::size_t kTokens = 256;
   const Plan plan = PlanOf(c, layers);
-  Result<Cache> cache = Cache::Create(plan.geometry, plan, c.context.tokens);
+  Result<Cache> cache = Cache::Create(plan.geometry, plan, c.context.tokens, {target});
   Check(cache.status());
   const std::size_t row = c.shape.kv_heads * c.shape.head_dim;
   const std::vector<Half> rows = RandomHalves(2 * kTokens * row);
+  const RowsView k = RowsView::F16(rows.data(), kTokens, c.shape.kv_heads, c.shape.head_dim);
+  const RowsView v =
+      RowsView::F16(rows.data() + kTokens * row, kTokens, c.shape.kv_heads, c.shape.head_dim);
 #pragma omp parallel for
   for (std::size_t layer = 0; layer < layers; ++layer) {
-    for (std::size_t t = 0; t < c.context.tokens; t += kTokens)
-      Check(cache->Append(layer, rows.data(), rows.data() + kTokens * row, kTokens));
+    for (std::size_t t = 0; t < c.context.tokens; t += kTokens) Check(cache->Append(layer, k, v));
   }
   const std::size_t q = kPrefillQueries * c.shape.query_heads * c.shape.head_dim;
   return std::make_shared<CacheSet>(
@@ -104,8 +102,8 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers) 
 
 // K's and V's products may run at different peaks.
 Bound Arithmetic(Limits& limits, const AttendCase& c, double macs) {
-  const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).storage, c.threads),
-              v = limits.TileMacs(CodecNamed(c.codecs.v).storage, c.threads);
+  const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).kind.storage, c.threads),
+              v = limits.TileMacs(CodecNamed(c.codecs.v).kind.storage, c.threads);
   const double seconds = macs / 2 / k.per_second + macs / 2 / v.per_second;
   return {{k.name == v.name ? k.name : "mixed-macs", macs / seconds, true}, macs};
 }
@@ -142,11 +140,17 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
 
   const std::string key =
       fmt::format("k={},v={}/{}/{}", c.codecs.k, c.codecs.v, c.shape.name(), c.context.name);
-  const auto set = bench.Data<CacheSet>(key, [&] { return FilledCaches(c, layers); });
+  const auto set =
+      bench.Data<CacheSet>(key, [&] { return FilledCaches(c, layers, bench.kernels.target); });
   AttendOptions options;
-  options.num_threads = c.threads;
-  w.call = [set, options, queries = c.queries, layers] {
-    Check(Attend(set->cache, set->next, set->q.data(), queries, set->out.data(), options));
+  if (c.queries == 1) {
+    const bool in_l2 = !c.context.cold && layer_bytes <= machine.l2;
+    options.residence = in_l2 ? Residence::kL2 : Residence::kMemory;
+  }
+  const Shape& shape = c.shape;
+  w.call = [set, options, shape, queries = c.queries, threads = c.threads, layers] {
+    const RowsView q = RowsView::F16(set->q.data(), queries, shape.query_heads, shape.head_dim);
+    Check(Attend(set->cache, set->next, q, set->out.data(), options, threads));
     set->next = (set->next + 1) % layers;
   };
   return w;
@@ -164,8 +168,7 @@ bool IsQuick(const AttendCase& c, const Shape& shape, const Codecs& codecs) {
 
 }  // namespace
 
-void AddAttendCases(std::vector<Case>* cases) {
-  const char* const target = kernels::ActiveKernels().target;
+void AddAttendCases(const char* target, std::vector<Case>* cases) {
   const auto add = [&](const Shape& shape, const Context& context, const Codecs& codecs,
                        std::size_t queries) {
     for (const int threads : kThreads) {

@@ -10,7 +10,7 @@
 #include <fmt/format.h>
 
 #include "bench/machine.h"
-#include "kvmix/speed.h"
+#include "lib/tune/stopwatch.h"
 
 namespace kvmix::bench {
 namespace {
@@ -51,15 +51,14 @@ void AddLoops(const kernels::ProbeKernels& probe, Access access, std::vector<Loo
   }
 }
 
-// The active target's, the best target's and AVX2's.
-std::vector<Loop> AllLoops(Access access) {
+// The given target's, the best target's and AVX2's.
+std::vector<Loop> AllLoops(std::string_view chosen, Access access) {
   const std::vector<kernels::Kernels>& all = kernels::AllKernels();
   std::vector<Loop> loops;
   for (const kernels::Kernels& k : all) {
     const std::string_view target = k.target;
-    if (target == kernels::ActiveKernels().target || target == all.front().target ||
-        target == "AVX2")
-      AddLoops(k.probe, access, &loops);
+    if (target == chosen || target == all.front().target || target == "AVX2")
+      AddLoops(kernels::ProbeKernelsFor(target), access, &loops);
   }
   return loops;
 }
@@ -123,7 +122,7 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
 
   std::size_t next = 0;
   std::vector<std::function<void()>> functions;
-  for (const Loop& loop : AllLoops(access)) {
+  for (const Loop& loop : AllLoops(kernels_.target, access)) {
     functions.push_back([&, loop] {
       std::uint8_t* const from = buffer.data() + next * parts * slice;
       next = (next + 1) % windows;
@@ -132,7 +131,7 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
       });
     });
   }
-  const std::vector<double> medians = MedianSeconds(functions, seconds_, 7);
+  const std::vector<double> medians = internal::MedianSeconds(functions, seconds_, 7);
   return static_cast<double>(passes * parts * slice) /
          *std::min_element(medians.begin(), medians.end());
 }
@@ -145,12 +144,12 @@ double Limits::MacRate(double (*kernel)(std::size_t rounds), int threads) const 
       if (thread == 0) macs = done * threads;
     });
   };
-  const double seconds = MedianSeconds({run}, seconds_ / 2, 7)[0];
+  const double seconds = internal::MedianSeconds({run}, seconds_ / 2, 7)[0];
   return macs / seconds;
 }
 
 Limit Limits::TileMacs(Storage storage, int threads) {
-  const kernels::ProbeKernels& probe = kernels::ActiveKernels().probe;
+  const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(kernels_.target);
   if (storage == Storage::kF16) {
     return Remember("fma", ThreadsText(threads), [&] {
       return Limit{"fma-f32", MacRate(probe.fma_f32, threads), true};

@@ -15,7 +15,8 @@
 #include <vector>
 
 #include "kernels/kernels.h"
-#include "kvmix/plan.h"
+#include "kernels/probe.h"
+#include "kvmix/codec.h"
 
 namespace kvmix::bench {
 
@@ -32,7 +33,7 @@ inline constexpr std::size_t kCold = 0;  // as a size: larger than any cache
 class Limits {
  public:
   // seconds: for one probe.
-  explicit Limits(double seconds) : seconds_(seconds) {}
+  Limits(const kernels::Kernels& kernels, double seconds) : kernels_(kernels), seconds_(seconds) {}
 
   // `bytes`: of all data that the kernel walks again and again (a copy: source and destination), or
   // kCold.
@@ -52,6 +53,7 @@ class Limits {
   double MemoryRate(Access access, std::size_t bytes, int threads) const;
   double MacRate(double (*kernel)(std::size_t rounds), int threads) const;
 
+  const kernels::Kernels& kernels_;
   double seconds_;
   std::map<std::string, Limit> known_;
   std::vector<std::string> probed_;

@@ -11,27 +11,33 @@
 
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
 #include "bench/reporter.h"
 #include "bench/workload.h"
 #include "kernels/kernels.h"
 #include "kvmix/speed.h"
+#include "kvmix/version.h"
+#include "lib/tune/stopwatch.h"
 
 namespace kvmix::bench {
 namespace {
 
 constexpr const char* kExamples = R"(
-Names: attend_decode/TARGET/k=CODEC,v=CODEC/SHAPE/CONTEXT/tTHREADS, attend_prefill/.../QUERIESxCONTEXT/tTHREADS,
-       quantize_token|quantize_head|dequantize_f32|dequantize_f16|append/TARGET/SHAPE/SIZE/tTHREADS
-SHAPE q14kv2d64: 14 query heads, 2 KV heads, head_dim 64. Contexts of 32k and 128k, and 8k of q32kv32d128, are cold.
-All flags of Google Benchmark work: --benchmark_filter=REGEX, --benchmark_list_tests, --benchmark_format=json|console|csv,
---benchmark_out=FILE, --benchmark_repetitions=N, --benchmark_enable_random_interleaving=true, ...
+Names:
+  attend_decode/TARGET/k=CODEC,v=CODEC/SHAPE/CONTEXT/tTHREADS
+  attend_prefill/TARGET/k=CODEC,v=CODEC/SHAPE/QUERIESxCONTEXT/tTHREADS
+  quantize_token|quantize_head|dequantize_f32|dequantize_f16|append/TARGET/SHAPE/SIZE/tTHREADS
+SHAPE q14kv2d64: 14 query heads, 2 KV heads, head_dim 64. Contexts of 32k and 128k, and 8k of
+q32kv32d128, are cold. All flags of Google Benchmark work: --benchmark_filter=REGEX,
+--benchmark_list_tests, --benchmark_format=json|console|csv, --benchmark_out=FILE,
+--benchmark_repetitions=N, --benchmark_enable_random_interleaving=true, ...
 
 Examples:
   kvmix-bench --quick
   kvmix-bench --benchmark_filter='attend_decode/.*k=i8-token,v=i8-token/q32kv8d128/32k'
-  kvmix-bench --target AVX2 --benchmark_filter='attend_prefill.*512x4k/t1$' --benchmark_format=json)";
+  kvmix-bench --target AVX2 --benchmark_filter='prefill.*512x4k/t1$' --benchmark_format=json)";
 
 constexpr double kSeconds = 0.5, kQuickSeconds = 0.1;  // of one benchmark's samples
 constexpr std::size_t kSamples = 7;                    // at least
@@ -50,20 +56,13 @@ int Fail(const std::string& message) {
   return 1;
 }
 
-std::string TargetNames() {
-  std::string names;
-  for (const kernels::Kernels& k : kernels::AllKernels())
-    names += fmt::format("{}{}", names.empty() ? "" : ", ", k.target);
-  return names;
-}
-
 // Median seconds of one unit of work, and of as much of the reference.
 struct Times {
   double call = 0.0, reference = 0.0;
 };
 
 Times Measure(const Workload& w, double seconds) {
-  const double once = MedianSeconds({w.call}, 0.0, 1)[0];
+  const double once = internal::MedianSeconds({w.call}, 0.0, 1)[0];
   const std::size_t repeat =
       once >= kShortestSample
           ? 1
@@ -75,7 +74,7 @@ Times Measure(const Workload& w, double seconds) {
   };
   std::vector<std::function<void()>> functions{repeated(w.call)};
   if (w.reference) functions.push_back(repeated(w.reference));
-  const std::vector<double> medians = MedianSeconds(functions, seconds, kSamples);
+  const std::vector<double> medians = internal::MedianSeconds(functions, seconds, kSamples);
   const double units = static_cast<double>(repeat * w.calls);
   return {medians[0] / units, medians.back() / units};
 }
@@ -116,22 +115,22 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
 }
 
 // Every pair of codecs for every GQA group and head_dim of the table, into `path`.
-int SaveWisdomFile(const std::string& path, double seconds) {
+int SaveWisdomFile(const Options& options) {
   std::vector<CodecKind> kinds;
   for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
-    kinds.push_back(*ParseCodecName(name));
-  Wisdom wisdom = kvmix::ThisMachine();
+    kinds.push_back(*ParseCodecKind(name));
+  Wisdom wisdom = kvmix::ThisMachine(options.target);
   for (const Shape& shape : kShapes) {
     ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
                              shape.head_dim));
     const Status s = MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext,
-                                       seconds, &wisdom);
+                                       options.seconds(), &wisdom);
     if (!s.ok()) return Fail(s.message());
   }
   ShowProgress("");
-  if (const Status s = SaveWisdom(wisdom, path); !s.ok()) return Fail(s.message());
+  if (const Status s = SaveWisdom(wisdom, options.wisdom); !s.ok()) return Fail(s.message());
   std::printf("%zu decode speeds of %s on %s: %s\n", wisdom.speeds.size(), wisdom.target.c_str(),
-              wisdom.cpu.c_str(), path.c_str());
+              wisdom.cpu.c_str(), options.wisdom.c_str());
   return 0;
 }
 
@@ -151,14 +150,15 @@ std::string FlagValue(const std::vector<std::string>& args, const std::string& n
 }
 
 // `args`: the command line without the flags of Options.
-int RunBenchmarks(const Options& options, std::vector<std::string> args) {
+int RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
+                  std::vector<std::string> args) {
   const std::string format = FlagValue(args, "benchmark_format"),
                     out = FlagValue(args, "benchmark_out"),
                     filter = FlagValue(args, "benchmark_filter");
   std::string out_format = FlagValue(args, "benchmark_out_format");
   if (out_format.empty()) out_format = "json";
 
-  Bench bench(options.seconds());
+  Bench bench(kernels, options.seconds());
   const auto display = format.empty() ? MakeTable(bench.limits) : MakeReporter(format);
   const auto file = out.empty() ? nullptr : MakeReporter(out_format);
   if (!display || (!out.empty() && !file))
@@ -176,8 +176,8 @@ int RunBenchmarks(const Options& options, std::vector<std::string> args) {
     return Fail(fmt::format("unknown argument '{}'; --help lists those there are", argv[1]));
 
   std::vector<Case> cases;
-  AddAttendCases(&cases);
-  AddRowCases(&cases);
+  AddAttendCases(kernels.target, &cases);
+  AddRowCases(kernels.target, &cases);
   for (const Case& c : cases) {
     if (options.quick && !c.quick && filter.empty()) continue;
     benchmark::RegisterBenchmark(
@@ -185,9 +185,9 @@ int RunBenchmarks(const Options& options, std::vector<std::string> args) {
           Run(state, c, seconds, bench);
         });
   }
-  benchmark::AddCustomContext("target", kernels::ActiveKernels().target);
+  benchmark::AddCustomContext("target", kernels.target);
   benchmark::AddCustomContext("cpu", kvmix::ThisMachine().cpu);
-  benchmark::AddCustomContext("kvmix_version", kvmix::ThisMachine().version);
+  benchmark::AddCustomContext("kvmix_version", std::string(Version()));
   const std::size_t matched = benchmark::RunSpecifiedBenchmarks(display.get(), file.get());
   benchmark::Shutdown();
   return matched > 0 ? 0 : Fail(fmt::format("no benchmark's name matches '{}'", filter));
@@ -200,7 +200,8 @@ int Main(int argc, char** argv) {
       "Without --benchmark_filter: all of them, some ten minutes.",
       "kvmix-bench");
   app.add_option("--target", options.target,
-                 "instruction set to time: " + TargetNames() + " (default: the first)")
+                 fmt::format("instruction set to time: {} (default: the first)",
+                             fmt::join(Targets(), ", ")))
       ->type_name("NAME");
   app.add_flag("--quick", options.quick,
                "under a minute: short measurements, and without --benchmark_filter a few "
@@ -211,11 +212,13 @@ int Main(int argc, char** argv) {
   app.footer(kExamples);
   app.allow_extras();
   CLI11_PARSE(app, argc, argv);
-  if (!kernels::UseTarget(options.target))
+  const kernels::Kernels* kernels = kernels::FindKernels(options.target);
+  if (kernels == nullptr) {
     return Fail(fmt::format("--target '{}': this machine and build have {}", options.target,
-                            TargetNames()));
-  if (!options.wisdom.empty()) return SaveWisdomFile(options.wisdom, options.seconds());
-  return RunBenchmarks(options, app.remaining());
+                            fmt::join(Targets(), ", ")));
+  }
+  if (!options.wisdom.empty()) return SaveWisdomFile(options);
+  return RunBenchmarks(options, *kernels, app.remaining());
 }
 
 }  // namespace

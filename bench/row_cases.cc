@@ -14,7 +14,6 @@
 #include "bench/random_halves.h"
 #include "bench/workload.h"
 #include "kvmix/cache.h"
-#include "kvmix/quantize.h"
 
 namespace kvmix::bench {
 namespace {
@@ -31,36 +30,46 @@ constexpr Size kSizes[] = {{std::size_t{24} << 10, "24k", false},
 // One head of a working set. wide: halves, or the floats that dequantize_f32 writes.
 struct Rows {
   void* wide;
-  std::int8_t* codes;
+  std::uint8_t* codes;
   float* scales;
   std::size_t tokens, head_dim;
-  HalfRows halves() const { return {static_cast<const Half*>(wide), head_dim, tokens, head_dim}; }
+
+  kernels::RowsIn halves() const {
+    const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(head_dim);
+    return {wide, kernels::Dtype::kF16, stride, tokens, head_dim};
+  }
+  kernels::RowFormat per_token() const {
+    return {kernels::Storage::kI8, kernels::ScaleStore::kF32, 1.0f, head_dim};
+  }
+  kernels::RowFormat per_head(float scale) const {
+    return {kernels::Storage::kI8, kernels::ScaleStore::kConstant, scale, head_dim};
+  }
 };
 
 struct Kind {
   const char* name;
   std::size_t wide_bytes;  // of one element
-  void (*run)(const Rows& rows);
+  void (*run)(const kernels::EncodeKernels& encode, const Rows& rows);
 };
 constexpr Kind kKinds[] = {
     {"quantize_token", 2,
-     [](const Rows& r) {
-       QuantizePerToken(r.halves(), nullptr, ScaleType::kF32, r.codes, r.scales);
+     [](const kernels::EncodeKernels& encode, const Rows& r) {
+       encode.encode({r.halves(), {}, r.per_token(), r.codes, r.head_dim, r.scales});
      }},
     {"quantize_head", 2,
-     [](const Rows& r) {
-       r.scales[0] = GlobalScale(r.halves(), nullptr);
-       QuantizeGlobal(r.halves(), nullptr, r.scales[0], r.codes);
+     [](const kernels::EncodeKernels& encode, const Rows& r) {
+       r.scales[0] = encode.head_scale(r.halves(), {});
+       encode.encode({r.halves(), {}, r.per_head(r.scales[0]), r.codes, r.head_dim, nullptr});
      }},
     {"dequantize_f32", 4,
-     [](const Rows& r) {
-       Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<float*>(r.wide),
-                  r.head_dim);
+     [](const kernels::EncodeKernels& encode, const Rows& r) {
+       encode.decode_f32({r.per_token(), {}, r.codes, r.head_dim, r.scales, r.tokens},
+                         static_cast<float*>(r.wide), r.head_dim);
      }},
     {"dequantize_f16", 2,
-     [](const Rows& r) {
-       Dequantize(r.codes, r.scales, 1, nullptr, r.tokens, r.head_dim, static_cast<Half*>(r.wide),
-                  r.head_dim);
+     [](const kernels::EncodeKernels& encode, const Rows& r) {
+       encode.decode_f16({r.per_token(), {}, r.codes, r.head_dim, r.scales, r.tokens},
+                         static_cast<Half*>(r.wide), r.head_dim);
      }},
 };
 
@@ -84,7 +93,7 @@ void Fill(const Rows& rows, const std::vector<Half>& random, std::size_t wide_by
       std::memset(to, 0, rows.head_dim * wide_bytes);
     }
     for (std::size_t i = 0; i < rows.head_dim; ++i)
-      rows.codes[t * rows.head_dim + i] = static_cast<std::int8_t>(from[i] % 255 - 127);
+      rows.codes[t * rows.head_dim + i] = static_cast<std::uint8_t>(from[i] % 255 - 127);
     rows.scales[t] = kHeadScale;
   }
 }
@@ -103,8 +112,7 @@ std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_byte
     std::uint8_t* const at = made->memory.data() + s * set_bytes;
     made->sets.emplace_back();
     for (std::size_t t = 0; t < tokens; t += head_tokens) {
-      made->sets.back().push_back({at + t * head_dim * wide_bytes,
-                                   reinterpret_cast<std::int8_t*>(at + wide + t * head_dim),
+      made->sets.back().push_back({at + t * head_dim * wide_bytes, at + wide + t * head_dim,
                                    reinterpret_cast<float*>(at + wide + codes) + t,
                                    std::min(head_tokens, tokens - t), head_dim});
       Fill(made->sets.back().back(), random, wide_bytes);
@@ -138,8 +146,8 @@ Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Ben
   const auto data = bench.Data<RowSets>(
       fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),
       [&] { return MakeRowSets(shape.head_dim, kind.wide_bytes, tokens, sets); });
-  w.call = [data, run = kind.run] {
-    for (const Rows& rows : data->sets[data->next]) run(rows);
+  w.call = [data, run = kind.run, &encode = bench.kernels.encode] {
+    for (const Rows& rows : data->sets[data->next]) run(encode, rows);
     data->next = (data->next + 1) % data->sets.size();
   };
   return w;
@@ -160,7 +168,10 @@ void AppendTokens(const Shape& shape, AppendData& data) {
   if (data.cache.tokens(0) == kAppendCapacity && !data.cache.Truncate(0).ok()) return;
   for (std::size_t t = 0; t < kAppendCalls; ++t) {
     const Half* const k = data.rows.data() + t * 2 * row;
-    if (!data.cache.Append(0, k, k + row, 1).ok()) return;
+    const Status done =
+        data.cache.Append(0, RowsView::F16(k, 1, shape.kv_heads, shape.head_dim),
+                          RowsView::F16(k + row, 1, shape.kv_heads, shape.head_dim));
+    if (!done.ok()) return;
   }
 }
 
@@ -177,11 +188,11 @@ void CopyTokens(const Shape& shape, AppendData& data) {
 }
 
 Workload PrepareAppend(const Shape& shape, Bench& bench) {
-  const HeadCodec codec{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}};
+  const HeadCodec codec{{Storage::kI8, Scale::kToken}};
   const Plan plan =
       UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
   Workload w;
-  Result<Cache> cache = Cache::Create(plan.geometry, plan, kAppendCapacity);
+  Result<Cache> cache = Cache::Create(plan.geometry, plan, kAppendCapacity, {bench.kernels.target});
   if (!cache.ok()) {
     w.skip = cache.status().message();
     return w;
@@ -202,8 +213,7 @@ Workload PrepareAppend(const Shape& shape, Bench& bench) {
 
 }  // namespace
 
-void AddRowCases(std::vector<Case>* cases) {
-  const char* const target = kernels::ActiveKernels().target;
+void AddRowCases(const char* target, std::vector<Case>* cases) {
   for (const Kind& kind : kKinds) {
     for (const Shape& shape : kShapes) {
       for (const Size& size : kSizes) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bench/machine_limits.h"
+#include "kernels/kernels.h"
 
 namespace kvmix::bench {
 
@@ -50,12 +51,14 @@ struct Workload {
   std::string skip;            // why it can't run here; else empty
 };
 
-// Limits, and the data of the last workload: the next one often wants the same. Only one set is
-// alive at a time.
+// The target, the machine's limits, and the data of the last workload: the next one often wants the
+// same. Only one set is alive at a time.
 class Bench {
  public:
-  explicit Bench(double seconds) : limits(seconds / 4) {}
+  Bench(const kernels::Kernels& target, double seconds)
+      : kernels(target), limits(target, seconds / 4) {}
 
+  const kernels::Kernels& kernels;
   Limits limits;
 
   template <class T>
@@ -79,8 +82,8 @@ struct Case {
   std::function<Workload(Bench&)> prepare;
 };
 
-void AddAttendCases(std::vector<Case>* cases);  // attend_cases.cc
-void AddRowCases(std::vector<Case>* cases);     // row_cases.cc: quantize, dequantize, append
+void AddAttendCases(const char* target, std::vector<Case>* cases);  // attend_cases.cc
+void AddRowCases(const char* target, std::vector<Case>* cases);     // row_cases.cc: rows, append
 
 }  // namespace kvmix::bench
 

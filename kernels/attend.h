@@ -11,33 +11,39 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/tiles.h"
+#include "kernels/formats.h"
 
 namespace kvmix::kernels {
 
 struct AttendTask {
   const BlockFormat* format;
-  const std::uint8_t* blocks;  // block b at blocks + b * format->block_bytes
+  // Tokens of block b lie at blocks[b], wherever that is. Only the blocks that hold tokens of
+  // [first_token, last_token) are looked up.
+  const std::uint8_t* const* blocks;
   std::size_t first_token, last_token;
 
-  const float* q;  // [rows, head_dim] f32
+  const float* q;  // [rows, K's dim], as K's codec wants it
   std::size_t rows;
   std::size_t group;
   std::int64_t first_end;
   std::size_t window;  // 0: none
   float scale;         // attention_scale
   float soft_cap;      // 0: none
-  const float* bias;  // [rows], added to scale * q . k before the soft cap; or null (softmax itself
-                      // does not see it)
+  // [rows], added to scale * q . k before the soft cap; or null. (Softmax itself does not see it.)
+  const float* bias;
 
-  bool stream;  // the tiles are expected to come from memory rather than from L2: read them in
-                // order, fetch ahead
+  // Whether tiles come from memory rather than from L2: they are then read in order, and each block
+  // asks for the next. `after`, if not null, is what the caller reads after the last block.
+  bool stream;
+  const std::uint8_t* after;
 
   void* operand;  // scratch of operand_bytes(*format, rows), 64-byte aligned
-  // Outputs, with s = log2(e) * score: out = sum over tokens of 2^(s - max) * V (without its mean),
-  // [rows, padded_dim(*format)]; sum of 2^(s - max); max: the largest s + log2(V's scale), near
-  // enough to s that nothing overflows. A row that saw nothing has max -inf and sum 0; a row with
-  // NaN or Inf in q has max NaN.
+
+  // Outputs, with s = log2(e) * score:
+  //   max  about the largest s + log2(V's scale): near enough to s that nothing overflows
+  //   sum  of 2^(s - max) over the tokens
+  //   out  [rows, padded_dim(*format)]: the sum of 2^(s - max) * (V as its codes have it)
+  // A row that saw nothing has max -inf and sum 0. A row with NaN or Inf in q has max NaN.
   float* out;
   float* max;
   float* sum;
@@ -46,7 +52,7 @@ struct AttendTask {
 struct AttendKernels {
   void (*attend)(const AttendTask& task);
   std::size_t (*operand_bytes)(const BlockFormat& format, std::size_t rows);
-  std::size_t (*padded_dim)(const BlockFormat& format);
+  std::size_t (*padded_dim)(const BlockFormat& format);  // V's, in whole vectors
 };
 
 AttendKernels AttendKernelsFor(std::int64_t target);

@@ -1,3 +1,4 @@
+// The list of targets: what is compiled in and what this CPU runs.
 #include "kernels/kernels.h"
 
 #include "hwy/highway.h"
@@ -11,15 +12,10 @@ std::vector<Kernels> MakeAll() {
   // in: mask them away.
   for (std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
     const std::int64_t target = left & -left;
-    all.push_back({hwy::TargetName(target), QuantizeKernelsFor(target), TileKernelsFor(target),
-                   AttendKernelsFor(target), ProbeKernelsFor(target)});
+    all.push_back({hwy::TargetName(target), EncodeKernelsFor(target), TransformKernelsFor(target),
+                   TileKernelsFor(target), AttendKernelsFor(target)});
   }
   return all;
-}
-
-const Kernels*& Active() {
-  static const Kernels* active = &AllKernels().front();
-  return active;
 }
 
 }  // namespace
@@ -29,16 +25,11 @@ const std::vector<Kernels>& AllKernels() {
   return all;
 }
 
-const Kernels& ActiveKernels() { return *Active(); }
-
-bool UseTarget(std::string_view target) {
+const Kernels* FindKernels(std::string_view target) {
   for (const Kernels& k : AllKernels()) {
-    if (target.empty() || target == k.target) {
-      Active() = &k;
-      return true;
-    }
+    if (target.empty() || target == k.target) return &k;
   }
-  return false;
+  return nullptr;
 }
 
 }  // namespace kvmix::kernels

@@ -2,8 +2,8 @@
 // compiled in. Whoever uses kernels picks a table once (dispatch costs nothing per call) and may
 // hold several, e.g. to compare targets.
 //
-// Kernels work on raw pointers that need no alignment beyond their types' own, keep no state,
-// allocate nothing, do no I/O and cannot fail.
+// Kernels work on raw pointers, keep no state, allocate nothing, do no I/O and cannot fail.
+// Pointers need no alignment beyond their types' own, but where a header asks for more.
 #ifndef KVMIX_KERNELS_KERNELS_H_
 #define KVMIX_KERNELS_KERNELS_H_
 
@@ -11,30 +11,25 @@
 #include <vector>
 
 #include "kernels/attend.h"
-#include "kernels/probe.h"
-#include "kernels/quantize.h"
+#include "kernels/encode.h"
 #include "kernels/tiles.h"
+#include "kernels/transform.h"
 
 namespace kvmix::kernels {
 
 struct Kernels {
   const char* target;  // Highway's name: "AVX3_DL", "AVX2", "NEON"
-  QuantizeKernels quantize;
+  EncodeKernels encode;
+  TransformKernels transform;
   TileKernels tiles;
   AttendKernels attend;
-  ProbeKernels probe;
 };
 
 // Every target that is compiled in and that this CPU runs, the best first. Never empty.
 const std::vector<Kernels>& AllKernels();
 
-// The table that new caches and the functions of kvmix/quantize.h use: the best, unless UseTarget
-// chose another.
-const Kernels& ActiveKernels();
-
-// For tests and benchmarks: makes the named target active; "" the best. False if this CPU or this
-// build lacks it. Not thread-safe against a concurrent ActiveKernels().
-bool UseTarget(std::string_view target);
+// The table of a target by name, "" the best one; null if this CPU or this build lacks it.
+const Kernels* FindKernels(std::string_view target);
 
 }  // namespace kvmix::kernels
 

@@ -174,7 +174,11 @@ namespace kvmix::kernels {
 
 HWY_EXPORT(Table);
 
-ProbeKernels ProbeKernelsFor(std::int64_t target) { return KVMIX_CALL_FOR(target, Table)(); }
+ProbeKernels ProbeKernelsFor(std::string_view target) {
+  std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS;
+  while ((left & (left - 1)) != 0 && target != hwy::TargetName(left & -left)) left &= left - 1;
+  return KVMIX_CALL_FOR(left & -left, Table)();
+}
 
 }  // namespace kvmix::kernels
 #endif  // HWY_ONCE

@@ -1,10 +1,11 @@
 // What this machine can do at most: loops that do nothing but read, copy, or multiply-add, to hold
-// the kernels against.
+// the kernels against. A library of its own: kvmix-bench links it, libkvmix does not.
 #ifndef KVMIX_KERNELS_PROBE_H_
 #define KVMIX_KERNELS_PROBE_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 namespace kvmix::kernels {
 
@@ -24,7 +25,8 @@ struct ProbeKernels {
       std::size_t rounds);  // u8 x i8 quads -> i32; null where the target has no instruction for it
 };
 
-ProbeKernels ProbeKernelsFor(std::int64_t target);
+// Of a target that AllKernels() lists, by its name.
+ProbeKernels ProbeKernelsFor(std::string_view target);
 
 }  // namespace kvmix::kernels
 

@@ -1,5 +1,5 @@
-// Rows of halves as vectors of f32, with their absmax, and vectors of codes: what
-// kernels/quantize.cc reads and writes.
+// Per target: rows of f16, bf16 or f32 as vectors of f32, with their absmax, and vectors of codes:
+// what kernels/encode.cc reads and writes.
 #if defined(KVMIX_KERNELS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_ROWS_INL_H_
 #undef KVMIX_KERNELS_ROWS_INL_H_
@@ -13,7 +13,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/per_target.h"
-#include "kernels/quantize.h"
+#include "kernels/rows.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels {
@@ -31,6 +31,7 @@ using F32 = hn::Vec<DF32>;
 using I32 = hn::Vec<DI32>;
 
 constexpr std::size_t kGroup = 8;  // rows whose maxima are reduced together
+constexpr float kLargest = 3.4028234e38f;
 
 // How a loop's body reads and writes: a whole vector, or its first n lanes (the others read as 0).
 struct Whole {
@@ -166,19 +167,97 @@ HWY_INLINE void StoreBlockMax(D d, hn::Vec<D> v, hn::TFromD<D>* to) {
   }
 }
 
+// The types that rows come in. Load: as they are. LoadFinite: NaN as 0, infinities as +-65504.
+struct Halves {
+  using T = std::uint16_t;
+  template <class IO>
+  static HWY_INLINE F32 Load(IO io, const T* p) {
+    return ToFloat(DF32(), io.Load(DU16(), p));
+  }
+  template <class IO>
+  static HWY_INLINE F32 LoadFinite(IO io, const T* p) {
+    return ToFloat(DF32(), Finite(DU16(), io.Load(DU16(), p)));
+  }
+};
+struct Floats {
+  using T = float;
+  template <class IO>
+  static HWY_INLINE F32 Load(IO io, const T* p) {
+    return io.Load(DF32(), p);
+  }
+  template <class IO>
+  static HWY_INLINE F32 LoadFinite(IO io, const T* p) {
+    return Finite(Load(io, p));
+  }
+  static HWY_INLINE F32 Finite(F32 x) {
+    const DF32 d;
+    const F32 bound = hn::CopySign(hn::Set(d, 65504.0f), x);
+    return hn::IfThenZeroElse(hn::IsNaN(x), hn::IfThenElse(hn::IsInf(x), bound, x));
+  }
+};
+struct BFloats {
+  using T = std::uint16_t;
+  template <class IO>
+  static HWY_INLINE F32 Load(IO io, const T* p) {
+    const hn::RebindToUnsigned<DF32> du;
+    return hn::BitCast(DF32(), hn::ShiftLeft<16>(hn::PromoteTo(du, io.Load(DU16(), p))));
+  }
+  template <class IO>
+  static HWY_INLINE F32 LoadFinite(IO io, const T* p) {
+    return Floats::Finite(Load(io, p));
+  }
+};
+
+// f(Numbers()) with the struct of a dtype.
+template <class F>
+HWY_INLINE decltype(auto) WithDtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return f(Floats());
+    case Dtype::kBF16:
+      return f(BFloats());
+    default:
+      return f(Halves());
+  }
+}
+
+// Typed rows x, and the means that are subtracted from them: row r's mean at mean + r *
+// mean_stride, or null.
+template <class Numbers>
+struct Source {
+  using T = typename Numbers::T;
+  const T* x;
+  std::size_t stride_bytes;  // modulo 2^64, as strides may be negative
+  std::size_t count, dim;
+  const float* mean;
+  std::size_t mean_stride;
+
+  Source(const RowsIn& in, const float* m, std::size_t m_stride)
+      : x(static_cast<const T*>(in.x)),
+        stride_bytes(static_cast<std::size_t>(in.stride) * sizeof(T)),
+        count(in.count),
+        dim(in.dim),
+        mean(m),
+        mean_stride(m_stride) {}
+  HWY_INLINE const T* row(std::size_t r) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<std::uintptr_t>(x) + r * stride_bytes);
+  }
+};
+
 // y = x. Maxima are those of the halves' bits without their sign: of the same order as |x|, NaN and
 // Inf above all numbers.
 struct PlainHalves {
+  using Numbers = Halves;
   using DMax = DI16;
   static constexpr bool kHalves = true;  // y is a half
 
   const std::uint16_t* HWY_RESTRICT x;
 
-  HWY_INLINE PlainHalves(const RowsIn& in, std::size_t t) : x(in.x + t * in.stride) {}
+  HWY_INLINE PlainHalves(const Source<Halves>& in, std::size_t t) : x(in.row(t)) {}
 
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    return ToFloat(DF32(), io.Load(DU16(), x + i));
+    return Halves::Load(io, x + i);
   }
 
   HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
@@ -219,20 +298,23 @@ struct PlainHalves {
   }
 };
 
-// y = x - mean. Maxima are those of the bits of |y|.
-struct CentredHalves {
+// y = x, or x - mean. Maxima are those of the bits of |y|.
+template <class X, bool kMean>
+struct FloatRows {
+  using Numbers = X;
   using DMax = DI32;
   static constexpr bool kHalves = false;
 
-  const std::uint16_t* HWY_RESTRICT x;
+  const typename X::T* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
 
-  HWY_INLINE CentredHalves(const RowsIn& in, std::size_t t)
-      : x(in.x + t * in.stride), mean(in.mean + t * in.mean_stride) {}
+  HWY_INLINE FloatRows(const Source<X>& in, std::size_t t)
+      : x(in.row(t)), mean(kMean ? in.mean + t * in.mean_stride : nullptr) {}
 
   template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    return hn::Sub(ToFloat(DF32(), io.Load(DU16(), x + i)), io.Load(DF32(), mean + i));
+    if constexpr (kMean) return hn::Sub(X::Load(io, x + i), io.Load(DF32(), mean + i));
+    return X::Load(io, x + i);
   }
 
   HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
@@ -258,48 +340,49 @@ struct CentredHalves {
   }
 };
 
-// y = x - mean (mean may be null) with NaN and Inf replaced in x. Only loads: for rare rows.
-struct CarefulHalves {
-  const std::uint16_t* HWY_RESTRICT x;
+// y = x - mean (mean may be null), finite whatever x is. Only loads: for rare rows.
+template <class X>
+struct CarefulRows {
+  const typename X::T* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
 
-  HWY_INLINE CarefulHalves(const RowsIn& in, std::size_t t)
-      : x(in.x + t * in.stride), mean(in.mean ? in.mean + t * in.mean_stride : nullptr) {}
+  HWY_INLINE CarefulRows(const Source<X>& in, std::size_t t)
+      : x(in.row(t)), mean(in.mean != nullptr ? in.mean + t * in.mean_stride : nullptr) {}
 
   template <class IO>
-  HWY_INLINE F32 LoadX(IO io, std::size_t i) const {
-    return ToFloat(DF32(), Finite(DU16(), io.Load(DU16(), x + i)));
-  }
-  template <class IO>
   HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    return mean ? hn::Sub(LoadX(io, i), io.Load(DF32(), mean + i)) : LoadX(io, i);
+    const F32 finite = X::LoadFinite(io, x + i);
+    if (mean == nullptr) return finite;
+    const F32 largest = hn::Set(DF32(), kLargest);  // a difference of huge numbers may be infinite
+    const F32 y = hn::Sub(finite, io.Load(DF32(), mean + i));
+    return hn::Max(hn::Min(y, largest), hn::Neg(largest));
   }
 };
 
 // Asks for the row that lies some 2 KiB after row t, in L2. Rows of a head are too short for a
 // CPU's own prefetchers, and two streams of them (halves and codes) more so: errors() from DRAM is
 // 2 to 4 times as fast for it on Granite Rapids.
-class Prefetcher {
+class RowPrefetcher {
  public:
-  template <class T>
-  Prefetcher(const T* rows, std::size_t stride, std::size_t dim)
-      : rows_(reinterpret_cast<const char*>(rows)),
-        stride_(stride * sizeof(T)),
-        bytes_(dim * sizeof(T)),
-        ahead_(2048 / (bytes_ + 1) + 1) {}
+  RowPrefetcher(const void* rows, std::size_t stride_bytes, std::size_t row_bytes)
+      : rows_(reinterpret_cast<std::uintptr_t>(rows)),
+        stride_(stride_bytes),
+        bytes_(row_bytes),
+        ahead_(2048 / (row_bytes + 1) + 1) {}
   HWY_INLINE void operator()(std::size_t t) const {
-    const char* row = rows_ + (t + ahead_) * stride_;
+    const char* row = reinterpret_cast<const char*>(rows_ + (t + ahead_) * stride_);
     for (std::size_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
   }
 
  private:
-  const char* rows_;
+  std::uintptr_t rows_;
   std::size_t stride_, bytes_, ahead_;
 };
 
 // absmax of kRows rows (1 or kGroup) from row t on; room for kGroup.
 template <class Rows, std::size_t kRows>
-HWY_INLINE void GroupAbsMax(const RowsIn& in, std::size_t t, float* HWY_RESTRICT absmax) {
+HWY_INLINE void GroupAbsMax(const Source<typename Rows::Numbers>& in, std::size_t t,
+                            float* HWY_RESTRICT absmax) {
   const typename Rows::DMax d;
   constexpr std::size_t kLanes = hn::MaxLanes(d);
   HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kRows * kLanes];

@@ -1,5 +1,5 @@
-// Rows <-> tiles, one token at a time: K's row is scattered in groups of `width` channels; V's row
-// is merged, `width` tokens to a word, with one read-modify-write of a tile vector per `lanes`
+// Rows <-> tiles, token by token: K's row is scattered in groups of `width` channels; V's row is
+// merged, `width` tokens to a word, with one read-modify-write of a tile vector per `lanes`
 // channels.
 #include "kernels/tiles.h"
 
@@ -11,14 +11,14 @@
 
 #include "hwy/highway.h"
 #include "kernels/per_target.h"
-#include "kernels/tiles-inl.h"
+#include "kernels/storage-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
-std::size_t ScaleBytes(TileScale s) {
-  return s == TileScale::kConstant ? 0 : kBlockTokens * (s == TileScale::kF32 ? 4 : 2);
+std::size_t ScaleBytes(ScaleStore s) {
+  return s == ScaleStore::kConstant ? 0 : kBlockTokens * (s == ScaleStore::kF32 ? 4 : 2);
 }
 
 void LayOut(BlockFormat& f) {
@@ -26,30 +26,34 @@ void LayOut(BlockFormat& f) {
   const auto place = [&at](TileFormat& t, std::size_t code_bytes) {
     t.codes_offset = at;
     at = t.scales_offset = RoundUp(at + code_bytes, 64);
-    at = RoundUp(at + ScaleBytes(t.scale), 64);
+    at = RoundUp(at + ScaleBytes(t.row.scale), 64);
   };
-  place(f.k, kBlockTokens / kLanes * KTileBytes(f.k.storage, f.head_dim));
-  place(f.v, RoundUp(f.head_dim, kLanes) / kLanes * VTileBytes(f.v.storage));
+  place(f.k, WithStorage(f.k.row.storage, [&](auto s) {
+          return kBlockTokens / kLanes * KTileBytes<decltype(s)>(f.k.row.dim);
+        }));
+  place(f.v, WithStorage(f.v.row.storage, [&](auto s) {
+          return RoundUp(f.v.row.dim, kLanes) / kLanes * kVTileBytes<decltype(s)>;
+        }));
   f.block_bytes = at;
 }
 
+// `token`: in its block.
 void StoreScale(const TileFormat& f, std::uint8_t* block, std::size_t token, float scale) {
-  if (f.scale == TileScale::kF32) {
+  if (f.row.scale == ScaleStore::kF32) {
     std::memcpy(block + f.scales_offset + 4 * token, &scale, 4);
-  } else if (f.scale == TileScale::kBF16) {
+  } else if (f.row.scale == ScaleStore::kBF16) {
     std::uint32_t bits;
     std::memcpy(&bits, &scale, 4);
-    const std::uint16_t upper =
-        static_cast<std::uint16_t>(bits >> 16);  // the encoder rounded it to bf16 already
+    const std::uint16_t upper = static_cast<std::uint16_t>(bits >> 16);  // the encoder rounded it
     std::memcpy(block + f.scales_offset + 2 * token, &upper, 2);
   }
 }
 
 float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t token) {
-  float scale = f.constant;
-  if (f.scale == TileScale::kF32) {
+  float scale = f.row.constant;
+  if (f.row.scale == ScaleStore::kF32) {
     std::memcpy(&scale, block + f.scales_offset + 4 * token, 4);
-  } else if (f.scale == TileScale::kBF16) {
+  } else if (f.row.scale == ScaleStore::kBF16) {
     std::uint16_t upper;
     std::memcpy(&upper, block + f.scales_offset + 2 * token, 2);
     const std::uint32_t bits = std::uint32_t{upper} << 16;
@@ -58,107 +62,139 @@ float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t toke
   return scale;
 }
 
-using Word = hwy::UnsignedFromSize<kI8Width>;  // the codes of one group
-
-// The first group of K's row `token`; the following ones are kLanes * kWidth elements apart.
-template <typename Byte>
-Byte* KRow(const BlockFormat& f, Byte* block, std::size_t token) {
-  return block + f.k.codes_offset + token / kLanes * KTileBytes(f.k.storage, f.head_dim) +
-         token % kLanes * Width(f.k.storage) * CodeBytes(f.k.storage);
+// The first word of K's row `token` of a block; the following ones are kLanes words apart.
+template <class S, typename Byte>
+HWY_INLINE Byte* KRow(const TileFormat& f, Byte* block, std::size_t token) {
+  return block + f.codes_offset + token / kLanes * KTileBytes<S>(f.row.dim) +
+         token % kLanes * sizeof(typename S::Word);
 }
 
-// Group: as large as `width` codes, so that each is one move.
-template <typename Group>
-HWY_INLINE void ScatterGroups(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t flip,
-                              std::uint8_t* to) {
-  const Group flips = static_cast<Group>(static_cast<Group>(~Group{0}) / 0xFF * flip);
+// The codes of V's row `token` lie kWidth codes apart in vectors that are kVTileBytes apart.
+template <class S, typename Byte>
+HWY_INLINE Byte* VRow(const TileFormat& f, Byte* block, std::size_t token) {
+  return block + f.codes_offset + token / S::kWidth * kVectorBytes<S>;
+}
+
+template <class S>
+HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t* to) {
+  using Word = typename S::Word;
+  constexpr Word kFlips =
+      static_cast<Word>(static_cast<Word>(~Word{0}) / 0xFF * std::uint32_t{S::kFlipK});
   std::size_t i = 0;
-  for (; i + sizeof(Group) <= row_bytes; i += sizeof(Group)) {
-    Group group;
-    std::memcpy(&group, row + i, sizeof(Group));
-    group ^= flips;
-    std::memcpy(to + i * kLanes, &group, sizeof(Group));
+  for (; i + sizeof(Word) <= row_bytes; i += sizeof(Word)) {
+    Word word;
+    std::memcpy(&word, row + i, sizeof(Word));
+    word ^= kFlips;
+    std::memcpy(to + i * kLanes, &word, sizeof(Word));
   }
   if (i < row_bytes) {
-    Group group = 0;
-    std::memcpy(&group, row + i, row_bytes - i);
-    group ^= flips;
-    std::memcpy(to + i * kLanes, &group, sizeof(Group));
+    Word word = 0;
+    std::memcpy(&word, row + i, row_bytes - i);
+    word ^= kFlips;
+    std::memcpy(to + i * kLanes, &word, sizeof(Word));
   }
 }
 
-void StoreK(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes,
-            float scale) {
-  const std::uint8_t* row = static_cast<const std::uint8_t*>(codes);
-  if (f.k.storage == TileStorage::kF16) {
-    ScatterGroups<std::uint16_t>(row, 2 * f.head_dim, 0, KRow(f, block, token));
-  } else {
-    ScatterGroups<Word>(row, f.head_dim, kFlipK, KRow(f, block, token));
+template <class S>
+HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t row_bytes, std::uint8_t* row) {
+  constexpr std::size_t kWord = sizeof(typename S::Word);
+  for (std::size_t i = 0; i < row_bytes; ++i) {
+    row[i] = static_cast<std::uint8_t>(from[i / kWord * kWord * kLanes + i % kWord] ^ S::kFlipK);
   }
-  StoreScale(f.k, block, token, scale);
 }
 
-void LoadK(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes,
-           float* scale) {
-  std::uint8_t* row = static_cast<std::uint8_t*>(codes);
-  const std::uint8_t* from = KRow(f, block, token);
-  const std::size_t bytes = f.head_dim * CodeBytes(f.k.storage);
-  const std::size_t group = Width(f.k.storage) * CodeBytes(f.k.storage);
-  const std::uint8_t flip = f.k.storage == TileStorage::kF16 ? 0 : kFlipK;
-  for (std::size_t i = 0; i < bytes; ++i)
-    row[i] = static_cast<std::uint8_t>(from[i / group * group * kLanes + i % group] ^ flip);
-  *scale = LoadScale(f.k, block, token);
-}
-
-// Merges the codes of one token into the words of a V tile: `kWidth` codes of type T, neighbouring
-// tokens, share a word.
-template <typename T, typename W>
-HWY_INLINE void MergeRow(const T* row, std::size_t head_dim, std::size_t sub,
-                         std::size_t tile_bytes, std::uint8_t* to) {
-  const hn::CappedTag<W, kLanes> dw;
-  const hn::Rebind<T, decltype(dw)> dt;
-  const int shift = static_cast<int>(8 * sizeof(T) * sub);
-  const auto keep = hn::Set(dw, static_cast<W>(~(static_cast<W>(static_cast<T>(~T{0})) << shift)));
-  const auto merge = [&](auto codes, std::uint8_t* at) HWY_ATTR {
-    W* words = reinterpret_cast<W*>(at);
-    if constexpr (sizeof(W) == sizeof(T)) {
-      hn::StoreU(codes, dw, words);
+// Merges the codes of one token into the words that it shares with its neighbours; sub: its place
+// among them.
+template <class S>
+HWY_INLINE void MergeV(const std::uint8_t* row, std::size_t dim, std::size_t sub,
+                       std::uint8_t* to) {
+  using Code = typename S::Code;
+  using Word = typename S::Word;
+  const hn::CappedTag<Word, kLanes> dw;
+  const hn::Rebind<Code, decltype(dw)> dc;
+  const Code* codes = reinterpret_cast<const Code*>(row);
+  const int shift = static_cast<int>(8 * sizeof(Code) * sub);
+  const Word own = static_cast<Word>(static_cast<Word>(static_cast<Code>(~Code{0})) << shift);
+  const auto keep = hn::Set(dw, static_cast<Word>(~own));
+  const auto merge = [&](auto values, std::uint8_t* at) HWY_ATTR {
+    Word* words = reinterpret_cast<Word*>(at);
+    if constexpr (sizeof(Word) == sizeof(Code)) {
+      hn::StoreU(values, dw, words);
     } else {
-      hn::StoreU(hn::Or(hn::And(hn::LoadU(dw, words), keep),
-                        hn::ShiftLeftSame(hn::PromoteTo(dw, codes), shift)),
-                 dw, words);
+      const auto others = hn::And(hn::LoadU(dw, words), keep);
+      hn::StoreU(hn::Or(others, hn::ShiftLeftSame(hn::PromoteTo(dw, values), shift)), dw, words);
     }
   };
   std::size_t c = 0;
-  for (; c + kLanes <= head_dim; c += kLanes, to += tile_bytes) merge(hn::LoadU(dt, row + c), to);
-  if (c < head_dim) merge(hn::LoadN(dt, row + c, head_dim - c), to);
+  for (; c + kLanes <= dim; c += kLanes, to += kVTileBytes<S>) merge(hn::LoadU(dc, codes + c), to);
+  if (c < dim) merge(hn::LoadN(dc, codes + c, dim - c), to);
 }
 
-void StoreV(const BlockFormat& f, std::uint8_t* block, std::size_t token, const void* codes,
-            float scale) {
-  const std::size_t width = Width(f.v.storage), tile_bytes = VTileBytes(f.v.storage);
-  std::uint8_t* to = block + f.v.codes_offset + token / width * VectorBytes(f.v.storage);
-  if (f.v.storage == TileStorage::kF16) {
-    MergeRow<std::uint16_t, std::uint16_t>(static_cast<const std::uint16_t*>(codes), f.head_dim, 0,
-                                           tile_bytes, to);
-  } else {
-    MergeRow<std::uint8_t, Word>(static_cast<const std::uint8_t*>(codes), f.head_dim, token % width,
-                                 tile_bytes, to);
+template <class S>
+HWY_INLINE void SplitV(const std::uint8_t* from, std::size_t dim, std::size_t sub,
+                       std::uint8_t* row) {
+  constexpr std::size_t kCode = sizeof(typename S::Code);
+  for (std::size_t c = 0; c < dim; ++c) {
+    const std::size_t code = c % kLanes * S::kWidth + sub;
+    std::memcpy(row + c * kCode, from + c / kLanes * kVTileBytes<S> + code * kCode, kCode);
   }
-  StoreScale(f.v, block, token, scale);
 }
 
-void LoadV(const BlockFormat& f, const std::uint8_t* block, std::size_t token, void* codes,
-           float* scale) {
-  std::uint8_t* row = static_cast<std::uint8_t*>(codes);
-  const std::size_t size = CodeBytes(f.v.storage), width = Width(f.v.storage);
-  const std::uint8_t* from =
-      block + f.v.codes_offset + token / width * VectorBytes(f.v.storage) + token % width * size;
-  for (std::size_t c = 0; c < f.head_dim; ++c) {
-    std::memcpy(row + c * size,
-                from + c / kLanes * VTileBytes(f.v.storage) + c % kLanes * width * size, size);
-  }
-  *scale = LoadScale(f.v, block, token);
+// body(storage, block, token in the block, r) for the rows r of tokens [token, token + count).
+template <typename Byte, class Body>
+HWY_INLINE void ForRows(const TileFormat& f, Byte* const* blocks, std::size_t token,
+                        std::size_t count, const Body& body) {
+  WithStorage(f.row.storage, [&](auto s) HWY_ATTR {
+    for (std::size_t r = 0; r < count; ++r) {
+      body(s, blocks[(token + r) / kBlockTokens], (token + r) % kBlockTokens, r);
+    }
+  });
+}
+
+void StoreK(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
+            std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
+            const float* scales) {
+  const TileFormat& f = format.k;
+  ForRows(f, blocks, token, count,
+          [&](auto s, std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
+            using S = decltype(s);
+            ScatterK<S>(rows + r * row_stride, RowBytes(f.row), KRow<S>(f, block, t));
+            if (scales != nullptr) StoreScale(f, block, t, scales[r]);
+          });
+}
+
+void StoreV(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
+            std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
+            const float* scales) {
+  const TileFormat& f = format.v;
+  ForRows(f, blocks, token, count,
+          [&](auto s, std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
+            using S = decltype(s);
+            MergeV<S>(rows + r * row_stride, f.row.dim, t % S::kWidth, VRow<S>(f, block, t));
+            if (scales != nullptr) StoreScale(f, block, t, scales[r]);
+          });
+}
+
+void LoadK(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
+           std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales) {
+  const TileFormat& f = format.k;
+  ForRows(f, blocks, token, count,
+          [&](auto s, const std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
+            using S = decltype(s);
+            GatherK<S>(KRow<S>(f, block, t), RowBytes(f.row), rows + r * row_stride);
+            if (scales != nullptr) scales[r] = LoadScale(f, block, t);
+          });
+}
+
+void LoadV(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
+           std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales) {
+  const TileFormat& f = format.v;
+  ForRows(f, blocks, token, count,
+          [&](auto s, const std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
+            using S = decltype(s);
+            SplitV<S>(VRow<S>(f, block, t), f.row.dim, t % S::kWidth, rows + r * row_stride);
+            if (scales != nullptr) scales[r] = LoadScale(f, block, t);
+          });
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "kvmix/cache.h"
-#include "kvmix/half.h"
+#include "kvmix/quantize.h"
 
 namespace kvmix::tools {
 namespace {
@@ -21,24 +21,16 @@ constexpr std::size_t kLanes = 8;  // independent sums, which the compiler may k
 using Rows = std::vector<double>;  // [tokens, head_dim]
 
 Result<Rows> DecodedRows(const Cache& cache, std::size_t head, Tensor t) {
-  const HeadCodec& codec = cache.plan().codec(0, head, t);
-  const std::size_t tokens = cache.tokens(0), d = cache.geometry().head_dim;
-  Rows rows(tokens * d);
-  if (codec.storage == Storage::kF16) {
-    std::vector<Half> halves(rows.size());
-    if (Status s = cache.ExportRows(0, head, t, 0, tokens, halves.data(), nullptr); !s.ok())
-      return s;
-    std::transform(halves.begin(), halves.end(), rows.begin(), HalfToFloat);
-    return rows;
-  }
-  std::vector<std::int8_t> codes(rows.size());
-  std::vector<float> scales(tokens, codec.head_scale);
-  if (Status s = cache.ExportRows(0, head, t, 0, tokens, codes.data(), scales.data()); !s.ok())
+  const std::size_t tokens = cache.tokens(0), dim = cache.geometry().head_dim;
+  const Result<RowCodec> codec = RowCodec::Create(cache.plan().codec(0, head, t), dim);
+  if (!codec.ok()) return codec.status();
+  std::vector<std::uint8_t> codes(tokens * codec->row_bytes());
+  std::vector<float> scales(tokens), decoded(tokens * dim);
+  if (Status s = cache.ExportRows(0, head, t, 0, tokens, codes.data(), scales.data()); !s.ok()) {
     return s;
-  for (std::size_t i = 0; i < rows.size(); ++i)
-    rows[i] =
-        double{scales[i / d]} * codes[i] + (codec.centred() ? double{codec.mean[i % d]} : 0.0);
-  return rows;
+  }
+  codec->Decode(codes.data(), scales.data(), tokens, decoded.data(), dim);
+  return Rows(decoded.begin(), decoded.end());
 }
 
 double Dot(const double* a, const double* b, std::size_t n) {
@@ -77,7 +69,7 @@ Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<Head
   g.layers = 1;
   Result<Cache> cache = Cache::Create(g, Plan{g, codecs, {}}, dump.tokens());
   if (!cache.ok()) return cache.status();
-  if (Status s = cache->Append(0, dump.k(layer), dump.v(layer), dump.tokens()); !s.ok()) return s;
+  if (Status s = cache->Append(0, dump.k(layer), dump.v(layer)); !s.ok()) return s;
   std::vector<Rows> decoded;  // [kv_heads][K, V]
   for (std::size_t head = 0; head < g.kv_heads; ++head) {
     for (const Tensor t : {Tensor::kK, Tensor::kV}) {
@@ -91,6 +83,7 @@ Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<Head
   for (std::size_t p = 1; p < prompts.size(); ++p) first[p] = first[p - 1] + prompts[p - 1];
   const std::size_t d = g.head_dim, q_row = g.query_heads * d;
   out->assign(dump.tokens() * q_row, 0.0f);
+  const RowsView queries = dump.q(layer);
   const int threads = num_threads > 0 ? num_threads : omp_get_max_threads();
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
   for (std::size_t p = 0; p < prompts.size(); ++p) {
@@ -101,7 +94,7 @@ Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<Head
       for (std::size_t i = 0; i < prompts[p]; ++i) {
         const std::size_t at = (first[p] + i) * q_row + h * d;
         for (std::size_t c = 0; c < d; ++c)
-          q[c] = double{dump.attention_scale()} * HalfToFloat(dump.q(layer)[at + c]);
+          q[c] = double{dump.attention_scale()} * queries.At(first[p] + i, h, c);
         AttendRow(q, k, v, i + 1, &scores, &sums);
         std::transform(sums.begin(), sums.end(), out->begin() + static_cast<std::ptrdiff_t>(at),
                        [](double x) { return static_cast<float>(x); });

@@ -96,27 +96,24 @@ Result<Dump> OpenInput(const Options& o) {
 
 // `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a
 // program. In the study's own arithmetic, and not the kernels', since the largest value of a row
-// lies on an integer and a last bit decides on which side of it.
-ErrorSums TruncationError(const HalfRows& rows, const HeadCodec& codec) {
+// lies on an integer and a last bit decides on which side of it. codec: of one of its strategies.
+ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
   ErrorSums sums;
-  std::vector<float> y(rows.head_dim);
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     float max = 0.0f;
+    for (std::size_t c = 0; c < rows.head_dim; ++c)
+      max = std::max(max, std::fabs(rows.At(t, 0, c)));
+    const float inv_scale = codec.kind.scale == Scale::kHead ? 1.0f / codec.head_scale
+                            : max > 0.0f                     ? 127.0f / max
+                                                             : 1.0f;
     for (std::size_t c = 0; c < rows.head_dim; ++c) {
-      const float x = HalfToFloat(rows.row(t)[c]);
-      y[c] = codec.centred() ? x - codec.mean[c] : x;
-      max = std::max(max, std::fabs(y[c]));
-      sums.max_abs = std::max(sums.max_abs, std::fabs(double{x}));
-    }
-    const float inv_scale = codec.scale == ScaleKind::kHead ? 1.0f / codec.head_scale
-                            : max > 0.0f                    ? 127.0f / max
-                                                            : 1.0f;
-    for (const float x : y) {
-      const double error =
-          double{std::clamp(std::trunc(x * inv_scale), -127.0f, 127.0f) / inv_scale} - x;
+      const float x = rows.At(t, 0, c);
+      const float code = std::clamp(std::trunc(x * inv_scale), -127.0f, 127.0f);
+      const double error = double{code / inv_scale} - x;
       sums.sum_squared_error += error * error;
       sums.max_error = std::max(sums.max_error, std::fabs(error));
     }
+    sums.max_abs = std::max(sums.max_abs, double{max});
   }
   sums.count = rows.tokens * rows.head_dim;
   return sums;
@@ -128,20 +125,11 @@ std::string SumText(double sum) {
   return sum == 0.0 || sum >= 0.005 ? fmt::format("{:.6f}", sum) : fmt::format("{:.6e}", sum);
 }
 
-std::string QuantLine(const std::string& file, std::size_t layer, Tensor t, const HalfRows& rows,
+std::string QuantLine(const std::string& file, std::size_t layer, Tensor t, const RowsView& rows,
                       std::size_t head, int strategy, const ErrorSums& e) {
   return fmt::format("{},{},{},{},{},{},{},{:.6f},{},{:.6f}\n", file, layer,
                      t == Tensor::kK ? 'k' : 'v', rows.tokens, head, rows.head_dim, strategy,
                      e.max_abs, SumText(e.sum_squared_error), e.mse());
-}
-
-// The file of a raw folder, the tensor of a safetensors file.
-std::string TensorName(const Dump& dump, std::size_t layer, Tensor t) {
-  std::error_code error;
-  const char letter = t == Tensor::kK ? 'k' : 'v';
-  return std::filesystem::is_directory(dump.path(), error)
-             ? fmt::format("layer_{:02}.{}.bin", layer, letter)
-             : fmt::format("layers.{}.{}", layer, letter);
 }
 
 Result<std::string> Quant(const Options& o) {
@@ -162,12 +150,14 @@ Result<std::string> Quant(const Options& o) {
       const Tensor t = i < g.kv_heads ? Tensor::kK : Tensor::kV;
       const std::size_t head = i % g.kv_heads;
       const HeadCodec& codec = codecs->plan.codec(layer, head, t);
-      const HalfRows rows = dump->head(layer, head, t);
+      const RowsView rows = dump->head(layer, head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
-      if (codec.storage != Storage::kF16)
-        errors = truncate ? TruncationError(rows, codec) : EncodingError(rows, codec);
-      lines[i] =
-          QuantLine(TensorName(*dump, layer, t), layer, t, rows, head, codecs->strategy, errors);
+      if (codec.kind.storage != Storage::kF16) {
+        // A plan that was loaded is valid.
+        errors = truncate ? TruncationError(rows, codec) : EncodingError(rows, codec).value();
+      }
+      lines[i] = QuantLine(t == Tensor::kK ? dump->k_name(layer) : dump->v_name(layer), layer, t,
+                           rows, head, codecs->strategy, errors);
     }
     for (const std::string& line : lines) csv += line;
     dump->Release(layer);
@@ -224,7 +214,8 @@ Result<std::string> ReferenceAttention(const Dump& dump, const Plan& plan, int t
     const std::vector<HeadCodec> codecs(first, first + g.kv_heads * 2);
     if (Status s = AttendExactly(dump, layer, exact_codecs, threads, &exact); !s.ok()) return s;
     if (Status s = AttendExactly(dump, layer, codecs, threads, &decoded); !s.ok()) return s;
-    if (Status s = AttendDump(dump, layer, codecs, threads, &kernel); !s.ok()) return s;
+    if (Status s = AttendDump(dump, layer, codecs, {.num_threads = threads}, &kernel); !s.ok())
+      return s;
     csv += AttentionLines(layer, CompareHeads(exact, decoded, g).data(),
                           CompareHeads(decoded, kernel, g).data(), g.query_heads);
     dump.Release(layer);
@@ -247,9 +238,10 @@ Result<std::string> Attention(const Options& o) {
   if (o.reference) return ReferenceAttention(*dump, codecs->plan, o.threads);
   const Geometry& g = dump->geometry();
   ProgressBar bar("attention");
-  const auto errors =
-      MeasurePlan(*dump, codecs->plan, o.threads,
-                  [&](std::size_t done, std::size_t total) { bar.Update(done, total); });
+  const auto errors = MeasurePlan(
+      *dump, codecs->plan,
+      {.num_threads = o.threads,
+       .progress = [&](std::size_t done, std::size_t total) { bar.Update(done, total); }});
   if (!errors.ok()) return errors.status();
   std::string csv = "layer,head,nmse,cos_sim\n";
   for (std::size_t layer = 0; layer < g.layers; ++layer)

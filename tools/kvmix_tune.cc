@@ -33,7 +33,7 @@ struct Options {
   std::string holdout;
   RawFormat raw;
   Constraints constraints;
-  std::string candidates = "int8";
+  std::string candidates = "all";
   std::size_t context = 4096;
   int threads = 0;
   std::string wisdom;
@@ -70,7 +70,7 @@ void AddOptions(CLI::App* app, Options* o) {
       ->check(Between(0.0, 1e18, false));
   app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
   app->add_option("--candidates", o->candidates, "codecs to choose from")
-      ->check(CLI::IsMember({"seed", "int8"}))
+      ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
   app->add_option("--context", o->context, "tokens in the cache for decode times")
       ->check(CLI::Range(1u, 1u << 20))
@@ -143,8 +143,7 @@ Result<Dumps> OpenDumps(const Options& o) {
   return dumps;
 }
 
-Result<Wisdom> Speeds(const Options& o, const Geometry& g,
-                      const std::vector<CodecKind>& candidates) {
+Result<Wisdom> Speeds(const Options& o, const Geometry& g, const CandidateKinds& candidates) {
   Wisdom wisdom = ThisMachine();
   if (!o.wisdom.empty()) {
     Result<Wisdom> known = LoadWisdom(o.wisdom);
@@ -154,17 +153,18 @@ Result<Wisdom> Speeds(const Options& o, const Geometry& g,
       return known.status();
     }
   }
-  std::vector<CodecKind> plain;
-  std::copy_if(candidates.begin(), candidates.end(), std::back_inserter(plain),
-               [](const CodecKind& kind) { return !kind.centred; });
   const std::size_t before = wisdom.speeds.size();
-  if (Status s =
-          MeasureHeadSpeeds(plain, plain, g.group(), g.head_dim, o.context, kSpeedSeconds, &wisdom);
+  if (Status s = MeasureHeadSpeeds(candidates.k, candidates.v, g.group(), g.head_dim, o.context,
+                                   kSpeedSeconds, &wisdom);
       !s.ok())
     return s;
   if (!o.wisdom.empty() && wisdom.speeds.size() > before)
     if (Status s = SaveWisdom(wisdom, o.wisdom); !s.ok()) return s;
   return wisdom;
+}
+
+MeasureOptions WithBar(int threads, ProgressBar* bar) {
+  return {threads, "", [bar](std::size_t done, std::size_t all) { bar->Update(done, all); }};
 }
 
 // The plan as a whole over several dumps.
@@ -173,8 +173,7 @@ Result<Fidelity> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan&
   ProgressBar bar(label);
   std::vector<AttentionError> total(plan.geometry.layers * plan.geometry.query_heads);
   for (const Dump* dump : dumps) {
-    Result<std::vector<AttentionError>> errors = MeasurePlan(
-        *dump, plan, threads, [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
+    Result<std::vector<AttentionError>> errors = MeasurePlan(*dump, plan, WithBar(threads, &bar));
     if (!errors.ok()) return errors.status();
     for (std::size_t i = 0; i < total.size(); ++i) total[i] += (*errors)[i];
   }
@@ -182,7 +181,7 @@ Result<Fidelity> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan&
 }
 
 Result<TuneReport> Tune(const Options& o) {
-  const Result<std::vector<CodecKind>> candidates = Candidates(o.candidates);
+  const Result<CandidateKinds> candidates = Candidates(o.candidates);
   if (!candidates.ok()) return candidates.status();
   Result<Dumps> dumps = OpenDumps(o);
   if (!dumps.ok()) return dumps.status();
@@ -196,8 +195,7 @@ Result<TuneReport> Tune(const Options& o) {
   {
     ProgressBar bar("measuring every head and codec");
     Result<ErrorTable> table =
-        Measure(calibration, *candidates, 0, geometry.layers, o.threads,
-                [&](std::size_t done, std::size_t all) { bar.Update(done, all); });
+        Measure(calibration, *candidates, 0, geometry.layers, WithBar(o.threads, &bar));
     if (!table.ok()) return table.status();
     report.table = std::move(*table);
   }

@@ -44,8 +44,8 @@ Result<std::vector<KvHead>> ParseKvHeads(const std::string& text) {
 
 Result<Plan> StrategyPlan(const Geometry& g, int strategy,
                           const std::optional<std::vector<KvHead>>& fp16_heads) {
-  const HeadCodec per_head{Storage::kI8, ScaleKind::kHead, ScaleType::kF32, 1.0f, {}},
-      per_token{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}};
+  const HeadCodec per_head{{Storage::kI8, Scale::kHead}, 1.0f},
+      per_token{{Storage::kI8, Scale::kToken}};
   if (strategy == 1) return UniformPlan(g, per_head, per_head);
   if (strategy == 2) return UniformPlan(g, per_token, per_token);
   if (!fp16_heads && !IsStudyModel(g))
@@ -70,8 +70,8 @@ void SetHeadScales(const Dump& dump, Plan* plan) {
     for (std::size_t head = 0; head < g.kv_heads; ++head) {
       for (const Tensor t : {Tensor::kK, Tensor::kV}) {
         HeadCodec& codec = plan->codec(layer, head, t);
-        if (codec.scale != ScaleKind::kHead) continue;
-        const float scale = GlobalScale(dump.head(layer, head, t), nullptr);
+        if (codec.kind.scale != Scale::kHead) continue;
+        const float scale = HeadScale(dump.head(layer, head, t), codec);
         codec.head_scale = scale > 0.0f ? scale : 1.0f;  // nothing but zeros: any scale stores them
       }
     }

@@ -1,6 +1,7 @@
 #include "tune_report.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <vector>
@@ -24,14 +25,13 @@ constexpr std::size_t kMaxGridLayers = 80;
 constexpr std::size_t kMaxGridHeads = 16;
 constexpr std::size_t kFrontLines = 12;
 
-const CodecKind kPlain{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, false};
-const CodecKind kCentred{Storage::kI8, ScaleKind::kToken, ScaleType::kF32, true};
+const CodecKind kPlain{Storage::kI8, Scale::kToken};
 
 const char* Letter(Tensor t) { return t == Tensor::kK ? "k" : "v"; }
 
 const CandidateError* Find(const HeadErrors& head, const CodecKind& kind) {
   for (const CandidateError& c : head.candidates)
-    if (KindOf(c.codec) == kind) return &c;
+    if (c.codec.kind == kind) return &c;
   return nullptr;
 }
 
@@ -70,17 +70,16 @@ std::string OutlierText(const TuneReport& r) {
         "No outlier heads: int8 with a scale per token costs no head more than {:.0f} x what it "
         "costs the median head.\n",
         kOutlierFactor);
-  Table table({"layer", "KV head", "", "max|x|", "cosine as int8", "NMSE as int8", "NMSE centred",
+  Table table({"layer", "KV head", "", "max|x|", "cosine as int8", "NMSE as int8", "NMSE as stored",
                "stored as"},
               0);
   for (const HeadErrors* h : outliers) {
     const Fidelity plain = OfHead(*Find(*h, kPlain));
-    const CandidateError* centred = Find(*h, kCentred);
+    const CodecKind& kind = r.choice.plan.codec(h->layer, h->kv_head, h->tensor).kind;
     table.Add({fmt::format("{}", h->layer), fmt::format("{}", h->kv_head),
                h->tensor == Tensor::kK ? "K" : "V", fmt::format("{:.1f}", h->max_abs),
                fmt::format("{:.5f}", plain.worst_cosine), fmt::format("{:.1e}", plain.worst_nmse),
-               centred ? fmt::format("{:.1e}", OfHead(*centred).worst_nmse) : "-",
-               CodecName(r.choice.plan.codec(h->layer, h->kv_head, h->tensor))});
+               fmt::format("{:.1e}", OfHead(*Find(*h, kind)).worst_nmse), ToString(kind)});
   }
   return fmt::format(
              "Outlier heads: int8 with a scale per token costs their worst query head over {:.0f} "
@@ -89,25 +88,21 @@ std::string OutlierText(const TuneReport& r) {
          table.Text();
 }
 
-// The codecs in use, most frequent first, each with a letter: f for fp16, then a, b, c.
+// The codecs in use, each with a letter (F for fp16), and which head has which.
 std::string PlanText(const Plan& plan) {
   const Geometry& g = plan.geometry;
-  std::string text;
-  std::map<std::string, std::size_t> counts[2], total;
-  for (std::size_t i = 0; i < plan.codecs.size(); ++i) {
-    ++counts[i % 2][CodecName(plan.codecs[i])];
-    ++total[CodecName(plan.codecs[i])];
-  }
+  std::map<std::string, std::array<std::size_t, 2>> counts;  // of K and of V
+  for (std::size_t i = 0; i < plan.codecs.size(); ++i)
+    ++counts[ToString(plan.codecs[i].kind)][i % 2];
   std::map<std::string, char> letters;
   char next = 'a';
-  for (const auto& [name, count] : total) letters[name] = name == "f16" ? 'F' : next++;
-  for (std::size_t t = 0; t < 2; ++t) {
-    text += t ? "  V: " : "  K: ";
-    std::vector<std::string> parts;
-    for (const auto& [name, count] : counts[t])
-      parts.push_back(fmt::format("{} x {} ({})", count, name, letters[name]));
-    text += fmt::format("{}\n", fmt::join(parts, ", "));
+  Table codecs({"", "codec", "K heads", "V heads"}, 2);
+  for (const auto& [name, count] : counts) {
+    letters[name] = name == "f16" ? 'F' : next++;
+    codecs.Add({std::string(1, letters[name]), name, fmt::format("{}", count[0]),
+                fmt::format("{}", count[1])});
   }
+  std::string text = codecs.Text();
   if (g.layers > kMaxGridLayers || g.kv_heads > kMaxGridHeads) return text;
   std::string tens;
   for (std::size_t l = 0; l < g.layers; l += 10) tens += fmt::format("{:<10}", l);
@@ -116,7 +111,7 @@ std::string PlanText(const Plan& plan) {
   for (const Tensor t : {Tensor::kK, Tensor::kV}) {
     for (std::size_t h = 0; h < g.kv_heads; ++h) {
       std::string row;
-      for (std::size_t l = 0; l < g.layers; ++l) row += letters[CodecName(plan.codec(l, h, t))];
+      for (std::size_t l = 0; l < g.layers; ++l) row += letters[ToString(plan.codec(l, h, t).kind)];
       text += fmt::format("  {} of head {:<4} {}\n", t == Tensor::kK ? "K" : "V", h, row);
     }
   }
@@ -148,8 +143,10 @@ std::string SpeedText(const TuneReport& r) {
   const Geometry& g = r.table.geometry;
   std::vector<std::string> names[2];
   for (std::size_t t = 0; t < 2; ++t) {
-    for (const CandidateError& c : r.table.heads[t].candidates)
-      if (!c.codec.centred()) names[t].push_back(CodecName(c.codec));
+    for (const CandidateError& c : r.table.heads[t].candidates) {
+      const std::string name = SpeedName(c.codec.kind);
+      if (std::ranges::find(names[t], name) == names[t].end()) names[t].push_back(name);
+    }
   }
   std::vector<std::string> header{"us per KV head"};
   for (const std::string& v : names[1]) header.push_back("V " + v);
@@ -264,14 +261,14 @@ std::string ReportJson(const TuneReport& r) {
   for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
   for (const HeadErrors& h : r.table.heads) {
     const HeadCodec& codec = plan.codec(h.layer, h.kv_head, h.tensor);
-    if (codec.storage == Storage::kF16)
+    if (codec.kind.storage == Storage::kF16)
       json["fp16_heads"].push_back(
           {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", Letter(h.tensor)}});
     Json head = HeadJson(h);
-    head["codec"] = CodecName(codec);
+    head["codec"] = ToString(codec.kind);
     for (const CandidateError& c : h.candidates) {
       const Fidelity f = OfHead(c);
-      head["candidates"].push_back({{"codec", CodecName(c.codec)},
+      head["candidates"].push_back({{"codec", ToString(c.codec.kind)},
                                     {"worst_nmse", f.worst_nmse},
                                     {"worst_cosine", f.worst_cosine},
                                     {"mse", c.values.mse()},

@@ -1,15 +1,18 @@
 // Dumps: K, V and Q of a model as it ran over real text, memory-mapped and read-only.
 //
 // Two forms are read:
-// 1. safetensors: tensors `layers.N.k|v|q`, F16, [tokens, heads, head_dim], C order. Metadata
-// (strings): format `kvmix-dump-1`, model,
-//    corpus, layers, tokens, prompt_tokens (comma-separated lengths of the concatenated prompts),
-//    kv_heads, query_heads, head_dim, rope_theta, attention_scale. What safetensors' own reader
-//    refuses is refused. Metadata that are missing follow from the tensors (one prompt then); those
-//    that contradict them are an error. Tensors of other names are ignored.
-// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, fp16, [tokens, heads, head_dim], the
-// geometry given by the caller. Q may be missing (all layers or none): errors of K and V can be
-// measured then, attention cannot.
+// 1. safetensors: tensors `layers.N.k|v|q` of F16, BF16 or F32, [tokens, heads, head_dim] in C
+// order
+//    (or [1, heads, tokens, head_dim], as Hugging Face has them). Metadata (strings): format
+//    `kvmix-dump-1`, model, corpus, layers, tokens, prompt_tokens (comma-separated lengths of the
+//    concatenated prompts), kv_heads, query_heads, head_dim, rope_theta, attention_scale. What
+//    safetensors' own reader refuses is refused. Metadata that are missing follow from the tensors
+//    (one prompt then); those that contradict them are an error. Without kv_heads and tokens in the
+//    metadata, tensors of more heads than tokens are refused: their axes are likely to be in
+//    another order. Tensors of other names are ignored.
+// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, f16, [tokens, heads, head_dim], the
+//    geometry given by the caller.
+// Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
 #ifndef KVMIX_DUMP_H_
 #define KVMIX_DUMP_H_
 
@@ -19,9 +22,8 @@
 #include <vector>
 
 #include "kvmix/export.h"
-#include "kvmix/half.h"
 #include "kvmix/plan.h"
-#include "kvmix/quantize.h"
+#include "kvmix/rows.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
@@ -54,12 +56,14 @@ class KVMIX_API Dump {
   const std::vector<std::size_t>& prompt_tokens() const;  // sums to tokens()
   float attention_scale() const;                          // 1 / sqrt(head_dim) where unknown
 
-  // [tokens, heads, head_dim]. Not necessarily aligned to 2 bytes in the file: a misaligned file is
-  // copied on opening.
-  const Half* k(std::size_t layer) const;
-  const Half* v(std::size_t layer) const;
-  const Half* q(std::size_t layer) const;  // null without Q
-  HalfRows head(std::size_t layer, std::size_t kv_head, Tensor t) const;
+  // [tokens, heads, head_dim]. Without Q, q() has no data.
+  RowsView k(std::size_t layer) const;
+  RowsView v(std::size_t layer) const;
+  RowsView q(std::size_t layer) const;
+  RowsView head(std::size_t layer, std::size_t kv_head, Tensor t) const;
+  // How the file calls a tensor, for messages and tables.
+  std::string k_name(std::size_t layer) const;
+  std::string v_name(std::size_t layer) const;
 
   // NaN or Inf in this layer's K, V or Q: an error naming file, tensor, layer, head, token.
   Status CheckFinite(std::size_t layer) const;

@@ -1,4 +1,4 @@
-// IEEE 754 binary16 as 16 raw bits: the type of every K, V and Q that enters the library.
+// Halves (IEEE 754 binary16) as 16 raw bits, and bf16 numbers likewise: to float and back.
 #ifndef KVMIX_HALF_H_
 #define KVMIX_HALF_H_
 
@@ -20,6 +20,9 @@ inline float HalfToFloat(Half h) {
   return std::bit_cast<float>(
       std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f) | sign);
 }
+
+// A bf16 number's 16 bits are the upper half of a float's.
+inline float BFloatToFloat(std::uint16_t b) { return std::bit_cast<float>(std::uint32_t{b} << 16); }
 
 // Rounds to nearest, ties to even; overflow becomes infinity, a NaN stays a (quiet) NaN.
 inline Half FloatToHalf(float f) {

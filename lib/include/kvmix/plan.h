@@ -6,9 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "kvmix/codec.h"
 #include "kvmix/export.h"
 #include "kvmix/status.h"
 
@@ -26,9 +26,6 @@ struct Geometry {
   bool operator==(const Geometry&) const = default;
 };
 
-// Upper bound of head_dim: i32 sums of 16-bit by 8-bit products stay exact up to here.
-inline constexpr std::size_t kMaxHeadDim = 512;
-
 // Upper bound of layers and of heads, far beyond any model: products of a geometry's numbers stay
 // far below 2^64.
 inline constexpr std::size_t kMaxCount = 65536;
@@ -38,51 +35,6 @@ inline constexpr std::size_t kMaxCount = 65536;
 KVMIX_API Status CheckGeometry(const Geometry& geometry);
 // "24 layers x 2 KV heads x 64, 14 query heads"
 KVMIX_API std::string ToString(const Geometry& geometry);
-
-enum class Tensor : std::uint8_t { kK, kV };
-
-enum class Storage : std::uint8_t { kF16, kI8 };
-enum class ScaleKind : std::uint8_t {
-  kNone,   // f16 storage
-  kHead,   // one per KV head, fixed by the plan ("global" in the study); values beyond it saturate
-  kToken,  // one per token and KV head, stored beside the codes
-};
-enum class ScaleType : std::uint8_t { kF32, kBF16 };  // of a stored scale; bf16 is rounded up
-
-// How one KV head's K or V is stored: y = x - mean; code = round-to-nearest-even(y / scale) in
-// [-127, 127]; x' = mean + scale * code.
-struct HeadCodec {
-  Storage storage = Storage::kF16;
-  ScaleKind scale = ScaleKind::kNone;
-  ScaleType scale_type = ScaleType::kF32;
-  float head_scale = 0.0f;  // kHead: the scale itself (absmax of the calibration / 127)
-  // Centring (kI8 only): a mean per channel, [head_dim], or empty. At attention K's mean costs
-  // nothing: q . mean is the same for all keys of a row, and softmax does not see it. V's mean is
-  // added to the output.
-  std::vector<float> mean = {};
-
-  bool centred() const { return !mean.empty(); }
-  bool operator==(const HeadCodec&) const = default;
-};
-
-// "f16", "i8-head", "i8-token", "i8-token-bf16"; with "+centre" behind an int8 one where a mean is
-// subtracted.
-KVMIX_API std::string CodecName(const HeadCodec& codec);
-// The inverse, without the numbers: "+centre" gives an empty mean of no meaning yet, so `centred`
-// says it.
-struct CodecKind {
-  Storage storage = Storage::kF16;
-  ScaleKind scale = ScaleKind::kNone;
-  ScaleType scale_type = ScaleType::kF32;
-  bool centred = false;
-  bool operator==(const CodecKind&) const = default;
-};
-KVMIX_API Result<CodecKind> ParseCodecName(std::string_view name);
-KVMIX_API CodecKind KindOf(const HeadCodec& codec);
-
-// Bytes that one token of one KV head's K or V takes in the canonical form (codes and stored
-// scales).
-KVMIX_API std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim);
 
 // Accuracy of a plan on one set of dumps: over all query heads, of attention outputs against exact
 // K and V.
@@ -113,18 +65,21 @@ struct Plan {
   Provenance provenance;
 
   HeadCodec& codec(std::size_t layer, std::size_t kv_head, Tensor t) {
-    return codecs[(layer * geometry.kv_heads + kv_head) * 2 + static_cast<std::size_t>(t)];
+    return codecs[index(layer, kv_head, t)];
   }
   const HeadCodec& codec(std::size_t layer, std::size_t kv_head, Tensor t) const {
-    return const_cast<Plan*>(this)->codec(layer, kv_head, t);
+    return codecs[index(layer, kv_head, t)];
+  }
+  std::size_t index(std::size_t layer, std::size_t kv_head, Tensor t) const {
+    return (layer * geometry.kv_heads + kv_head) * 2 + static_cast<std::size_t>(t);
   }
 };
 
-// All heads alike. head_scale and mean, where the kinds need them, are the caller's to fill in.
+// All heads alike. K without centring or rotation (a plain "i8-token") ruins models whose keys have
+// a bias, as those of Qwen2 and Qwen2.5: give such models a plan of kvmix-tune.
 KVMIX_API Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v);
 
-// A valid geometry, codecs of the right number, every codec whole (head_scale > 0 and finite, means
-// of head_dim finite numbers, none with fp16).
+// A valid geometry, codecs of the right number, every codec whole (CheckCodec).
 KVMIX_API Status CheckPlan(const Plan& plan);
 
 // Bytes of one token over all layers and heads; of the same in fp16; and the fraction of the latter

@@ -1,56 +1,37 @@
-// fp16 rows <-> int8 codes and scales, on rows with a stride; and the errors that the codes make.
-// The canonical form of a quantized head: codes [tokens, head_dim], scales [tokens] or one. The
-// same bytes on every instruction set.
+// Rows of one KV head -> canonical rows, and back, by a codec; and the errors that its codes make.
+// The canonical form: codes [tokens][row_bytes] and, with a scale per token, scales [tokens] as
+// f32. The same bytes on every instruction set. The formula: kvmix/codec.h.
 //
-//   y = x - mean (f32; no mean: y = x)      scale = absmax(y) / 127 (f32 division; kBF16: then
-//   rounded up to bf16) code = round-to-nearest-even(y / scale), f32 division, clamped to [-127,
-//   127]          x' = mean + scale * code
+//   scale of a row = absmax(y) / 127, f32 division; bf16 scales are then rounded up to bf16
+//   code = round-to-nearest-even(y / scale), f32 division, clamped to [-127, 127]
 //
-// An all-zero row has scale 0 and codes 0 (so has a row whose |y| all lie below 2^-100). NaN counts
-// as 0, infinities as +-65504. Pointers need no alignment beyond their types' own; outputs may not
-// overlap inputs. Nothing allocates, nothing fails.
+// Input is f16, bf16 or f32. The same numbers give the same bytes, whatever type they come in.
+//   NaN          counts as 0, in every storage
+//   infinities   count as +-65504, the largest half, in every storage
+//   huge values  int8 storage takes any finite number; with a rotation or a fold it is cut at 2^64.
+//                f16 storage cuts at +-65504.
+//   zero rows    have scale 0 and codes 0; so has a row whose |y| all lie below 2^-100
+// Pointers need no alignment beyond their types' own; outputs may not overlap inputs.
 #ifndef KVMIX_QUANTIZE_H_
 #define KVMIX_QUANTIZE_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <string_view>
 
+#include "kvmix/codec.h"
 #include "kvmix/export.h"
 #include "kvmix/half.h"
-#include "kvmix/plan.h"
+#include "kvmix/rows.h"
+#include "kvmix/status.h"
 
 namespace kvmix {
 
-// `tokens` rows of head_dim halves, row t at x + t * stride. One head of [tokens, heads, head_dim]
-// has stride heads * head_dim.
-struct HalfRows {
-  const Half* x = nullptr;
-  std::size_t stride = 0;  // in elements
-  std::size_t tokens = 0;
-  std::size_t head_dim = 0;
-  const Half* row(std::size_t t) const { return x + t * stride; }
-};
-
-// codes [tokens, head_dim] contiguous, scales [tokens]. mean [head_dim] or null.
-KVMIX_API void QuantizePerToken(const HalfRows& rows, const float* mean, ScaleType type,
-                                std::int8_t* codes, float* scales);
-
-// The scale that covers every row: max |x - mean| / 127.
-KVMIX_API float GlobalScale(const HalfRows& rows, const float* mean);
-// Codes against a given scale; returns how many values were beyond it (|y| / scale rounds beyond
-// 127) and were clamped. Scale 0 gives codes 0, and counts what is not zero. Large codes, like
-// large outputs of Dequantize, are written past the caches.
-KVMIX_API std::uint64_t QuantizeGlobal(const HalfRows& rows, const float* mean, float scale,
-                                       std::int8_t* codes);
-
-// x' of contiguous codes. scales: one per token (scale_step 1) or one for all (scale_step 0). out:
-// row t at out + t * out_stride.
-KVMIX_API void Dequantize(const std::int8_t* codes, const float* scales, std::size_t scale_step,
-                          const float* mean, std::size_t tokens, std::size_t head_dim, float* out,
-                          std::size_t out_stride);
-KVMIX_API void Dequantize(const std::int8_t* codes, const float* scales, std::size_t scale_step,
-                          const float* mean, std::size_t tokens, std::size_t head_dim, Half* out,
-                          std::size_t out_stride);
+namespace internal {
+class CompiledCodec;
+}
 
 // Error sums of x' against x, mergeable: MSE = sum_squared_error / count.
 struct ErrorSums {
@@ -58,20 +39,48 @@ struct ErrorSums {
   double sum_squared_error = 0.0;
   double max_error = 0.0;  // max |x' - x|
   double max_abs = 0.0;    // max |x|
-  double mse() const { return count ? sum_squared_error / static_cast<double>(count) : 0.0; }
-  ErrorSums& operator+=(const ErrorSums& o);
+  double mse() const { return count != 0 ? sum_squared_error / static_cast<double>(count) : 0.0; }
+  ErrorSums& operator+=(const ErrorSums& o) {
+    count += o.count;
+    sum_squared_error += o.sum_squared_error;
+    max_error = std::max(max_error, o.max_error);
+    max_abs = std::max(max_abs, o.max_abs);
+    return *this;
+  }
 };
-KVMIX_API ErrorSums QuantizationError(const HalfRows& rows, const std::int8_t* codes,
-                                      const float* scales, std::size_t scale_step,
-                                      const float* mean);
 
-inline ErrorSums& ErrorSums::operator+=(const ErrorSums& o) {
-  count += o.count;
-  sum_squared_error += o.sum_squared_error;
-  if (o.max_error > max_error) max_error = o.max_error;
-  if (o.max_abs > max_abs) max_abs = o.max_abs;
-  return *this;
-}
+// A codec made ready for one instruction set. Immutable: any number of threads may use it. Calls
+// neither allocate nor fail; `rows` are of one head (rows.heads is not looked at) and of head_dim
+// channels.
+class KVMIX_API RowCodec {
+ public:
+  // target: "" for the best of this CPU, or a name of Targets(). Errors: what CheckCodec refuses,
+  // an unknown target.
+  static Result<RowCodec> Create(const HeadCodec& codec, std::size_t head_dim,
+                                 std::string_view target = {});
+
+  std::size_t row_bytes() const;
+  bool stores_scales() const;  // else `scales` is not touched and may be null
+
+  // codes: [rows.tokens][row_bytes]. Returns how many values were beyond what the format holds (a
+  // head's scale; f16's range) and were clamped. A head's scale of 0 counts what is not zero.
+  std::uint64_t Encode(const RowsView& rows, void* codes, float* scales) const;
+  // Token t to out + t * out_stride. Large outputs are written past the caches.
+  void Decode(const void* codes, const float* scales, std::size_t tokens, float* out,
+              std::size_t out_stride) const;
+  void Decode(const void* codes, const float* scales, std::size_t tokens, Half* out,
+              std::size_t out_stride) const;
+  // Of what the codes stand for, against `rows`.
+  ErrorSums Errors(const RowsView& rows, const void* codes, const float* scales) const;
+
+ private:
+  explicit RowCodec(std::shared_ptr<const internal::CompiledCodec> compiled);
+  std::shared_ptr<const internal::CompiledCodec> compiled_;
+};
+
+// The scale that covers these rows of one head: absmax(y) / 127, y as codec's kind and vectors make
+// it (its head_scale is not looked at); 0 for rows of zeros.
+KVMIX_API float HeadScale(const RowsView& rows, const HeadCodec& codec);
 
 }  // namespace kvmix
 

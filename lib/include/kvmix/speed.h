@@ -6,20 +6,23 @@
 #define KVMIX_SPEED_H_
 
 #include <cstddef>
-#include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "kvmix/codec.h"
 #include "kvmix/export.h"
-#include "kvmix/plan.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
 
+// What times tell apart: storage and scale. The steps before and after the codes are a few percent.
+KVMIX_API std::string SpeedName(const CodecKind& kind);
+
 // Decode time of one KV head (its whole GQA group of query heads) over `context` tokens, in
 // nanoseconds, 1 thread.
 struct HeadSpeed {
-  std::string k_codec;  // CodecName without "+centre"
+  std::string k_codec;  // SpeedName: "i8-token"
   std::string v_codec;
   std::size_t group = 0;
   std::size_t head_dim = 0;
@@ -38,19 +41,14 @@ struct KVMIX_API Wisdom {
                         std::size_t head_dim, std::size_t context) const;
 };
 
-// An empty record for this machine, this library and the target that runs here.
-KVMIX_API Wisdom ThisMachine();
+// An empty record for this machine, this library and a target, "" for the best.
+KVMIX_API Wisdom ThisMachine(std::string_view target = {});
 KVMIX_API Status SaveWisdom(const Wisdom& wisdom, const std::string& path);
 // A record of another CPU, target or version is a kMismatch that names both.
 KVMIX_API Result<Wisdom> LoadWisdom(const std::string& path);
 
-// Medians of interleaved rounds: calls every function once a round, after one round to warm up,
-// until `seconds` have passed and at least `min_rounds` rounds were made; returns each one's median
-// seconds. Interleaved, so that a drift of the machine hits all alike.
-KVMIX_API std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& functions,
-                                            double seconds, std::size_t min_rounds = 5);
-
-// Measures every pair of `k` and `v` kinds that `wisdom` does not hold yet, and adds it.
+// Measures every pair of `k` and `v` kinds, as storage and scale alone, that `wisdom` does not hold
+// yet, and adds it. On wisdom's target; the tiles are read as those of a model are, from memory.
 KVMIX_API Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<CodecKind>& v,
                                    std::size_t group, std::size_t head_dim, std::size_t context,
                                    double seconds, Wisdom* wisdom);

@@ -1,6 +1,7 @@
-// From dumps to a plan, in three steps that can run apart and on different machines:
-//   measure (dump -> error table, layer by layer)   merge (tables of other layers or other dumps of
-//   one model)   choose (table + speeds + budget -> plan)
+// From dumps to a plan, in three steps:
+//   measure   dumps -> error table of some layers
+//   merge     tables of other layers of the same model and dumps -> one table
+//   choose    table + speeds + budget -> plan
 #ifndef KVMIX_TUNE_H_
 #define KVMIX_TUNE_H_
 
@@ -12,58 +13,50 @@
 
 #include "kvmix/dump.h"
 #include "kvmix/export.h"
+#include "kvmix/metrics.h"
 #include "kvmix/plan.h"
+#include "kvmix/quantize.h"
 #include "kvmix/speed.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
 
-// Attention outputs of one query head against those of exact K and V, as sums over token rows:
-// additive over prompts and dumps.
-//   NMSE = sum_squared_error / sum_squared_output      cosine = sum_cosine / rows
-struct KVMIX_API AttentionError {
-  double sum_squared_error = 0.0;
-  double sum_squared_output = 0.0;
-  double sum_cosine = 0.0;  // a row that is zero in both has cosine 1, in one of them 0
-  std::uint64_t rows = 0;
+using Progress = std::function<void(std::size_t done, std::size_t total)>;
 
-  double nmse() const;
-  double cosine() const;
-  AttentionError& operator+=(const AttentionError& o);
+// How to measure. The results do not depend on the threads.
+struct MeasureOptions {
+  int num_threads = 0;      // OpenMP threads; 0: as many as this process may use
+  std::string target = {};  // the instruction set, a name of Targets(); "": the best
+  Progress progress = {};   // if given, called after each layer, by one thread at a time
 };
-
-// Compares rows [rows, head_dim] (each `stride` floats apart) of one query head.
-KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approximate,
-                                        std::size_t rows, std::size_t stride, std::size_t head_dim);
-KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors,
-                             const Geometry& geometry);  // errors: [layers][query_heads]
 
 // The causal attention of one layer of a dump, prompt by prompt, through a cache of `codecs`
 // ([kv_heads][K, V]). out: [tokens, query_heads, head_dim]. saturated, if not null, is increased by
-// the codes that a fixed scale clamped.
+// the values that were clamped.
 KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer,
-                            const std::vector<HeadCodec>& codecs, int num_threads,
+                            const std::vector<HeadCodec>& codecs, const MeasureOptions& options,
                             std::vector<float>* out, std::uint64_t* saturated = nullptr);
 
-// The errors of a whole plan, [layers][query_heads]. Layers run side by side on num_threads threads
-// (0: OpenMP's default); progress(done, total), if given, is called after each layer, by one thread
-// at a time.
-using Progress = std::function<void(std::size_t done, std::size_t total)>;
+// The errors of a whole plan, [layers][query_heads]. Layers run side by side.
 KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
-                                                          int num_threads,
-                                                          const Progress& progress = {});
+                                                          const MeasureOptions& options = {});
 
 // ---- measure
 
-// The codecs that the tuner may choose from; the same list for K and for V, but for centring, which
-// is K's only.
-//   seed: f16, i8-head, i8-token (the study's)      int8: f16, i8-token, i8-token-bf16; K also
-//   centred
-KVMIX_API Result<std::vector<CodecKind>> Candidates(const std::string& name);
+// The codecs that the tuner may choose from.
+struct CandidateKinds {
+  std::vector<CodecKind> k, v;
+};
+// By name:
+//   seed  f16, i8-head, i8-token (the study's)
+//   int8  f16, i8-token, i8-token-bf16; K also centred
+//   all   f16, i8-token, i8-token-bf16; K also centred, rotated, centred and rotated, centred and
+//         folded, and all three; V also rotated. (V is never centred: the V of an attention sink is
+//         near zero, and centring makes its codes large.)
+KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 
-// Errors of the values themselves: rows encoded with a whole codec (its scale and mean set) and
-// decoded again.
-KVMIX_API ErrorSums EncodingError(const HalfRows& rows, const HeadCodec& codec);
+// Errors of the values themselves: rows of one head encoded and decoded again.
+KVMIX_API Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec);
 
 // What one candidate does to one KV head's K or V: this tensor encoded, the rest exact.
 struct CandidateError {
@@ -77,14 +70,13 @@ struct HeadErrors {
   std::size_t kv_head = 0;
   Tensor tensor = Tensor::kK;
   double max_abs = 0.0;
-  std::vector<CandidateError>
-      candidates;  // in the order of Candidates(); those for V without the centred ones
+  std::vector<CandidateError> candidates;  // in the order of CandidateKinds
 };
 
 struct ErrorTable {
   Geometry geometry;
   float attention_scale = 0.0f;
-  std::vector<std::string> dumps;  // names, in the order of merging
+  std::vector<std::string> dumps;  // names
   std::string model;
   std::size_t tokens = 0;
   std::size_t longest_prompt = 0;
@@ -92,13 +84,12 @@ struct ErrorTable {
 };
 
 // Scales and means come from all `dumps` together (one model; their shapes must agree), errors are
-// measured on them all. Layers [first_layer, last_layer), side by side as MeasurePlan does. NaN or
+// measured on them all. Layers [first_layer, last_layer), side by side. NaN or
 // Inf, a dump without Q or without tokens is an error. Memory: a few times one layer's tensors for
 // every layer in work; layers whose outputs would take more than 1 GiB together wait their turn.
 KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps,
-                                     const std::vector<CodecKind>& candidates,
-                                     std::size_t first_layer, std::size_t last_layer,
-                                     int num_threads, const Progress& progress = {});
+                                     const CandidateKinds& candidates, std::size_t first_layer,
+                                     std::size_t last_layer, const MeasureOptions& options = {});
 
 // Tables over disjoint layers of the same model and dumps; associative. A head in both is an error.
 KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);

@@ -1,0 +1,357 @@
+// Per target: "rows times tile", the one product that both QK and PV are, for each storage of the
+// tile.
+//
+//   sum[r][lane] = sum over terms of row[r][term] * tile[term][lane]
+//
+// A product is a struct of a few one-liners: how a row (of q, or of softmax weights) becomes terms,
+// how terms are broadcast, and how they and the codes of a storage are multiplied and added.
+// Multiply() walks the tile once for up to kMaxRows rows and kVecs tile vectors. All sums are in
+// registers: 4 rows x 2 vectors x 2 limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32
+// registers; 4 x 2 sums are 8 of AVX2's 16. That leaves gcc and clang room for the tile and a row.
+// One or two rows take more vectors where these are short: enough independent sums hide the latency
+// (4 or 5 cycles at two a cycle).
+#if defined(KVMIX_KERNELS_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVMIX_KERNELS_PRODUCT_INL_H_
+#undef KVMIX_KERNELS_PRODUCT_INL_H_
+#else
+#define KVMIX_KERNELS_PRODUCT_INL_H_
+#endif
+
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "hwy/highway.h"
+#include "kernels/per_target.h"
+#include "kernels/storage-inl.h"
+
+// Before a loop: one copy of its body, so that one load instruction walks memory (see
+// kStreamVecs).
+#undef KVMIX_ROLLED
+#if defined(__clang__)
+#define KVMIX_ROLLED _Pragma("clang loop unroll(disable)")
+#else
+#define KVMIX_ROLLED _Pragma("GCC unroll 1")
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels::HWY_NAMESPACE {
+
+constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
+constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 4;
+
+// f(0), f(1), ... f(N - 1) with the number as a compile-time constant: arrays of vectors indexed by
+// it stay in registers.
+template <class F, std::size_t... I>
+HWY_INLINE void UnrollImpl(F&& f, std::index_sequence<I...>) {
+  (f(std::integral_constant<std::size_t, I>()), ...);
+}
+template <std::size_t N, class F>
+HWY_INLINE void Unroll(F&& f) {
+  UnrollImpl(f, std::make_index_sequence<N>());
+}
+
+template <typename T>
+HWY_INLINE T LoadScalar(const std::uint8_t* p) {
+  T t;
+  std::memcpy(&t, p, sizeof(T));
+  return t;
+}
+
+// An i32 vector that lives in a loop, as the compiler's own vector type. gcc keeps Highway's
+// __m256i and __m512i (of i64) as loop variables of that type, converts them to i32 and back in
+// each round, and pays with a register move for every product.
+struct LoopI32 {
+#if HWY_ARCH_X86
+  typedef std::int32_t Native __attribute__((vector_size(sizeof(VI32))));
+#else
+  using Native = decltype(VI32::raw);
+#endif
+  Native native;
+  HWY_INLINE void Set(VI32 v) { native = reinterpret_cast<Native>(v.raw); }
+  HWY_INLINE VI32 Get() const { return VI32{reinterpret_cast<decltype(VI32::raw)>(native)}; }
+};
+
+// What a row of q says of itself beside its terms.
+struct RowInfo {
+  float scale;                         // of the terms, times attention_scale
+  std::int32_t start_high, start_low;  // first values of the sums (what undoes K's flipped sign)
+};
+
+// Softmax weights become terms kWeightVecs vectors of tokens at a time: 64 bytes of a limb on
+// AVX-512.
+constexpr std::size_t kWeightVecs = 4;
+using WeightVectors = VF[kWeightVecs];
+
+// Codes of weights: adding 2^23 rounds to an integer and leaves it in the lowest 16 bits.
+HWY_INLINE VI32 WeightCodes(VF e, const float* scale) {
+  return hn::BitCast(DI32(), hn::MulAdd(e, hn::LoadU(DF(), scale), hn::Set(DF(), 0x1p23f)));
+}
+
+// A tile of floats, rows of f32. Weights are not multiplied by V's scale, which is 1.
+template <class S>
+struct FloatProduct {
+  using Stored = S;
+  static constexpr bool kFixedPoint = false;
+  static constexpr std::size_t kTermBytes = 4;  // of a row, for a step
+  static constexpr bool kTwoSums = false;       // a row's, for one tile vector
+  static constexpr float kLargestQuery = 1.0f, kLargestWeight = 1.0f;
+  using Sum = VF;
+  static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum = hn::Zero(DF()); }
+  static HWY_INLINE VF Terms(const std::uint8_t* at, std::size_t) {
+    return hn::Set(DF(), LoadScalar<float>(at));
+  }
+  static HWY_INLINE void MulAdd(Sum& sum, VF tile, VF terms) { sum = hn::MulAdd(tile, terms, sum); }
+  static HWY_INLINE VF ToFloat(const Sum& sum) { return sum; }
+
+  static HWY_INLINE void PackQuery(VF q, VF, std::uint8_t* to, VI32&, VI32&) {
+    hn::StoreU(q, DF(), reinterpret_cast<float*>(to));
+  }
+  static HWY_INLINE void PackWeights(const WeightVectors& e, const float*, std::size_t token,
+                                     std::uint8_t* row) {
+    float* to = reinterpret_cast<float*>(row) + token;
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { hn::StoreU(e[i], DF(), to + i * kLanes); });
+  }
+};
+
+#if KVMIX_QUADS
+// A tile of bytes in quads; rows are two byte limbs, row = 256 * high + low: a quad of high and one
+// of low for a step. vpdpbusd: in QK the tile is the unsigned operand (code ^ 0x80; RowInfo's start
+// is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned. sdot: all are
+// signed.
+template <class S, bool kTileUnsigned>
+struct QuadProduct {
+  using Stored = S;
+  static constexpr bool kFixedPoint = true;
+  static constexpr std::size_t kTermBytes = 8;
+  static constexpr bool kTwoSums = true;
+  static constexpr float kLargestQuery = 32512.0f;  // 127 * 256: a rounded high limb fits
+  // With room for the error of Exp2.
+  static constexpr float kLargestWeight = KVMIX_UNSIGNED_QUADS ? 65500.0f : 32500.0f;
+  struct Sum {
+    LoopI32 high, low;
+  };
+  struct Limbs {
+    VI32 high, low;
+  };
+  static HWY_INLINE void Start(const RowInfo& r, Sum& sum) {
+    sum.high.Set(hn::Set(DI32(), r.start_high));
+    sum.low.Set(hn::Set(DI32(), r.start_low));
+  }
+  static HWY_INLINE Limbs Terms(const std::uint8_t* at, std::size_t to_low) {
+    return {hn::Set(DI32(), LoadScalar<std::int32_t>(at)),
+            hn::Set(DI32(), LoadScalar<std::int32_t>(at + to_low))};
+  }
+  static HWY_INLINE VI32 Dot(VI32 sum, VI32 tile, VI32 limb) {
+#if !KVMIX_UNSIGNED_QUADS
+    return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DI8(), tile), hn::BitCast(DI8(), limb),
+                                      sum);
+#else
+    const VI32 u = kTileUnsigned ? tile : limb, i = kTileUnsigned ? limb : tile;
+    return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), u), hn::BitCast(DI8(), i), sum);
+#endif
+  }
+  static HWY_INLINE void MulAdd(Sum& sum, VI32 tile, const Limbs& limbs) {
+    sum.high.Set(Dot(sum.high.Get(), tile, limbs.high));
+    sum.low.Set(Dot(sum.low.Get(), tile, limbs.low));
+  }
+  static HWY_INLINE VF ToFloat(const Sum& sum) {
+    return hn::MulAdd(hn::ConvertTo(DF(), sum.high.Get()), hn::Set(DF(), 256.0f),
+                      hn::ConvertTo(DF(), sum.low.Get()));
+  }
+
+  static HWY_INLINE void PackQuery(VF q, VF inv_scale, std::uint8_t* to, VI32& sum_high,
+                                   VI32& sum_low) {
+    const hn::Rebind<std::int8_t, DI32> d8;
+    const VI32 code = hn::NearestInt(hn::Mul(q, inv_scale));
+    const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(DI32(), 128)));
+    const VI32 low = hn::Sub(code, hn::ShiftLeft<8>(high));
+    hn::StoreU(hn::DemoteTo(d8, high), d8, reinterpret_cast<std::int8_t*>(to));
+    hn::StoreU(hn::DemoteTo(d8, low), d8, reinterpret_cast<std::int8_t*>(to) + kLanes);
+    sum_high = hn::Add(sum_high, high);
+    sum_low = hn::Add(sum_low, low);
+  }
+  static HWY_INLINE void PackWeights(const WeightVectors& e, const float* scale, std::size_t token,
+                                     std::uint8_t* row) {
+    const hn::ScalableTag<std::uint16_t> d16;
+    const DU8 d8;
+    const auto pair = [&](auto i) KVMIX_LAMBDA {
+      const hn::RebindToUnsigned<DI32> d32;
+      const float* at = scale + token + i * kLanes;
+      return hn::OrderedTruncate2To(d16, hn::BitCast(d32, WeightCodes(e[i], at)),
+                                    hn::BitCast(d32, WeightCodes(e[i + 1], at + kLanes)));
+    };
+    const auto lower = pair(std::integral_constant<std::size_t, 0>());
+    const auto upper = pair(std::integral_constant<std::size_t, 2>());
+    // A signed low limb wants the high one rounded; its own bits are the same.
+    const auto round = hn::Set(d16, KVMIX_UNSIGNED_QUADS ? 0 : 128);
+    hn::StoreU(hn::ConcatOdd(d8, hn::BitCast(d8, hn::Add(upper, round)),
+                             hn::BitCast(d8, hn::Add(lower, round))),
+               d8, row + token);
+    hn::StoreU(hn::ConcatEven(d8, hn::BitCast(d8, upper), hn::BitCast(d8, lower)), d8,
+               row + kBlockTokens + token);
+  }
+};
+template <class S>
+using KIntProduct = QuadProduct<S, true>;
+template <class S>
+using VIntProduct = QuadProduct<S, false>;
+#else
+// A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
+// of a pair by itself; elsewhere (smlal, smlal2) two vectors of sums take turns and are added in
+// pairs at the end.
+template <class S>
+struct PairProduct {
+  using Stored = S;
+  static constexpr bool kFixedPoint = true;
+  static constexpr std::size_t kTermBytes = 4;
+  static constexpr bool kTwoSums = !HWY_ARCH_X86;
+  static constexpr float kLargestQuery = 32767.0f;
+  static constexpr float kLargestWeight = 32750.0f;  // with room for the error of Exp2
+#if HWY_ARCH_X86
+  using Sum = LoopI32;
+  static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum.Set(hn::Zero(DI32())); }
+  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) {
+    sum.Set(hn::Add(sum.Get(), hn::WidenMulPairwiseAdd(DI32(), tile, terms)));
+  }
+  static HWY_INLINE VF ToFloat(const Sum& sum) { return hn::ConvertTo(DF(), sum.Get()); }
+#else
+  struct Sum {
+    LoopI32 a, b;
+  };
+  static HWY_INLINE void Start(const RowInfo&, Sum& sum) {
+    sum.a.Set(hn::Zero(DI32()));
+    sum.b.Set(hn::Zero(DI32()));
+  }
+  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) {
+    VI32 b = sum.b.Get();
+    sum.a.Set(hn::ReorderWidenMulAccumulate(DI32(), tile, terms, sum.a.Get(), b));
+    sum.b.Set(b);
+  }
+  static HWY_INLINE VF ToFloat(const Sum& sum) {
+    return hn::ConvertTo(DF(), hn::RearrangeToOddPlusEven(sum.a.Get(), sum.b.Get()));
+  }
+#endif
+  static HWY_INLINE VI16 Terms(const std::uint8_t* at, std::size_t) {
+    return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(at)));
+  }
+
+  static HWY_INLINE void PackQuery(VF q, VF inv_scale, std::uint8_t* to, VI32&, VI32&) {
+    const hn::Rebind<std::int16_t, DI32> d16;
+    hn::StoreU(hn::DemoteTo(d16, hn::NearestInt(hn::Mul(q, inv_scale))), d16,
+               reinterpret_cast<std::int16_t*>(to));
+  }
+  static HWY_INLINE void PackWeights(const WeightVectors& e, const float* scale, std::size_t token,
+                                     std::uint8_t* row) {
+    const DI16 d16;
+    std::int16_t* to = reinterpret_cast<std::int16_t*>(row) + token;
+    const auto pair = [&](auto i) KVMIX_LAMBDA {
+      const VI32 mask = hn::Set(DI32(), 0xFFFF);
+      const float* at = scale + token + i * kLanes;
+      return hn::OrderedDemote2To(d16, hn::And(WeightCodes(e[i], at), mask),
+                                  hn::And(WeightCodes(e[i + 1], at + kLanes), mask));
+    };
+    hn::StoreU(pair(std::integral_constant<std::size_t, 0>()), d16, to);
+    hn::StoreU(pair(std::integral_constant<std::size_t, 2>()), d16, to + 2 * kLanes);
+  }
+};
+template <class S>
+using KIntProduct = PairProduct<S>;
+template <class S>
+using VIntProduct = PairProduct<S>;
+#endif
+
+// The products of a storage as K and as V.
+template <class S>
+using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, KIntProduct<S>>;
+template <class S>
+using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, VIntProduct<S>>;
+
+// Most rows of a turn: as many as share a tile vector's load (f16: and its conversion) in
+// registers. Eight rows with two sums leave room for one tile vector only, and their broadcast
+// loads bind (17 for 16 products; four rows and two vectors need 10). Eight pay where a vector is a
+// cache line from memory and one turn is all: 10-17 % there, -5 % elsewhere (Granite Rapids).
+template <class P>
+constexpr std::size_t kTurnRows = P::kTwoSums ? 4 : kMaxRows;
+template <class P>
+constexpr std::size_t kOneTurnRows =
+    kVectorBytes<typename P::Stored> == 64 ? kMaxRows : kTurnRows<P>;
+// Tile vectors of a register block.
+template <class P, std::size_t kRows>
+constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                               ? 1
+                                 : kVectorBytes<typename P::Stored> < 64 && kRows <= 2 ? 4
+                                                                                       : 2;
+// Where the tile comes from memory: one cache line a step, so that one load instruction walks
+// memory from front to end. On Granite Rapids, whose prefetchers follow instructions, that reads a
+// cold cache at 0.92-0.97 of DRAM's speed; two lines a step read it at 0.70-0.83.
+template <class P, std::size_t kRows>
+constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
+                                            64 / kVectorBytes<typename P::Stored>);
+
+// Fetches the next block into L2 while this one is read: the first turn of rows would else wait for
+// memory; the others find the block in L2 anyway, and fetch their share. Not into L1, which would
+// hold its few miss buffers for longer. Even so these buffers bind: lines must be asked for once
+// and at an even pace, a line for a line that is read, and those of the scales, which are read
+// aside, in softmax's steps. (Bursts in softmax that asked for some lines twice cost 5-15 % of a
+// cold decode on Granite Rapids.)
+struct Prefetcher {
+  const std::uint8_t* next;
+  std::size_t turns;  // that share in fetching; 0: this turn fetches nothing
+
+  // A step of reading kBytes; `step` of them are this turn's share.
+  template <std::size_t kBytes>
+  HWY_INLINE void Advance(std::size_t step) {
+    for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+    next += step;
+  }
+  HWY_INLINE void FetchLine() {
+    __builtin_prefetch(next, 0, 2);
+    next += 64;
+  }
+};
+
+// Where the terms of row r for a step lie: at r * kRow + step * kStep, low limbs kToLow bytes after
+// the high ones. All are constants, so that one register addresses the rows.
+template <class P, std::size_t kRows>
+struct QueryTerms {  // [steps][kRows][kTermBytes]
+  static constexpr std::size_t kRow = P::kTermBytes, kStep = kRows * kRow, kToLow = 4;
+};
+struct WeightTerms {  // [kMaxRows][limbs][kBlockTokens], 4 bytes a token in all
+  static constexpr std::size_t kRow = 4 * kBlockTokens, kStep = 4, kToLow = kBlockTokens;
+};
+
+// One register block: kRows rows times kVecs neighbouring tile vectors (tile_bytes apart), over
+// steps [first, last). emit(row, vec, sums as floats) is called for every pair.
+template <class P, class Terms, std::size_t kRows, std::size_t kVecs, class Emit>
+HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const std::uint8_t* rows,
+                         const RowInfo* info, std::size_t first, std::size_t last,
+                         Prefetcher& prefetcher, const Emit& emit) {
+  using S = typename P::Stored;
+  Prefetcher prefetch = prefetcher;  // in registers
+  const std::size_t share = prefetch.turns != 0 ? kVecs * kVectorBytes<S> / prefetch.turns : 0;
+  typename P::Sum sum[kRows][kVecs];
+  Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::Start(info[r], sum[r][v]); });
+  });
+  KVMIX_ROLLED
+  for (std::size_t step = first; step < last; ++step) {
+    decltype(S::Codes(tile)) t[kVecs];
+    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
+      t[v] = S::Codes(tile + v * tile_bytes + step * kVectorBytes<S>);
+    });
+    if (prefetch.turns != 0) prefetch.template Advance<kVecs * kVectorBytes<S>>(share);
+    Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+      const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
+      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
+    });
+  }
+  prefetcher = prefetch;
+  Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { emit(r, v, P::ToFloat(sum[r][v])); });
+  });
+}
+
+}  // namespace kvmix::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

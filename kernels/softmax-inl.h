@@ -1,0 +1,163 @@
+// Per target: the softmax between the two products of attention, over one block and up to kMaxRows
+// rows, and the exponential that it uses.
+#if defined(KVMIX_KERNELS_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVMIX_KERNELS_SOFTMAX_INL_H_
+#undef KVMIX_KERNELS_SOFTMAX_INL_H_
+#else
+#define KVMIX_KERNELS_SOFTMAX_INL_H_
+#endif
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+#include "kernels/product-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels::HWY_NAMESPACE {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
+
+// 2^x, relative error 8e-5 (so NMSE 6e-9 at most, a hundredth of what the attention may cost); x
+// below -100 and NaN count as -100, so that no product with the result becomes a denormal (those
+// cost a hundred cycles each on some CPUs). x < 2^22.
+HWY_INLINE VF Exp2(VF x) {
+  const DF df;
+  const DI32 di;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits: cheaper than
+  // conversions, which must mind overflow.
+  const VF round = hn::Set(df, 0x1.8p23f);
+  const VF clamped = hn::Max(x, hn::Set(df, kSmallestExponent));
+  const VF n = hn::Add(clamped, round);
+  const VF f = hn::Sub(clamped, hn::Sub(n, round));
+  VF p = hn::MulAdd(f, hn::Set(df, 0.0551716648042202f), hn::Set(df, 0.2426111251115799f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.6932609677314758f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.9999280571937561f));
+  return hn::BitCast(df, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, n))));
+}
+
+// An upper bound of log2(v_scale), at most 0.09 above it: the exponent, and the mantissa on a
+// straight line. At least -32, below the scales of halves (2^-24 / 127), so that tokens without any
+// V leave room for the sum of all weights.
+HWY_INLINE VF Log2Bound(VF x) {
+  const DF df;
+  const DI32 di;
+  const VF log2 = hn::MulAdd(hn::ConvertTo(df, hn::BitCast(di, x)), hn::Set(df, 0x1p-23f),
+                             hn::Set(df, 0.0863f - 127.0f));
+  return hn::Max(log2, hn::Set(df, -32.0f));
+}
+
+constexpr std::size_t kTokenStep = kWeightVecs * kLanes;
+static_assert(kBlockTokens % kTokenStep == 0);
+
+// Tokens [first, last) of a block.
+struct Range {
+  std::size_t first, last;
+};
+
+constexpr std::size_t kRowLanes = RoundUp(kMaxRows, kLanes);
+
+struct Work {
+  // Scales of the block's tokens: where they lie, or a copy as f32.
+  const float* k_scale;
+  const float* v_scale;
+  alignas(64) float k_copy[kBlockTokens];
+  alignas(64) float v_copy[kBlockTokens];
+  alignas(64) float v_log2[kBlockTokens];  // an upper bound of log2(v_scale)
+  alignas(64) float scores[kMaxRows][kBlockTokens];
+  alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
+  // Of softmax, row by row, with room for whole vectors of rows.
+  Range seen[kMaxRows];                         // tokens of the block; {0, 0}: none
+  float scale[kMaxRows];                        // of the scores, to units of log2
+  alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
+  alignas(64) float shift[kRowLanes];           // a weight's code is v_scale * 2^(s + shift)
+  alignas(64) float weight_scale[kRowLanes];    // w_scale
+  alignas(64) float correction[kRowLanes];      // 2^(m - m')
+  // This turn's tokens: whole steps of kTokenStep that cover what any of its rows sees.
+  std::size_t first, last;
+};
+
+// s -> cap * tanh((s * scale + bias) / cap). scale: to units of log2, which the result has as well;
+// bias and cap: in those of exp.
+HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, float scale, float cap,
+                        float bias) {
+  const DF df;
+  const VF to_x = hn::Set(df, scale / (cap * kLog2E)), shift = hn::Set(df, bias / cap),
+           log_cap = hn::Set(df, cap * kLog2E);
+  for (std::size_t t = first; t < last; t += kLanes) {
+    hn::Store(hn::Mul(log_cap, hn::Tanh(df, hn::MulAdd(hn::Load(df, scores + t), to_x, shift))), df,
+              scores + t);
+  }
+}
+
+// Softmax of a turn's rows, in walks that each take all rows, so that one row's reductions hide
+// behind another's arithmetic. w_scale puts the block's largest weight just below kLargestWeight.
+// Row r sees the tokens w.seen[r] of the block; one that sees none keeps its max, its sum and its
+// output. Fetches `lines` on the way.
+template <class P>
+HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t lines,
+                          Prefetcher& prefetch, Work& w) {
+  const DF df;
+  for (std::size_t r = 0; r < rows; ++r) {
+    float* scores = w.scores[r];
+    for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
+    for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
+    VF block_max = hn::Set(df, kNegInf);
+    const VF scale = hn::Set(df, w.scale[r]);
+    for (std::size_t t = w.first; t < w.last; t += kLanes) {
+      const VF s = hn::Load(df, scores + t);
+      block_max =
+          hn::Max(block_max, P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
+                                            : hn::Mul(s, scale));
+    }
+    w.block_max[r] = hn::ReduceMax(df, block_max);
+  }
+
+  for (std::size_t r = 0; r < rows; r += kLanes) {  // rows as lanes
+    const std::size_t n = HWY_MIN(kLanes, rows - r);
+    const VF block = hn::Load(df, w.block_max + r), before = hn::LoadN(df, max + r, n);
+    const VF now = hn::IfThenElse(hn::Gt(block, before), block, before);  // a NaN in `max` stays
+    hn::StoreN(now, df, max + r, n);
+    hn::Store(hn::IfThenElse(hn::Eq(before, now), hn::Set(df, 1.0f), Exp2(hn::Sub(before, now))),
+              df, w.correction + r);
+    // Large scores have rounded block_max off: room for that as well.
+    const VF shift = hn::Sub(hn::Set(df, std::log2(P::kLargestWeight)),
+                             hn::MulAdd(hn::Abs(block), hn::Set(df, 0x1p-22f), block));
+    hn::Store(shift, df, w.shift + r);
+    hn::Store(Exp2(hn::Neg(hn::Add(shift, now))), df, w.weight_scale + r);
+  }
+
+  const std::size_t steps = rows * (w.last - w.first) / kTokenStep;
+  std::size_t due = 0;  // lines due are due / steps
+  for (std::size_t r = 0; r < rows; ++r) {
+    if (w.seen[r].last == 0) {
+      std::memset(w.weights[r], 0, sizeof(w.weights[r]));
+      continue;
+    }
+    const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]),
+             smallest = hn::Set(df, kSmallestExponent);
+    VF total = hn::Zero(df);
+    for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
+      for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
+      VF e[kWeightVecs];
+      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+        const VF x = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
+        e[i] = Exp2(x);
+        // Codes round to 0 by themselves.
+        if constexpr (!P::kFixedPoint) e[i] = hn::IfThenElseZero(hn::Gt(x, smallest), e[i]);
+        total = hn::Add(total, e[i]);
+      });
+      P::PackWeights(e, w.v_scale, t, w.weights[r]);
+    }
+    sum[r] = sum[r] * w.correction[r] + hn::ReduceSum(df, total) * w.weight_scale[r];
+  }
+}
+
+}  // namespace kvmix::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

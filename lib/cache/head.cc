@@ -1,0 +1,151 @@
+#include "lib/cache/head.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+
+#include "kvmix/version.h"
+
+namespace kvmix::internal {
+namespace {
+
+kernels::Dtype KernelDtype(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return kernels::Dtype::kF32;
+    case Dtype::kBF16:
+      return kernels::Dtype::kBF16;
+    default:
+      return kernels::Dtype::kF16;
+  }
+}
+
+kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
+  kernels::RowFormat f;
+  f.dim = dim;
+  f.storage = codec.kind.storage == Storage::kF16 ? kernels::Storage::kF16 : kernels::Storage::kI8;
+  if (codec.kind.scale == Scale::kHead) f.constant = codec.head_scale;
+  if (codec.kind.scale == Scale::kToken) f.scale = kernels::ScaleStore::kF32;
+  if (codec.kind.scale == Scale::kTokenBF16) f.scale = kernels::ScaleStore::kBF16;
+  return f;
+}
+
+// A head's scale is a number of its own, so such heads are not alike.
+bool Alike(const HeadCodec& a, const HeadCodec& b) {
+  return a.kind == b.kind && a.kind.scale != Scale::kHead;
+}
+
+}  // namespace
+
+Result<const kernels::Kernels*> KernelsFor(std::string_view target) {
+  if (const kernels::Kernels* kernels = kernels::FindKernels(target)) return kernels;
+  return Status(ErrorCode::kInvalidArgument, fmt::format("target: expected one of {}, found \"{}\"",
+                                                         fmt::join(Targets(), ", "), target));
+}
+
+kernels::RowsIn TokenRows(const RowsView& view, std::size_t head, std::size_t first,
+                          std::size_t count) {
+  return {view.row(first, head), KernelDtype(view.dtype), view.token_stride, count, view.head_dim};
+}
+
+kernels::RowsIn HeadRows(const RowsView& view, std::size_t token, std::size_t head,
+                         std::size_t count) {
+  return {view.row(token, head), KernelDtype(view.dtype), view.head_stride, count, view.head_dim};
+}
+
+std::uint64_t CompiledCodec::Encode(const kernels::RowsIn& tokens, std::uint8_t* rows,
+                                    float* scales) const {
+  return kernels_->encode.encode({tokens, transform_, format_, rows, row_bytes(), scales});
+}
+
+std::uint64_t CompiledCodec::EncodeHeads(const kernels::RowsIn& heads, std::uint8_t* rows,
+                                         float* scales) const {
+  return kernels_->encode.encode({heads, across_heads_, format_, rows, row_bytes(), scales});
+}
+
+kernels::CodedRows CompiledCodec::Coded(const void* rows, const float* scales,
+                                        std::size_t count) const {
+  return {format_,
+          transform_,
+          static_cast<const std::uint8_t*>(rows),
+          row_bytes(),
+          stores_scales() ? scales : nullptr,
+          count};
+}
+
+void CompiledCodec::Decode(const void* rows, const float* scales, std::size_t count, float* out,
+                           std::size_t stride) const {
+  kernels_->encode.decode_f32(Coded(rows, scales, count), out, stride);
+}
+
+void CompiledCodec::Decode(const void* rows, const float* scales, std::size_t count, Half* out,
+                           std::size_t stride) const {
+  kernels_->encode.decode_f16(Coded(rows, scales, count), out, stride);
+}
+
+kernels::RowErrors CompiledCodec::Errors(const void* rows, const float* scales,
+                                         const kernels::RowsIn& tokens) const {
+  return kernels_->encode.errors(Coded(rows, scales, tokens.count), tokens);
+}
+
+float CompiledCodec::HeadScale(const kernels::RowsIn& tokens) const {
+  return kernels_->encode.head_scale(tokens, transform_);
+}
+
+void CompiledCodec::PrepareQueries(float* q, std::size_t rows, float attention_scale,
+                                   float* bias) const {
+  const std::size_t dim = format_.dim;
+  if (bias != nullptr) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      bias[r] = 0.0f;
+      for (std::size_t c = 0; transform_.mean != nullptr && c < dim; ++c) {
+        bias[r] += attention_scale * q[r * dim + c] * transform_.mean[c];
+      }
+    }
+  }
+  if (!transform_.rotates_or_folds()) return;
+  kernels_->transform.prepare(q, dim, rows, dim, transform_.factor, transform_.hadamard);
+}
+
+void CompiledCodec::RestoreOutput(float* out, float weight) const {
+  const std::size_t dim = format_.dim;
+  if (transform_.rotates_or_folds()) {
+    kernels_->transform.restore(out, dim, 1, dim, transform_.factor, transform_.hadamard);
+  }
+  if (transform_.mean == nullptr) return;
+  for (std::size_t c = 0; c < dim; ++c) out[c] += weight * transform_.mean[c];
+}
+
+CompiledHeads::CompiledHeads(std::span<const HeadCodec* const> codecs, std::size_t dim,
+                             const kernels::Kernels& kernels)
+    : heads_(codecs.size()), alike_(codecs.size(), 1) {
+  const std::size_t size = codecs.size() * dim;
+  if (std::ranges::any_of(codecs,
+                          [](const HeadCodec* codec) { return codec->vectors != nullptr; })) {
+    vectors_ = std::make_unique<float[]>(3 * size);
+  }
+  for (std::size_t h = codecs.size(); h-- > 0;) {
+    const HeadCodec& codec = *codecs[h];
+    CompiledCodec& head = heads_[h];
+    head.kernels_ = &kernels;
+    head.format_ = FormatOf(codec, dim);
+    head.transform_.hadamard = codec.kind.hadamard;
+    float* const mean = vectors_.get() + h * dim;
+    if (!codec.mean().empty()) {
+      std::ranges::copy(codec.mean(), mean);
+      head.transform_.mean = mean;
+    }
+    if (!codec.factor().empty()) {
+      std::ranges::copy(codec.factor(), mean + size);
+      std::ranges::transform(codec.factor(), mean + 2 * size, [](float x) { return 1.0f / x; });
+      head.transform_.factor = mean + size;
+      head.transform_.inv_factor = mean + 2 * size;
+    }
+    head.across_heads_ = head.transform_;
+    head.across_heads_.row_stride = dim;
+    if (h + 1 < codecs.size() && Alike(codec, *codecs[h + 1])) alike_[h] = alike_[h + 1] + 1;
+  }
+}
+
+}  // namespace kvmix::internal

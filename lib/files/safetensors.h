@@ -1,0 +1,38 @@
+// The safetensors format: 8 bytes of little-endian header length, a JSON header, a buffer of
+// tensors. Read as strictly as the format's own reader does, and a little more: unknown fields of a
+// tensor and any name or field given twice are refused as well.
+#ifndef KVMIX_LIB_FILES_SAFETENSORS_H_
+#define KVMIX_LIB_FILES_SAFETENSORS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kvmix/status.h"
+
+namespace kvmix::internal {
+
+struct SafetensorsEntry {
+  std::string dtype;                 // "F16"
+  std::vector<std::uint64_t> shape;  // its product times the dtype's size is data.size()
+  std::string_view data;             // into the file; any alignment
+};
+
+struct Safetensors {
+  std::map<std::string, std::string> metadata;
+  std::map<std::string, SafetensorsEntry> tensors;
+};
+
+// `file` is the whole file; `path` is for messages only. kCorrupt for everything that is refused:
+// a header longer than 100 MB or than the file, that does not begin with `{`, is no JSON, holds
+// anything but tensors (dtype, shape, data_offsets) and a `__metadata__` of strings; an unknown
+// dtype; a length that is not dtype x shape (or overflows); a buffer that the tensors do not cover
+// exactly once.
+Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path);
+
+}  // namespace kvmix::internal
+
+#endif  // KVMIX_LIB_FILES_SAFETENSORS_H_

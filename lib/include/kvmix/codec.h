@@ -1,0 +1,92 @@
+// Codecs: how one KV head's K or V is stored.
+//
+//   y = R((x - mean) / factor)                                          before it is stored
+//   code = round-to-nearest-even(y / scale), in [-127, 127]             i8; f16 stores x itself
+//   x' = mean + factor * R(scale * code)                                what the codes stand for
+//
+// Each field of a CodecKind is one of these steps, so kinds compose:
+//   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is
+//   the
+//             same for all keys of a query, and softmax does not see it. V's mean goes on the
+//             output.
+//   fold      a factor per channel. K's is folded into q, V's goes on the output.
+//   hadamard  R is the Hadamard matrix over sqrt(b), its own inverse, in blocks of b channels, the
+//             largest power of two that divides head_dim; else R is nothing. It spreads outliers
+//             over the channels. K's is applied to q, V's to the output.
+#ifndef KVMIX_CODEC_H_
+#define KVMIX_CODEC_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kvmix/export.h"
+#include "kvmix/status.h"
+
+namespace kvmix {
+
+// Upper bound of head_dim: i32 sums of 16-bit by 8-bit products stay exact up to here.
+inline constexpr std::size_t kMaxHeadDim = 512;
+
+enum class Tensor : std::uint8_t { kK, kV };
+
+enum class Storage : std::uint8_t { kF16, kI8 };
+enum class Scale : std::uint8_t {
+  kNone,   // f16
+  kHead,   // one per KV head, fixed by the plan ("global" in the study); values beyond it saturate
+  kToken,  // one per token and KV head, f32, stored beside the codes
+  kTokenBF16,  // the same as bf16, rounded up
+};
+enum class Rounding : std::uint8_t { kNearest };
+
+struct CodecKind {
+  Storage storage = Storage::kF16;
+  Scale scale = Scale::kNone;
+  bool centre = false;
+  bool fold = false;
+  bool hadamard = false;
+  Rounding rounding = Rounding::kNearest;
+
+  bool operator==(const CodecKind&) const = default;
+};
+
+// "f16", "i8-head", "i8-token", "i8-token-bf16+centre+fold+hadamard": the storage, the scale, and
+// the steps that are taken, in this order.
+KVMIX_API std::string ToString(const CodecKind& kind);
+// The inverse. An error lists the parts that a name may have.
+KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
+
+// Bytes that one token of one KV head's K or V takes in the canonical form: codes and stored
+// scales.
+KVMIX_API std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim);
+
+// The numbers of a codec, per channel. Empty where its kind does not ask for them.
+struct CodecVectors {
+  std::vector<float> mean;    // [head_dim]
+  std::vector<float> factor;  // [head_dim], each in [2^-32, 2^32]
+
+  bool operator==(const CodecVectors&) const = default;
+};
+
+// A kind with its numbers. Copies share the vectors.
+struct HeadCodec {
+  CodecKind kind;
+  float head_scale = 0.0f;  // Scale::kHead: the scale itself (absmax of the calibration / 127)
+  std::shared_ptr<const CodecVectors> vectors = nullptr;
+
+  std::span<const float> mean() const;            // empty if there is none
+  std::span<const float> factor() const;          // empty if there is none
+  bool operator==(const HeadCodec& other) const;  // by the numbers, not by who shares them
+};
+
+// The kind exists, and its numbers are there: head_scale above 0 and finite, vectors of head_dim
+// finite numbers where the kind asks for them and nowhere else.
+KVMIX_API Status CheckCodec(const HeadCodec& codec, std::size_t head_dim);
+
+}  // namespace kvmix
+
+#endif  // KVMIX_CODEC_H_

@@ -1,0 +1,73 @@
+// Tensors of rows as they enter the library: f16, bf16 or f32, any strides. A view: owns nothing.
+#ifndef KVMIX_ROWS_H_
+#define KVMIX_ROWS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvmix/half.h"
+
+namespace kvmix {
+
+enum class Dtype : std::uint8_t { kF16, kBF16, kF32 };
+
+// [tokens, heads, head_dim]: channel c of head h of token t is element
+// t * token_stride + h * head_stride + c of `data`. Strides are in elements and may be negative;
+// the channels of a row lie side by side. `data` needs no alignment beyond its type's. (Hugging
+// Face's [heads, tokens, head_dim] has token_stride head_dim and head_stride tokens * head_dim.)
+struct RowsView {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kF16;
+  std::size_t tokens = 0;
+  std::size_t heads = 0;
+  std::size_t head_dim = 0;
+  std::ptrdiff_t token_stride = 0;
+  std::ptrdiff_t head_stride = 0;
+
+  // In C order, without gaps. bf16 numbers are 16 raw bits.
+  static RowsView F16(const Half* x, std::size_t tokens, std::size_t heads, std::size_t head_dim) {
+    return Dense(x, Dtype::kF16, tokens, heads, head_dim);
+  }
+  static RowsView BF16(const std::uint16_t* x, std::size_t tokens, std::size_t heads,
+                       std::size_t head_dim) {
+    return Dense(x, Dtype::kBF16, tokens, heads, head_dim);
+  }
+  static RowsView F32(const float* x, std::size_t tokens, std::size_t heads, std::size_t head_dim) {
+    return Dense(x, Dtype::kF32, tokens, heads, head_dim);
+  }
+  static RowsView Dense(const void* x, Dtype dtype, std::size_t tokens, std::size_t heads,
+                        std::size_t head_dim) {
+    return {x,
+            dtype,
+            tokens,
+            heads,
+            head_dim,
+            static_cast<std::ptrdiff_t>(heads * head_dim),
+            static_cast<std::ptrdiff_t>(head_dim)};
+  }
+
+  std::size_t element_bytes() const { return dtype == Dtype::kF32 ? 4 : 2; }
+  const void* row(std::size_t token, std::size_t head) const {
+    const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * token_stride +
+                              static_cast<std::ptrdiff_t>(head) * head_stride;
+    return static_cast<const char*>(data) + at * static_cast<std::ptrdiff_t>(element_bytes());
+  }
+  // `count` tokens from `first` on; one head.
+  RowsView Tokens(std::size_t first, std::size_t count) const {
+    return {row(first, 0), dtype, count, heads, head_dim, token_stride, head_stride};
+  }
+  RowsView Head(std::size_t head) const {
+    return {row(0, head), dtype, tokens, 1, head_dim, token_stride, head_stride};
+  }
+  // One number as f32. Meant for tests and single numbers; the kernels convert whole rows.
+  float At(std::size_t token, std::size_t head, std::size_t channel) const {
+    const void* x = row(token, head);
+    if (dtype == Dtype::kF32) return static_cast<const float*>(x)[channel];
+    const std::uint16_t bits = static_cast<const std::uint16_t*>(x)[channel];
+    return dtype == Dtype::kF16 ? HalfToFloat(bits) : BFloatToFloat(bits);
+  }
+};
+
+}  // namespace kvmix
+
+#endif  // KVMIX_ROWS_H_

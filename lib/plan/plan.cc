@@ -1,0 +1,85 @@
+// Geometries and plans: checks and sizes.
+#include "kvmix/plan.h"
+
+#include <fmt/format.h>
+
+namespace kvmix {
+
+Status CheckGeometry(const Geometry& g) {
+  struct Bounded {
+    const char* name;
+    std::size_t value, most;
+  };
+  for (const auto& [name, value, most] :
+       {Bounded{"layers", g.layers, kMaxCount}, Bounded{"kv_heads", g.kv_heads, kMaxCount},
+        Bounded{"query_heads", g.query_heads, kMaxCount},
+        Bounded{"head_dim", g.head_dim, kMaxHeadDim}}) {
+    if (value == 0 || value > most)
+      return Status(ErrorCode::kInvalidArgument,
+                    fmt::format("{}: expected 1 to {}, found {}", name, most, value));
+  }
+  if (g.query_heads % g.kv_heads != 0) {
+    return Status(ErrorCode::kInvalidArgument,
+                  fmt::format("query_heads: expected a multiple of the {} KV heads, found {}",
+                              g.kv_heads, g.query_heads));
+  }
+  return {};
+}
+
+std::string ToString(const Geometry& g) {
+  return fmt::format("{} layers x {} KV heads x {}, {} query heads", g.layers, g.kv_heads,
+                     g.head_dim, g.query_heads);
+}
+
+Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v) {
+  Plan plan;
+  plan.geometry = geometry;
+  plan.codecs.reserve(geometry.layers * geometry.kv_heads * 2);
+  for (std::size_t i = 0; i < geometry.layers * geometry.kv_heads; ++i) {
+    plan.codecs.push_back(k);
+    plan.codecs.push_back(v);
+  }
+  return plan;
+}
+
+Status CheckPlan(const Plan& plan) {
+  const Geometry& g = plan.geometry;
+  if (Status s = CheckGeometry(g); !s.ok()) return s;
+  const std::size_t expected = g.layers * g.kv_heads * 2;
+  if (plan.codecs.size() != expected) {
+    return Status(ErrorCode::kInvalidArgument,
+                  fmt::format("codecs: expected {} ({}), found {}", expected, ToString(g),
+                              plan.codecs.size()));
+  }
+  for (std::size_t i = 0; i < expected; ++i) {
+    if (Status s = CheckCodec(plan.codecs[i], g.head_dim); !s.ok()) {
+      return Status(s.code(), fmt::format("layer {}, KV head {}, {}: {}", i / 2 / g.kv_heads,
+                                          i / 2 % g.kv_heads, i % 2 == 0 ? "K" : "V", s.message()));
+    }
+  }
+  return {};
+}
+
+std::size_t BytesPerToken(const Plan& plan) {
+  std::size_t bytes = 0;
+  for (const HeadCodec& codec : plan.codecs)
+    bytes += BytesPerToken(codec.kind, plan.geometry.head_dim);
+  return bytes;
+}
+
+std::size_t Fp16BytesPerToken(const Geometry& g) {
+  return g.layers * g.kv_heads * 2 * BytesPerToken(CodecKind{}, g.head_dim);
+}
+
+double SavedFraction(const Plan& plan) {
+  return 1.0 - static_cast<double>(BytesPerToken(plan)) /
+                   static_cast<double>(Fp16BytesPerToken(plan.geometry));
+}
+
+Status CheckGeometryMatches(const Plan& plan, const Geometry& geometry) {
+  if (plan.geometry == geometry) return {};
+  return Status(ErrorCode::kMismatch, fmt::format("plan: expected {}, found {}", ToString(geometry),
+                                                  ToString(plan.geometry)));
+}
+
+}  // namespace kvmix

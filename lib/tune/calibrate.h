@@ -1,0 +1,37 @@
+// The numbers of codecs, learnt from dumps.
+#ifndef KVMIX_LIB_TUNE_CALIBRATE_H_
+#define KVMIX_LIB_TUNE_CALIBRATE_H_
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "kvmix/codec.h"
+#include "kvmix/dump.h"
+
+namespace kvmix::internal {
+
+// One KV head's K or V in all dumps. The codecs that come from it share its vectors.
+class HeadCalibration {
+ public:
+  HeadCalibration(const std::vector<const Dump*>& dumps, std::size_t layer, std::size_t kv_head,
+                  Tensor tensor);
+
+  // Mean: of each channel, over all tokens. Factor: the square root of each channel's range,
+  // max |x - mean|, over the geometric mean of these roots: large channels get smaller by as much
+  // as small ones get larger. Head scale: the one that covers every token.
+  HeadCodec Codec(const CodecKind& kind);
+
+ private:
+  const std::vector<float>& Mean();
+  std::vector<float> Factor(bool centred);
+  std::shared_ptr<const CodecVectors> Vectors(bool centre, bool fold);
+
+  std::vector<RowsView> rows_;  // of each dump
+  std::vector<float> mean_;
+  std::shared_ptr<const CodecVectors> vectors_[2][2];  // [centre][fold]
+};
+
+}  // namespace kvmix::internal
+
+#endif  // KVMIX_LIB_TUNE_CALIBRATE_H_

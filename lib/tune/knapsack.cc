@@ -1,0 +1,84 @@
+#include "lib/tune/knapsack.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+namespace kvmix::internal {
+namespace {
+
+struct Step {
+  std::size_t excess;  // bytes (later: units) above the group's smallest option
+  double cost;
+  std::size_t option;
+};
+
+// The options that are not dominated, by rising size and falling cost.
+std::vector<Step> Undominated(const std::vector<KnapsackOption>& options) {
+  std::vector<std::size_t> order(options.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return std::pair(options[a].bytes, options[a].cost) <
+           std::pair(options[b].bytes, options[b].cost);
+  });
+  std::vector<Step> steps;
+  for (const std::size_t i : order)
+    if (steps.empty() || options[i].cost < steps.back().cost)
+      steps.push_back({options[i].bytes - options[order[0]].bytes, options[i].cost, i});
+  return steps;
+}
+
+}  // namespace
+
+std::optional<std::vector<std::size_t>> SolveKnapsack(
+    const std::vector<std::vector<KnapsackOption>>& groups, std::size_t budget_bytes) {
+  std::vector<std::vector<Step>> steps;
+  std::size_t smallest = 0, most_excess = 0, unit = 0;
+  for (const std::vector<KnapsackOption>& options : groups) {
+    if (options.empty()) return std::nullopt;
+    smallest += std::min_element(options.begin(), options.end(), [](const auto& a, const auto& b) {
+                  return a.bytes < b.bytes;
+                })->bytes;
+    steps.push_back(Undominated(options));
+    assert(steps.back().size() <= std::numeric_limits<std::uint8_t>::max());
+    most_excess += steps.back().back().excess;
+    for (const Step& s : steps.back()) unit = std::gcd(unit, s.excess);
+  }
+  if (smallest > budget_bytes) return std::nullopt;
+  unit = std::max<std::size_t>(unit, 1);
+  const std::size_t units = std::min(budget_bytes - smallest, most_excess) / unit;
+
+  // best[w]: least cost of the groups so far within w units. taken[g][w]: the step of group g in
+  // that solution.
+  std::vector<double> best(units + 1, 0.0), next(units + 1);
+  std::vector<std::vector<std::uint8_t>> taken(groups.size(),
+                                               std::vector<std::uint8_t>(units + 1, 0));
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    for (Step& s : steps[g]) s.excess /= unit;
+    for (std::size_t w = 0; w <= units; ++w) next[w] = best[w] + steps[g][0].cost;
+    for (std::size_t i = 1; i < steps[g].size(); ++i) {
+      for (std::size_t w = steps[g][i].excess; w <= units; ++w) {
+        const double cost = best[w - steps[g][i].excess] + steps[g][i].cost;
+        if (cost < next[w]) {
+          next[w] = cost;
+          taken[g][w] = static_cast<std::uint8_t>(i);
+        }
+      }
+    }
+    std::swap(best, next);
+  }
+
+  std::vector<std::size_t> choice(groups.size());
+  std::size_t w = units;
+  for (std::size_t g = groups.size(); g-- > 0;) {
+    const Step& s = steps[g][taken[g][w]];
+    choice[g] = s.option;
+    w -= s.excess;
+  }
+  return choice;
+}
+
+}  // namespace kvmix::internal

@@ -1,0 +1,332 @@
+// The errors of every candidate on every head, and of whole plans, through the library's own cache
+// and attention.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <iterator>
+#include <mutex>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "kvmix/attention.h"
+#include "kvmix/cache.h"
+#include "kvmix/tune.h"
+#include "lib/cache/parallel.h"
+#include "lib/tune/calibrate.h"
+
+namespace kvmix {
+namespace {
+
+std::string FileName(const std::string& path) {
+  const std::size_t end = path.find_last_not_of('/');
+  const std::size_t slash = path.find_last_of('/', end);
+  return path.substr(slash + 1, end - slash);  // npos + 1 is 0
+}
+
+// [query_heads] errors of a layer's outputs, [tokens, query_heads, head_dim]. Row after row with
+// all heads, as they lie in memory; in chunks that do not depend on the threads, so that neither do
+// the sums.
+std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
+                                         const std::vector<float>& approximate, const Geometry& g,
+                                         const MeasureOptions& options) {
+  constexpr std::size_t kChunk = 256;  // tokens
+  const std::size_t stride = g.query_heads * g.head_dim, tokens = exact.size() / stride,
+                    chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<AttentionError> parts(chunks * g.query_heads);
+  const int threads = internal::ThreadsFor(options.num_threads, chunks);
+  internal::RunParts(chunks, threads, 1, [&](std::size_t chunk) {
+    for (std::size_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
+      for (std::size_t h = 0; h < g.query_heads; ++h) {
+        const std::size_t at = t * stride + h * g.head_dim;
+        parts[chunk * g.query_heads + h] +=
+            CompareOutputs(&exact[at], &approximate[at], 1, stride, g.head_dim);
+      }
+    }
+  });
+  std::vector<AttentionError> errors(g.query_heads);
+  for (std::size_t i = 0; i < parts.size(); ++i) errors[i % g.query_heads] += parts[i];
+  return errors;
+}
+
+// Calls work(layer, threads for it) for every layer and returns the first layer's error. Layers run
+// side by side, which costs the least waiting, as long as the outputs that they hold stay small;
+// else one after the other with all threads.
+constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
+
+Status ForLayers(std::size_t first, std::size_t last, const std::vector<const Dump*>& dumps,
+                 const MeasureOptions& options,
+                 const std::function<Status(std::size_t, const MeasureOptions&)>& work) {
+  if (Status s = internal::CheckThreads(options.num_threads); !s.ok()) return s;
+  std::size_t layer_bytes = 1;  // of an exact and an approximate output
+  for (const Dump* dump : dumps) {
+    const Geometry& g = dump->geometry();
+    layer_bytes =
+        std::max(layer_bytes, 2 * sizeof(float) * dump->tokens() * g.query_heads * g.head_dim);
+  }
+  const std::size_t most = std::clamp<std::size_t>(kOutputBytes / layer_bytes, 1,
+                                                   std::max<std::size_t>(1, last - first));
+  const int side_by_side = internal::ThreadsFor(options.num_threads, most);
+  MeasureOptions within = options;
+  if (side_by_side > 1) within.num_threads = 1;
+  std::vector<Status> results(last - first);
+  std::mutex progress_mutex;
+  std::size_t done = 0;
+  std::atomic<bool> failed = false;
+  internal::RunParts(last - first, side_by_side, 1, [&](std::size_t i) {
+    if (failed) return;
+    results[i] = work(first + i, within);
+    for (const Dump* dump : dumps) dump->Release(first + i);
+    if (!results[i].ok()) failed = true;
+    const std::lock_guard lock(progress_mutex);
+    if (options.progress) options.progress(++done, last - first);
+  });
+  for (Status& s : results) {
+    if (!s.ok()) return std::move(s);
+  }
+  return {};
+}
+
+Status CheckDumps(const std::vector<const Dump*>& dumps) {
+  if (dumps.empty()) return {ErrorCode::kInvalidArgument, "measuring needs at least one dump"};
+  for (const Dump* dump : dumps) {
+    if (!dump->has_q())
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("{}: has no Q, which attention errors need", dump->path())};
+    if (dump->tokens() == 0)
+      return {ErrorCode::kInvalidArgument, fmt::format("{}: has no tokens", dump->path())};
+    if (dump->geometry() != dumps[0]->geometry())
+      return {ErrorCode::kMismatch,
+              fmt::format("{}: {}, but {} has {}", dump->path(), ToString(dump->geometry()),
+                          dumps[0]->path(), ToString(dumps[0]->geometry()))};
+    if (dump->attention_scale() != dumps[0]->attention_scale())
+      return {ErrorCode::kMismatch,
+              fmt::format("{}: attention scale {}, but {} has {}", dump->path(),
+                          dump->attention_scale(), dumps[0]->path(), dumps[0]->attention_scale())};
+  }
+  return {};
+}
+
+// The entries of one layer, [kv_heads][K, V], candidates calibrated, errors still empty.
+Result<std::vector<HeadErrors>> StartLayer(const std::vector<const Dump*>& dumps,
+                                           const CandidateKinds& candidates, std::size_t layer) {
+  std::vector<HeadErrors> heads;
+  const Geometry& g = dumps[0]->geometry();
+  for (std::size_t h = 0; h < g.kv_heads; ++h) {
+    for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+      HeadErrors head{layer, h, tensor, 0.0, {}};
+      internal::HeadCalibration calibration(dumps, layer, h, tensor);
+      for (const CodecKind& kind : tensor == Tensor::kK ? candidates.k : candidates.v) {
+        CandidateError candidate{
+            calibration.Codec(kind), std::vector<AttentionError>(g.group()), {}};
+        for (const Dump* dump : dumps) {
+          const Result<ErrorSums> values =
+              EncodingError(dump->head(layer, h, tensor), candidate.codec);
+          if (!values.ok()) return values.status();
+          candidate.values += *values;
+        }
+        head.max_abs = candidate.values.max_abs;
+        head.candidates.push_back(std::move(candidate));
+      }
+      heads.push_back(std::move(head));
+    }
+  }
+  return heads;
+}
+
+// Adds one dump's attention errors to a layer's entries. Heads do not see each other, so one
+// attention serves a candidate of all of them.
+Status AddAttentionErrors(const Dump& dump, std::size_t layer, const MeasureOptions& options,
+                          std::vector<HeadErrors>* heads) {
+  const Geometry& g = dump.geometry();
+  const std::vector<HeadCodec> exact_codecs(g.kv_heads * 2);
+  std::vector<float> exact, approximate;
+  if (Status s = AttendDump(dump, layer, exact_codecs, options, &exact); !s.ok()) return s;
+  for (std::size_t tensor = 0; tensor < 2; ++tensor) {
+    for (std::size_t i = 0; i < (*heads)[tensor].candidates.size(); ++i) {
+      const bool is_exact = (*heads)[tensor].candidates[i].codec.kind == CodecKind();
+      if (!is_exact) {
+        std::vector<HeadCodec> codecs = exact_codecs;
+        for (std::size_t h = 0; h < g.kv_heads; ++h)
+          codecs[h * 2 + tensor] = (*heads)[h * 2 + tensor].candidates[i].codec;
+        if (Status s = AttendDump(dump, layer, codecs, options, &approximate); !s.ok()) return s;
+      }
+      const std::vector<AttentionError> errors =
+          CompareLayer(exact, is_exact ? exact : approximate, g, options);
+      for (std::size_t q = 0; q < g.query_heads; ++q)
+        (*heads)[q / g.group() * 2 + tensor].candidates[i].queries[q % g.group()] += errors[q];
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCodec>& codecs,
+                  const MeasureOptions& options, std::vector<float>* out,
+                  std::uint64_t* saturated) {
+  if (!dump.has_q())
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("{}: has no Q, which attention needs", dump.path())};
+  Geometry one_layer = dump.geometry();
+  one_layer.layers = 1;
+  const std::size_t q_row = one_layer.query_heads * one_layer.head_dim;
+  const std::vector<std::size_t>& prompts = dump.prompt_tokens();
+  const std::size_t longest =
+      prompts.empty() ? 0 : *std::max_element(prompts.begin(), prompts.end());
+  Result<Cache> cache =
+      Cache::Create(one_layer, Plan{one_layer, codecs, {}}, longest, {options.target});
+  if (!cache.ok()) return cache.status();
+  const AttendOptions attention{.attention_scale = dump.attention_scale()};
+  out->resize(dump.tokens() * q_row);
+  std::size_t first = 0;
+  for (const std::size_t tokens : prompts) {
+    if (Status s = cache->Truncate(0); !s.ok()) return s;
+    Status s = cache->Append(0, dump.k(layer).Tokens(first, tokens),
+                             dump.v(layer).Tokens(first, tokens), options.num_threads);
+    if (!s.ok()) return s;
+    s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * q_row,
+               attention, options.num_threads);
+    if (!s.ok()) return s;
+    first += tokens;
+  }
+  if (saturated) *saturated += cache->saturated();
+  return {};
+}
+
+Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
+                                                const MeasureOptions& options) {
+  if (Status s = CheckPlan(plan); !s.ok()) return s;
+  if (Status s = CheckGeometryMatches(plan, dump.geometry()); !s.ok())
+    return Status(s.code(), fmt::format("{}: {}", dump.path(), s.message()));
+  const Geometry& g = plan.geometry;
+  std::vector<AttentionError> errors(g.layers * g.query_heads);
+  const auto measure = [&](std::size_t layer, const MeasureOptions& within) -> Status {
+    if (Status s = dump.CheckFinite(layer); !s.ok()) return s;
+    std::vector<float> exact, approximate;
+    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(g.kv_heads * 2), within, &exact);
+        !s.ok())
+      return s;
+    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(first, first + g.kv_heads * 2),
+                              within, &approximate);
+        !s.ok())
+      return s;
+    std::ranges::copy(CompareLayer(exact, approximate, g, within),
+                      errors.begin() + static_cast<std::ptrdiff_t>(layer * g.query_heads));
+    return {};
+  };
+  if (Status s = ForLayers(0, g.layers, {&dump}, options, measure); !s.ok()) return s;
+  return errors;
+}
+
+Result<CandidateKinds> Candidates(const std::string& name) {
+  const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
+  if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
+  CandidateKinds kinds{{f16}, {f16}};
+  // With the steps of `like`, by scale.
+  const auto add = [&](std::vector<CodecKind>* to, CodecKind like) {
+    like.storage = Storage::kI8;
+    for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
+      like.scale = scale;
+      to->push_back(like);
+    }
+  };
+  const CodecKind centre{.centre = true}, hadamard{.hadamard = true};
+  add(&kinds.k, {});
+  add(&kinds.v, {});
+  add(&kinds.k, centre);
+  if (name == "int8") return kinds;
+  add(&kinds.k, hadamard);
+  add(&kinds.k, {.centre = true, .hadamard = true});
+  add(&kinds.k, {.centre = true, .fold = true});
+  add(&kinds.k, {.centre = true, .fold = true, .hadamard = true});
+  add(&kinds.v, hadamard);
+  if (name == "all") return kinds;
+  return Status(ErrorCode::kInvalidArgument,
+                fmt::format("candidates '{}': expected seed, int8 or all", name));
+}
+
+Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec) {
+  const Result<RowCodec> row_codec = RowCodec::Create(codec, rows.head_dim);
+  if (!row_codec.ok()) return row_codec.status();
+  std::vector<std::uint8_t> codes(rows.tokens * row_codec->row_bytes());
+  std::vector<float> scales(rows.tokens);
+  row_codec->Encode(rows, codes.data(), scales.data());
+  return row_codec->Errors(rows, codes.data(), scales.data());
+}
+
+Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const CandidateKinds& candidates,
+                           std::size_t first_layer, std::size_t last_layer,
+                           const MeasureOptions& options) {
+  if (Status s = CheckDumps(dumps); !s.ok()) return s;
+  if (candidates.k.empty() || candidates.v.empty())
+    return Status(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
+  ErrorTable table;
+  table.geometry = dumps[0]->geometry();
+  table.attention_scale = dumps[0]->attention_scale();
+  table.model = dumps[0]->model();
+  if (first_layer > last_layer || last_layer > table.geometry.layers)
+    return Status(ErrorCode::kInvalidArgument,
+                  fmt::format("layers {} to {}: {} has layers 0 to {}", first_layer, last_layer,
+                              dumps[0]->path(), table.geometry.layers));
+  for (const Dump* dump : dumps) {
+    table.dumps.push_back(FileName(dump->path()));
+    table.tokens += dump->tokens();
+    for (const std::size_t tokens : dump->prompt_tokens())
+      table.longest_prompt = std::max(table.longest_prompt, tokens);
+  }
+  std::vector<std::vector<HeadErrors>> layers(last_layer - first_layer);
+  const auto measure = [&](std::size_t layer, const MeasureOptions& within) -> Status {
+    for (const Dump* dump : dumps)
+      if (Status s = dump->CheckFinite(layer); !s.ok()) return s;
+    Result<std::vector<HeadErrors>> started = StartLayer(dumps, candidates, layer);
+    if (!started.ok()) return started.status();
+    std::vector<HeadErrors>& heads = layers[layer - first_layer];
+    heads = std::move(*started);
+    for (const Dump* dump : dumps)
+      if (Status s = AddAttentionErrors(*dump, layer, within, &heads); !s.ok()) return s;
+    return {};
+  };
+  if (Status s = ForLayers(first_layer, last_layer, dumps, options, measure); !s.ok()) return s;
+  for (std::vector<HeadErrors>& heads : layers)
+    table.heads.insert(table.heads.end(), std::make_move_iterator(heads.begin()),
+                       std::make_move_iterator(heads.end()));
+  return table;
+}
+
+Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b) {
+  const auto differ = [](const std::string& what, const auto& x, const auto& y) {
+    return Status(ErrorCode::kMismatch,
+                  fmt::format("error tables cannot be merged: {} '{}' against '{}'", what, x, y));
+  };
+  if (a.geometry != b.geometry)
+    return differ("geometry", ToString(a.geometry), ToString(b.geometry));
+  if (a.model != b.model) return differ("model", a.model, b.model);
+  if (a.dumps != b.dumps)
+    return differ("dumps", fmt::format("{}", fmt::join(a.dumps, ",")),
+                  fmt::format("{}", fmt::join(b.dumps, ",")));
+  if (a.tokens != b.tokens) return differ("tokens", a.tokens, b.tokens);
+  if (a.longest_prompt != b.longest_prompt)
+    return differ("longest prompt", a.longest_prompt, b.longest_prompt);
+  if (a.attention_scale != b.attention_scale)
+    return differ("attention scale", a.attention_scale, b.attention_scale);
+  const auto key = [](const HeadErrors& h) {
+    return std::array<std::size_t, 3>{h.layer, h.kv_head, static_cast<std::size_t>(h.tensor)};
+  };
+  ErrorTable merged = a;
+  merged.heads.clear();
+  std::merge(a.heads.begin(), a.heads.end(), b.heads.begin(), b.heads.end(),
+             std::back_inserter(merged.heads),
+             [&](const HeadErrors& x, const HeadErrors& y) { return key(x) < key(y); });
+  for (std::size_t i = 1; i < merged.heads.size(); ++i)
+    if (key(merged.heads[i]) == key(merged.heads[i - 1]))
+      return Status(
+          ErrorCode::kMismatch,
+          fmt::format("error tables cannot be merged: layer {} is in both", merged.heads[i].layer));
+  return merged;
+}
+
+}  // namespace kvmix

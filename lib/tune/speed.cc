@@ -1,0 +1,183 @@
+// Decode times of codec pairs on this CPU, and their file.
+#include "kvmix/speed.h"
+
+#include <algorithm>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "kvmix/attention.h"
+#include "kvmix/cache.h"
+#include "kvmix/version.h"
+#include "lib/files/file.h"
+#include "lib/tune/stopwatch.h"
+
+namespace kvmix {
+namespace {
+
+constexpr const char* kFormat = "kvmix-wisdom-1";
+
+std::string CpuName() {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  for (std::string line; std::getline(cpuinfo, line);) {
+    const std::size_t colon = line.find(": ");
+    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown";
+}
+
+std::vector<Half> RandomHalves(std::size_t n, std::mt19937* random) {
+  std::normal_distribution<float> normal;
+  std::vector<Half> halves(n);
+  for (Half& h : halves) h = FloatToHalf(normal(*random));
+  return halves;
+}
+
+HeadCodec CodecFor(const CodecKind& kind) {
+  // As a head's scale it covers normal data.
+  return {{.storage = kind.storage, .scale = kind.scale},
+          kind.scale == Scale::kHead ? 5.0f / 127.0f : 0.0f,
+          nullptr};
+}
+
+// One KV head's cache, full, and the decode of one token over it.
+struct Decode {
+  HeadSpeed speed;
+  Cache cache;
+};
+
+Status CheckSameMachine(const Wisdom& found, const std::string& path) {
+  const Wisdom here = ThisMachine();
+  const auto check = [&](const char* what, const std::string& expected, const std::string& value) {
+    return expected == value
+               ? Status()
+               : internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(expected),
+                                     internal::Quoted(value));
+  };
+  if (Status s = check("cpu", here.cpu, found.cpu); !s.ok()) return s;
+  if (Status s = check("target", here.target, found.target); !s.ok()) return s;
+  return check("version", here.version, found.version);
+}
+
+}  // namespace
+
+std::string SpeedName(const CodecKind& kind) {
+  return ToString(CodecKind{.storage = kind.storage, .scale = kind.scale});
+}
+
+const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_codec,
+                              std::size_t group, std::size_t head_dim, std::size_t context) const {
+  for (const HeadSpeed& s : speeds)
+    if (s.k_codec == k_codec && s.v_codec == v_codec && s.group == group &&
+        s.head_dim == head_dim && s.context == context)
+      return &s;
+  return nullptr;
+}
+
+Wisdom ThisMachine(std::string_view target) {
+  return {CpuName(),
+          std::string(target.empty() ? Targets().front() : target),
+          std::string(Version()),
+          {}};
+}
+
+Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
+  nlohmann::ordered_json json = {{"format", kFormat},
+                                 {"cpu", wisdom.cpu},
+                                 {"target", wisdom.target},
+                                 {"version", wisdom.version}};
+  json["speeds"] = nlohmann::ordered_json::array();
+  for (const HeadSpeed& s : wisdom.speeds)
+    json["speeds"].push_back({{"k", s.k_codec},
+                              {"v", s.v_codec},
+                              {"group", s.group},
+                              {"head_dim", s.head_dim},
+                              {"context", s.context},
+                              {"decode_ns", s.decode_ns}});
+  return internal::WriteFileAtomically(
+      path, json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+Result<Wisdom> LoadWisdom(const std::string& path) {
+  Result<internal::MappedFile> file = internal::MappedFile::Open(path);
+  if (!file.ok()) return file.status();
+  Wisdom wisdom;
+  try {
+    const nlohmann::json json = nlohmann::json::parse(file->bytes());
+    if (const std::string format = json.at("format"); format != kFormat)
+      return internal::FileError(ErrorCode::kVersion, path, "format", kFormat,
+                                 internal::Quoted(format));
+    wisdom = {json.at("cpu"), json.at("target"), json.at("version"), {}};
+    for (const nlohmann::json& s : json.at("speeds"))
+      wisdom.speeds.push_back({s.at("k"), s.at("v"), s.at("group"), s.at("head_dim"),
+                               s.at("context"), s.at("decode_ns")});
+  } catch (const nlohmann::json::exception& e) {
+    return internal::FileError(ErrorCode::kCorrupt, path, "", "a record of kernel speeds",
+                               internal::OneLine(e.what()));
+  }
+  for (const HeadSpeed& s : wisdom.speeds)
+    if (!(s.decode_ns > 0.0))
+      return internal::FileError(ErrorCode::kCorrupt, path, "decode_ns", "a time above 0",
+                                 fmt::format("{}", s.decode_ns));
+  if (Status s = CheckSameMachine(wisdom, path); !s.ok()) return s;
+  return wisdom;
+}
+
+Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<CodecKind>& v,
+                         std::size_t group, std::size_t head_dim, std::size_t context,
+                         double seconds, Wisdom* wisdom) {
+  const Geometry geometry{1, 1, group, head_dim};
+  if (Status s = CheckGeometry(geometry); !s.ok()) return s;
+  if (context == 0) return {ErrorCode::kInvalidArgument, "context 0: expected 1 or more tokens"};
+  std::mt19937 random(1);
+  std::vector<Half> k_rows, v_rows;
+  const std::vector<Half> q = RandomHalves(group * head_dim, &random);
+  std::vector<float> out(q.size());
+  std::vector<std::unique_ptr<Decode>> decodes;
+  for (const CodecKind& kk : k) {
+    for (const CodecKind& vk : v) {
+      const HeadCodec kc = CodecFor(kk), vc = CodecFor(vk);
+      HeadSpeed speed{ToString(kc.kind), ToString(vc.kind), group, head_dim, context, 0.0};
+      const bool measuring = std::any_of(decodes.begin(), decodes.end(), [&](const auto& d) {
+        return d->speed.k_codec == speed.k_codec && d->speed.v_codec == speed.v_codec;
+      });
+      if (measuring || wisdom->Find(speed.k_codec, speed.v_codec, group, head_dim, context))
+        continue;
+      Result<Cache> cache =
+          Cache::Create(geometry, UniformPlan(geometry, kc, vc), context, {wisdom->target});
+      if (!cache.ok()) return cache.status();
+      if (k_rows.empty()) {
+        k_rows = RandomHalves(context * head_dim, &random);
+        v_rows = RandomHalves(context * head_dim, &random);
+      }
+      Status s = cache->Append(0, RowsView::F16(k_rows.data(), context, 1, head_dim),
+                               RowsView::F16(v_rows.data(), context, 1, head_dim));
+      if (!s.ok()) return s;
+      decodes.push_back(std::make_unique<Decode>(Decode{std::move(speed), std::move(*cache)}));
+    }
+  }
+  Status failed;
+  const RowsView queries = RowsView::F16(q.data(), 1, group, head_dim);
+  const AttendOptions options{.residence = Residence::kMemory};
+  std::vector<std::function<void()>> functions;
+  for (const auto& d : decodes) {
+    functions.push_back([&, cache = &d->cache] {
+      if (Status s = Attend(*cache, 0, queries, out.data(), options); !s.ok()) failed = s;
+    });
+  }
+  if (functions.empty()) return {};
+  const std::vector<double> medians = internal::MedianSeconds(functions, seconds);
+  if (!failed.ok()) return failed;
+  for (std::size_t i = 0; i < decodes.size(); ++i) {
+    decodes[i]->speed.decode_ns = medians[i] * 1e9;
+    wisdom->speeds.push_back(std::move(decodes[i]->speed));
+  }
+  return {};
+}
+
+}  // namespace kvmix
