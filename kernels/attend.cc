@@ -281,6 +281,7 @@ void Attend(const AttendTask& t) {
   const std::size_t padded = RoundUp(f.v.row.dim, kLanes);
   const Turns turns(t, score, weigh);
   Begin(t, score, turns, padded);
+  if (t.first_token >= t.last_token) return;  // no block to look up
 
   Work w;
   const std::size_t sharing = t.stream ? HWY_MIN(turns.count(), kMaxFetchingTurns) : 0;

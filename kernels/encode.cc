@@ -422,9 +422,9 @@ void TransformRows(const RowsIn& rows, const Transform& transform, std::size_t f
       ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()),
                                  [&](auto io, std::size_t i) KVMIX_LAMBDA {
                                    F32 value = X::LoadFinite(io, in.row(r) + i);
-                                   value = hn::Max(hn::Min(value, most), hn::Neg(most));
                                    if (own.mean != nullptr)
                                      value = hn::Sub(value, io.Load(DF32(), own.mean + i));
+                                   value = hn::Max(hn::Min(value, most), hn::Neg(most));
                                    Put(io, value, y + i);
                                  });
       FactorThenRotate(y, in.dim, own.inv_factor, own.hadamard);
@@ -521,14 +521,15 @@ HWY_INLINE void DecodeI8Row(const I8Row& row, std::size_t dim, Out* HWY_RESTRICT
 template <bool kMean, class IO, class Out>
 void DecodeI8Rows(const CodedRows& in, Out* out, std::size_t out_stride) {
   for (std::size_t r = 0; r < in.count; ++r) {
-    DecodeI8Row<kMean, IO>(I8RowOf(in, in.transform.mean, r), in.format.dim, out + r * out_stride);
+    const I8Row row = I8RowOf(in, in.transform.From(r).mean, r);
+    DecodeI8Row<kMean, IO>(row, in.format.dim, out + r * out_stride);
   }
 }
 
 // One row, whatever the format, to f32.
 void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
   const std::size_t dim = in.format.dim;
-  const Transform& transform = in.transform;
+  const Transform transform = in.transform.From(r);
   if (in.format.storage == Storage::kF16) {
     ToFloats<Halves>(reinterpret_cast<const std::uint16_t*>(in.rows + r * in.row_stride), dim, to);
   } else if (!transform.rotates_or_folds() && transform.mean != nullptr) {

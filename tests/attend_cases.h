@@ -7,25 +7,40 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "kernels/kernels.h"
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
 #include "kvmix/half.h"
 #include "kvmix/plan.h"
+#include "kvmix/quantize.h"
+#include "kvmix/version.h"
 #include "tests/reference/attention.h"
 
 namespace kvmix::testing {
 
-using Names = std::vector<std::string>;  // of codecs, as in kvmix/plan.h
+using Names = std::vector<std::string>;  // of codecs, as in kvmix/codec.h
 
-inline const Names kCodecs = {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre"};
+// Every storage, every scale, every step.
+inline const Names kCodecs = {"f16",
+                              "i8-token",
+                              "i8-token-bf16",
+                              "i8-head",
+                              "i8-token+centre",
+                              "i8-token+hadamard",
+                              "i8-token-bf16+centre+fold+hadamard",
+                              "i8-head+centre+hadamard"};
 
 // Normal numbers as halves.
 inline std::vector<Half> RandomHalves(std::mt19937& rng, std::size_t n, float size = 1.0f) {
@@ -65,25 +80,94 @@ inline Rows RandomRows(const Geometry& g, std::size_t tokens, unsigned seed, flo
   return rows;
 }
 
-// A codec with its numbers taken from the rows that it will hold: a head's scale covers them but
-// for the top tenth (so that some saturate), a mean is that of each channel.
-inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std::vector<Half>& x,
-                           std::size_t kv_head) {
-  const CodecKind kind = ParseCodecName(name).value();
-  HeadCodec codec{kind.storage, kind.scale, kind.scale_type, 0.0f, {}};
-  const std::size_t stride = g.kv_heads * g.head_dim;
-  if (kind.centred) codec.mean.assign(g.head_dim, 0.0f);
-  float largest = 0.0f;
-  for (std::size_t t = 0; t * stride < x.size(); ++t) {
-    for (std::size_t c = 0; c < g.head_dim; ++c) {
-      const float value = HalfToFloat(x[t * stride + kv_head * g.head_dim + c]);
-      largest = std::max(largest, std::fabs(value));
-      if (kind.centred) codec.mean[c] += value / static_cast<float>(x.size() / stride);
+// [rows, heads, head_dim], without gaps.
+template <class T>
+RowsView View(const std::vector<T>& x, std::size_t heads, std::size_t head_dim) {
+  constexpr Dtype kDtype = std::is_same_v<T, Half> ? Dtype::kF16 : Dtype::kF32;
+  return RowsView::Dense(x.data(), kDtype, x.size() / (heads * head_dim), heads, head_dim);
+}
+template <class T>
+RowsView KvView(const Geometry& g, const std::vector<T>& x) {
+  return View(x, g.kv_heads, g.head_dim);
+}
+template <class T>
+RowsView QView(const Geometry& g, const std::vector<T>& x) {
+  return View(x, g.query_heads, g.head_dim);
+}
+
+// Rows somewhere in memory.
+struct Placed {
+  std::vector<char> bytes;
+  RowsView view;  // into them
+};
+
+// `from` as another type and with other strides, its rows `gap` numbers apart. Between them lie
+// NaN. What bf16 has no bits for is cut off.
+inline Placed Place(const RowsView& from, Dtype dtype, bool heads_first, bool backwards,
+                    std::size_t gap) {
+  Placed to;
+  to.view = from;
+  to.view.dtype = dtype;
+  const std::size_t row = from.head_dim + gap, bytes = to.view.element_bytes();
+  to.view.token_stride = static_cast<std::ptrdiff_t>(heads_first ? row : from.heads * row);
+  to.view.head_stride = static_cast<std::ptrdiff_t>(heads_first ? from.tokens * row : row);
+  to.bytes.assign(from.tokens * from.heads * row * bytes, static_cast<char>(0xFF));
+  std::size_t first = 0;
+  if (backwards) {  // the last token's last head comes first
+    first = (from.tokens * from.heads - 1) * row;
+    to.view.token_stride = -to.view.token_stride;
+    to.view.head_stride = -to.view.head_stride;
+  }
+  to.view.data = to.bytes.data() + first * bytes;
+  for (std::size_t i = 0; i < from.tokens * from.heads * from.head_dim; ++i) {
+    const std::size_t t = i / from.head_dim / from.heads, h = i / from.head_dim % from.heads,
+                      c = i % from.head_dim;
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(from.At(t, h, c));
+    const Half half =
+        dtype == Dtype::kF16 ? FloatToHalf(from.At(t, h, c)) : static_cast<Half>(bits >> 16);
+    const auto at = static_cast<const char*>(to.view.row(t, h)) - to.bytes.data();
+    std::memcpy(to.bytes.data() + at + c * bytes,
+                dtype == Dtype::kF32 ? static_cast<const void*>(&bits) : &half, bytes);
+  }
+  return to;
+}
+
+// A codec with its numbers taken from the rows of one head that it will hold: a mean is that of
+// each channel, a factor the square root of its range, and a head's scale covers all but the top
+// tenth (so that some values saturate).
+inline HeadCodec MakeCodec(const std::string& name, const RowsView& rows) {
+  HeadCodec codec{ParseCodecKind(name).value(), 0.0f, nullptr};
+  CodecVectors vectors;
+  if (codec.kind.centre) {
+    vectors.mean.resize(rows.head_dim);
+    for (std::size_t i = 0; i < rows.tokens * rows.head_dim; ++i) {
+      const std::size_t t = i / rows.head_dim, c = i % rows.head_dim;
+      vectors.mean[c] += rows.At(t, 0, c) / static_cast<float>(rows.tokens);
     }
   }
-  if (kind.scale == ScaleKind::kHead)
-    codec.head_scale = largest > 0.0f ? 0.9f * largest / 127.0f : 1.0f;
+  if (codec.kind.fold) {
+    std::vector<float> range(rows.head_dim);
+    for (std::size_t i = 0; i < rows.tokens * rows.head_dim; ++i) {
+      const std::size_t t = i / rows.head_dim, c = i % rows.head_dim;
+      const float mean = codec.kind.centre ? vectors.mean[c] : 0.0f;
+      range[c] = std::max(range[c], std::fabs(rows.At(t, 0, c) - mean));
+    }
+    for (const float x : range) vectors.factor.push_back(x > 0.0f ? std::sqrt(x) : 1.0f);
+  }
+  if (vectors != CodecVectors()) {
+    codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
+  }
+  if (codec.kind.scale == Scale::kHead) {
+    const float scale = HeadScale(rows, codec);
+    codec.head_scale = scale > 0.0f ? 0.9f * scale : 1.0f;
+  }
   return codec;
+}
+
+inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std::vector<Half>& x,
+                           std::size_t kv_head) {
+  const RowsView rows = KvView(g, x);
+  return MakeCodec(name, rows.tokens != 0 ? rows.Head(kv_head) : rows);
 }
 
 // KV head h gets k_codecs[h % n] and v_codecs[h % m], in every layer.
@@ -99,13 +183,15 @@ inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs,
   return plan;
 }
 
-// A cache for the active target with `rows` in every layer.
-inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity) {
-  Result<Cache> cache = Cache::Create(plan.geometry, plan, capacity);
+// A cache with `rows` in every layer, for a target, "" for the best.
+inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
+                    std::string_view target = {}) {
+  Result<Cache> cache =
+      Cache::Create(plan.geometry, plan, capacity, CacheOptions{std::string(target)});
   if (!cache.ok()) ADD_FAILURE() << cache.status().message();
-  const std::size_t tokens = rows.k.size() / (plan.geometry.kv_heads * plan.geometry.head_dim);
   for (std::size_t layer = 0; layer < plan.geometry.layers; ++layer) {
-    const Status s = cache->Append(layer, rows.k.data(), rows.v.data(), tokens);
+    const Status s =
+        cache->Append(layer, KvView(plan.geometry, rows.k), KvView(plan.geometry, rows.v));
     EXPECT_TRUE(s.ok()) << s.message();
   }
   return std::move(*cache);
@@ -114,25 +200,17 @@ inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity) {
 // The rows that a layer's codes and scales stand for: [tokens, kv_heads, head_dim].
 inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor tensor) {
   const Geometry& g = cache.geometry();
-  const std::size_t tokens = cache.tokens(layer);
-  std::vector<double> x(tokens * g.kv_heads * g.head_dim);
-  std::vector<Half> halves(tokens * g.head_dim);
-  std::vector<float> scales(tokens);
+  if (cache.tokens(layer) == 0) return {};
+  const std::size_t tokens = cache.tokens(layer), stride = g.kv_heads * g.head_dim;
+  std::vector<float> x(tokens * stride), scales(tokens);
   for (std::size_t h = 0; h < g.kv_heads; ++h) {
-    const HeadCodec& codec = cache.plan().codec(layer, h, tensor);
-    std::fill(scales.begin(), scales.end(),
-              codec.scale == ScaleKind::kHead ? codec.head_scale : 1.0f);
-    EXPECT_TRUE(cache.ExportRows(layer, h, tensor, 0, tokens, halves.data(), scales.data()).ok());
-    const std::int8_t* codes = reinterpret_cast<const std::int8_t*>(halves.data());
-    for (std::size_t i = 0; i < tokens * g.head_dim; ++i) {
-      const std::size_t t = i / g.head_dim, c = i % g.head_dim;
-      const double code =
-          codec.storage == Storage::kF16 ? static_cast<double>(HalfToFloat(halves[i])) : codes[i];
-      x[(t * g.kv_heads + h) * g.head_dim + c] =
-          (codec.centred() ? codec.mean[c] : 0.0) + scales[t] * code;
-    }
+    const RowCodec codec =
+        RowCodec::Create(cache.plan().codec(layer, h, tensor), g.head_dim).value();
+    std::vector<std::uint8_t> codes(tokens * codec.row_bytes());
+    EXPECT_TRUE(cache.ExportRows(layer, h, tensor, 0, tokens, codes.data(), scales.data()).ok());
+    codec.Decode(codes.data(), scales.data(), tokens, x.data() + h * g.head_dim, stride);
   }
-  return x;
+  return {x.begin(), x.end()};
 }
 
 inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
@@ -144,11 +222,10 @@ inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
 
 template <typename T>
 std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q,
-                            const AttendOptions& options = {}) {
-  const Geometry& g = cache.geometry();
+                            const AttendOptions& options = {}, int num_threads = 1) {
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
   const Status s =
-      Attend(cache, layer, q.data(), q.size() / (g.query_heads * g.head_dim), out.data(), options);
+      Attend(cache, layer, QView(cache.geometry(), q), out.data(), options, num_threads);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }
@@ -177,15 +254,13 @@ inline double WorstNmse(const Geometry& g, const std::vector<float>& out,
   return *std::max_element(nmse.begin(), nmse.end());
 }
 
-// f() with each target active in turn.
+// f(target) with each target in turn.
 template <class F>
 void ForAllTargets(const F& f) {
-  for (const kernels::Kernels& k : kernels::AllKernels()) {
-    SCOPED_TRACE(k.target);
-    ASSERT_TRUE(kernels::UseTarget(k.target));
-    f();
+  for (const std::string_view target : Targets()) {
+    SCOPED_TRACE(target);
+    f(target);
   }
-  kernels::UseTarget("");
 }
 
 }  // namespace kvmix::testing

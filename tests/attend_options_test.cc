@@ -1,12 +1,17 @@
 // What attention's options do, and what must not change its result: windows, soft caps, sinks, NaN,
-// truncation, alignment, threads. (Accuracy over shapes and codecs: attend_test.cc.)
+// truncation, alignment, types and strides of q, threads, a fork. (Accuracy over shapes and codecs:
+// attend_test.cc.)
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cfloat>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -31,7 +36,7 @@ namespace {
 
 constexpr double kBound = 1e-6;
 
-// Five KV heads, each with another pair of codecs.
+// A KV head for every codec of K, each with another of V.
 struct Model {
   Geometry g;
   Rows rows;
@@ -41,20 +46,30 @@ struct Model {
 
   Model(std::size_t head_dim, std::size_t group, std::size_t num_tokens, std::size_t queries,
         unsigned seed)
-      : g{1, 5, 5 * group, head_dim}, rows(RandomRows(g, num_tokens, seed)), tokens(num_tokens) {
+      : g{1, kCodecs.size(), kCodecs.size() * group, head_dim},
+        rows(RandomRows(g, num_tokens, seed)),
+        tokens(num_tokens) {
     plan = MakePlan(g, rows, kCodecs,
-                    {"i8-token", "f16", "i8-token+centre", "i8-token-bf16", "i8-head"});
+                    {"i8-token", "f16", "i8-token+centre", "i8-token-bf16", "i8-head",
+                     "i8-token-bf16+centre+fold+hadamard", "i8-token+fold", "i8-token+hadamard"});
     std::mt19937 rng(seed + 1);
     q = RandomHalves(rng, queries * g.query_heads * g.head_dim);
   }
-  Cache Fill() const { return Filled(plan, rows, tokens); }
+  Cache Fill(std::string_view target = {}) const { return Filled(plan, rows, tokens, target); }
 };
 
 void CheckOnAllTargets(const Model& m, const AttendOptions& options) {
   const std::vector<float> q = ToFloats(m.q);
   const std::vector<double> expected = Expected(m.Fill(), 0, q, options);
-  ForAllTargets(
-      [&] { EXPECT_LE(WorstNmse(m.g, Attended(m.Fill(), 0, q, options), expected), kBound); });
+  ForAllTargets([&](std::string_view target) {
+    const std::vector<double> nmse = Nmse(m.g, Attended(m.Fill(target), 0, q, options), expected);
+    for (std::size_t h = 0; h < nmse.size(); ++h) {
+      EXPECT_LE(nmse[h], kBound) << "query head " << h << ", K and V "
+                                 << ToString(m.plan.codec(0, h / m.g.group(), Tensor::kK).kind)
+                                 << " "
+                                 << ToString(m.plan.codec(0, h / m.g.group(), Tensor::kV).kind);
+    }
+  });
 }
 
 constexpr std::size_t kGroups[] = {1, 4, 7};
@@ -94,7 +109,7 @@ TEST(AttendOptions, SlidingWindowWithMoreQueriesThanTokens) {
   CheckOnAllTargets(m, options);
 }
 
-// Centred K heads as well: the cap sees the whole score.
+// Centred, folded and rotated K heads as well: the cap sees the whole score.
 TEST(AttendOptions, SoftCap) {
   for (const std::size_t group : kGroups) {
     const Model m(128, group, 1500, 3, 4);
@@ -146,8 +161,8 @@ TEST(AttendOptions, Sinks) {
         options.sliding_window = 3000;
         const std::vector<float> q = ToFloats(m.q);
         const std::vector<double> expected = Expected(m.Fill(), 0, q, options);
-        ForAllTargets([&] {
-          const std::vector<float> out = Attended(m.Fill(), 0, q, options);
+        ForAllTargets([&](std::string_view target) {
+          const std::vector<float> out = Attended(m.Fill(target), 0, q, options);
           const std::vector<double> nmse = Nmse(m.g, out, expected);
           for (std::size_t h = 0; h < sinks.size(); ++h) {
             if (sinks[h] == 1000.0f) continue;
@@ -164,25 +179,34 @@ TEST(AttendOptions, Sinks) {
   }
 }
 
-// The mean that centred V puts back is worth what the sink leaves of the weight; both tensors
-// centred, on every head.
+// The mean that centred V puts back is worth what the sink leaves of the weight, and a sink's logit
+// stands beside scores that lack q . mean; both tensors centred, on every head.
 TEST(AttendOptions, SinksOverCentredHeads) {
-  for (const std::size_t group : kGroups) {
-    Model m(80, group, 1500, 3, 17);
-    for (std::size_t i = 0; i < m.rows.v.size(); ++i)
-      m.rows.v[i] = FloatToHalf(HalfToFloat(m.rows.v[i]) + (i % 3 == 0 ? 20.0f : -5.0f));
-    m.plan = MakePlan(m.g, m.rows, {"i8-token+centre"},
-                      {"i8-token+centre", "i8-token-bf16+centre", "i8-head+centre"});
-    std::vector<float> sinks(m.g.query_heads);
-    for (std::size_t h = 0; h < sinks.size(); ++h)
-      sinks[h] = 3.0f * static_cast<float>(h % 7) - 5.0f;
-    for (const float cap : {0.0f, 30.0f}) {
-      SCOPED_TRACE(::testing::Message() << "group " << group << ", cap " << cap);
-      AttendOptions options;
-      options.soft_cap = cap;
-      CheckOnAllTargets(m, options);
-      options.sinks = sinks.data();
-      CheckOnAllTargets(m, options);
+  const Names k_plain = {"i8-token+centre"},
+              v_plain = {"i8-token+centre", "i8-token-bf16+centre", "i8-head+centre"},
+              k_steps = {"i8-token+centre+hadamard", "i8-token-bf16+centre+fold",
+                         "i8-head+centre+fold+hadamard"},
+              v_steps = {"i8-token+centre+fold+hadamard", "i8-token-bf16+centre+hadamard"};
+  for (const std::size_t head_dim : {33, 80}) {  // without a rotation, and in blocks of 16
+    for (const std::size_t group : kGroups) {
+      Model m(head_dim, group, 1500, 3, 17);
+      for (std::size_t i = 0; i < m.rows.v.size(); ++i)
+        m.rows.v[i] = FloatToHalf(HalfToFloat(m.rows.v[i]) + (i % 3 == 0 ? 20.0f : -5.0f));
+      std::vector<float> sinks(m.g.query_heads);
+      for (std::size_t h = 0; h < sinks.size(); ++h)
+        sinks[h] = 3.0f * static_cast<float>(h % 7) - 5.0f;
+      for (const bool steps : {false, true}) {
+        m.plan = MakePlan(m.g, m.rows, steps ? k_steps : k_plain, steps ? v_steps : v_plain);
+        for (const float cap : {0.0f, 30.0f}) {
+          SCOPED_TRACE(::testing::Message()
+                       << "head_dim " << head_dim << ", group " << group << ", cap " << cap);
+          AttendOptions options;
+          options.soft_cap = cap;
+          CheckOnAllTargets(m, options);
+          options.sinks = sinks.data();
+          CheckOnAllTargets(m, options);
+        }
+      }
     }
   }
 }
@@ -191,8 +215,8 @@ TEST(AttendOptions, SinksOverCentredHeads) {
 TEST(AttendOptions, SinksAtTheLimitsOfFloats) {
   const Model m(64, 2, 300, 2, 18);
   AttendOptions options;
-  ForAllTargets([&] {
-    const Cache cache = m.Fill();
+  ForAllTargets([&](std::string_view target) {
+    const Cache cache = m.Fill(target);
     const std::vector<float> without = Attended(cache, 0, m.q);
     std::vector<float> sinks(m.g.query_heads, -FLT_MAX);
     options.sinks = sinks.data();
@@ -202,56 +226,56 @@ TEST(AttendOptions, SinksAtTheLimitsOfFloats) {
   });
 }
 
+// A rotation of q spreads them over their row, and no further.
 TEST(AttendOptions, NanAndInfStayInTheirRow) {
-  const Model m(80, 3, 1200, 4, 6);
   const float inf = std::numeric_limits<float>::infinity();
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), inf, -inf}) {
-    for (const float cap : {0.0f, 30.0f}) {
-      AttendOptions options;
-      options.soft_cap = cap;
-      std::vector<float> q = ToFloats(m.q);
-      const std::vector<bool> is_bad = [&] {
-        std::vector<bool> b(q.size() / m.g.head_dim);
-        for (std::size_t row = 0; row < b.size(); row += 7) b[row] = true;
-        return b;
-      }();
-      ForAllTargets([&] {
-        const Cache cache = m.Fill();
-        const std::vector<float> clean = Attended(cache, 0, ToFloats(m.q), options);
-        for (std::size_t row = 0; row < is_bad.size(); ++row) {
-          if (is_bad[row]) q[row * m.g.head_dim + row % m.g.head_dim] = bad;
+  for (const std::size_t head_dim : {33, 64, 80}) {
+    const Model m(head_dim, 3, 1200, 4, 6);
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), inf, -inf}) {
+      for (const float cap : {0.0f, 30.0f}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "head_dim " << head_dim << ", " << bad << ", cap " << cap);
+        AttendOptions options;
+        options.soft_cap = cap;
+        std::vector<float> q = ToFloats(m.q);
+        const auto is_bad = [](std::size_t row) { return row % 7 == 0; };
+        for (std::size_t row = 0; row < q.size() / head_dim; row += 7) {
+          q[row * head_dim + row % head_dim] = bad;
         }
-        const std::vector<float> out = Attended(cache, 0, q, options);
         std::vector<Half> q_halves(q.size());
         std::transform(q.begin(), q.end(), q_halves.begin(), FloatToHalf);
-        const std::vector<float> of_halves = Attended(cache, 0, q_halves, options);
-        EXPECT_EQ(std::memcmp(of_halves.data(), out.data(), out.size() * sizeof(float)), 0)
-            << "q as halves, with " << bad;
-        for (std::size_t i = 0; i < out.size(); ++i) {
-          if (is_bad[i / m.g.head_dim]) {
-            ASSERT_TRUE(std::isnan(out[i]))
-                << "row " << i / m.g.head_dim << " with " << bad << ": " << out[i];
-          } else {
-            ASSERT_EQ(out[i], clean[i])
-                << "row " << i / m.g.head_dim << " beside rows with " << bad;
+        ForAllTargets([&](std::string_view target) {
+          const Cache cache = m.Fill(target);
+          const std::vector<float> clean = Attended(cache, 0, ToFloats(m.q), options);
+          const std::vector<float> out = Attended(cache, 0, q, options);
+          const std::vector<float> of_halves = Attended(cache, 0, q_halves, options);
+          EXPECT_EQ(std::memcmp(of_halves.data(), out.data(), out.size() * sizeof(float)), 0)
+              << "q as halves";
+          for (std::size_t i = 0; i < out.size(); ++i) {
+            if (is_bad(i / head_dim)) {
+              ASSERT_TRUE(std::isnan(out[i])) << "row " << i / head_dim << ": " << out[i];
+            } else {
+              ASSERT_EQ(out[i], clean[i]) << "row " << i / head_dim << ", beside bad ones";
+            }
           }
-        }
-      });
+        });
+      }
     }
   }
 }
 
 TEST(AttendOptions, EmptyCacheGivesZeros) {
   const Model m(64, 2, 0, 3, 7);
-  ForAllTargets([&] {
-    const std::vector<float> out = Attended(m.Fill(), 0, m.q);
+  ForAllTargets([&](std::string_view target) {
+    const std::vector<float> out = Attended(m.Fill(target), 0, m.q);
     EXPECT_EQ(out, std::vector<float>(m.q.size(), 0.0f));
     std::vector<float> sinks(m.g.query_heads, 1.0f);
     AttendOptions options;
     options.sinks = sinks.data();
-    EXPECT_EQ(Attended(m.Fill(), 0, m.q, options), std::vector<float>(m.q.size(), 0.0f));
+    EXPECT_EQ(Attended(m.Fill(target), 0, m.q, options), std::vector<float>(m.q.size(), 0.0f));
     float untouched = 5.0f;
-    EXPECT_TRUE(Attend(m.Fill(), 0, m.q.data(), 0, &untouched).ok());
+    EXPECT_TRUE(
+        Attend(m.Fill(target), 0, RowsView::F16(nullptr, 0, m.g.query_heads, 64), &untouched).ok());
     EXPECT_EQ(untouched, 5.0f);
   });
 }
@@ -266,21 +290,19 @@ TEST(AttendOptions, NothingStaleAfterTruncate) {
   std::vector<Half> poison(600 * row);
   for (std::size_t i = 0; i < poison.size(); ++i)
     poison[i] = poison_values[i % poison_values.size()];
-  ForAllTargets([&] {
+  const RowsView k = KvView(m.g, m.rows.k), v = KvView(m.g, m.rows.v), bad = KvView(m.g, poison);
+  ForAllTargets([&](std::string_view target) {
     for (const std::size_t kept : {0, 1, 255, 256, 300}) {
-      Result<Cache> fresh = Cache::Create(m.g, m.plan, 1000),
-                    reused = Cache::Create(m.g, m.plan, 1000);
-      ASSERT_TRUE(fresh.ok() && reused.ok());
-      ASSERT_TRUE(fresh->Append(0, m.rows.k.data(), m.rows.v.data(), kept).ok());
-      ASSERT_TRUE(reused->Append(0, m.rows.k.data(), m.rows.v.data(), kept).ok());
-      ASSERT_TRUE(reused->Append(0, poison.data(), poison.data(), 600).ok());
-      ASSERT_TRUE(reused->Truncate(kept).ok());
-      EXPECT_EQ(Attended(*reused, 0, m.q), Attended(*fresh, 0, m.q)) << "kept " << kept;
-      for (Cache* cache : {&*fresh, &*reused}) {
-        ASSERT_TRUE(
-            cache->Append(0, m.rows.k.data() + kept * row, m.rows.v.data() + kept * row, 70).ok());
+      Cache fresh = Filled(m.plan, {}, 1000, target), reused = Filled(m.plan, {}, 1000, target);
+      ASSERT_TRUE(fresh.Append(0, k.Tokens(0, kept), v.Tokens(0, kept)).ok());
+      ASSERT_TRUE(reused.Append(0, k.Tokens(0, kept), v.Tokens(0, kept)).ok());
+      ASSERT_TRUE(reused.Append(0, bad, bad).ok());
+      ASSERT_TRUE(reused.Truncate(kept).ok());
+      EXPECT_EQ(Attended(reused, 0, m.q), Attended(fresh, 0, m.q)) << "kept " << kept;
+      for (Cache* cache : {&fresh, &reused}) {
+        ASSERT_TRUE(cache->Append(0, k.Tokens(kept, 70), v.Tokens(kept, 70)).ok());
       }
-      EXPECT_EQ(Attended(*reused, 0, m.q), Attended(*fresh, 0, m.q))
+      EXPECT_EQ(Attended(reused, 0, m.q), Attended(fresh, 0, m.q))
           << "kept " << kept << " and 70 more";
     }
   });
@@ -289,7 +311,7 @@ TEST(AttendOptions, NothingStaleAfterTruncate) {
 // The weights of the block of a token that takes all are 0 or next to it, but never a denormal, and
 // nor is what comes of them.
 TEST(AttendOptions, NoDenormals) {
-  const Geometry g{1, 5, 5, 64};
+  const Geometry g{1, kCodecs.size(), kCodecs.size(), 64};
   Rows rows = RandomRows(g, 600, 9, 0.0f);
   const std::size_t row = g.kv_heads * g.head_dim;
   for (std::size_t i = 0; i < rows.k.size(); ++i) {
@@ -297,10 +319,11 @@ TEST(AttendOptions, NoDenormals) {
     rows.k[i] = FloatToHalf(t == 300 ? 10.0f : -0.05f * static_cast<float>(t % 256));
     rows.v[i] = t == 300 ? Half{0} : FloatToHalf(60000.0f);
   }
-  for (const Names& v : {Names{"f16"}, Names{"i8-token"}, Names{"i8-head"}}) {
+  for (const Names& v :
+       {Names{"f16"}, Names{"i8-token"}, Names{"i8-head"}, Names{"i8-token+fold"}}) {
     const Plan plan = MakePlan(g, rows, kCodecs, v);
-    ForAllTargets([&] {
-      const Cache cache = Filled(plan, rows, 600);
+    ForAllTargets([&](std::string_view target) {
+      const Cache cache = Filled(plan, rows, 600, target);
       for (float q = 0.25f; q < 8.0f; q += 0.25f) {
         const std::vector<float> out =
             Attended(cache, 0, std::vector<float>(g.query_heads * g.head_dim, q));
@@ -313,18 +336,19 @@ TEST(AttendOptions, NoDenormals) {
 
 // Whole blocks of tokens without any V still take their share of the weight.
 TEST(AttendOptions, ZeroRowsOfVTakeWeight) {
-  const Geometry g{1, 5, 10, 64};
+  const Geometry g{1, kCodecs.size(), 2 * kCodecs.size(), 64};
   for (const std::size_t zero_first : {0, 256}) {
     Rows rows = RandomRows(g, 512, 10);
     const std::size_t row = g.kv_heads * g.head_dim;
     std::fill_n(rows.v.begin() + static_cast<std::ptrdiff_t>(zero_first * row), 256 * row, Half{0});
     std::mt19937 rng(11);
     const std::vector<float> q = ToFloats(RandomHalves(rng, 2 * g.query_heads * g.head_dim));
-    for (const char* v : {"f16", "i8-token", "i8-token-bf16", "i8-head"}) {
+    for (const char* v : {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+hadamard",
+                          "i8-token-bf16+centre+fold+hadamard"}) {
       const Plan plan = MakePlan(g, rows, kCodecs, {v});
       const std::vector<double> expected = Expected(Filled(plan, rows, 512), 0, q);
-      ForAllTargets([&] {
-        EXPECT_LE(WorstNmse(g, Attended(Filled(plan, rows, 512), 0, q), expected), kBound)
+      ForAllTargets([&](std::string_view target) {
+        EXPECT_LE(WorstNmse(g, Attended(Filled(plan, rows, 512, target), 0, q), expected), kBound)
             << v << ", zeros from " << zero_first;
       });
     }
@@ -335,7 +359,7 @@ TEST(AttendOptions, ZeroRowsOfVTakeWeight) {
 // cache without that token.
 TEST(AttendOptions, HopelessKeysAddNothing) {
   for (const std::size_t tokens : {1, 37, 64, 255, 256, 299}) {
-    const Geometry g{1, 5, 20, 64};
+    const Geometry g{1, 8, 32, 64};
     Rows rows = RandomRows(g, tokens, 19);
     const std::size_t row = g.kv_heads * g.head_dim;
     for (std::size_t i = 0; i < rows.k.size(); i += g.head_dim) rows.k[i] = FloatToHalf(1.0f);
@@ -345,14 +369,18 @@ TEST(AttendOptions, HopelessKeysAddNothing) {
     Rows hopeless{std::vector<Half>(row, Half{0}), std::vector<Half>(row, FloatToHalf(60000.0f))};
     for (std::size_t i = 0; i < row; i += g.head_dim)
       hopeless.k[i] = FloatToHalf(-400.0f);  // a score of -400, in the middle of 1s
-    for (const char* v : {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre"}) {
-      const Plan plan = MakePlan(
-          g, rows, {"f16", "i8-token", "i8-token-bf16", "i8-token", "i8-token+centre"}, {v});
-      ForAllTargets([&] {
+    for (const char* v : {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre",
+                          "i8-token+hadamard", "i8-token-bf16+centre+fold+hadamard"}) {
+      const Plan plan =
+          MakePlan(g, rows,
+                   {"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token+hadamard",
+                    "i8-token+fold", "i8-token-bf16+centre+fold", "i8-token+centre+fold+hadamard"},
+                   {v});
+      ForAllTargets([&](std::string_view target) {
         SCOPED_TRACE(::testing::Message() << tokens << " tokens, V " << v);
-        Cache cache = Filled(plan, rows, tokens + 1);
+        Cache cache = Filled(plan, rows, tokens + 1, target);
         const std::vector<float> without = Attended(cache, 0, q);
-        ASSERT_TRUE(cache.Append(0, hopeless.k.data(), hopeless.v.data(), 1).ok());
+        ASSERT_TRUE(cache.Append(0, KvView(g, hopeless.k), KvView(g, hopeless.v)).ok());
         EXPECT_EQ(Attended(cache, 0, q), without);
       });
     }
@@ -365,28 +393,31 @@ TEST(AttendOptions, MaskedTokensAddNothing) {
   const std::size_t tokens = 700, queries = 30, window = 200;
   const Model m(64, 4, tokens, queries, 21);
   const std::size_t row = m.g.kv_heads * m.g.head_dim, q_row = m.g.query_heads * m.g.head_dim;
-  const auto poisoned = [&](std::size_t first, std::size_t last) {
+  const auto poisoned = [&](std::size_t first, std::size_t last, std::string_view target) {
     Rows rows = m.rows;
     std::fill(rows.k.begin() + static_cast<std::ptrdiff_t>(first * row),
               rows.k.begin() + static_cast<std::ptrdiff_t>(last * row), FloatToHalf(-60000.0f));
     std::fill(rows.v.begin() + static_cast<std::ptrdiff_t>(first * row),
               rows.v.begin() + static_cast<std::ptrdiff_t>(last * row), FloatToHalf(60000.0f));
-    return Filled(m.plan, rows, tokens);
+    return Filled(m.plan, rows, tokens, target);
   };
-  ForAllTargets([&] {
+  ForAllTargets([&](std::string_view target) {
     for (const float cap : {0.0f, 30.0f}) {
       AttendOptions options;
       options.soft_cap = cap;
-      const std::vector<float> all = Attended(m.Fill(), 0, m.q, options);
-      const std::vector<float> later = Attended(poisoned(tokens - 10, tokens), 0, m.q, options);
+      const std::vector<float> all = Attended(m.Fill(target), 0, m.q, options);
+      const std::vector<float> later =
+          Attended(poisoned(tokens - 10, tokens, target), 0, m.q, options);
       for (std::size_t i = 0; i < (queries - 10) * q_row; ++i)
         ASSERT_EQ(later[i], all[i]) << "query " << i / q_row << ", cap " << cap;
       EXPECT_NE(later, all);
       options.sliding_window = window;
-      const std::vector<float> windowed = Attended(m.Fill(), 0, m.q, options);
+      const std::vector<float> windowed = Attended(m.Fill(target), 0, m.q, options);
       const std::size_t first_seen = tokens - queries + 1 - window;  // by the first query
-      EXPECT_EQ(Attended(poisoned(0, first_seen), 0, m.q, options), windowed) << "cap " << cap;
-      EXPECT_NE(Attended(poisoned(0, first_seen + 1), 0, m.q, options), windowed) << "cap " << cap;
+      EXPECT_EQ(Attended(poisoned(0, first_seen, target), 0, m.q, options), windowed)
+          << "cap " << cap;
+      EXPECT_NE(Attended(poisoned(0, first_seen + 1, target), 0, m.q, options), windowed)
+          << "cap " << cap;
     }
   });
 }
@@ -402,28 +433,50 @@ TEST(AttendOptions, AnyAlignment) {
     std::memcpy(at, x.data(), x.size() * sizeof(x[0]));
     return at;
   };
-  ForAllTargets([&] {
-    const std::vector<float> expected = Attended(m.Fill(), 0, m.q);
+  ForAllTargets([&](std::string_view target) {
+    const std::vector<float> expected = Attended(m.Fill(target), 0, m.q);
     for (const std::size_t by : {1, 3, 17}) {
       std::vector<char> k, v, q, q_floats, out;
-      Result<Cache> cache = Cache::Create(m.g, m.plan, m.tokens);
+      const auto moved = [&](RowsView view, const auto& x, std::vector<char>* storage) {
+        view.data = misaligned(x, by, storage);
+        return view;
+      };
+      Cache cache = Filled(m.plan, {}, m.tokens, target);
       ASSERT_TRUE(cache
-                      ->Append(0, reinterpret_cast<const Half*>(misaligned(m.rows.k, by, &k)),
-                               reinterpret_cast<const Half*>(misaligned(m.rows.v, by, &v)),
-                               m.tokens)
+                      .Append(0, moved(KvView(m.g, m.rows.k), m.rows.k, &k),
+                              moved(KvView(m.g, m.rows.v), m.rows.v, &v))
                       .ok());
       float* to = reinterpret_cast<float*>(misaligned(std::vector<float>(m.q.size()), by, &out));
       std::vector<float> got(m.q.size());
-      ASSERT_TRUE(
-          Attend(*cache, 0, reinterpret_cast<const Half*>(misaligned(m.q, by, &q)), 3, to).ok());
+      ASSERT_TRUE(Attend(cache, 0, moved(QView(m.g, m.q), m.q, &q), to).ok());
       std::memcpy(got.data(), to, got.size() * sizeof(float));
       EXPECT_EQ(got, expected) << by;
-      ASSERT_TRUE(Attend(*cache, 0,
-                         reinterpret_cast<const float*>(misaligned(ToFloats(m.q), by, &q_floats)),
-                         3, to)
-                      .ok());
+      const std::vector<float> floats = ToFloats(m.q);
+      ASSERT_TRUE(Attend(cache, 0, moved(QView(m.g, floats), floats, &q_floats), to).ok());
       std::memcpy(got.data(), to, got.size() * sizeof(float));
       EXPECT_EQ(got, expected) << by;
+    }
+  });
+}
+
+// q as f16, bf16 or f32, token by token, head by head, or backwards: the same bits.
+TEST(AttendOptions, QueriesOfAnyTypeAndStride) {
+  Model m(80, 2, 700, 9, 23);
+  for (Half& x : m.q) x = FloatToHalf(std::round(8.0f * HalfToFloat(x)));  // a bf16 number as well
+  ForAllTargets([&](std::string_view target) {
+    const Cache cache = m.Fill(target);
+    const std::vector<float> expected = Attended(cache, 0, m.q);
+    for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32}) {
+      for (const bool heads_first : {false, true}) {
+        for (const bool backwards : {false, true}) {
+          const Placed q = Place(QView(m.g, m.q), dtype, heads_first, backwards, backwards ? 5 : 0);
+          std::vector<float> out(m.q.size(), -1.0f);
+          ASSERT_TRUE(Attend(cache, 0, q.view, out.data()).ok());
+          EXPECT_EQ(out, expected)
+              << "type " << static_cast<int>(dtype) << (heads_first ? ", heads first" : "")
+              << (backwards ? ", backwards" : "");
+        }
+      }
     }
   });
 }
@@ -437,17 +490,15 @@ TEST(AttendOptions, ThreadsAndOrderOfPartsDoNotMatter) {
     const Model m(64, 4, s.tokens, s.queries, 13);
     SCOPED_TRACE(::testing::Message() << s.tokens << " tokens, " << s.queries << " queries");
     const Cache cache = m.Fill();
-    AttendOptions options;
-    const std::vector<float> expected = Attended(cache, 0, m.q, options);
+    const std::vector<float> expected = Attended(cache, 0, m.q);
     for (const int threads : {0, 2, 3, 7}) {
-      options.num_threads = threads;
-      EXPECT_EQ(Attended(cache, 0, m.q, options), expected) << threads << " threads";
+      EXPECT_EQ(Attended(cache, 0, m.q, {}, threads), expected) << threads << " threads";
     }
     AttendJob job;
     EXPECT_EQ(job.parts(), 0u);
     for (int round = 0; round < 2; ++round) {
       std::vector<float> out(m.q.size(), -1.0f);
-      ASSERT_TRUE(job.Start(cache, 0, m.q.data(), s.queries, out.data()).ok());
+      ASSERT_TRUE(job.Start(cache, 0, QView(m.g, m.q), out.data()).ok());
       std::vector<std::thread> pool;
       for (std::size_t i = 0; i < 3; ++i) {
         pool.emplace_back([&, i] {
@@ -467,25 +518,28 @@ TEST(AttendOptions, JobReusedOverShapes) {
   struct Shape {
     std::size_t head_dim, group, tokens, queries;
   };
-  ForAllTargets([&] {
+  std::vector<Model> models;
+  for (const Shape& s : {Shape{64, 4, 300, 1},
+                         {64, 4, 300, 70},
+                         {128, 7, 3000, 3},
+                         {64, 1, 10, 1},
+                         {80, 1, 0, 2},
+                         {256, 4, 1200, 20},
+                         {33, 7, 1100, 1},
+                         {128, 7, 3000, 3},
+                         {64, 4, 300, 0},
+                         {64, 4, 300, 1}}) {
+    models.emplace_back(s.head_dim, s.group, s.tokens, s.queries, 22);
+  }
+  ForAllTargets([&](std::string_view target) {
     AttendJob job;
-    for (const Shape& s : {Shape{64, 4, 300, 1},
-                           {64, 4, 300, 70},
-                           {128, 7, 3000, 3},
-                           {64, 1, 10, 1},
-                           {80, 1, 0, 2},
-                           {256, 4, 1200, 20},
-                           {33, 7, 1100, 1},
-                           {128, 7, 3000, 3},
-                           {64, 4, 300, 0},
-                           {64, 4, 300, 1}}) {
-      SCOPED_TRACE(::testing::Message() << s.head_dim << " dims, group " << s.group << ", "
-                                        << s.tokens << " tokens, " << s.queries << " queries");
-      const Model m(s.head_dim, s.group, s.tokens, s.queries, 22);
-      const Cache cache = m.Fill();
+    for (const Model& m : models) {
+      SCOPED_TRACE(::testing::Message() << ToString(m.g) << ", " << m.tokens << " tokens, "
+                                        << QView(m.g, m.q).tokens << " queries");
+      const Cache cache = m.Fill(target);
       const auto run = [&](AttendJob& j) {
         std::vector<float> out(m.q.size(), -1.0f);
-        EXPECT_TRUE(j.Start(cache, 0, m.q.data(), s.queries, out.data()).ok());
+        EXPECT_TRUE(j.Start(cache, 0, QView(m.g, m.q), out.data()).ok());
         for (std::size_t p = 0; p < j.parts(); ++p) j.RunPart(p);
         return out;
       };
@@ -493,7 +547,7 @@ TEST(AttendOptions, JobReusedOverShapes) {
       const std::vector<float> expected = run(fresh);
       EXPECT_EQ(run(job), expected);
       std::vector<float> out(m.q.size() + 1);
-      EXPECT_EQ(job.Start(cache, 1, m.q.data(), s.queries, out.data()).code(),
+      EXPECT_EQ(job.Start(cache, 1, QView(m.g, m.q), out.data()).code(),
                 ErrorCode::kInvalidArgument);
       EXPECT_EQ(job.parts(), 0u);
     }
@@ -504,8 +558,9 @@ TEST(AttendOptions, BadArguments) {
   const Model m(64, 1, 10, 1, 14);
   const Cache cache = m.Fill();
   std::vector<float> out(m.q.size(), 5.0f);
+  const RowsView q = QView(m.g, m.q);
   const auto attend = [&](std::size_t layer, const AttendOptions& options) {
-    return Attend(cache, layer, m.q.data(), 1, out.data(), options).code();
+    return Attend(cache, layer, q, out.data(), options).code();
   };
   EXPECT_EQ(attend(1, {}), ErrorCode::kInvalidArgument);
   AttendOptions options;
@@ -518,9 +573,15 @@ TEST(AttendOptions, BadArguments) {
     options.attention_scale = bad;
     EXPECT_EQ(attend(0, options), ErrorCode::kInvalidArgument) << "attention_scale " << bad;
   }
-  options = {};
-  options.num_threads = -1;
-  EXPECT_EQ(attend(0, options), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(Attend(cache, 0, q, out.data(), {}, -1).code(), ErrorCode::kInvalidArgument);
+  const auto refused = [&](const RowsView& view, const std::string& text) {
+    const Status s = Attend(cache, 0, view, out.data());
+    EXPECT_EQ(s.code(), ErrorCode::kMismatch);
+    EXPECT_NE(s.message().find(text), std::string::npos) << s.message();
+  };
+  refused(RowsView::F16(m.q.data(), 1, 7, 64), "Q: expected 8 heads x 64, found 7 x 64");
+  refused(RowsView::F16(m.q.data(), 1, 8, 63), "Q: expected 8 heads x 64, found 8 x 63");
+  refused(RowsView::F16(m.q.data(), 0, 64, 8), "found 64 x 8");
   EXPECT_EQ(out, std::vector<float>(m.q.size(), 5.0f));
 }
 
@@ -529,32 +590,72 @@ TEST(AttendOptions, NoAllocationAfterTheFirstCall) {
   std::vector<float> out(m.q.size());
   AttendOptions options;
   options.soft_cap = 30.0f;
-  ForAllTargets([&] {
-    Cache cache = m.Fill();
+  const RowsView k = KvView(m.g, m.rows.k), v = KvView(m.g, m.rows.v), q = QView(m.g, m.q);
+  const auto append = [&](Cache& cache) {  // many parts, one, and the single token of a decode
+    ASSERT_TRUE(cache.Truncate(1000).ok());
+    ASSERT_TRUE(cache.Append(0, k.Tokens(1000, 1900), v.Tokens(1000, 1900)).ok());
+    ASSERT_TRUE(cache.Append(0, k.Tokens(2900, 20), v.Tokens(2900, 20)).ok());
+    for (std::size_t t = 2920; t < 3000; ++t) {
+      ASSERT_TRUE(cache.Append(0, k.Tokens(t, 1), v.Tokens(t, 1)).ok());
+    }
+  };
+  ForAllTargets([&](std::string_view target) {
+    Cache cache = m.Fill(target);
     const auto all = [&] {
       for (const std::size_t queries : {1, 50}) {
-        ASSERT_TRUE(Attend(cache, 0, m.q.data(), queries, out.data(), options).ok());
-        ASSERT_TRUE(Attend(cache, 0, m.q.data(), queries, out.data()).ok());
+        ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data(), options).ok());
+        ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data()).ok());
       }
     };
     all();
+    append(cache);
     const std::size_t before = allocations;
-    for (int i = 0; i < 3; ++i) all();
-    ASSERT_TRUE(cache.Truncate(2000).ok());
-    ASSERT_TRUE(cache.Append(0, m.rows.k.data(), m.rows.v.data(), 1000).ok());
-    all();
+    for (int i = 0; i < 3; ++i) {
+      all();
+      append(cache);
+    }
     EXPECT_EQ(allocations, before);
   });
-  const Cache cache = m.Fill();
-  AttendJob job;
+  Cache cache = m.Fill();
+  AttendJob attend_job;
+  AppendJob append_job;
   const auto run = [&] {
-    ASSERT_TRUE(job.Start(cache, 0, m.q.data(), 50, out.data()).ok());
-    for (std::size_t p = 0; p < job.parts(); ++p) job.RunPart(p);
+    ASSERT_TRUE(cache.Truncate(700).ok());
+    ASSERT_TRUE(append_job.Start(cache, 0, k.Tokens(700, 2300), v.Tokens(700, 2300)).ok());
+    ASSERT_GT(append_job.parts(), 1u);
+    for (std::size_t p = 0; p < append_job.parts(); ++p) append_job.RunPart(p);
+    ASSERT_TRUE(attend_job.Start(cache, 0, q, out.data()).ok());
+    for (std::size_t p = 0; p < attend_job.parts(); ++p) attend_job.RunPart(p);
   };
   run();
   const std::size_t before = allocations;
   run();
   EXPECT_EQ(allocations, before);
+}
+
+// OpenMP's threads stay behind in a fork: the child must neither wait for them nor compute anything
+// else than its parent.
+TEST(AttendOptions, AForkedChildGoesOn) {
+  const Model m(64, 4, 3000, 20, 24);
+  Cache cache = m.Fill();
+  const auto again = [&] {
+    if (!cache.Truncate(1000).ok()) return false;
+    const RowsView k = KvView(m.g, m.rows.k), v = KvView(m.g, m.rows.v);
+    return cache.Append(0, k.Tokens(1000, 2000), v.Tokens(1000, 2000), 2).ok();
+  };
+  ASSERT_TRUE(again());  // on two threads, which are there from now on
+  const std::vector<float> expected = Attended(cache, 0, m.q, {}, 2);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(10);
+    _exit(again() && Attended(cache, 0, m.q, {}, 2) == expected ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "ended by signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  EXPECT_EQ(Attended(cache, 0, m.q, {}, 2), expected);  // the parent has its threads still
 }
 
 }  // namespace

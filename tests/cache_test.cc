@@ -1,17 +1,22 @@
 // The cache against the canonical form: what it stores, byte by byte, is what
-// tests/reference/quantize.h makes of the rows, on every target and however the rows arrive; and
-// what it refuses leaves it as it was.
+// tests/reference/quantize.h makes of the rows, on every target and however the rows arrive: of any
+// type, with any strides, in one call or in parts on many threads. And what it refuses leaves it as
+// it was.
 #include "kvmix/cache.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "tests/attend_cases.h"
@@ -24,7 +29,7 @@ constexpr Half kHalfInf = 0x7C00, kHalfNan = 0x7E01, kHalfMax = 0x7BFF, kHalfSig
 constexpr float kUntouched = -7.0f;
 
 // Runs of heads of one kind, whose rows of one token are encoded together, between heads of other
-// kinds; centred ones in both tensors.
+// kinds; with every step in both tensors.
 const Names kRuns = {"i8-token+centre",
                      "i8-token+centre",
                      "i8-token+centre",
@@ -38,7 +43,28 @@ const Names kRuns = {"i8-token+centre",
                      "i8-head",
                      "i8-head",
                      "i8-head+centre",
-                     "i8-head+centre"};
+                     "i8-head+centre",
+                     "i8-token+hadamard",
+                     "i8-token+hadamard",
+                     "i8-token-bf16+fold",
+                     "i8-token+centre+fold",
+                     "i8-token+centre+fold",
+                     "i8-token-bf16+centre+fold+hadamard",
+                     "i8-token-bf16+centre+fold+hadamard",
+                     "i8-head+fold+hadamard",
+                     "i8-head+centre+hadamard"};
+
+// Every kind that exists.
+Names AllKinds() {
+  Names names{"f16"};
+  for (const Scale scale : {Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
+    for (unsigned steps = 0; steps < 8; ++steps) {
+      names.push_back(
+          ToString({Storage::kI8, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0}));
+    }
+  }
+  return names;
+}
 
 // One KV head's K or V in the canonical form.
 struct Codes {
@@ -48,18 +74,13 @@ struct Codes {
 };
 using LayerCodes = std::vector<Codes>;  // [kv_heads][K, V]
 
-std::size_t RowBytes(const Geometry& g, const HeadCodec& codec) {
-  return g.head_dim * (codec.storage == Storage::kF16 ? 2 : 1);
-}
-
 LayerCodes Export(const Cache& cache, std::size_t layer, std::size_t first, std::size_t count) {
   LayerCodes all;
   const Geometry& g = cache.geometry();
   for (std::size_t i = 0; i < 2 * g.kv_heads; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
-    Codes c{
-        std::vector<std::uint8_t>(count * RowBytes(g, cache.plan().codec(layer, i / 2, tensor))),
-        std::vector<float>(count, kUntouched)};
+    Codes c{std::vector<std::uint8_t>(count * cache.RowBytes(layer, i / 2, tensor)),
+            std::vector<float>(count, kUntouched)};
     const Status s =
         cache.ExportRows(layer, i / 2, tensor, first, count, c.codes.data(), c.scales.data());
     EXPECT_TRUE(s.ok()) << s.message();
@@ -84,34 +105,22 @@ Status Import(Cache& cache, std::size_t layer, const LayerCodes& all) {
 }
 
 // What a cache has to hold after these rows, and how many of their values saturate.
-LayerCodes Reference(const Plan& plan, const Rows& rows, std::uint64_t* saturated = nullptr) {
-  const Geometry& g = plan.geometry;
-  const std::size_t stride = g.kv_heads * g.head_dim;
+LayerCodes Reference(const Plan& plan, const RowsView& k, const RowsView& v,
+                     std::uint64_t* saturated = nullptr) {
   LayerCodes all;
-  for (std::size_t i = 0; i < 2 * g.kv_heads; ++i) {
+  for (std::size_t i = 0; i < 2 * plan.geometry.kv_heads; ++i) {
     const HeadCodec& codec = plan.codec(0, i / 2, static_cast<Tensor>(i % 2));
-    const HalfRows head{(i % 2 == 0 ? rows.k : rows.v).data() + i / 2 * g.head_dim, stride,
-                        rows.k.size() / stride, g.head_dim};
-    Codes c{{}, std::vector<float>(head.tokens, kUntouched)};
-    if (codec.storage == Storage::kF16) {
-      for (std::size_t j = 0; j < head.tokens * g.head_dim; ++j) {
-        const Half x =
-            FloatToHalf(reference::FiniteFloat(head.row(j / g.head_dim)[j % g.head_dim]));
-        c.codes.push_back(static_cast<std::uint8_t>(x & 0xFF));
-        c.codes.push_back(static_cast<std::uint8_t>(x >> 8));
-      }
-    } else {
-      const float* mean = codec.centred() ? codec.mean.data() : nullptr;
-      const bool own = codec.scale == ScaleKind::kToken;
-      const reference::Codes r = own ? reference::QuantizePerToken(head, mean, codec.scale_type)
-                                     : reference::QuantizeGlobal(head, mean, codec.head_scale);
-      for (const std::int8_t code : r.codes) c.codes.push_back(static_cast<std::uint8_t>(code));
-      if (own) c.scales = r.scales;
-      if (!own && saturated) *saturated += r.clamped;
-    }
-    all.push_back(std::move(c));
+    const RowsView& rows = i % 2 == 0 ? k : v;
+    reference::Coded r = reference::Encode(rows.tokens != 0 ? rows.Head(i / 2) : rows, codec);
+    if (r.scales.empty()) r.scales.assign(rows.tokens, kUntouched);
+    all.push_back({std::move(r.rows), std::move(r.scales)});
+    if (saturated != nullptr) *saturated += r.clamped;
   }
   return all;
+}
+
+LayerCodes Reference(const Plan& plan, const Rows& rows, std::uint64_t* saturated = nullptr) {
+  return Reference(plan, KvView(plan.geometry, rows.k), KvView(plan.geometry, rows.v), saturated);
 }
 
 void ExpectSame(const LayerCodes& found, const LayerCodes& expected, const Plan& plan) {
@@ -119,21 +128,28 @@ void ExpectSame(const LayerCodes& found, const LayerCodes& expected, const Plan&
   for (std::size_t i = 0; i < found.size(); ++i) {
     const std::string what = std::string(i % 2 == 0 ? "K" : "V") + " of head " +
                              std::to_string(i / 2) + ", " +
-                             CodecName(plan.codec(0, i / 2, static_cast<Tensor>(i % 2)));
+                             ToString(plan.codec(0, i / 2, static_cast<Tensor>(i % 2)).kind);
     EXPECT_TRUE(found[i].codes == expected[i].codes) << what;
     EXPECT_TRUE(found[i].scales == expected[i].scales) << what;
   }
 }
 
-Cache Empty(const Plan& plan, std::size_t capacity) { return Filled(plan, {}, capacity); }
+Cache Empty(const Plan& plan, std::size_t capacity, std::string_view target = {}) {
+  return Filled(plan, {}, capacity, target);
+}
+
+// Tokens [first, first + count) of rows for every KV head, to one layer.
+Status Append(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
+              std::size_t count, int num_threads = 1) {
+  return cache.Append(layer, KvView(cache.geometry(), rows.k).Tokens(first, count),
+                      KvView(cache.geometry(), rows.v).Tokens(first, count), num_threads);
+}
 
 // Appends to one layer, `step` tokens at a time.
 void AppendInSteps(Cache& cache, std::size_t layer, const Rows& rows, std::size_t step) {
-  const std::size_t row = cache.geometry().kv_heads * cache.geometry().head_dim,
-                    tokens = rows.k.size() / row;
+  const std::size_t tokens = KvView(cache.geometry(), rows.k).tokens;
   for (std::size_t t = 0; t < tokens; t += step) {
-    const Status s =
-        cache.Append(layer, &rows.k[t * row], &rows.v[t * row], std::min(step, tokens - t));
+    const Status s = Append(cache, layer, rows, t, std::min(step, tokens - t));
     ASSERT_TRUE(s.ok()) << s.message();
   }
 }
@@ -168,15 +184,32 @@ TEST(CacheCreate, RefusesPlansThatAreInvalidOrOfAnotherModel) {
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"expected 8", "found 7"});
   plan = good;
-  plan.codec(1, 0, Tensor::kV) = {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, 0.0f, {}};
+  plan.codec(1, 0, Tensor::kV) = {{Storage::kI8, Scale::kHead}};  // without its scale
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 1, KV head 0, V"});
   plan = good;
-  plan.codec(0, 1, Tensor::kK).mean.assign(16, 1.0f);  // fp16 is not centred
+  plan.codec(0, 1, Tensor::kK).vectors = std::make_shared<const CodecVectors>(
+      CodecVectors{std::vector<float>(16, 1.0f), {}});  // fp16 is not centred
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 0, KV head 1, K", "mean"});
   ExpectError(Cache::Create(other, good, 8).status(), ErrorCode::kMismatch,
               {ToString(g), ToString(other)});
+}
+
+TEST(CacheCreate, ForATargetByItsName) {
+  const Geometry g{1, 2, 4, 16};
+  const Plan plan = UniformPlan(g, {}, {});
+  std::vector<std::string> names;
+  for (const std::string_view target : Targets()) {
+    EXPECT_EQ(Empty(plan, 8, target).target(), target);
+    names.emplace_back(target);
+  }
+  EXPECT_EQ(Empty(plan, 8).target(), Targets().front());
+  for (const std::string unknown : {"AVX9", "avx2", "AVX2 "}) {
+    std::vector<std::string> parts = names;
+    parts.push_back("\"" + unknown + "\"");
+    ExpectError(Cache::Create(g, plan, 8, {unknown}).status(), ErrorCode::kInvalidArgument, parts);
+  }
 }
 
 TEST(CacheCreate, RefusesMoreThanThereIsMemory) {
@@ -198,9 +231,9 @@ TEST(CacheCreate, CapacityZeroHoldsNothing) {
   EXPECT_EQ(cache.capacity(), 0u);
   EXPECT_EQ(cache.bytes(), 0u);
   const Rows rows = RandomRows(g, 1, 1);
-  EXPECT_TRUE(cache.Append(0, nullptr, nullptr, 0).ok());
-  ExpectError(cache.Append(0, rows.k.data(), rows.v.data(), 1), ErrorCode::kOutOfMemory,
-              {"0 of 0"});
+  const RowsView nothing = RowsView::F16(nullptr, 0, g.kv_heads, g.head_dim);
+  EXPECT_TRUE(cache.Append(0, nothing, nothing).ok());
+  ExpectError(Append(cache, 0, rows, 0, 1), ErrorCode::kOutOfMemory, {"0 of 0"});
   EXPECT_TRUE(cache.Truncate(0).ok());
   EXPECT_EQ(Attended(cache, 0, RandomQueries(g, 2, 2)),
             std::vector<float>(2 * g.query_heads * g.head_dim, 0.0f));
@@ -210,13 +243,13 @@ TEST(CacheCreate, BytesAreThePlansAndALittleMore) {
   for (const std::size_t head_dim : {64, 128}) {
     const Geometry g{3, static_cast<std::size_t>(kRuns.size()), kRuns.size(), head_dim};
     const Plan plan = MakePlan(g, RandomRows(g, 4, 3), kRuns, kRuns);
-    ForAllTargets([&] {
+    ForAllTargets([&](std::string_view target) {
       const double exact = 4096.0 * static_cast<double>(BytesPerToken(plan));
-      const Cache cache = Empty(plan, 4096);
+      const Cache cache = Empty(plan, 4096, target);
       EXPECT_GE(static_cast<double>(cache.bytes()), exact);
       EXPECT_LE(static_cast<double>(cache.bytes()), 1.01 * exact);
-      EXPECT_EQ(Empty(plan, 4096 - 255).bytes(), cache.bytes());  // whole blocks of 256
-      EXPECT_EQ(Empty(plan, 4096 - 256).bytes(), cache.bytes() / 16 * 15);
+      EXPECT_EQ(Empty(plan, 4096 - 255, target).bytes(), cache.bytes());  // whole blocks of 256
+      EXPECT_EQ(Empty(plan, 4096 - 256, target).bytes(), cache.bytes() / 16 * 15);
     });
   }
 }
@@ -233,10 +266,10 @@ void ExpectReferenceBytes(const Geometry& g, const Names& k, const Names& v, std
   if (damaged) Damage(rows.v);
   std::uint64_t saturated = 0;
   const LayerCodes expected = Reference(plan, rows, &saturated);
-  ForAllTargets([&] {
+  ForAllTargets([&](std::string_view target) {
     for (const std::size_t step : {std::size_t{1}, std::size_t{3}, std::size_t{17}, tokens}) {
       SCOPED_TRACE(::testing::Message() << ToString(g) << ", " << step << " tokens at a time");
-      Cache cache = Empty(plan, tokens);
+      Cache cache = Empty(plan, tokens, target);
       AppendInSteps(cache, 0, rows, step);
       ExpectSame(Export(cache, 0), expected, plan);
       EXPECT_EQ(cache.saturated(), saturated);
@@ -255,31 +288,43 @@ TEST(CacheStores, TheCanonicalBytesHoweverTheRowsCome) {
 
 // More neighbours of a kind than are encoded at a time, each with a mean of its own.
 TEST(CacheStores, ManyHeadsAlike) {
-  for (const char* name :
-       {"i8-token+centre", "i8-token-bf16+centre", "i8-token", "f16", "i8-head+centre"})
+  for (const char* name : {"i8-token+centre", "i8-token-bf16+centre", "i8-token", "f16",
+                           "i8-head+centre", "i8-token-bf16+fold+hadamard"})
     ExpectReferenceBytes({1, 37, 37, 40}, {name}, {name}, 20, false);
+}
+
+// One head of every kind, next to each other.
+TEST(CacheStores, EveryKindThereIs) {
+  const Names kinds = AllKinds();
+  ASSERT_EQ(kinds.size(), 25u);
+  Names others = kinds;
+  std::rotate(others.begin(), others.begin() + 7, others.end());
+  for (const std::size_t head_dim : {32, 48}) {
+    for (const bool damaged : {false, true})
+      ExpectReferenceBytes({1, kinds.size(), kinds.size(), head_dim}, kinds, others, 300, damaged);
+  }
 }
 
 TEST(CacheStores, ZeroForNanAndTheLargestHalfForInfinity) {
   const Geometry g{1, 1, 1, 4};
   const std::vector<Half> x{kHalfNan, kHalfInf, kHalfInf | kHalfSign, FloatToHalf(1.0f)};
-  ForAllTargets([&] {
+  ForAllTargets([&](std::string_view target) {
     for (const char* name :
          {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre", "i8-head+centre"}) {
       SCOPED_TRACE(name);
       HeadCodec codec = MakeCodec(name, g, {}, 0);
-      if (codec.scale == ScaleKind::kHead) codec.head_scale = 65504.0f / 127.0f;
-      Cache cache = Empty(UniformPlan(g, codec, codec), 1);
-      ASSERT_TRUE(cache.Append(0, x.data(), x.data(), 1).ok());
+      if (codec.kind.scale == Scale::kHead) codec.head_scale = 65504.0f / 127.0f;
+      Cache cache = Empty(UniformPlan(g, codec, codec), 1, target);
+      ASSERT_TRUE(Append(cache, 0, {x, x}, 0, 1).ok());
       for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
         const std::vector<double> y = Decoded(cache, 0, tensor);
         EXPECT_EQ(y[0], 0.0);
         EXPECT_NEAR(y[1], 65504.0,
-                    codec.scale_type == ScaleType::kBF16
+                    codec.kind.scale == Scale::kTokenBF16
                         ? 512.0
                         : 0.01);  // a bf16 scale is up to 2^-7 too large
         EXPECT_EQ(y[2], -y[1]);
-        EXPECT_EQ(y[3], codec.storage == Storage::kF16 ? 1.0 : 0.0);
+        EXPECT_EQ(y[3], codec.kind.storage == Storage::kF16 ? 1.0 : 0.0);
       }
     }
   });
@@ -290,39 +335,239 @@ TEST(CacheStores, RowsOfAnyAlignment) {
   const Rows rows = RandomRows(g, 40, 4);
   const Plan plan = MakePlan(g, rows, kRuns, kRuns);
   const LayerCodes expected = Reference(plan, rows);
-  std::vector<std::uint8_t> k(rows.k.size() * 2 + 1), v(rows.v.size() * 2 + 1);
-  std::memcpy(k.data() + 1, rows.k.data(), rows.k.size() * 2);
-  std::memcpy(v.data() + 1, rows.v.data(), rows.v.size() * 2);
-  ForAllTargets([&] {
-    Cache cache = Empty(plan, 40);
-    const std::size_t row_bytes = g.kv_heads * g.head_dim * 2;
+  // At odd multiples of an element's size, whatever the vectors themselves are aligned to.
+  std::vector<Half> k(rows.k.size() + 32), v(rows.v.size() + 32);
+  const auto moved = [](const std::vector<Half>& x, std::vector<Half>* storage) {
+    const std::size_t at = reinterpret_cast<std::uintptr_t>(storage->data()) / 2 % 2 == 0 ? 17 : 18;
+    std::ranges::copy(x, storage->begin() + static_cast<std::ptrdiff_t>(at));
+    return storage->data() + at;
+  };
+  const RowsView all_k = RowsView::F16(moved(rows.k, &k), 40, g.kv_heads, g.head_dim),
+                 all_v = RowsView::F16(moved(rows.v, &v), 40, g.kv_heads, g.head_dim);
+  ASSERT_EQ(reinterpret_cast<std::uintptr_t>(all_k.data) % 4, 2u);
+  ForAllTargets([&](std::string_view target) {
+    Cache cache = Empty(plan, 40, target);
     for (const std::size_t first : {0, 1, 2}) {  // two tokens one by one, the rest at once
-      const std::size_t at = 1 + first * row_bytes;
-      ASSERT_TRUE(cache
-                      .Append(0, reinterpret_cast<const Half*>(k.data() + at),
-                              reinterpret_cast<const Half*>(v.data() + at), first < 2 ? 1 : 38)
-                      .ok());
+      const std::size_t count = first < 2 ? 1 : 38;
+      ASSERT_TRUE(cache.Append(0, all_k.Tokens(first, count), all_v.Tokens(first, count)).ok());
     }
     ExpectSame(Export(cache, 0), expected, plan);
   });
 }
 
+// Numbers that f16 and bf16 have both: the same bytes, whatever type they come in and wherever the
+// rows lie; Hugging Face's order is heads first.
+TEST(CacheStores, RowsOfAnyTypeAndStride) {
+  const Geometry g{1, kRuns.size(), kRuns.size(), 40};
+  Rows rows = RandomRows(g, 300, 30);
+  for (std::vector<Half>* x : {&rows.k, &rows.v}) {
+    for (Half& h : *x)
+      h = FloatToHalf(std::clamp(std::round(8.0f * HalfToFloat(h)), -256.0f, 256.0f));
+    for (std::size_t i = 3; i < x->size(); i += 101) (*x)[i] = kHalfNan;
+    for (std::size_t i = 7; i < x->size(); i += 211)
+      (*x)[i] = static_cast<Half>(kHalfInf | (i % 2 != 0 ? kHalfSign : 0));
+  }
+  const Plan plan = MakePlan(g, RandomRows(g, 300, 30), kRuns, {kRuns.rbegin(), kRuns.rend()});
+  std::uint64_t saturated = 0;
+  const LayerCodes expected = Reference(plan, rows, &saturated);
+  for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32}) {
+    for (const bool heads_first : {false, true}) {
+      for (const bool backwards : {false, true}) {
+        const std::size_t gap = backwards ? 5 : 0;
+        const Placed k = Place(KvView(g, rows.k), dtype, heads_first, backwards, gap),
+                     v = Place(KvView(g, rows.v), dtype, heads_first, backwards, gap);
+        SCOPED_TRACE(::testing::Message()
+                     << "type " << static_cast<int>(dtype) << (heads_first ? ", heads first" : "")
+                     << (backwards ? ", backwards" : ""));
+        ForAllTargets([&](std::string_view target) {
+          Cache all = Empty(plan, 300, target), parts = Empty(plan, 300, target);
+          ASSERT_TRUE(all.Append(0, k.view, v.view).ok());
+          ExpectSame(Export(all, 0), expected, plan);
+          EXPECT_EQ(all.saturated(), saturated);
+          for (std::size_t t = 0, n = 1; t < 300;
+               t += n, n = std::min<std::size_t>(7 * n, 300 - t)) {
+            ASSERT_TRUE(parts.Append(0, k.view.Tokens(t, n), v.view.Tokens(t, n)).ok());
+          }
+          ExpectSame(Export(parts, 0), expected, plan);
+        });
+      }
+    }
+  }
+}
+
+// K as f32 heads first, V as bf16 in C order.
+TEST(CacheStores, KAndVOfDifferentTypes) {
+  const Geometry g{1, 2, 2, 24};
+  Rows rows = RandomRows(g, 20, 31);
+  for (std::vector<Half>* x : {&rows.k, &rows.v}) {
+    for (Half& h : *x) h = FloatToHalf(std::round(8.0f * HalfToFloat(h)));
+  }
+  const Plan plan = MakePlan(g, rows, {"i8-token", "f16"}, {"i8-token-bf16", "i8-head"});
+  const Placed k = Place(KvView(g, rows.k), Dtype::kF32, true, false, 0),
+               v = Place(KvView(g, rows.v), Dtype::kBF16, false, false, 3);
+  Cache cache = Empty(plan, 20);
+  ASSERT_TRUE(cache.Append(0, k.view, v.view).ok());
+  ExpectSame(Export(cache, 0), Reference(plan, rows), plan);
+}
+
+// f32 numbers that no half has are not rounded to halves first; what lies beyond the halves is kept
+// by int8 and cut by f16.
+TEST(CacheStores, NumbersThatNoHalfHas) {
+  const Geometry g{1, kRuns.size(), kRuns.size(), 32};
+  const Plan plan = MakePlan(g, RandomRows(g, 40, 32), kRuns, {kRuns.rbegin(), kRuns.rend()});
+  std::mt19937 rng(33);
+  std::normal_distribution<float> normal;
+  std::vector<float> k(40 * kRuns.size() * 32), v(k.size());
+  for (std::vector<float>* x : {&k, &v}) {
+    for (std::size_t i = 0; i < x->size(); ++i) {
+      (*x)[i] = normal(rng) * (i / (kRuns.size() * 32) % 5 == 4 ? 1e9f : 1.0f);
+    }
+  }
+  std::uint64_t saturated = 0;
+  const LayerCodes expected = Reference(plan, KvView(g, k), KvView(g, v), &saturated);
+  EXPECT_GT(saturated, 0u);
+  ForAllTargets([&](std::string_view target) {
+    Cache cache = Empty(plan, 40, target);
+    ASSERT_TRUE(cache.Append(0, KvView(g, k), KvView(g, v)).ok());
+    ExpectSame(Export(cache, 0), expected, plan);
+    EXPECT_EQ(cache.saturated(), saturated);
+  });
+}
+
 TEST(CacheStores, SaturatedCountsSinceCreate) {
   const Geometry g{2, 1, 1, 8};
-  const HeadCodec head{Storage::kI8, ScaleKind::kHead, ScaleType::kF32, 1.0f, {}};
+  const HeadCodec head{{Storage::kI8, Scale::kHead}, 1.0f, nullptr};
   Cache cache = Empty(UniformPlan(g, head, head), 4);
   std::vector<Half> inside(8, FloatToHalf(127.0f)), beyond = inside;
   beyond[2] = FloatToHalf(128.0f);
   beyond[5] = kHalfInf;
-  ASSERT_TRUE(cache.Append(0, inside.data(), inside.data(), 1).ok());
+  ASSERT_TRUE(Append(cache, 0, {inside, inside}, 0, 1).ok());
   EXPECT_EQ(cache.saturated(), 0u);
-  ASSERT_TRUE(cache.Append(0, beyond.data(), inside.data(), 1).ok());
+  ASSERT_TRUE(Append(cache, 0, {beyond, inside}, 0, 1).ok());
   EXPECT_EQ(cache.saturated(), 2u);
-  ASSERT_TRUE(cache.Append(1, beyond.data(), beyond.data(), 1).ok());
+  ASSERT_TRUE(Append(cache, 1, {beyond, beyond}, 0, 1).ok());
   EXPECT_EQ(cache.saturated(), 6u);
   ASSERT_TRUE(cache.Truncate(0).ok());
   EXPECT_EQ(cache.saturated(), 6u);
   EXPECT_EQ(static_cast<std::int8_t>(Reference(cache.plan(), {beyond, beyond})[0].codes[5]), 127);
+}
+
+// ---- in parts, on threads
+
+// A prompt that begins inside a block and goes through many; what the reference makes of it.
+struct Prompt {
+  Geometry g{1, kRuns.size(), kRuns.size(), 32};
+  Rows rows = RandomRows(g, 2200, 34);
+  Plan plan = MakePlan(g, rows, kRuns, {kRuns.rbegin(), kRuns.rend()});
+  std::size_t held = 100;  // tokens that the cache has already
+  std::uint64_t saturated = 0;
+  LayerCodes expected = Reference(plan, rows, &saturated);
+
+  Cache Start(std::string_view target = {}) const {
+    Cache cache = Empty(plan, 2200, target);
+    EXPECT_TRUE(Append(cache, 0, rows, 0, held).ok());
+    return cache;
+  }
+  RowsView k() const { return KvView(g, rows.k).Tokens(held, 2200 - held); }
+  RowsView v() const { return KvView(g, rows.v).Tokens(held, 2200 - held); }
+  void ExpectWhole(const Cache& cache) const {
+    EXPECT_EQ(cache.tokens(0), 2200u);
+    EXPECT_EQ(cache.saturated(), saturated);
+    ExpectSame(Export(cache, 0), expected, plan);
+  }
+};
+
+TEST(CacheAppend, AnyNumberOfThreadsGivesTheSameBytes) {
+  const Prompt prompt;
+  for (const int threads : {1, 2, 3, 7, 0}) {
+    SCOPED_TRACE(threads);
+    Cache cache = prompt.Start();
+    ASSERT_TRUE(cache.Append(0, prompt.k(), prompt.v(), threads).ok());
+    prompt.ExpectWhole(cache);
+  }
+  ForAllTargets([&](std::string_view target) {
+    Cache cache = prompt.Start(target);
+    ASSERT_TRUE(cache.Append(0, prompt.k(), prompt.v(), 2).ok());
+    prompt.ExpectWhole(cache);
+  });
+}
+
+TEST(CacheAppend, PartsInAnyOrderAndTokensAfterTheLast) {
+  const Prompt prompt;
+  std::mt19937 rng(35);
+  AppendJob job;
+  EXPECT_EQ(job.parts(), 0u);
+  for (int round = 0; round < 3; ++round) {
+    Cache cache = prompt.Start();
+    ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
+    EXPECT_EQ(cache.tokens(0), prompt.held);
+    std::vector<std::size_t> order(job.parts());
+    ASSERT_GT(order.size(), prompt.g.kv_heads);
+    for (std::size_t p = 0; p < order.size(); ++p) order[p] = order.size() - 1 - p;
+    if (round > 0) std::shuffle(order.begin(), order.end(), rng);
+    for (const std::size_t p : order) {
+      EXPECT_EQ(cache.tokens(0), prompt.held);
+      job.RunPart(p);
+    }
+    prompt.ExpectWhole(cache);
+  }
+}
+
+TEST(CacheAppend, PartsOnAPoolOfThreads) {
+  const Prompt prompt;
+  AppendJob job;
+  for (const std::size_t threads : {2, 5}) {
+    Cache cache = prompt.Start();
+    ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
+    std::atomic<std::size_t> next{0};
+    std::vector<std::thread> pool;
+    for (std::size_t i = 0; i < threads; ++i) {
+      pool.emplace_back([&] {
+        for (std::size_t p = next++; p < job.parts(); p = next++) job.RunPart(p);
+      });
+    }
+    for (std::thread& t : pool) t.join();
+    prompt.ExpectWhole(cache);
+  }
+}
+
+// One job for prompts of all sizes, from none to many blocks, which end inside blocks and on their
+// borders.
+TEST(CacheAppend, JobReusedOverSizes) {
+  const Prompt prompt;
+  const RowsView k = KvView(prompt.g, prompt.rows.k), v = KvView(prompt.g, prompt.rows.v);
+  ForAllTargets([&](std::string_view target) {
+    AppendJob job;
+    Cache cache = Empty(prompt.plan, 2200, target);
+    for (const std::size_t tokens : {1, 0, 200, 55, 256, 2, 254, 700, 1, 0, 731}) {
+      const std::size_t held = cache.tokens(0);
+      ASSERT_TRUE(job.Start(cache, 0, k.Tokens(held, tokens), v.Tokens(held, tokens)).ok());
+      EXPECT_EQ(job.parts() == 0, tokens == 0);
+      for (std::size_t p = 0; p < job.parts(); ++p) job.RunPart(p);
+      EXPECT_EQ(cache.tokens(0), held + tokens);
+    }
+    prompt.ExpectWhole(cache);
+  });
+}
+
+TEST(CacheAppend, RefusedJobsHaveNoParts) {
+  const Prompt prompt;
+  Cache cache = prompt.Start();
+  const std::uint64_t saturated = cache.saturated();
+  AppendJob job;
+  ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
+  EXPECT_GT(job.parts(), 0u);  // of a call that never runs
+  ExpectError(job.Start(cache, 1, prompt.k(), prompt.v()), ErrorCode::kInvalidArgument,
+              {"layer 1", "1 layers"});
+  EXPECT_EQ(job.parts(), 0u);
+  const RowsView all = KvView(prompt.g, prompt.rows.k);
+  ExpectError(job.Start(cache, 0, all, all), ErrorCode::kOutOfMemory, {"100 of 2200", "2200 more"});
+  EXPECT_EQ(job.parts(), 0u);
+  ExpectError(job.Start(cache, 0, prompt.k(), prompt.v().Tokens(0, 2099)), ErrorCode::kMismatch,
+              {"V", "2100", "2099"});
+  EXPECT_EQ(job.parts(), 0u);
+  EXPECT_EQ(cache.tokens(0), prompt.held);
+  EXPECT_EQ(cache.saturated(), saturated);
 }
 
 // ---- what is refused
@@ -332,19 +577,22 @@ TEST(CacheRefuses, ToGrowPastItsCapacity) {
   const Rows rows = RandomRows(g, 100, 5), more = RandomRows(g, 60, 6);
   const Plan plan = MakePlan(g, rows, kRuns, kRuns);
   const std::vector<Half> q = RandomQueries(g, 1, 7);
-  ForAllTargets([&] {
-    Cache cache = Filled(plan, rows, 150);
+  ForAllTargets([&](std::string_view target) {
+    Cache cache = Filled(plan, rows, 150, target);
     const LayerCodes codes = Export(cache, 0);
     const std::vector<float> attended = Attended(cache, 0, q);
     const std::uint64_t saturated = cache.saturated();
     for (const std::size_t tokens :
          {std::size_t{51}, std::size_t{60}, std::numeric_limits<std::size_t>::max(),
           std::numeric_limits<std::size_t>::max() - 99}) {
-      ExpectError(cache.Append(0, more.k.data(), more.v.data(), tokens), ErrorCode::kOutOfMemory,
-                  {"100 of 150", std::to_string(tokens)});
+      for (const int threads : {1, 2}) {
+        ExpectError(
+            cache.Append(0, RowsView::F16(more.k.data(), tokens, g.kv_heads, g.head_dim),
+                         RowsView::F16(more.v.data(), tokens, g.kv_heads, g.head_dim), threads),
+            ErrorCode::kOutOfMemory, {"100 of 150", std::to_string(tokens)});
+      }
     }
-    ExpectError(cache.Append(2, more.k.data(), more.v.data(), 1), ErrorCode::kInvalidArgument,
-                {"layer 2", "2 layers"});
+    ExpectError(Append(cache, 2, more, 0, 1), ErrorCode::kInvalidArgument, {"layer 2", "2 layers"});
     ExpectError(Import(cache, 0, Reference(plan, more)), ErrorCode::kOutOfMemory,
                 {"100 of 150", "60"});
     ExpectError(Import(cache, 7, Reference(plan, more)), ErrorCode::kInvalidArgument, {"layer 7"});
@@ -352,18 +600,39 @@ TEST(CacheRefuses, ToGrowPastItsCapacity) {
     EXPECT_EQ(cache.saturated(), saturated);
     ExpectSame(Export(cache, 0), codes, plan);
     EXPECT_EQ(Attended(cache, 0, q), attended);
-    EXPECT_TRUE(cache.Append(0, more.k.data(), more.v.data(), 50).ok());  // to the brim
+    EXPECT_TRUE(Append(cache, 0, more, 0, 50).ok());  // to the brim
     EXPECT_EQ(cache.tokens(0), 150u);
     EXPECT_EQ(cache.tokens(1), 100u);
   });
+}
+
+TEST(CacheRefuses, RowsOfAnotherShape) {
+  const Geometry g{1, 2, 4, 16};
+  const std::vector<Half> x(1000);
+  Cache cache = Empty(UniformPlan(g, {}, {}), 20);
+  const RowsView good = RowsView::F16(x.data(), 3, 2, 16);
+  const auto refused = [&](const RowsView& k, const RowsView& v,
+                           const std::vector<std::string>& parts) {
+    ExpectError(cache.Append(0, k, v), ErrorCode::kMismatch, parts);
+    EXPECT_EQ(cache.tokens(0), 0u);
+  };
+  refused(RowsView::F16(x.data(), 3, 4, 16), good, {"K", "2 heads x 16", "4 x 16"});
+  refused(good, RowsView::F16(x.data(), 3, 1, 16), {"V", "2 heads x 16", "1 x 16"});
+  refused(RowsView::F16(x.data(), 3, 2, 8), good, {"K", "2 heads x 16", "2 x 8"});
+  refused(good, RowsView::F16(x.data(), 3, 2, 17), {"V", "2 heads x 16", "2 x 17"});
+  refused(good, good.Tokens(0, 2), {"V", "3 tokens", "2"});
+  refused(RowsView(), good, {"K", "0 x 0"});
+  ExpectError(cache.Append(0, good, good, -1), ErrorCode::kInvalidArgument, {"num_threads", "-1"});
+  EXPECT_EQ(cache.tokens(0), 0u);
+  EXPECT_TRUE(cache.Append(0, good, good).ok());
 }
 
 TEST(CacheRefuses, ToTruncateToMoreThanALayerHolds) {
   const Geometry g{2, 1, 2, 16};
   const Rows rows = RandomRows(g, 20, 8);
   Cache cache = Empty(UniformPlan(g, {}, {}), 20);
-  ASSERT_TRUE(cache.Append(0, rows.k.data(), rows.v.data(), 20).ok());
-  ASSERT_TRUE(cache.Append(1, rows.k.data(), rows.v.data(), 10).ok());
+  ASSERT_TRUE(Append(cache, 0, rows, 0, 20).ok());
+  ASSERT_TRUE(Append(cache, 1, rows, 0, 10).ok());
   ExpectError(cache.Truncate(11), ErrorCode::kInvalidArgument, {"11", "layer 1 holds 10"});
   EXPECT_EQ(cache.tokens(0), 20u);
   EXPECT_EQ(cache.tokens(1), 10u);
@@ -404,12 +673,14 @@ TEST(CacheRows, MoveFromAnyTargetToAnyOther) {
   const Plan plan = MakePlan(g, rows, kRuns, {kRuns.rbegin(), kRuns.rend()});
   const std::vector<Half> q = RandomQueries(g, 3, 11);
   std::vector<LayerCodes> exported;
-  ForAllTargets([&] { exported.push_back(Export(Filled(plan, rows, 300), 0)); });
+  ForAllTargets([&](std::string_view target) {
+    exported.push_back(Export(Filled(plan, rows, 300, target), 0));
+  });
   for (const LayerCodes& codes : exported) ExpectSame(codes, exported[0], plan);
-  ForAllTargets([&] {
-    const Cache direct = Filled(plan, rows, 300);
+  ForAllTargets([&](std::string_view target) {
+    const Cache direct = Filled(plan, rows, 300, target);
     const std::vector<float> expected = Attended(direct, 0, q);
-    Cache whole = Empty(plan, 300), parts = Empty(plan, 300);
+    Cache whole = Empty(plan, 300, target), parts = Empty(plan, 300, target);
     ASSERT_TRUE(Import(whole, 0, exported[0]).ok());
     for (const std::size_t first : {0, 70, 290})
       ASSERT_TRUE(Import(parts, 0,
@@ -445,18 +716,58 @@ TEST(CacheRows, AreForgottenOnceTruncated) {
       const Rows seen{{rows.k.begin(), rows.k.begin() + last},
                       {rows.v.begin(), rows.v.begin() + last}};
       const std::vector<Half> q = RandomQueries(g, 2, 13);
-      ForAllTargets([&] {
-        Cache cache = Empty(plan, 900);
-        ASSERT_TRUE(cache.Append(0, rows.k.data(), rows.v.data(), kept).ok());
-        ASSERT_TRUE(cache.Append(0, huge.data(), huge.data(), 500).ok());
+      ForAllTargets([&](std::string_view target) {
+        Cache cache = Empty(plan, 900, target);
+        ASSERT_TRUE(Append(cache, 0, rows, 0, kept).ok());
+        ASSERT_TRUE(Append(cache, 0, {huge, huge}, 0, 500).ok());
         ASSERT_TRUE(cache.Truncate(kept).ok());
-        ASSERT_TRUE(cache.Append(0, &rows.k[kept * row], &rows.v[kept * row], added).ok());
-        const Cache fresh = Filled(plan, seen, 900);
+        ASSERT_TRUE(Append(cache, 0, rows, kept, added).ok());
+        const Cache fresh = Filled(plan, seen, 900, target);
         ExpectSame(Export(cache, 0), Export(fresh, 0), plan);
         EXPECT_EQ(Attended(cache, 0, q), Attended(fresh, 0, q));
       });
     }
   }
+}
+
+// ---- where tiles are read from
+
+// Reading tiles as if they came from memory takes other register blocks and other turns of rows,
+// and gives the same bits.
+void ExpectSameFromAnywhere(const Geometry& g, const Rows& rows, const Names& k, const Names& v,
+                            std::size_t queries) {
+  const Plan plan = MakePlan(g, rows, k, v);
+  const std::vector<Half> q = RandomQueries(g, queries, 37);
+  ForAllTargets([&](std::string_view target) {
+    const Cache cache = Filled(plan, rows, 800, target);
+    for (const float cap : {0.0f, 30.0f}) {
+      AttendOptions options{.soft_cap = cap, .residence = Residence::kL2};
+      const std::vector<float> from_l2 = Attended(cache, 0, q, options);
+      for (const Residence residence : {Residence::kMemory, Residence::kAuto}) {
+        options.residence = residence;
+        EXPECT_EQ(Attended(cache, 0, q, options), from_l2)
+            << ToString(g) << ", " << queries << " queries, cap " << cap;
+      }
+    }
+  });
+}
+
+TEST(CacheResidence, GivesTheSameBitsForAnyNumberOfRows) {
+  for (const std::size_t head_dim : {64, 80}) {
+    for (std::size_t group = 1; group <= 18; ++group) {
+      const Geometry g{1, 6, 6 * group, head_dim};
+      ExpectSameFromAnywhere(g, RandomRows(g, 700, 36),
+                             {"i8-token", "f16", "f16", "i8-token", "i8-token+hadamard", "i8-head"},
+                             {"i8-token", "f16", "i8-token", "f16", "i8-token-bf16", "i8-head"}, 1);
+    }
+  }
+}
+
+TEST(CacheResidence, GivesTheSameBitsForEveryCodec) {
+  const Geometry g{1, kRuns.size(), 3 * kRuns.size(), 64};
+  const Rows rows = RandomRows(g, 700, 38);
+  for (const std::size_t queries : {1, 2, 40})
+    ExpectSameFromAnywhere(g, rows, kRuns, {kRuns.rbegin(), kRuns.rend()}, queries);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -10,7 +11,7 @@
 #include <gtest/gtest.h>
 
 #include "kvmix/tune.h"
-#include "lib/knapsack.h"
+#include "lib/tune/knapsack.h"
 
 namespace kvmix {
 namespace {
@@ -19,25 +20,24 @@ using internal::KnapsackOption;
 using internal::SolveKnapsack;
 
 HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
-  HeadCodec codec{
-      kind.storage, kind.scale, kind.scale_type, kind.scale == ScaleKind::kHead ? 0.1f : 0.0f, {}};
-  if (kind.centred) codec.mean.assign(head_dim, 0.5f);
-  return codec;
+  CodecVectors vectors{std::vector<float>(kind.centre ? head_dim : 0, 0.5f),
+                       std::vector<float>(kind.fold ? head_dim : 0, 2.0f)};
+  return {kind, kind.scale == Scale::kHead ? 0.1f : 0.0f,
+          std::make_shared<const CodecVectors>(std::move(vectors))};
 }
 
 // Errors drawn at random, over three orders of magnitude; fp16 is exact.
 ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::uint32_t seed) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<double> log_error(-6.0, -3.0);
-  const std::vector<CodecKind> kinds = *Candidates(candidates);
+  const CandidateKinds kinds = *Candidates(candidates);
   ErrorTable table;
   table.geometry = g;
   table.model = "random";
   table.dumps = {"a", "b"};
   for (std::size_t i = 0; i < g.layers * g.kv_heads * 2; ++i) {
     HeadErrors head{i / 2 / g.kv_heads, i / 2 % g.kv_heads, static_cast<Tensor>(i % 2), 1.0, {}};
-    for (const CodecKind& kind : kinds) {
-      if (i % 2 == 1 && kind.centred) continue;
+    for (const CodecKind& kind : i % 2 == 0 ? kinds.k : kinds.v) {
       CandidateError c{Codec(kind, g.head_dim), {}, {}};
       for (std::size_t q = 0; q < g.group(); ++q) {
         const double nmse = kind.storage == Storage::kF16 ? 0.0 : std::pow(10.0, log_error(random));
@@ -74,10 +74,9 @@ Figures FiguresOf(const ErrorTable& table, const std::vector<std::size_t>& picks
   for (std::size_t i = 0; i < picks.size(); i += 2) {
     const CandidateError& k = table.heads[i].candidates[picks[i]];
     const CandidateError& v = table.heads[i + 1].candidates[picks[i + 1]];
-    bytes +=
-        BytesPerToken(KindOf(k.codec), g.head_dim) + BytesPerToken(KindOf(v.codec), g.head_dim);
+    bytes += BytesPerToken(k.codec.kind, g.head_dim) + BytesPerToken(v.codec.kind, g.head_dim);
     const auto name = [](const HeadCodec& c) {
-      return CodecName(c).substr(0, CodecName(c).find('+'));
+      return ToString(c.kind).substr(0, ToString(c.kind).find('+'));
     };
     f.ns += wisdom.Find(name(k.codec), name(v.codec), g.group(), g.head_dim, context)->decode_ns;
     for (std::size_t q = 0; q < g.group(); ++q) {
@@ -125,7 +124,8 @@ double Least(const std::vector<Figures>& plans, double Figures::*member, Allowed
   return least;
 }
 
-const Geometry kSmall{2, 2, 4, 16};  // 3^8 = 6561 plans of the seed's codecs
+const Geometry kSmall{2, 2, 4, 16};     // 3^8 = 6561 plans of the seed's codecs
+const Geometry kOneLayer{1, 2, 4, 64};  // (13 * 5)^2 = 4225 plans of all codecs
 constexpr std::size_t kContext = 1024;
 
 TEST(Knapsack, AgreesWithBruteForce) {
@@ -172,11 +172,13 @@ TEST(Knapsack, AgreesWithBruteForce) {
 }
 
 TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
-  const Wisdom wisdom = Speeds(kSmall, kContext);
-  for (std::uint32_t seed = 0; seed < 20; ++seed) {
-    const ErrorTable table = RandomTable(kSmall, "seed", seed);
+  for (std::uint32_t seed = 0; seed < 28; ++seed) {
+    const ErrorTable table =
+        seed < 20 ? RandomTable(kSmall, "seed", seed) : RandomTable(kOneLayer, "all", seed);
+    const Wisdom wisdom = Speeds(table.geometry, kContext);
     const std::vector<Figures> plans = AllPlans(table, wisdom, kContext);
     for (const double budget : {0.05, 0.2, 0.3, 0.4, 0.45, 0.5}) {
+      if (budget == 0.5 && seed >= 20) continue;  // scales take bytes as well
       Constraints constraints;
       constraints.budget = budget;
       const auto choice = Choose(table, wisdom, kContext, constraints);
@@ -222,15 +224,15 @@ TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
   for (HeadErrors& head : table.heads)
     for (CandidateError& c : head.candidates)
       for (AttentionError& e : c.queries)
-        e = {c.codec.storage == Storage::kF16        ? 0.0
-             : c.codec.scale_type == ScaleType::kF32 ? 1e-4
-                                                     : 1.001e-4,
+        e = {c.codec.kind.storage == Storage::kF16 ? 0.0
+             : c.codec.kind.scale == Scale::kToken ? 1e-4
+                                                   : 1.001e-4,
              1.0, 1.0, 1};
   Constraints constraints;
   constraints.budget = 0.3;
   const auto all_bf16 = [](const Choice& c) {
     return std::all_of(c.plan.codecs.begin(), c.plan.codecs.end(), [](const HeadCodec& h) {
-      return h.storage == Storage::kF16 || h.scale_type == ScaleType::kBF16;
+      return h.kind.storage == Storage::kF16 || h.kind.scale == Scale::kTokenBF16;
     });
   };
   EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
@@ -337,8 +339,12 @@ TEST(Choose, RefusesTablesThatAreNotWhole) {
 
 TEST(Choose, LargeModelsTakeSeconds) {
   const Geometry g{80, 8, 64, 128};
-  const ErrorTable table = RandomTable(g, "int8", 5);
-  for (const double budget : {0.1, 0.45}) {
+  struct Case {
+    const char* candidates;
+    double budget;
+  };
+  for (const auto& [candidates, budget] : {Case{"int8", 0.1}, {"int8", 0.45}, {"all", 0.45}}) {
+    const ErrorTable table = RandomTable(g, candidates, 5);
     Constraints constraints;
     constraints.budget = budget;
     const auto choice = Choose(table, Speeds(g, kContext), kContext, constraints);

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
@@ -15,9 +16,11 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kvmix/half.h"
+#include "kvmix/rows.h"
 #include "kvmix/status.h"
 
 namespace kvmix::testing {
@@ -106,12 +109,52 @@ struct DumpParts {
     buffer += data;
   }
   // The halves of a tensor, to look at or to change.
-  Half* tensor(const std::string& name) {
-    return reinterpret_cast<Half*>(&buffer[header[name]["data_offsets"][0].get<std::size_t>()]);
+  Half* tensor(const std::string& name) { return reinterpret_cast<Half*>(data(name)); }
+  char* data(const std::string& name) {
+    return &buffer[header[name]["data_offsets"][0].get<std::size_t>()];
+  }
+
+  // The same with tensors of another type (bf16 numbers are cut off, not rounded), and in the order
+  // [1, heads, tokens, head_dim] if `heads_first`.
+  DumpParts As(Dtype dtype, bool heads_first) {
+    DumpParts parts = *this;
+    parts.header.clear();
+    parts.buffer.clear();
+    for (const auto& [name, entry] : header.items()) {
+      if (name == "__metadata__") {
+        parts.header[name] = entry;
+        continue;
+      }
+      const auto shape = entry["shape"].get<std::vector<std::size_t>>();
+      const RowsView rows = RowsView::F16(tensor(name), shape[0], shape[1], shape[2]);
+      std::string bytes;
+      for (std::size_t i = 0; i < rows.tokens * rows.heads; ++i) {
+        const std::size_t t = heads_first ? i % rows.tokens : i / rows.heads,
+                          h = heads_first ? i / rows.tokens : i % rows.heads;
+        for (std::size_t c = 0; c < rows.head_dim; ++c)
+          AppendNumber(dtype, rows.At(t, h, c), &bytes);
+      }
+      const std::vector<std::size_t> as_heads_first = {1, shape[1], shape[0], shape[2]};
+      parts.Add(name,
+                dtype == Dtype::kF16    ? "F16"
+                : dtype == Dtype::kBF16 ? "BF16"
+                                        : "F32",
+                heads_first ? as_heads_first : shape, bytes);
+    }
+    return parts;
   }
   std::string Bytes() const { return SafetensorsBytes(header.dump(), buffer); }
 
  private:
+  static void AppendNumber(Dtype dtype, float value, std::string* bytes) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t number = dtype == Dtype::kF32    ? bits
+                                 : dtype == Dtype::kBF16 ? bits >> 16
+                                                         : std::uint32_t{FloatToHalf(value)};
+    for (int i = 0; i < (dtype == Dtype::kF32 ? 4 : 2); ++i)
+      *bytes += static_cast<char>(number >> (8 * i) & 0xFFu);
+  }
+
   std::string Numbers(std::size_t count) {
     std::normal_distribution<float> normal;
     std::vector<Half> halves(count);

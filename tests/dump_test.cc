@@ -1,10 +1,14 @@
+// Dumps: what they give back, whatever the type and the order of their tensors; and what is
+// refused, naming the place.
 #include "kvmix/dump.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <random>
@@ -39,6 +43,22 @@ void ExpectRefused(const std::string& bytes, ErrorCode code, const std::string& 
       << dump.status().message() << "\nshould speak of: " << text;
 }
 
+const Half* Halves(const RowsView& rows) {
+  EXPECT_EQ(rows.dtype, Dtype::kF16);
+  return static_cast<const Half*>(rows.data);
+}
+
+// The tensor [tokens, heads, 8] of halves at `expected` in C order.
+void ExpectHalves(const RowsView& rows, std::size_t tokens, std::size_t heads,
+                  const Half* expected) {
+  EXPECT_EQ(rows.tokens, tokens);
+  EXPECT_EQ(rows.heads, heads);
+  EXPECT_EQ(rows.head_dim, 8u);
+  EXPECT_EQ(rows.token_stride, static_cast<std::ptrdiff_t>(heads * 8));
+  EXPECT_EQ(rows.head_stride, 8);
+  EXPECT_TRUE(std::equal(expected, expected + tokens * heads * 8, Halves(rows)));
+}
+
 TEST(Dump, ReadsWhatWasWritten) {
   const TempFolder folder;
   DumpParts parts;
@@ -55,12 +75,16 @@ TEST(Dump, ReadsWhatWasWritten) {
   EXPECT_EQ(dump.attention_scale(), 0.25f);
   for (const std::size_t layer : {0u, 1u}) {
     const std::string name = "layers." + std::to_string(layer);
-    EXPECT_TRUE(std::equal(dump.k(layer), dump.k(layer) + 6 * 2 * 8, parts.tensor(name + ".k")));
-    EXPECT_TRUE(std::equal(dump.v(layer), dump.v(layer) + 6 * 2 * 8, parts.tensor(name + ".v")));
-    EXPECT_TRUE(std::equal(dump.q(layer), dump.q(layer) + 6 * 4 * 8, parts.tensor(name + ".q")));
+    ExpectHalves(dump.k(layer), 6, 2, parts.tensor(name + ".k"));
+    ExpectHalves(dump.v(layer), 6, 2, parts.tensor(name + ".v"));
+    ExpectHalves(dump.q(layer), 6, 4, parts.tensor(name + ".q"));
+    EXPECT_EQ(dump.k_name(layer), name + ".k");
+    EXPECT_EQ(dump.v_name(layer), name + ".v");
     EXPECT_TRUE(dump.CheckFinite(layer).ok());
     dump.Release(layer);
-    EXPECT_EQ(dump.head(layer, 1, Tensor::kV).row(5)[7], parts.tensor(name + ".v")[5 * 16 + 8 + 7]);
+    const RowsView head = dump.head(layer, 1, Tensor::kV);
+    EXPECT_EQ(head.heads, 1u);
+    EXPECT_EQ(head.At(5, 0, 7), HalfToFloat(parts.tensor(name + ".v")[5 * 16 + 8 + 7]));
   }
 }
 
@@ -69,7 +93,7 @@ TEST(Dump, WithoutQ) {
   const Result<Dump> dump = OpenBytes(folder, DumpParts(false).Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_FALSE(dump->has_q());
-  EXPECT_EQ(dump->q(0), nullptr);
+  EXPECT_EQ(dump->q(0).data, nullptr);
   EXPECT_EQ(dump->geometry().query_heads, 4u);  // the metadata know
   EXPECT_TRUE(dump->CheckFinite(1).ok());
 }
@@ -86,6 +110,141 @@ TEST(Dump, GeometryFollowsFromTheTensors) {
     EXPECT_EQ(dump->attention_scale(), 1.0f / std::sqrt(8.0f));
     EXPECT_EQ(dump->model(), "");
   }
+}
+
+constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+
+// The numbers of a tensor of `parts` (halves in C order), as a dump of another type and order gives
+// them.
+void ExpectNumbers(const RowsView& rows, const RowsView& halves, Dtype dtype) {
+  ASSERT_EQ(rows.dtype, dtype);
+  ASSERT_EQ(rows.tokens, halves.tokens);
+  ASSERT_EQ(rows.heads, halves.heads);
+  ASSERT_EQ(rows.head_dim, halves.head_dim);
+  for (std::size_t t = 0; t < rows.tokens; ++t) {
+    for (std::size_t h = 0; h < rows.heads; ++h) {
+      for (std::size_t c = 0; c < rows.head_dim; ++c) {
+        const float x = halves.At(t, h, c);
+        const float cut =
+            std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0xFFFF0000u);  // as bf16
+        ASSERT_EQ(rows.At(t, h, c), dtype == Dtype::kBF16 ? cut : x)
+            << "token " << t << ", head " << h << ", channel " << c;
+      }
+    }
+  }
+}
+
+TEST(Dump, TensorsOfAnyTypeAndOrder) {
+  for (const Dtype dtype : kDtypes) {
+    for (const bool heads_first : {false, true}) {
+      SCOPED_TRACE(::testing::Message()
+                   << static_cast<int>(dtype) << ", heads first " << heads_first);
+      const TempFolder folder;
+      DumpParts parts;
+      const Result<Dump> dump = OpenBytes(folder, parts.As(dtype, heads_first).Bytes());
+      ASSERT_TRUE(dump.ok()) << dump.status().message();
+      EXPECT_EQ(dump->geometry(), (Geometry{2, 2, 4, 8}));
+      EXPECT_EQ(dump->tokens(), 6u);
+      EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
+      for (const std::size_t layer : {0u, 1u}) {
+        const std::string name = "layers." + std::to_string(layer);
+        const RowsView k = RowsView::F16(parts.tensor(name + ".k"), 6, 2, 8);
+        for (int round = 0; round < 2; ++round) {
+          ExpectNumbers(dump->k(layer), k, dtype);
+          ExpectNumbers(dump->v(layer), RowsView::F16(parts.tensor(name + ".v"), 6, 2, 8), dtype);
+          ExpectNumbers(dump->q(layer), RowsView::F16(parts.tensor(name + ".q"), 6, 4, 8), dtype);
+          ExpectNumbers(dump->head(layer, 1, Tensor::kK), k.Head(1), dtype);
+          EXPECT_TRUE(dump->CheckFinite(layer).ok());
+          dump->Release(layer);
+        }
+      }
+    }
+  }
+}
+
+// K as bf16, V as f32, Q as f16.
+TEST(Dump, TensorsOfDifferentTypes) {
+  const TempFolder folder;
+  DumpParts halves, bf16 = halves.As(Dtype::kBF16, false), f32 = halves.As(Dtype::kF32, false);
+  DumpParts mixed = halves;
+  mixed.header.clear();
+  mixed.buffer.clear();
+  for (const std::string layer : {"layers.0", "layers.1"}) {
+    mixed.Add(layer + ".k", "BF16", {6, 2, 8}, std::string(bf16.data(layer + ".k"), 6 * 2 * 8 * 2));
+    mixed.Add(layer + ".v", "F32", {6, 2, 8}, std::string(f32.data(layer + ".v"), 6 * 2 * 8 * 4));
+    mixed.Add(layer + ".q", "F16", {6, 4, 8},
+              std::string(halves.data(layer + ".q"), 6 * 4 * 8 * 2));
+  }
+  const Result<Dump> dump = OpenBytes(folder, mixed.Bytes());
+  ASSERT_TRUE(dump.ok()) << dump.status().message();
+  ExpectNumbers(dump->k(1), RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8), Dtype::kBF16);
+  ExpectNumbers(dump->v(1), RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), Dtype::kF32);
+  ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), Dtype::kF16);
+  EXPECT_TRUE(dump->CheckFinite(1).ok());
+}
+
+// As other programs write them: their own format, or nothing at all.
+TEST(Dump, MetadataOfOtherPrograms) {
+  for (const bool heads_first : {false, true}) {
+    for (const nlohmann::ordered_json& metadata :
+         {nlohmann::ordered_json(), nlohmann::ordered_json{{"format", "pt"}},
+          nlohmann::ordered_json{{"model", "m"}, {"framework", "np"}}}) {
+      SCOPED_TRACE(metadata.dump());
+      const TempFolder folder;
+      DumpParts parts = DumpParts().As(Dtype::kF32, heads_first);
+      parts.header.erase("__metadata__");
+      if (!metadata.is_null()) parts.header["__metadata__"] = metadata;
+      const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
+      ASSERT_TRUE(dump.ok()) << dump.status().message();
+      EXPECT_EQ(dump->geometry(), (Geometry{2, 2, 4, 8}));
+      EXPECT_EQ(dump->tokens(), 6u);
+      EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{6});
+      EXPECT_EQ(dump->model(), metadata.is_null() ? "" : metadata.value("model", ""));
+    }
+  }
+}
+
+// A dump of 3 tokens, 4 KV heads, 8 query heads; as f16, in C order.
+DumpParts FewTokens() {
+  DumpParts parts;
+  parts.header = nlohmann::ordered_json::object();
+  parts.buffer.clear();
+  for (const char* kind : {"k", "v", "q"}) {
+    const std::size_t heads = *kind == 'q' ? 8 : 4;
+    parts.Add(std::string("layers.0.") + kind, "F16", {3, heads, 8},
+              std::string(3 * heads * 8 * 2, '\1'));
+  }
+  return parts;
+}
+
+// Three tokens of four heads are more likely to be three heads of four tokens, unless the file says
+// what they are.
+TEST(Dump, FewerTokensThanHeads) {
+  const char* const text =
+      "layers.0.k: expected [tokens, heads, head_dim], with kv_heads in the metadata where there "
+      "are fewer tokens than heads, found [3, 4, 8], which looks like [heads, tokens, head_dim]";
+  ExpectRefused(FewTokens().Bytes(), ErrorCode::kMismatch, text);
+  DumpParts pt = FewTokens();
+  pt.header["__metadata__"] = {{"format", "pt"}, {"model", "m"}, {"head_dim", "8"}};
+  ExpectRefused(pt.Bytes(), ErrorCode::kMismatch, text);
+  for (const auto& [key, value] : {std::pair("kv_heads", "4"), {"tokens", "3"}}) {
+    const TempFolder folder;
+    DumpParts parts = FewTokens();
+    parts.header["__metadata__"] = {{key, value}};
+    const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
+    ASSERT_TRUE(dump.ok()) << dump.status().message();
+    EXPECT_EQ(dump->geometry(), (Geometry{1, 4, 8, 8}));
+    EXPECT_EQ(dump->tokens(), 3u);
+    // And if they say the other order, they contradict the tensors.
+    parts.header["__metadata__"] = {{key, key == std::string("tokens") ? "4" : "3"}};
+    ExpectRefused(parts.Bytes(), ErrorCode::kMismatch, std::string("metadata ") + key);
+  }
+  // [1, heads, tokens, head_dim] leaves no doubt.
+  const TempFolder folder;
+  const Result<Dump> dump = OpenBytes(folder, FewTokens().As(Dtype::kF16, true).Bytes());
+  ASSERT_TRUE(dump.ok()) << dump.status().message();
+  EXPECT_EQ(dump->geometry(), (Geometry{1, 4, 8, 8}));
+  EXPECT_EQ(dump->tokens(), 3u);
 }
 
 TEST(Dump, OtherTensorsAreIgnored) {
@@ -108,11 +267,31 @@ TEST(Dump, MisalignedTensorsAreCopied) {
     const Result<Dump> dump = OpenBytes(folder, SafetensorsBytes(header, parts.buffer));
     ASSERT_TRUE(dump.ok()) << dump.status().message();
     for (const std::size_t layer : {0u, 1u}) {
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(layer)) % alignof(Half), 0u);
-      EXPECT_TRUE(std::equal(dump->q(layer), dump->q(layer) + 6 * 4 * 8,
-                             parts.tensor("layers." + std::to_string(layer) + ".q")));
+      const Half* expected = parts.tensor("layers." + std::to_string(layer) + ".q");
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(layer).data) % alignof(Half), 0u);
+      ExpectHalves(dump->q(layer), 6, 4, expected);
       dump->Release(layer);
-      EXPECT_EQ(dump->q(layer)[0], parts.tensor("layers." + std::to_string(layer) + ".q")[0]);
+      ExpectHalves(dump->q(layer), 6, 4, expected);
+    }
+  }
+}
+
+// f32 numbers at any byte of the file, in either order.
+TEST(Dump, MisalignedFloatsAreCopied) {
+  for (const std::size_t offset : {0u, 1u, 2u, 3u}) {
+    for (const bool heads_first : {false, true}) {
+      const TempFolder folder;
+      DumpParts halves, parts = halves.As(Dtype::kF32, heads_first);
+      std::string header = parts.header.dump();
+      while (header.size() % 4 != offset) header += ' ';
+      const Result<Dump> dump = OpenBytes(folder, SafetensorsBytes(header, parts.buffer));
+      ASSERT_TRUE(dump.ok()) << dump.status().message();
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(1).data) % alignof(float), 0u);
+      for (int round = 0; round < 2; ++round) {
+        ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), Dtype::kF32);
+        EXPECT_TRUE(dump->CheckFinite(1).ok());
+        dump->Release(1);
+      }
     }
   }
 }
@@ -131,8 +310,8 @@ TEST(Dump, ReleasedPagesComeBack) {
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   for (int round = 0; round < 2; ++round) {
-    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), dump->k(0)));
-    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), dump->v(0)));
+    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), Halves(dump->k(0))));
+    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), Halves(dump->v(0))));
     dump->Release(0);
   }
 }
@@ -165,6 +344,56 @@ TEST(Dump, NamesNanAndInf) {
     EXPECT_EQ(status.code(), ErrorCode::kNonFinite);
     ExpectGoodMessage(status, folder.file("dump.safetensors"));
     EXPECT_NE(status.message().find(c.text), std::string::npos) << status.message();
+  }
+}
+
+// In tensors of every type and order, also where there is one head or one token.
+TEST(Dump, NamesWhereABadNumberIs) {
+  struct Bad {
+    Dtype dtype;
+    const char* bytes;  // little-endian
+    const char* name;
+  };
+  const Bad bads[] = {
+      {Dtype::kF16, "\x00\x7C", "Inf"},        {Dtype::kF16, "\x01\xFC", "NaN"},
+      {Dtype::kBF16, "\x80\xFF", "Inf"},       {Dtype::kBF16, "\xC0\x7F", "NaN"},
+      {Dtype::kBF16, "\x81\x7F", "NaN"},       {Dtype::kF32, "\x00\x00\x80\x7F", "Inf"},
+      {Dtype::kF32, "\x01\x00\x80\xFF", "NaN"}};
+  for (const auto& [tokens, heads] : {std::pair<std::size_t, std::size_t>{5, 3}, {5, 1}, {1, 3}}) {
+    DumpParts halves;
+    halves.header = {{"__metadata__", {{"kv_heads", std::to_string(heads)}}}};
+    halves.buffer.clear();
+    for (const char* kind : {"k", "v", "q"}) {
+      halves.Add(std::string("layers.0.") + kind, "F16", {tokens, heads, 8},
+                 std::string(tokens * heads * 8 * 2, '\x7B'));  // large, and finite
+    }
+    for (const Bad& bad : bads) {
+      for (const bool heads_first : {false, true}) {
+        const DumpParts good = halves.As(bad.dtype, heads_first);
+        const std::size_t bytes = bad.dtype == Dtype::kF32 ? 4 : 2;
+        for (std::size_t i = 0; i < tokens * heads; ++i) {
+          const std::size_t t = i / heads, h = i % heads, c = (i * 5 + 2) % 8,
+                            row = heads_first ? h * tokens + t : i;
+          const char letter = "kvq"[i % 3];
+          DumpParts parts = good;
+          const std::string name = std::string("layers.0.") + letter;
+          std::memcpy(parts.data(name) + (row * 8 + c) * bytes, bad.bytes, bytes);
+          const TempFolder folder;
+          const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
+          ASSERT_TRUE(dump.ok()) << dump.status().message();
+          const Status status = dump->CheckFinite(0);
+          EXPECT_EQ(status.code(), ErrorCode::kNonFinite);
+          ExpectGoodMessage(status, folder.file("dump.safetensors"));
+          const std::string place = name + ": expected finite numbers, found " + bad.name +
+                                    " at layer 0, " + (letter == 'q' ? "query" : "KV") + " head " +
+                                    std::to_string(h) + ", token " + std::to_string(t) +
+                                    ", channel " + std::to_string(c);
+          EXPECT_TRUE(status.message().ends_with(place)) << status.message() << "\n" << place;
+        }
+        const TempFolder folder;
+        EXPECT_TRUE(OpenBytes(folder, good.Bytes())->CheckFinite(0).ok());
+      }
+    }
   }
 }
 
@@ -209,8 +438,8 @@ TEST(Dump, RefusesWhatDisagrees) {
     return [=](DumpParts& p) { p.header["__metadata__"][key] = value; };
   };
   const std::vector<Case> cases = {
-      {ErrorCode::kMismatch, "tensor layers.1.v: expected dtype F16, found BF16",
-       [](DumpParts& p) { p.header["layers.1.v"]["dtype"] = "BF16"; }},
+      {ErrorCode::kMismatch, "tensor layers.1.v: expected dtype F16, BF16 or F32, found I16",
+       [](DumpParts& p) { p.header["layers.1.v"]["dtype"] = "I16"; }},
       {ErrorCode::kMismatch, "layers.1.v: expected one in every layer",
        rename("layers.1.v", "other")},
       {ErrorCode::kMismatch, "layers.0.k: expected one in every layer",
@@ -231,6 +460,21 @@ TEST(Dump, RefusesWhatDisagrees) {
       {ErrorCode::kMismatch, "layers.0.q: expected shape", reshape("layers.0.q", {192})},
       {ErrorCode::kMismatch, "layers.0.k: expected a shape [tokens, heads, head_dim], found [96]",
        reshape("layers.0.k", {96})},
+      {ErrorCode::kMismatch,
+       "layers.0.k: expected a shape [tokens, heads, head_dim], found [2, 6, 2, 4]",
+       reshape("layers.0.k", {2, 6, 2, 4})},
+      {ErrorCode::kMismatch, "layers.0.k: expected a shape [tokens, heads, head_dim], found []",
+       [](DumpParts& p) {
+         p.header["layers.0.k"] = {{"dtype", "F16"},
+                                   {"shape", nlohmann::ordered_json::array()},
+                                   {"data_offsets", {0, 2}}};
+         p.header["rest"] = {{"dtype", "F16"}, {"shape", {95}}, {"data_offsets", {2, 192}}};
+       }},
+      {ErrorCode::kMismatch, "layers.0.q: expected shape [6, 4, 8], found [1, 4, 6, 8]",
+       reshape("layers.0.q", {1, 4, 6, 8})},
+      {ErrorCode::kMismatch, "layers.0.v: expected shape [1, 2, 6, 8], found [6, 2, 8]",
+       reshape("layers.0.k", {1, 2, 6, 8})},
+      {ErrorCode::kMismatch, "layers.0.q: expected shape", reshape("layers.0.q", {2, 2, 6, 8})},
       {ErrorCode::kMismatch, "metadata layers: expected 2, as the tensors have it, found \"3\"",
        metadata("layers", "3")},
       {ErrorCode::kMismatch, "metadata tokens", metadata("tokens", "7")},
@@ -253,8 +497,8 @@ TEST(Dump, RefusesWhatDisagrees) {
        metadata("prompt_tokens", "18446744073709551615,7")},
       {ErrorCode::kVersion, "metadata format: expected kvmix-dump-1, found \"kvmix-dump-2\"",
        metadata("format", "kvmix-dump-2")},
-      {ErrorCode::kCorrupt, "metadata format: expected kvmix-dump-1, found \"pt\"",
-       metadata("format", "pt")},
+      {ErrorCode::kVersion, "metadata format: expected kvmix-dump-1, found \"kvmix-dump-10\"",
+       metadata("format", "kvmix-dump-10")},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(c.text);
@@ -367,11 +611,13 @@ TEST(RawDump, ReadsAFolder) {
   EXPECT_EQ(dump->tokens(), 6u);
   EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
   EXPECT_TRUE(dump->has_q());
-  EXPECT_EQ(dump->k(101)[0], 101 * 257);
-  EXPECT_EQ(dump->v(9)[95], 10 * 257);
-  EXPECT_EQ(dump->q(0)[191], 2 * 257);
+  EXPECT_EQ(Halves(dump->k(101))[0], 101 * 257);
+  EXPECT_EQ(Halves(dump->v(9))[95], 10 * 257);
+  EXPECT_EQ(Halves(dump->q(0))[191], 2 * 257);
   dump->Release(0);
-  EXPECT_EQ(dump->q(0)[191], 2 * 257);
+  EXPECT_EQ(Halves(dump->q(0))[191], 2 * 257);
+  EXPECT_EQ(dump->k_name(101), "layer_101.k.bin");
+  EXPECT_EQ(dump->v_name(9), "layer_09.v.bin");
 }
 
 TEST(RawDump, QIsOptional) {
@@ -463,11 +709,11 @@ void ExpectFacts(const std::filesystem::path& folder, const Facts& facts) {
                   1.0f / std::sqrt(static_cast<float>(facts.geometry.head_dim)));
   for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer)
     EXPECT_TRUE(dump->CheckFinite(layer).ok());
-  const HalfRows rows = dump->head(0, 0, Tensor::kK);
+  const RowsView rows = dump->head(0, 0, Tensor::kK);
   float largest = 0.0f;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t c = 0; c < rows.head_dim; ++c)
-      largest = std::max(largest, std::abs(HalfToFloat(rows.row(t)[c])));
+      largest = std::max(largest, std::abs(rows.At(t, 0, c)));
   }
   EXPECT_NEAR(largest, facts.largest_k, 0.5f);
 }

@@ -234,6 +234,19 @@ class Attention(Case):
         plain = self.csv('attention', 'dump.safetensors', '--strategy', 2)
         self.assertLess(sum(float(r[2]) for r in rows[1:]), sum(float(r[2]) for r in plain[1:]))
 
+    def test_a_plan_with_folded_and_rotated_heads(self):
+        means, hadamard = self.means(), np.array([[1.0]])
+        while len(hadamard) < DIM:
+            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+        rotate = lambda x: (x @ hadamard / DIM ** 0.5).astype(np.float32)  # its own inverse
+        factor = np.float32(2) ** (np.arange(DIM) % 5 - 2)
+        self.write_plan('steps.json', [[{'k': 'i8-token+centre+fold+hadamard', 'k_mean': [float(x) for x in means[layer, h]], 'k_factor': [float(x) for x in factor],
+                                         'v': 'i8-token+hadamard'} for h in range(KV_HEADS)] for layer in range(LAYERS)])
+        rows = self.csv('attention', 'dump.safetensors', '--plan', 'steps.json', '--reference')
+        self.check(rows, lambda name, layer, h, x: rotate(encode(rotate(x), True)) if name == 'v' else means[layer, h] + factor * rotate(encode(rotate((x - means[layer, h]) / factor), True)))
+        for r in rows[1:]:
+            self.assertLess(float(r[4]), 1e-6, r)
+
     def test_reference(self):
         rows = self.csv('attention', 'dump.safetensors', '--strategy', 1, '--reference')
         self.assertEqual(rows[0], ['layer', 'head', 'nmse', 'cos_sim', 'kernel_nmse'])

@@ -1,4 +1,5 @@
-#include "lib/file.h"
+// Text for error lines, and files that are replaced whole or not at all.
+#include "lib/files/file.h"
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>

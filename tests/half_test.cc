@@ -1,10 +1,14 @@
+// Every half, and floats between them, against the definition of binary16; bf16 numbers.
 #include "kvmix/half.h"
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <random>
+#include <utility>
 
 namespace kvmix {
 namespace {
@@ -87,6 +91,19 @@ TEST(Half, NoHalfIsNearer) {
     if (magnitude == 0) continue;
     ASSERT_LE(error, std::fabs(Value(static_cast<Half>(h - 1)) - x)) << f;
   }
+}
+
+TEST(BFloat, IsTheUpperHalfOfAFloat) {
+  for (const auto& [bits, value] : {std::pair<std::uint16_t, float>{0x3F80, 1.0f},
+                                    {0xC040, -3.0f},
+                                    {0x0001, 0x1p-133f},
+                                    {0x7F7F, 0x1.FEp127f},
+                                    {0x8000, -0.0f},
+                                    {0x7F80, std::numeric_limits<float>::infinity()}}) {
+    EXPECT_EQ(BFloatToFloat(bits), value);
+    EXPECT_EQ(std::signbit(BFloatToFloat(bits)), std::signbit(value));
+  }
+  EXPECT_TRUE(std::isnan(BFloatToFloat(0x7FC0)));
 }
 
 }  // namespace

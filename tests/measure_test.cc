@@ -6,12 +6,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "dump_files.h"
+#include "kvmix/quantize.h"
 #include "kvmix/tune.h"
+#include "kvmix/version.h"
 #include "synthetic_dump.h"
 #include "tests/reference/attention.h"
 #include "tests/reference/quantize.h"
@@ -46,7 +50,8 @@ class MeasureTest : public ::testing::Test {
 
   ErrorTable Table(const std::string& candidates, std::size_t first = 0,
                    std::size_t last = kGeometry.layers, int threads = 1) const {
-    Result<ErrorTable> table = Measure({&a_, &b_}, *Candidates(candidates), first, last, threads);
+    Result<ErrorTable> table = Measure({&a_, &b_}, *Candidates(candidates), first, last,
+                                       MeasureOptions{.num_threads = threads});
     if (!table.ok()) ADD_FAILURE() << table.status().message();
     return std::move(*table);
   }
@@ -55,24 +60,11 @@ class MeasureTest : public ::testing::Test {
   Dump a_, b_;
 };
 
-// One head's rows as a codec stores them.
-reference::Codes Encode(const HalfRows& rows, const HeadCodec& codec) {
-  const float* mean = codec.centred() ? codec.mean.data() : nullptr;
-  return codec.scale == ScaleKind::kHead
-             ? reference::QuantizeGlobal(rows, mean, codec.head_scale)
-             : reference::QuantizePerToken(rows, mean, codec.scale_type);
-}
-
-void Decode(const HalfRows& rows, const HeadCodec& codec, std::size_t stride, double* out) {
-  const bool f16 = codec.storage == Storage::kF16;
-  const reference::Codes q = f16 ? reference::Codes{} : Encode(rows, codec);
-  const float* mean = codec.centred() ? codec.mean.data() : nullptr;
-  for (std::size_t t = 0; t < rows.tokens; ++t)
-    for (std::size_t c = 0; c < rows.head_dim; ++c)
-      out[t * stride + c] =
-          f16 ? HalfToFloat(rows.row(t)[c])
-              : reference::Dequantize(q.codes[t * rows.head_dim + c],
-                                      q.scales[q.scales.size() > 1 ? t : 0], mean, c);
+// One head's rows as a codec stores them and gives them back, `stride` numbers apart.
+void EncodeAndDecode(const RowsView& rows, const HeadCodec& codec, std::size_t stride, float* out) {
+  const reference::Coded coded = reference::Encode(rows, codec);
+  const RowCodec decoder = RowCodec::Create(codec, rows.head_dim).value();
+  decoder.Decode(coded.rows.data(), coded.scales.data(), rows.tokens, out, stride);
 }
 
 // Attention of a layer, [tokens, query_heads, head_dim], through codecs [kv_heads][K, V].
@@ -80,22 +72,24 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
                                     const std::vector<HeadCodec>& codecs) {
   const Geometry& g = dump.geometry();
   const std::size_t kv_row = g.kv_heads * g.head_dim, q_row = g.query_heads * g.head_dim;
-  std::vector<double> x[2], out;
+  std::vector<float> x[2];
   for (std::size_t tensor = 0; tensor < 2; ++tensor) {
     x[tensor].resize(dump.tokens() * kv_row);
     for (std::size_t h = 0; h < g.kv_heads; ++h)
-      Decode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor], kv_row,
-             &x[tensor][h * g.head_dim]);
+      EncodeAndDecode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor],
+                      kv_row, &x[tensor][h * g.head_dim]);
   }
   AttendOptions options;
   options.attention_scale = dump.attention_scale();
+  std::vector<double> out;
   std::size_t first = 0;
   for (const std::size_t tokens : dump.prompt_tokens()) {
+    const RowsView rows = dump.q(layer).Tokens(first, tokens);
     std::vector<float> q(tokens * q_row);
-    std::transform(dump.q(layer) + first * q_row, dump.q(layer) + (first + tokens) * q_row,
-                   q.begin(), HalfToFloat);
-    const auto part = [&](const std::vector<double>& all) {
-      return std::vector<double>(
+    for (std::size_t i = 0; i < q.size(); ++i)
+      q[i] = rows.At(i / q_row, i % q_row / g.head_dim, i % g.head_dim);
+    const auto part = [&](const std::vector<float>& all) {
+      return std::vector<float>(
           all.begin() + static_cast<std::ptrdiff_t>(first * kv_row),
           all.begin() + static_cast<std::ptrdiff_t>((first + tokens) * kv_row));
     };
@@ -181,8 +175,9 @@ void ExpectError(const Status& s, ErrorCode code, const std::vector<std::string>
 // ---- measure
 
 TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
-  for (const std::string candidates : {"seed", "int8"}) {
+  for (const std::string candidates : {"seed", "int8", "all"}) {
     SCOPED_TRACE(candidates);
+    const CandidateKinds all_kinds = *Candidates(candidates);
     const ErrorTable table = Table(candidates);
     ASSERT_EQ(table.heads.size(), kGeometry.layers * kGeometry.kv_heads * 2);
     for (std::size_t i = 0; i < table.heads.size(); ++i) {
@@ -190,16 +185,14 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
       ASSERT_EQ((head.layer * kGeometry.kv_heads + head.kv_head) * 2 +
                     static_cast<std::size_t>(head.tensor),
                 i);  // sorted, each once
-      std::vector<CodecKind> kinds = *Candidates(candidates);
-      if (head.tensor == Tensor::kV)
-        std::erase_if(kinds, [](const CodecKind& kind) { return kind.centred; });
+      const std::vector<CodecKind>& kinds = head.tensor == Tensor::kK ? all_kinds.k : all_kinds.v;
       ASSERT_EQ(head.candidates.size(), kinds.size());
       for (std::size_t c = 0; c < kinds.size(); ++c) {
         const CandidateError& candidate = head.candidates[c];
         SCOPED_TRACE(::testing::Message()
                      << "layer " << head.layer << ", KV head " << head.kv_head << ", "
-                     << (i % 2 == 0 ? "K " : "V ") << CodecName(candidate.codec));
-        EXPECT_EQ(KindOf(candidate.codec), kinds[c]);
+                     << (i % 2 == 0 ? "K " : "V ") << ToString(candidate.codec.kind));
+        EXPECT_EQ(candidate.codec.kind, kinds[c]);
         std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads);
         codecs[head.kv_head * 2 + i % 2] = candidate.codec;
         std::vector<AttentionError> expected = DirectErrors(a_, head.layer, codecs);
@@ -216,84 +209,289 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
 
 TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
   const std::vector<CodecKind> kinds = {{},
-                                        {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, false},
-                                        {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, true},
-                                        {Storage::kI8, ScaleKind::kToken, ScaleType::kBF16, true}};
-  const Result<ErrorTable> table = Measure({&a_, &b_}, kinds, 0, kGeometry.layers, 1);
+                                        {Storage::kI8, Scale::kHead},
+                                        {Storage::kI8, Scale::kHead, true},
+                                        {Storage::kI8, Scale::kTokenBF16, true},
+                                        {Storage::kI8, Scale::kHead, false, true, true},
+                                        {Storage::kI8, Scale::kToken, true, true, true}};
+  const Result<ErrorTable> table =
+      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
   ASSERT_TRUE(table.ok()) << table.status().message();
   EXPECT_EQ(table->dumps, (std::vector<std::string>{"a.safetensors", "b.safetensors"}));
   EXPECT_EQ(table->model, "synthetic");
   EXPECT_EQ(table->tokens, 57u);
   EXPECT_EQ(table->longest_prompt, 30u);
   for (const HeadErrors& head : table->heads) {
-    const HalfRows rows[] = {a_.head(head.layer, head.kv_head, head.tensor),
+    const RowsView rows[] = {a_.head(head.layer, head.kv_head, head.tensor),
                              b_.head(head.layer, head.kv_head, head.tensor)};
     std::vector<double> mean(kGeometry.head_dim);
-    for (const HalfRows& r : rows)
+    for (const RowsView& r : rows)
       for (std::size_t t = 0; t < r.tokens; ++t)
-        for (std::size_t c = 0; c < r.head_dim; ++c)
-          mean[c] += static_cast<double>(HalfToFloat(r.row(t)[c])) / 57.0;
+        for (std::size_t c = 0; c < r.head_dim; ++c) mean[c] += double{r.At(t, 0, c)} / 57.0;
     for (const CandidateError& candidate : head.candidates) {
       const HeadCodec& codec = candidate.codec;
-      const float* used = codec.centred() ? codec.mean.data() : nullptr;
-      for (std::size_t c = 0; c < codec.mean.size(); ++c)
-        EXPECT_NEAR(codec.mean[c], mean[c], 1e-6 * (1.0 + std::fabs(mean[c])));
-      EXPECT_EQ(codec.head_scale, codec.scale == ScaleKind::kHead
-                                      ? std::max(reference::GlobalScale(rows[0], used),
-                                                 reference::GlobalScale(rows[1], used))
+      SCOPED_TRACE(ToString(codec.kind));
+      EXPECT_TRUE(CheckCodec(codec, kGeometry.head_dim).ok());
+      for (std::size_t c = 0; c < codec.mean().size(); ++c)
+        EXPECT_NEAR(codec.mean()[c], mean[c], 1e-6 * (1.0 + std::fabs(mean[c])));
+      EXPECT_EQ(codec.head_scale, codec.kind.scale == Scale::kHead
+                                      ? std::max(reference::HeadScale(rows[0], codec),
+                                                 reference::HeadScale(rows[1], codec))
                                       : 0.0f);
       ErrorSums expected;
-      if (codec.storage == Storage::kI8)
-        for (const HalfRows& r : rows)
-          expected += reference::QuantizationError(r, Encode(r, codec), used);
+      for (const RowsView& r : rows)
+        expected += reference::Errors(r, reference::Encode(r, codec), codec);
+      EXPECT_EQ(expected.sum_squared_error == 0.0, codec.kind.storage == Storage::kF16);
       EXPECT_NEAR(candidate.values.sum_squared_error, expected.sum_squared_error,
                   1e-5 * expected.sum_squared_error);
       EXPECT_EQ(candidate.values.count, 57u * kGeometry.head_dim);
       EXPECT_EQ(head.max_abs, candidate.values.max_abs);
-      if (codec.storage == Storage::kF16) continue;
       EXPECT_EQ(candidate.values.max_abs, expected.max_abs);
     }
   }
 }
 
+// The range of each channel of one head in both dumps.
+std::vector<double> Ranges(const std::vector<RowsView>& rows, std::span<const float> mean) {
+  std::vector<double> range(rows[0].head_dim);
+  for (const RowsView& r : rows)
+    for (std::size_t t = 0; t < r.tokens; ++t)
+      for (std::size_t c = 0; c < range.size(); ++c)
+        range[c] =
+            std::max(range[c], std::fabs(double{r.At(t, 0, c)} - (mean.empty() ? 0.0f : mean[c])));
+  return range;
+}
+
+// Roots of the channels' ranges, with a geometric mean of 1.
+TEST_F(MeasureTest, FoldFactorsBalanceTheChannels) {
+  const std::vector<CodecKind> kinds = {{Storage::kI8, Scale::kToken, false, true},
+                                        {Storage::kI8, Scale::kToken, true, true},
+                                        {Storage::kI8, Scale::kToken, true, true, true}};
+  const ErrorTable table =
+      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1}).value();
+  for (const HeadErrors& head : table.heads) {
+    for (const CandidateError& candidate : head.candidates) {
+      const std::span<const float> factor = candidate.codec.factor();
+      ASSERT_EQ(factor.size(), kGeometry.head_dim);
+      const std::vector<double> range = Ranges({a_.head(head.layer, head.kv_head, head.tensor),
+                                                b_.head(head.layer, head.kv_head, head.tensor)},
+                                               candidate.codec.mean());
+      double sum_log = 0.0, log_range = 0.0;
+      for (const float f : factor) sum_log += std::log(double{f});
+      EXPECT_NEAR(sum_log, 0.0, 1e-4);
+      for (const double r : range)
+        log_range += std::log(r) / static_cast<double>(kGeometry.head_dim);
+      for (std::size_t c = 0; c < range.size(); ++c)
+        EXPECT_NEAR(factor[c], std::sqrt(range[c] / std::exp(log_range)), 1e-4 * factor[c]);
+    }
+    // Codecs of the same steps share their numbers.
+    EXPECT_EQ(head.candidates[1].codec.vectors, head.candidates[2].codec.vectors);
+  }
+}
+
+// Channels that never move, and heads of zeros: factors stay within a ratio of 64.
+TEST_F(MeasureTest, FoldFactorsAreBounded) {
+  DumpParts parts;
+  Half* k = parts.tensor("layers.0.k");  // [6, 2, 8]
+  for (std::size_t t = 0; t < 6; ++t) {
+    k[t * 16 + 3] = FloatToHalf(5.0f);                    // head 0: one constant channel
+    std::fill(k + t * 16 + 8, k + t * 16 + 16, Half{0});  // head 1: zeros
+    for (std::size_t c = 0; c < 8; ++c)
+      parts.tensor("layers.0.v")[t * 16 + c] = k[3];                 // all constant
+    parts.tensor("layers.0.v")[t * 16 + 9] = FloatToHalf(60000.0f);  // one huge channel
+  }
+  const Dump dump = Write("flat.safetensors", parts);
+  const std::vector<CodecKind> kinds = {{Storage::kI8, Scale::kToken, true, true},
+                                        {Storage::kI8, Scale::kToken, false, true}};
+  const Result<ErrorTable> table = Measure({&dump}, {kinds, kinds}, 0, 1);
+  ASSERT_TRUE(table.ok()) << table.status().message();
+  for (const HeadErrors& head : table->heads) {
+    for (const CandidateError& candidate : head.candidates) {
+      const std::span<const float> factor = candidate.codec.factor();
+      const auto [least, most] = std::ranges::minmax(factor);
+      SCOPED_TRACE(::testing::Message()
+                   << "KV head " << head.kv_head << ", tensor " << static_cast<int>(head.tensor)
+                   << ", " << ToString(candidate.codec.kind));
+      EXPECT_TRUE(CheckCodec(candidate.codec, 8).ok());
+      EXPECT_LE(most, 64.001f * least);
+      const bool flat = head.kv_head == 0 && head.tensor == Tensor::kV,
+                 zero = head.kv_head == 1 && head.tensor == Tensor::kK;
+      if (zero || flat) {
+        EXPECT_EQ(least, most);
+        EXPECT_EQ(least, 1.0f);
+      }
+      if (head.kv_head == 0 && head.tensor == Tensor::kK && candidate.codec.kind.centre) {
+        EXPECT_EQ(least, factor[3]);
+        EXPECT_GT(most, 10.0f * least);
+      }
+      if (head.kv_head == 1 && head.tensor == Tensor::kV && !candidate.codec.kind.centre) {
+        EXPECT_EQ(most, factor[1]);
+        EXPECT_NEAR(most, 64.0f * least, 0.01f * most);
+      }
+    }
+  }
+}
+
+// What the steps are for: K with a constant offset in some channels. A rotation spreads it over all
+// channels, a mean takes it away.
+TEST_F(MeasureTest, StepsReduceTheErrorOfHeadsWithAnOffset) {
+  const ErrorTable table = Table("all");
+  const auto worst_nmse = [&](std::size_t layer, std::size_t kv_head, const std::string& name) {
+    const HeadErrors& head = table.heads[(layer * kGeometry.kv_heads + kv_head) * 2];
+    for (const CandidateError& c : head.candidates) {
+      if (ToString(c.codec.kind) != name) continue;
+      double worst = 0.0;
+      for (const AttentionError& e : c.queries) worst = std::max(worst, e.nmse());
+      return worst;
+    }
+    ADD_FAILURE() << name << " is no candidate";
+    return 0.0;
+  };
+  for (const auto& [layer, head] : {std::pair<std::size_t, std::size_t>{0, 1}, {2, 0}}) {
+    for (const std::string scale : {"i8-token", "i8-token-bf16"}) {
+      SCOPED_TRACE(::testing::Message()
+                   << "layer " << layer << ", KV head " << head << ", " << scale);
+      const double plain = worst_nmse(layer, head, scale);
+      EXPECT_LT(worst_nmse(layer, head, scale + "+hadamard"), 0.5 * plain);
+      for (const std::string steps :
+           {"+centre", "+centre+hadamard", "+centre+fold", "+centre+fold+hadamard"})
+        EXPECT_LT(worst_nmse(layer, head, scale + steps), 0.03 * plain) << steps;
+    }
+  }
+}
+
 TEST_F(MeasureTest, DoesNotDependOnTheThreads) {
-  const ErrorTable one = Table("int8");
-  for (const int threads : {2, 5, 0}) ExpectSame(Table("int8", 0, kGeometry.layers, threads), one);
+  const ErrorTable one = Table("all");
+  for (const int threads : {2, 3, 7, 0})
+    ExpectSame(Table("all", 0, kGeometry.layers, threads), one);
+}
+
+// One layer has all threads to itself: they share its prompts, heads and rows.
+TEST_F(MeasureTest, DoesNotDependOnTheThreadsWithinALayer) {
+  SyntheticDump synthetic{{1, 2, 6, 32}, {700, 300}, 3, 0.4, 1.0, {{0, 1}}, 30.0};
+  synthetic.Write(folder_.file("long.safetensors"));
+  const Dump dump = Open(folder_.file("long.safetensors"));
+  const CandidateKinds kinds = *Candidates("int8");
+  const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.num_threads = 1}).value();
+  const auto plan_errors = [&](int threads) {
+    const HeadCodec k = one.heads[0].candidates.back().codec, v{{Storage::kI8, Scale::kToken}};
+    return MeasurePlan(dump, UniformPlan(dump.geometry(), k, v), {.num_threads = threads}).value();
+  };
+  const std::vector<AttentionError> plan_one = plan_errors(1);
+  for (const int threads : {2, 3, 7, 0}) {
+    SCOPED_TRACE(threads);
+    ExpectSame(Measure({&dump}, kinds, 0, 1, {.num_threads = threads}).value(), one);
+    const std::vector<AttentionError> plan = plan_errors(threads);
+    for (std::size_t i = 0; i < plan.size(); ++i) ExpectSame(plan[i], plan_one[i]);
+  }
+}
+
+// The same numbers as f32, heads first.
+TEST_F(MeasureTest, DoesNotDependOnTheTypeAndOrderOfTheDump) {
+  DumpParts parts;
+  const Dump halves = Write("same.safetensors", parts);
+  const ErrorTable expected = Measure({&halves}, *Candidates("all"), 0, 2).value();
+  for (const bool heads_first : {false, true}) {
+    const Dump dump = Write("same.safetensors", parts.As(Dtype::kF32, heads_first));
+    ExpectSame(Measure({&dump}, *Candidates("all"), 0, 2).value(), expected);
+  }
+}
+
+TEST_F(MeasureTest, OnATargetByItsName) {
+  const CandidateKinds kinds = *Candidates("int8");
+  const ErrorTable best = Measure({&a_}, kinds, 0, 1).value();
+  for (const std::string_view target : Targets()) {
+    SCOPED_TRACE(target);
+    const ErrorTable table =
+        Measure({&a_}, kinds, 0, 1, {.num_threads = 2, .target = std::string(target)}).value();
+    if (target == Targets().front()) ExpectSame(table, best);
+    for (std::size_t i = 0; i < table.heads.size(); ++i) {
+      for (std::size_t c = 0; c < table.heads[i].candidates.size(); ++c) {
+        EXPECT_EQ(table.heads[i].candidates[c].codec, best.heads[i].candidates[c].codec);
+        for (std::size_t q = 0; q < kGeometry.group(); ++q)
+          ExpectClose(table.heads[i].candidates[c].queries[q],
+                      best.heads[i].candidates[c].queries[q]);
+      }
+    }
+  }
+  const MeasureOptions unknown{.num_threads = 1, .target = "AVX9"};
+  ExpectError(Measure({&a_}, kinds, 0, 1, unknown).status(), ErrorCode::kInvalidArgument,
+              {"AVX9", std::string(Targets().back())});
+  ExpectError(MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), unknown).status(),
+              ErrorCode::kInvalidArgument, {"AVX9", std::string(Targets().back())});
 }
 
 TEST_F(MeasureTest, ReportsProgressLayerByLayer) {
   std::vector<std::pair<std::size_t, std::size_t>> calls;
-  ASSERT_TRUE(
-      Measure({&a_}, *Candidates("seed"), 1, 3, 2, [&](std::size_t done, std::size_t total) {
-        calls.emplace_back(done, total);
-      }).ok());
+  ASSERT_TRUE(Measure({&a_}, *Candidates("seed"), 1, 3,
+                      {.num_threads = 2,
+                       .progress = [&](std::size_t done,
+                                       std::size_t total) { calls.emplace_back(done, total); }})
+                  .ok());
   EXPECT_EQ(calls, (std::vector<std::pair<std::size_t, std::size_t>>{{1, 2}, {2, 2}}));
 }
 
 TEST_F(MeasureTest, CandidateLists) {
-  for (const std::string name : {"seed", "int8"}) {
-    std::vector<std::string> names;
-    const std::vector<CodecKind> kinds = *Candidates(name);
-    for (const CodecKind& kind : kinds)
-      names.push_back(CodecName({kind.storage, kind.scale, kind.scale_type, 1.0f,
-                                 std::vector<float>(kind.centred ? 1 : 0)}));
-    EXPECT_EQ(names, name == "seed"
-                         ? (std::vector<std::string>{"f16", "i8-head", "i8-token"})
-                         : (std::vector<std::string>{"f16", "i8-token", "i8-token-bf16",
-                                                     "i8-token+centre", "i8-token-bf16+centre"}));
-  }
-  ExpectError(Candidates("int4").status(), ErrorCode::kInvalidArgument, {"int4", "seed", "int8"});
+  const auto names = [](const std::vector<CodecKind>& kinds) {
+    std::vector<std::string> all;
+    for (const CodecKind& kind : kinds) all.push_back(ToString(kind));
+    return all;
+  };
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(names(Candidates("seed")->k), (Names{"f16", "i8-head", "i8-token"}));
+  EXPECT_EQ(names(Candidates("seed")->v), (Names{"f16", "i8-head", "i8-token"}));
+  EXPECT_EQ(names(Candidates("int8")->k),
+            (Names{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre"}));
+  EXPECT_EQ(names(Candidates("int8")->v), (Names{"f16", "i8-token", "i8-token-bf16"}));
+  EXPECT_EQ(
+      names(Candidates("all")->k),
+      (Names{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre",
+             "i8-token+hadamard", "i8-token-bf16+hadamard", "i8-token+centre+hadamard",
+             "i8-token-bf16+centre+hadamard", "i8-token+centre+fold", "i8-token-bf16+centre+fold",
+             "i8-token+centre+fold+hadamard", "i8-token-bf16+centre+fold+hadamard"}));
+  EXPECT_EQ(names(Candidates("all")->v), (Names{"f16", "i8-token", "i8-token-bf16",
+                                                "i8-token+hadamard", "i8-token-bf16+hadamard"}));
+  ExpectError(Candidates("int4").status(), ErrorCode::kInvalidArgument,
+              {"int4", "seed", "int8", "all"});
+}
+
+TEST_F(MeasureTest, EncodingErrorOfOneHead) {
+  const RowsView rows = a_.head(0, 1, Tensor::kK);
+  const HeadCodec token{{Storage::kI8, Scale::kToken}};
+  const Result<ErrorSums> errors = EncodingError(rows, token);
+  ASSERT_TRUE(errors.ok()) << errors.status().message();
+  const ErrorSums expected = reference::Errors(rows, reference::Encode(rows, token), token);
+  EXPECT_EQ(errors->count, expected.count);
+  EXPECT_NEAR(errors->sum_squared_error, expected.sum_squared_error,
+              1e-5 * expected.sum_squared_error);
+  EXPECT_EQ(errors->max_abs, expected.max_abs);
+  ExpectError(EncodingError(rows, {{Storage::kI8, Scale::kHead}}).status(),
+              ErrorCode::kInvalidArgument, {"scale above 0"});
+}
+
+TEST_F(MeasureTest, CountsWhatAPlanClamps) {
+  const HeadCodec narrow{{Storage::kI8, Scale::kHead}, 0.01f, nullptr};
+  std::uint64_t expected = 5, saturated = 5;  // is added to
+  for (std::size_t h = 0; h < kGeometry.kv_heads; ++h)
+    for (const Tensor t : {Tensor::kK, Tensor::kV})
+      expected += reference::Encode(a_.head(1, h, t), narrow).clamped;
+  std::vector<float> out;
+  const std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads, narrow);
+  ASSERT_TRUE(AttendDump(a_, 1, codecs, {.num_threads = 2}, &out, &saturated).ok());
+  EXPECT_GT(expected, 100u);
+  EXPECT_EQ(saturated, expected);
+  EXPECT_EQ(out.size(), a_.tokens() * kGeometry.query_heads * kGeometry.head_dim);
 }
 
 // ---- whole plans
 
 TEST_F(MeasureTest, PlansAsComputedDirectly) {
-  const ErrorTable table = Table("int8");
+  const ErrorTable table = Table("all");
   Plan plan = UniformPlan(kGeometry, {}, {});
   for (std::size_t i = 0; i < table.heads.size(); ++i)
     plan.codecs[i] =
         table.heads[i].candidates[i * 7 % table.heads[i].candidates.size()].codec;  // a mixture
-  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, 1);
+  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, {.num_threads = 1});
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), kGeometry.layers * kGeometry.query_heads);
   for (std::size_t layer = 0; layer < kGeometry.layers; ++layer) {
@@ -303,15 +501,16 @@ TEST_F(MeasureTest, PlansAsComputedDirectly) {
     for (std::size_t q = 0; q < kGeometry.query_heads; ++q)
       ExpectClose((*errors)[layer * kGeometry.query_heads + q], expected[q]);
   }
-  for (const int threads : {2, 5}) {
-    const Result<std::vector<AttentionError>> again = MeasurePlan(a_, plan, threads);
+  for (const int threads : {2, 3, 7, 0}) {
+    const Result<std::vector<AttentionError>> again =
+        MeasurePlan(a_, plan, {.num_threads = threads});
     for (std::size_t i = 0; i < errors->size(); ++i) ExpectSame((*again)[i], (*errors)[i]);
   }
 }
 
 TEST_F(MeasureTest, Fp16IsExact) {
   const Result<std::vector<AttentionError>> errors =
-      MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), 1);
+      MeasurePlan(a_, UniformPlan(kGeometry, {}, {}));
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   for (const AttentionError& e : *errors) {
     EXPECT_EQ(e.nmse(), 0.0);
@@ -326,11 +525,11 @@ TEST_F(MeasureTest, Fp16IsExact) {
 TEST_F(MeasureTest, RefusesPlansThatDoNotFit) {
   Geometry other = kGeometry;
   other.layers = 4;
-  ExpectError(MeasurePlan(a_, UniformPlan(other, {}, {}), 1).status(), ErrorCode::kMismatch,
+  ExpectError(MeasurePlan(a_, UniformPlan(other, {}, {})).status(), ErrorCode::kMismatch,
               {a_.path(), ToString(other), ToString(kGeometry)});
   Plan broken = UniformPlan(kGeometry, {}, {});
   broken.codecs.pop_back();
-  ExpectError(MeasurePlan(a_, broken, 1).status(), ErrorCode::kInvalidArgument,
+  ExpectError(MeasurePlan(a_, broken).status(), ErrorCode::kInvalidArgument,
               {"expected 12", "found 11"});
 }
 
@@ -348,42 +547,45 @@ TEST_F(MeasureTest, NamesWhereANanIs) {
         0x7E00;
     const Dump dump = Write("nan.safetensors", parts);
     const std::vector<std::string> names{dump.path(), "NaN", "layer 1", c.head, "token 3"};
-    ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2, 1).status(), ErrorCode::kNonFinite,
-                names);
-    ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), 2).status(),
-                ErrorCode::kNonFinite, names);
-    EXPECT_TRUE(Measure({&dump}, *Candidates("seed"), 0, 1, 1).ok());  // the other layer is whole
+    ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2).status(), ErrorCode::kNonFinite, names);
+    ExpectError(
+        MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), {.num_threads = 2}).status(),
+        ErrorCode::kNonFinite, names);
+    EXPECT_TRUE(Measure({&dump}, *Candidates("seed"), 0, 1).ok());  // the other layer is whole
   }
 }
 
 TEST_F(MeasureTest, RefusesDumpsWithoutQ) {
   const Dump dump = Write("no_q.safetensors", DumpParts(false));
   const std::vector<std::string> names{dump.path(), "no Q"};
-  ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2, 1).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2).status(), ErrorCode::kInvalidArgument,
               names);
-  ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), 1).status(),
+  ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {})).status(),
               ErrorCode::kInvalidArgument, names);
   std::vector<float> out;
-  ExpectError(AttendDump(dump, 0, std::vector<HeadCodec>(4), 1, &out), ErrorCode::kInvalidArgument,
+  ExpectError(AttendDump(dump, 0, std::vector<HeadCodec>(4), {}, &out), ErrorCode::kInvalidArgument,
               names);
 }
 
 TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
-  const std::vector<CodecKind> seed = *Candidates("seed");
+  const CandidateKinds seed = *Candidates("seed");
   DumpParts parts;
   const Dump one = Write("one.safetensors", parts);
   parts.header["__metadata__"]["attention_scale"] = "0.5";
   const Dump scaled = Write("scaled.safetensors", parts);
-  ExpectError(Measure({&a_, &one}, seed, 0, 1, 1).status(), ErrorCode::kMismatch,
+  ExpectError(Measure({&a_, &one}, seed, 0, 1).status(), ErrorCode::kMismatch,
               {a_.path(), one.path(), ToString(kGeometry), ToString(one.geometry())});
-  ExpectError(Measure({&one, &scaled}, seed, 0, 1, 1).status(), ErrorCode::kMismatch,
+  ExpectError(Measure({&one, &scaled}, seed, 0, 1).status(), ErrorCode::kMismatch,
               {one.path(), scaled.path(), "0.25", "0.5"});
-  ExpectError(Measure({&a_}, seed, 0, 4, 1).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Measure({&a_}, seed, 0, 4).status(), ErrorCode::kInvalidArgument,
               {a_.path(), "layers 0 to 4"});
-  ExpectError(Measure({&a_}, seed, 2, 1, 1).status(), ErrorCode::kInvalidArgument,
-              {"layers 2 to 1"});
-  ExpectError(Measure({}, seed, 0, 0, 1).status(), ErrorCode::kInvalidArgument, {"dump"});
-  ExpectError(Measure({&a_}, {}, 0, 1, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
+  ExpectError(Measure({&a_}, seed, 2, 1).status(), ErrorCode::kInvalidArgument, {"layers 2 to 1"});
+  ExpectError(Measure({}, seed, 0, 0).status(), ErrorCode::kInvalidArgument, {"dump"});
+  ExpectError(Measure({&a_}, {}, 0, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
+  ExpectError(Measure({&a_}, {seed.k, {}}, 0, 1).status(), ErrorCode::kInvalidArgument,
+              {"candidate"});
+  ExpectError(Measure({&a_}, seed, 0, 1, {.num_threads = -2}).status(), ErrorCode::kInvalidArgument,
+              {"num_threads", "-2"});
 }
 
 // ---- merge

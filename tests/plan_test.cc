@@ -1,3 +1,4 @@
+// Plans: sizes, checks, and their file, which gives back every bit or says what is wrong with it.
 #include "kvmix/plan.h"
 
 #include <gtest/gtest.h>
@@ -7,6 +8,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <limits>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
@@ -26,11 +28,18 @@ using testing::WriteBytes;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-HeadCodec Head(float scale = 0.5f) {
-  return {Storage::kI8, ScaleKind::kHead, ScaleType::kF32, scale, {}};
-}
-HeadCodec Token(ScaleType type = ScaleType::kF32) {
-  return {Storage::kI8, ScaleKind::kToken, type, 0.0f, {}};
+HeadCodec Head(float scale = 0.5f) { return {{Storage::kI8, Scale::kHead}, scale, nullptr}; }
+HeadCodec Token(Scale scale = Scale::kToken) { return {{Storage::kI8, scale}}; }
+
+// The same with steps, as their vectors say: one that is not empty is a step.
+HeadCodec With(HeadCodec codec, std::vector<float> mean, std::vector<float> factor = {},
+               bool hadamard = false) {
+  codec.kind.centre = !mean.empty();
+  codec.kind.fold = !factor.empty();
+  codec.kind.hadamard = hadamard;
+  codec.vectors =
+      std::make_shared<const CodecVectors>(CodecVectors{std::move(mean), std::move(factor)});
+  return codec;
 }
 
 const Geometry kStudy{24, 2, 14, 64};
@@ -39,7 +48,7 @@ TEST(Plan, BytesPerToken) {
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, {}, {})), 12288u);
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Head(), Head())), 6144u);
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(), Token())), 6528u);
-  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(ScaleType::kBF16), Token(ScaleType::kBF16))),
+  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(Scale::kTokenBF16), Token(Scale::kTokenBF16))),
             6336u);
   EXPECT_EQ(Fp16BytesPerToken(kStudy), 12288u);
 
@@ -52,25 +61,7 @@ TEST(Plan, BytesPerToken) {
   EXPECT_EQ(SavedFraction(UniformPlan(kStudy, {}, {})), 0.0);
 }
 
-TEST(Plan, CodecNames) {
-  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16", "i8-head+centre",
-                           "i8-token+centre", "i8-token-bf16+centre"}) {
-    const Result<CodecKind> kind = ParseCodecName(name);
-    ASSERT_TRUE(kind.ok()) << kind.status().message();
-    HeadCodec codec{kind->storage, kind->scale, kind->scale_type, 1.0f, {}};
-    if (kind->centred) codec.mean = {0.0f};
-    EXPECT_EQ(CodecName(codec), name);
-    EXPECT_EQ(KindOf(codec), *kind);
-  }
-  for (const char* name : {"", "i8", "i8-head-bf16", "F16", "f16 ", "+centre", "f16+centre",
-                           "i8-token+centre+centre", "i4-token"}) {
-    const Status status = ParseCodecName(name).status();
-    ExpectGoodMessage(status, "codec: ");
-    EXPECT_NE(status.message().find(std::string("found \"") + name + '"'), std::string::npos)
-        << status.message();
-  }
-}
-
+// (Names, kinds and their numbers: codec_test.cc.)
 TEST(Plan, CheckGeometry) {
   EXPECT_TRUE(CheckGeometry(kStudy).ok());
   EXPECT_TRUE(CheckGeometry({65536, 65536, 65536, 512}).ok());
@@ -102,17 +93,18 @@ TEST(Plan, CheckPlan) {
   };
   for (const float scale : {0.0f, -1.0f, kInf, std::nanf("")})
     refused(Head(scale), "expected a scale above 0");
-  HeadCodec centred = Token();
-  centred.mean = {1.0f, 2.0f, 3.0f, 4.0f};
-  refused(centred, "expected a mean of 3 channels, found 4");
-  centred.mean = {1.0f, kInf, 3.0f};
-  refused(centred, "expected a finite mean, found inf in channel 1");
-  refused({Storage::kF16, ScaleKind::kNone, ScaleType::kF32, 0.0f, {1.0f, 2.0f, 3.0f}},
-          "expected fp16 without a mean, found one of 3 channels");
-  refused({Storage::kF16, ScaleKind::kToken, ScaleType::kF32, 0.0f, {}},
-          "a scale that it cannot have");
-  refused({Storage::kI8, ScaleKind::kNone, ScaleType::kF32, 0.0f, {}},
-          "a scale that it cannot have");
+  refused(With(Token(), {1.0f, 2.0f, 3.0f, 4.0f}), "expected a mean of 3 channels, found 4");
+  refused(With(Token(), {1.0f, kInf, 3.0f}),
+          "expected a mean of finite numbers in its range, found inf in channel 1");
+  refused(With(Token(), {}, {1.0f, 2.0f}), "expected a factor of 3 channels, found 2");
+  refused(With(Token(), {}, {1.0f, 2.0f, 0.0f}),
+          "expected a factor of finite numbers in its range, found 0 in channel 2");
+  HeadCodec fp16 = With({}, {1.0f, 2.0f, 3.0f});
+  refused(fp16, "steps that it cannot have");
+  fp16.kind = {};
+  refused(fp16, "expected a mean of 0 channels, found 3");
+  refused({{Storage::kF16, Scale::kToken}}, "a storage with a scale");
+  refused({{Storage::kI8, Scale::kNone}}, "a storage with a scale");
 
   Plan plan = good;
   plan.codecs.pop_back();
@@ -133,18 +125,32 @@ TEST(Plan, CheckPlan) {
 Plan RichPlan() {
   std::mt19937 random(3);
   std::uniform_real_distribution<float> uniform(-300.0f, 300.0f);
-  Plan plan = UniformPlan({3, 2, 6, 40}, Token(), Token(ScaleType::kBF16));
+  Plan plan = UniformPlan({3, 2, 6, 40}, Token(), Token(Scale::kTokenBF16));
   plan.codec(0, 0, Tensor::kK) = {};
   plan.codec(1, 1, Tensor::kV) = Head(std::nextafter(0.1f, 1.0f));
+  const auto numbers = [&](float low) {
+    std::vector<float> x(40);
+    for (float& number : x) number = std::max(low, uniform(random));
+    return x;
+  };
   for (std::size_t layer = 0; layer < 3; ++layer) {
-    HeadCodec& codec = plan.codec(layer, 1, Tensor::kK);
-    codec = layer == 2 ? Head(0x1.fffffep-100f) : Token();
-    for (std::size_t c = 0; c < 40; ++c) codec.mean.push_back(uniform(random));
+    std::vector<float> mean = numbers(-300.0f);
+    if (layer == 2) {
+      mean[0] = std::numeric_limits<float>::max();
+      mean[1] = -std::numeric_limits<float>::denorm_min();
+      mean[2] = 1.0f / 3.0f;
+    }
+    plan.codec(layer, 1, Tensor::kK) =
+        With(layer == 2 ? Head(0x1.fffffep-100f) : Token(), std::move(mean));
   }
-  std::vector<float>& mean = plan.codec(2, 1, Tensor::kK).mean;
-  mean[0] = std::numeric_limits<float>::max();
-  mean[1] = -std::numeric_limits<float>::denorm_min();
-  mean[2] = 1.0f / 3.0f;
+  std::vector<float> factor = numbers(1.0f / 3.0f);
+  factor[0] = 0x1p-32f;
+  factor[1] = 0x1p32f;
+  factor[2] = std::nextafter(1.0f, 2.0f);
+  plan.codec(1, 0, Tensor::kK) = With(Token(Scale::kTokenBF16), numbers(-300.0f), factor, true);
+  plan.codec(2, 0, Tensor::kK) = With(Token(), {}, factor);
+  plan.codec(0, 1, Tensor::kV) = With(Token(), {}, {}, true);
+  plan.codec(2, 1, Tensor::kV) = With(Head(3.0f), {}, std::move(factor), true);
   plan.provenance = {"a \"model\"\nby someone, \u00e9",
                      "one,two",
                      512,
@@ -189,6 +195,11 @@ TEST(PlanFile, ComesBackExactly) {
   const json written = json::parse(ReadBytes(path));
   EXPECT_EQ(written["bytes_per_token"], BytesPerToken(plan));
   EXPECT_EQ(written["saved_fraction"], SavedFraction(plan));
+  EXPECT_EQ(written["version"], (json{1, 1}));
+  EXPECT_EQ(written["codecs"][1][0]["k"], "i8-token-bf16+centre+fold+hadamard");
+  EXPECT_EQ(written["codecs"][1][0]["k_factor"].size(), 40u);
+  EXPECT_EQ(written["codecs"][0][1]["v"], "i8-token+hadamard");
+  EXPECT_FALSE(written["codecs"][0][1].contains("v_factor"));
 }
 
 TEST(PlanFile, EveryFloatComesBack) {
@@ -196,10 +207,17 @@ TEST(PlanFile, EveryFloatComesBack) {
   std::mt19937 random(5);
   Plan plan = UniformPlan({1, 64, 64, 512}, Token(), Token());
   for (HeadCodec& codec : plan.codecs) {
-    while (codec.mean.size() < 512) {
+    std::vector<float> mean, factor;
+    while (mean.size() < 512) {
       const float number = std::bit_cast<float>(static_cast<std::uint32_t>(random()));
-      if (std::isfinite(number)) codec.mean.push_back(number);
+      if (std::isfinite(number)) mean.push_back(number);
     }
+    while (factor.size() < 512) {  // any bits, with an exponent that is allowed
+      const std::uint32_t bits = static_cast<std::uint32_t>(random()) & 0x7FFFFFu;
+      factor.push_back(std::ldexp(std::bit_cast<float>(0x3F800000u | bits),
+                                  static_cast<int>(random() % 64) - 32));
+    }
+    codec = With(codec, std::move(mean), std::move(factor));
   }
   ASSERT_TRUE(SavePlan(plan, folder.file("plan.json")).ok());
   const Result<Plan> loaded = LoadPlan(folder.file("plan.json"));
@@ -214,9 +232,53 @@ TEST(PlanFile, HandwrittenMinimum) {
     "geometry": {"layers": 1, "kv_heads": 1, "query_heads": 2, "head_dim": 2}, "codecs": [[{"k": "i8-token+centre", "k_mean": [1, -2e1], "v": "f16"}]]})");
   const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
   ASSERT_TRUE(plan.ok()) << plan.status().message();
-  EXPECT_EQ(plan->codec(0, 0, Tensor::kK).mean, (std::vector<float>{1.0f, -20.0f}));
+  EXPECT_EQ(plan->codec(0, 0, Tensor::kK), With(Token(), {1.0f, -20.0f}));
   EXPECT_EQ(plan->codec(0, 0, Tensor::kV), HeadCodec{});
   EXPECT_EQ(plan->provenance.model, "");
+}
+
+// As version 0.1.0 wrote it, before there were folds and rotations.
+TEST(PlanFile, OfVersion1_0) {
+  const TempFolder folder;
+  WriteBytes(folder.file("plan.json"), R"({
+  "format": "kvmix-plan",
+  "version": [1, 0],
+  "geometry": {"layers": 2, "kv_heads": 2, "query_heads": 4, "head_dim": 3},
+  "bytes_per_token": 42,
+  "saved_fraction": 0.125,
+  "provenance": {"model": "Qwen2.5", "calibration": "a.safetensors", "calibration_tokens": 64, "longest_prompt": 32, "holdout": "b.safetensors", "holdout_tokens": 16},
+  "accuracy": {
+    "calibration": {"worst_cosine": 0.9993, "mean_cosine": 0.99999, "worst_nmse": 0.0014, "mean_nmse": 1e-05, "worst_layer": 1, "worst_query_head": 3},
+    "holdout": {"worst_cosine": 0.999, "mean_cosine": 0.9999, "worst_nmse": 0.002, "mean_nmse": 2e-05, "worst_layer": 0, "worst_query_head": 2}
+  },
+  "codecs": [
+    [{"k": "i8-token+centre", "k_mean": [0.100000001, -300.25, 1.17549435e-38], "v": "i8-token-bf16"},
+     {"k": "f16", "v": "i8-head", "v_scale": 0.0625}],
+    [{"k": "i8-token-bf16+centre", "k_mean": [0, 1, -2], "v": "f16"},
+     {"k": "i8-head+centre", "k_scale": 0.333333343, "k_mean": [1, 2, 3], "v": "i8-token"}]
+  ]
+}
+)");
+  const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(plan->geometry, (Geometry{2, 2, 4, 3}));
+  const std::vector<HeadCodec> expected = {
+      With(Token(), {0.1f, -300.25f, std::numeric_limits<float>::min()}),
+      Token(Scale::kTokenBF16),
+      {},
+      Head(0.0625f),
+      With(Token(Scale::kTokenBF16), {0.0f, 1.0f, -2.0f}),
+      {},
+      With(Head(1.0f / 3.0f), {1.0f, 2.0f, 3.0f}),
+      Token()};
+  EXPECT_EQ(plan->codecs, expected);
+  EXPECT_EQ(BytesPerToken(*plan), 7u + 5u + 6u + 3u + 5u + 6u + 3u + 7u);
+  EXPECT_EQ(plan->provenance.model, "Qwen2.5");
+  EXPECT_EQ(plan->provenance.calibration_tokens, 64u);
+  EXPECT_EQ(plan->provenance.longest_prompt, 32u);
+  EXPECT_EQ(plan->provenance.holdout, "b.safetensors");
+  EXPECT_EQ(plan->provenance.on_calibration.worst_query_head, 3u);
+  EXPECT_EQ(plan->provenance.on_holdout.worst_nmse, 0.002);
 }
 
 void ExpectRefused(const std::string& text, ErrorCode code, const std::string& concerns) {
@@ -275,9 +337,18 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/codecs/1/1/v_scale", true, "expected a number, found true"},
       {"/codecs/0/1/k_mean", removed, "codecs[0][1].k_mean: expected a value, found none"},
       {"/codecs/0/1/k_mean", json::array(),
-       "codecs[0][1].k_mean: expected a number per channel, found none"},
+       "layer 0, KV head 1, K: expected a mean of 40 channels, found 0"},
       {"/codecs/0/1/k_mean/39", removed,
        "layer 0, KV head 1, K: expected a mean of 40 channels, found 39"},
+      {"/codecs/1/0/k_factor", removed, "codecs[1][0].k_factor: expected a value, found none"},
+      {"/codecs/1/0/k_factor/39", removed,
+       "layer 1, KV head 0, K: expected a factor of 40 channels, found 39"},
+      {"/codecs/1/0/k_factor/7", 0,
+       "layer 1, KV head 0, K: expected a factor of finite numbers in its range, found 0 in "
+       "channel 7"},
+      {"/codecs/1/0/k_factor/7", "1", "codecs[1][0].k_factor[7]: expected a number, found \"1\""},
+      {"/codecs/1/0/k", "i8-token+fold+centre",
+       "codecs[1][0].k: expected a codec that this version knows, found \"i8-token+fold+centre\""},
       {"/codecs/0/1/k_mean/3", nullptr, "codecs[0][1].k_mean[3]: expected a number, found null"},
       {"/codecs/0/1/k_mean/3", "NaN", "codecs[0][1].k_mean[3]: expected a number, found \"NaN\""},
       {"/provenance", 5, "provenance: expected an object, found 5"},

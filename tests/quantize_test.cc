@@ -1,9 +1,14 @@
-// Every compiled target that this CPU runs, byte by byte against tests/reference/quantize.h (so all
-// targets agree with each other).
+// Rows -> codes and back, on every compiled target that this CPU runs: byte by byte against
+// tests/reference/quantize.h, so all targets agree with each other. (Rotations and folds:
+// transform_test.cc.)
 #include "kvmix/quantize.h"
 
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -11,6 +16,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -19,109 +25,179 @@
 namespace kvmix {
 namespace {
 
-constexpr Half kInf = 0x7C00, kNaN = 0x7E00, kSign = 0x8000;
+constexpr Half kNaN = 0x7E00, kSign = 0x8000;
+constexpr std::uint32_t kFloatSign = 0x80000000;
 using Sizes = std::initializer_list<std::size_t>;
+using Floats = std::vector<float>;
 constexpr std::size_t kDims[] = {1, 3, 16, 31, 64, 80, 96, 100, 128, 256};
 constexpr std::size_t kTokens[] = {0, 1, 7, 8, 9, 15, 17, 64};
-constexpr std::int8_t kUntouched = -128;  // no code
+constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+constexpr std::uint8_t kUntouched = 0x80;  // -128: no code
+const Floats kNoMean;
 
-// Rows in memory with `gap` halves between them, the first at an odd address.
-class Rows {
- public:
-  Rows(std::size_t tokens, std::size_t dim, std::size_t gap,
-       const std::function<Half(std::size_t t, std::size_t i)>& value)
-      : bytes_((tokens * (dim + gap) + 1) * sizeof(Half), 0xFF) {
-    rows_ = {reinterpret_cast<const Half*>(bytes_.data() + 1), dim + gap, tokens, dim};
-    aligned_.assign(tokens * (dim + gap), kNaN);
-    for (std::size_t t = 0; t < tokens; ++t) {
-      for (std::size_t i = 0; i < dim; ++i) aligned_[t * (dim + gap) + i] = value(t, i);
-    }
-    if (!aligned_.empty())
-      std::memcpy(bytes_.data() + 1, aligned_.data(), aligned_.size() * sizeof(Half));
-  }
-  const HalfRows& odd() const { return rows_; }  // for the kernels
-  HalfRows aligned() const { return {aligned_.data(), rows_.stride, rows_.tokens, rows_.head_dim}; }
-  kernels::RowsIn in(const float* mean) const {
-    return {rows_.x, rows_.stride, rows_.tokens, rows_.head_dim, mean};
-  }
-
- private:
-  std::vector<std::uint8_t> bytes_;
-  std::vector<Half> aligned_;
-  HalfRows rows_;
-};
-
-// Like a KV head: rows of different size, some channels larger.
-Rows RandomRows(std::size_t tokens, std::size_t dim, std::size_t gap, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> size(tokens);
-  for (float& s : size) s = std::exp2(std::round(4.0f * normal(random)) / 2.0f);
-  return Rows(tokens, dim, gap, [&](std::size_t t, std::size_t i) {
-    return FloatToHalf(normal(random) * size[t] * (i % 13 == 5 ? 20.0f : 1.0f));
-  });
+kernels::Dtype KernelDtype(Dtype dtype) {
+  return dtype == Dtype::kF16    ? kernels::Dtype::kF16
+         : dtype == Dtype::kBF16 ? kernels::Dtype::kBF16
+                                 : kernels::Dtype::kF32;
 }
 
-std::vector<float> RandomMean(std::size_t dim, unsigned seed) {
+kernels::RowsIn In(const RowsView& v) {
+  return {v.data, KernelDtype(v.dtype), v.token_stride, v.tokens, v.head_dim};
+}
+
+// The nearest number of a type, raw. (bf16: of those towards zero, so that huge ones stay finite.)
+std::uint32_t BitsOf(Dtype dtype, float x) {
+  if (dtype == Dtype::kF16) return FloatToHalf(x);
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+  return dtype == Dtype::kF32 ? bits : bits >> 16;
+}
+
+// Rows of one head in memory, with `gap` numbers (NaN) between them, the first at an odd address.
+class Rows {
+ public:
+  using Bits = std::function<std::uint32_t(std::size_t t, std::size_t i)>;
+
+  Rows(Dtype dtype, std::size_t tokens, std::size_t dim, std::size_t gap, const Bits& bits,
+       bool backwards = false)
+      : view_{nullptr, dtype, tokens, 1, dim, static_cast<std::ptrdiff_t>(dim + gap), 0} {
+    const std::size_t size = view_.element_bytes(), row_bytes = (dim + gap) * size;
+    aligned_.assign(tokens * row_bytes, 0xFF);
+    for (std::size_t t = 0; t < tokens; ++t) {
+      for (std::size_t i = 0; i < dim; ++i) {
+        const std::uint32_t x = bits(t, i);
+        const std::size_t place = backwards ? tokens - 1 - t : t;
+        std::memcpy(&aligned_[place * row_bytes + i * size], &x, size);  // the lower bytes
+      }
+    }
+    if (backwards && tokens > 0) {
+      view_.token_stride = -view_.token_stride;
+      first_ = (tokens - 1) * row_bytes;
+    }
+    odd_.assign(1, 0xFF);
+    odd_.insert(odd_.end(), aligned_.begin(), aligned_.end());
+  }
+  RowsView odd() const { return At(odd_.data() + 1); }      // for the kernels
+  RowsView aligned() const { return At(aligned_.data()); }  // for the reference
+
+ private:
+  RowsView At(const std::uint8_t* bytes) const {
+    RowsView view = view_;
+    view.data = bytes + first_;
+    return view;
+  }
+  RowsView view_;
+  std::size_t first_ = 0;
+  std::vector<std::uint8_t> aligned_, odd_;
+};
+
+// Like a KV head: rows of different size, some channels larger. Sizes of f32 and bf16 use more of
+// their range.
+Rows RandomRows(Dtype dtype, std::size_t tokens, std::size_t dim, std::size_t gap, unsigned seed,
+                bool backwards = false) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  const float range = dtype == Dtype::kF16 ? 4.0f : 40.0f;
+  Floats size(tokens);
+  for (float& s : size) s = std::exp2(std::round(range * normal(random)) / 2.0f);
+  return Rows(
+      dtype, tokens, dim, gap,
+      [&](std::size_t t, std::size_t i) {
+        return BitsOf(dtype, normal(random) * size[t] * (i % 13 == 5 ? 20.0f : 1.0f));
+      },
+      backwards);
+}
+
+Floats RandomMean(std::size_t dim, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal(0.0f, 3.0f);
-  std::vector<float> mean(dim);
+  Floats mean(dim);
   for (float& m : mean) m = normal(random);
   return mean;
 }
 
+// A codec by its name, centred if there is a mean.
+HeadCodec Codec(std::string name, const Floats& mean = kNoMean, float head_scale = 0.0f) {
+  if (!mean.empty()) name += "+centre";
+  HeadCodec codec{ParseCodecKind(name).value(), head_scale, nullptr};
+  if (!mean.empty()) codec.vectors = std::make_shared<const CodecVectors>(CodecVectors{mean, {}});
+  return codec;
+}
+
+kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
+  kernels::RowFormat format;
+  format.dim = dim;
+  if (codec.kind.storage == Storage::kI8) format.storage = kernels::Storage::kI8;
+  if (codec.kind.scale == Scale::kHead) format.constant = codec.head_scale;
+  if (codec.kind.scale == Scale::kToken) format.scale = kernels::ScaleStore::kF32;
+  if (codec.kind.scale == Scale::kTokenBF16) format.scale = kernels::ScaleStore::kBF16;
+  return format;
+}
+
+kernels::Transform TransformOf(const HeadCodec& codec) {
+  kernels::Transform transform;
+  if (codec.kind.centre) transform.mean = codec.mean().data();
+  return transform;
+}
+
 class QuantizeTest : public testing::TestWithParam<std::string> {
  protected:
-  void SetUp() override { ASSERT_TRUE(kernels::UseTarget(GetParam())); }
-  void TearDown() override { kernels::UseTarget(""); }
-  const kernels::QuantizeKernels& kernel() const { return kernels::ActiveKernels().quantize; }
+  void SetUp() override { ASSERT_NE(kernels::FindKernels(GetParam()), nullptr); }
+  const kernels::EncodeKernels& kernel() const { return kernels::FindKernels(GetParam())->encode; }
+  RowCodec Create(const HeadCodec& codec, std::size_t dim) const {
+    return RowCodec::Create(codec, dim, GetParam()).value();
+  }
 
-  // Codes as [tokens, head_dim + 3] with the gaps checked, then closed.
-  std::vector<std::int8_t> Closed(const std::vector<std::int8_t>& codes, std::size_t tokens,
-                                  std::size_t dim) const {
-    std::vector<std::int8_t> closed;
-    for (std::size_t t = 0; t < tokens; ++t) {
-      const std::int8_t* row = &codes[1 + t * (dim + 3)];
-      closed.insert(closed.end(), row, row + dim);
-      for (std::size_t i = 0; i < 3; ++i)
-        EXPECT_EQ(row[dim + i], kUntouched) << "written past row " << t;
+  // Rows of codes with gaps between them and scales with one more after them, both checked, then
+  // closed.
+  reference::Coded Encode(const RowsView& rows, const HeadCodec& codec,
+                          const kernels::Transform& transform) const {
+    const kernels::RowFormat format = FormatOf(codec, rows.head_dim);
+    const bool f16 = format.storage == kernels::Storage::kF16;
+    const bool stored = format.scale != kernels::ScaleStore::kConstant;
+    const std::size_t bytes = kernels::RowBytes(format), gap = f16 ? 6 : 3, before = f16 ? 2 : 1;
+    std::vector<std::uint8_t> coded(before + rows.tokens * (bytes + gap), kUntouched);
+    reference::Coded out{{}, Floats(rows.tokens + 1, -1.0f), 0};
+    out.clamped = kernel().encode({In(rows), transform, format, coded.data() + before, bytes + gap,
+                                   stored ? out.scales.data() : nullptr});
+    EXPECT_EQ(out.scales.back(), -1.0f);
+    out.scales.resize(stored ? rows.tokens : 0);
+    for (std::size_t i = 0; i < before; ++i) EXPECT_EQ(coded[i], kUntouched);
+    for (std::size_t t = 0; t < rows.tokens; ++t) {
+      const auto row = coded.begin() + static_cast<std::ptrdiff_t>(before + t * (bytes + gap));
+      const auto end = row + static_cast<std::ptrdiff_t>(bytes);
+      out.rows.insert(out.rows.end(), row, end);
+      for (std::size_t i = 0; i < gap; ++i) {
+        EXPECT_EQ(end[static_cast<std::ptrdiff_t>(i)], kUntouched) << "written past row " << t;
+      }
     }
-    EXPECT_EQ(codes[0], kUntouched);
-    return closed;
+    return out;
   }
 
-  void ExpectPerToken(const Rows& rows, const float* mean) const {
-    const std::size_t tokens = rows.odd().tokens, dim = rows.odd().head_dim;
-    for (const ScaleType type : {ScaleType::kF32, ScaleType::kBF16}) {
-      const reference::Codes expected = reference::QuantizePerToken(rows.aligned(), mean, type);
-      std::vector<std::int8_t> codes(tokens * (dim + 3) + 1, kUntouched);
-      std::vector<float> scales(tokens + 1, -1.0f);
-      kernel().per_token(rows.in(mean), type == ScaleType::kBF16, codes.data() + 1, dim + 3,
-                         scales.data());
-      EXPECT_EQ(scales.back(), -1.0f);
-      scales.pop_back();
-      ASSERT_EQ(scales, expected.scales) << tokens << " x " << dim << (mean ? ", mean" : "")
-                                         << (type == ScaleType::kBF16 ? ", bf16" : "");
-      ASSERT_EQ(Closed(codes, tokens, dim), expected.codes)
-          << tokens << " x " << dim << (mean ? ", mean" : "")
-          << (type == ScaleType::kBF16 ? ", bf16" : "");
-    }
+  static void ExpectSame(const reference::Coded& found, const reference::Coded& expected,
+                         const RowsView& rows, const HeadCodec& codec) {
+    SCOPED_TRACE(testing::Message() << rows.tokens << " x " << rows.head_dim << ", dtype "
+                                    << static_cast<int>(rows.dtype) << ", " << ToString(codec.kind)
+                                    << " " << codec.head_scale);
+    ASSERT_EQ(found.clamped, expected.clamped);
+    ASSERT_EQ(found.scales, expected.scales);
+    ASSERT_EQ(found.rows, expected.rows);
   }
 
-  void ExpectPerHead(const Rows& rows, const float* mean, float scale) const {
-    const std::size_t tokens = rows.odd().tokens, dim = rows.odd().head_dim;
-    const reference::Codes expected = reference::QuantizeGlobal(rows.aligned(), mean, scale);
-    std::vector<std::int8_t> codes(tokens * (dim + 3) + 1, kUntouched);
-    ASSERT_EQ(kernel().per_head(rows.in(mean), scale, codes.data() + 1, dim + 3), expected.clamped)
-        << tokens << " x " << dim << ", scale " << scale;
-    ASSERT_EQ(Closed(codes, tokens, dim), expected.codes)
-        << tokens << " x " << dim << (mean ? ", mean" : "") << ", scale " << scale;
+  void Expect(const Rows& rows, const HeadCodec& codec) const {
+    ExpectSame(Encode(rows.odd(), codec, TransformOf(codec)),
+               reference::Encode(rows.aligned(), codec), rows.aligned(), codec);
   }
 
-  void ExpectAll(const Rows& rows, const float* mean) const {
-    ExpectPerToken(rows, mean);
-    const float scale = GlobalScale(rows.odd(), mean);
-    ASSERT_EQ(scale, reference::GlobalScale(rows.aligned(), mean));
+  void ExpectPerHead(const Rows& rows, const Floats& mean, float scale) const {
+    Expect(rows, Codec("i8-head", mean, scale));
+  }
+
+  void ExpectAll(const Rows& rows, const Floats& mean) const {
+    Expect(rows, Codec("i8-token", mean));
+    Expect(rows, Codec("i8-token-bf16", mean));
+    const HeadCodec codec = Codec("i8-head", mean);
+    const float scale = kernel().head_scale(In(rows.odd()), TransformOf(codec));
+    ASSERT_EQ(scale, reference::HeadScale(rows.aligned(), codec));
     ExpectPerHead(rows, mean, scale);
   }
 };
@@ -136,48 +212,54 @@ INSTANTIATE_TEST_SUITE_P(Targets, QuantizeTest, testing::ValuesIn([] {
 
 TEST_P(QuantizeTest, EveryShape) {
   unsigned seed = 1;
-  for (const std::size_t dim : kDims) {
-    const std::vector<float> mean = RandomMean(dim, seed);
-    for (const std::size_t tokens : kTokens) {
-      for (const std::size_t gap : {std::size_t{0}, std::size_t{5}, dim}) {
-        const Rows rows = RandomRows(tokens, dim, gap, ++seed);
-        ExpectAll(rows, nullptr);
-        ExpectAll(rows, mean.data());
+  for (const Dtype dtype : kDtypes) {
+    for (const std::size_t dim : kDims) {
+      const Floats mean = RandomMean(dim, seed);
+      for (const std::size_t tokens : kTokens) {
+        for (const std::size_t gap : {std::size_t{0}, std::size_t{5}, dim}) {
+          const Rows rows = RandomRows(dtype, tokens, dim, gap, ++seed, gap == 5);
+          ExpectAll(rows, kNoMean);
+          ExpectAll(rows, mean);
+        }
       }
     }
   }
 }
 
 TEST_P(QuantizeTest, Long) {
-  const Rows rows = RandomRows(5003, 128, 128, 7);
-  ExpectAll(rows, nullptr);
-  ExpectAll(rows, RandomMean(128, 8).data());
+  for (const Dtype dtype : kDtypes) {
+    const Rows rows = RandomRows(dtype, 5003, 128, 128, 7);
+    ExpectAll(rows, kNoMean);
+    ExpectAll(rows, RandomMean(128, 8));
+  }
 }
 
 // Large outputs with aligned rows are written past the caches.
 TEST_P(QuantizeTest, LargeAligned) {
   constexpr std::size_t kMany = 4101;
   for (const std::size_t dim : Sizes{64, 80, 128}) {
-    const Rows rows = RandomRows(kMany, dim, 0, 9);
-    const std::vector<float> mean = RandomMean(dim, 10);
+    const Rows rows = RandomRows(Dtype::kF16, kMany, dim, 0, 9);
     const auto buffer = [](std::size_t bytes) {
       return std::unique_ptr<void, void (*)(void*)>(std::aligned_alloc(64, (bytes + 63) / 64 * 64),
                                                     std::free);
     };
     const auto codes = buffer(kMany * dim), f32 = buffer(kMany * dim * sizeof(float)),
                f16 = buffer(kMany * dim * sizeof(Half));
-    for (const float* m : {static_cast<const float*>(nullptr), mean.data()}) {
-      const float scale = 0.75f * GlobalScale(rows.odd(), m);  // some rows are clamped
-      const reference::Codes expected = reference::QuantizeGlobal(rows.aligned(), m, scale);
-      auto* const q = static_cast<std::int8_t*>(codes.get());
-      ASSERT_EQ(QuantizeGlobal(rows.odd(), m, scale, q), expected.clamped);
-      ASSERT_EQ(std::memcmp(q, expected.codes.data(), expected.codes.size()), 0) << dim;
-      kvmix::Dequantize(q, &scale, 0, m, kMany, dim, static_cast<float*>(f32.get()), dim);
-      kvmix::Dequantize(q, &scale, 0, m, kMany, dim, static_cast<Half*>(f16.get()), dim);
+    for (const Floats& mean : {kNoMean, RandomMean(dim, 10)}) {
+      HeadCodec codec = Codec("i8-head", mean);
+      codec.head_scale = 0.75f * reference::HeadScale(rows.aligned(), codec);  // some are clamped
+      const RowCodec compiled = Create(codec, dim);
+      const reference::Coded expected = reference::Encode(rows.aligned(), codec);
+      ASSERT_GT(expected.clamped, 0u);
+      ASSERT_EQ(compiled.Encode(rows.odd(), codes.get(), nullptr), expected.clamped);
+      ASSERT_EQ(std::memcmp(codes.get(), expected.rows.data(), expected.rows.size()), 0) << dim;
+      compiled.Decode(codes.get(), nullptr, kMany, static_cast<float*>(f32.get()), dim);
+      compiled.Decode(codes.get(), nullptr, kMany, static_cast<Half*>(f16.get()), dim);
+      const Floats decoded = reference::Decode(expected, kMany, dim, codec);
       for (std::size_t i = 0; i < kMany * dim; ++i) {
-        const float x = reference::Dequantize(q[i], scale, m, i % dim);
-        ASSERT_EQ(static_cast<const float*>(f32.get())[i], x) << dim << " channels, value " << i;
-        ASSERT_EQ(static_cast<const Half*>(f16.get())[i], FloatToHalf(x))
+        ASSERT_EQ(static_cast<const float*>(f32.get())[i], decoded[i])
+            << dim << " channels, value " << i;
+        ASSERT_EQ(static_cast<const Half*>(f16.get())[i], FloatToHalf(decoded[i]))
             << dim << " channels, value " << i;
       }
     }
@@ -188,33 +270,48 @@ TEST_P(QuantizeTest, LargeAligned) {
 // with every half that is not far below it. The binade does not matter.
 TEST_P(QuantizeTest, EveryHalfAgainstEveryMaximum) {
   constexpr Half kOne = 0x3C00;
-  const std::size_t dim = 11 * 1024;
-  std::vector<std::int8_t> codes(dim);
-  std::vector<Half> x(dim);
+  constexpr std::size_t kDim = 512, kRows = 11 * 1024 / (kDim - 1) + 1;
+  const kernels::RowFormat format = FormatOf(Codec("i8-token"), kDim);
+  std::vector<std::uint8_t> codes(kRows * kDim);
+  std::vector<Half> x(kRows * kDim);
+  Floats scales(kRows);
   for (Half max = kOne; max < kOne + 1024; ++max) {
-    for (std::size_t i = 0; i < dim; ++i)
-      x[i] = static_cast<Half>((max - i) | (i % 2 ? kSign : 0u));
-    float scale;
-    kernel().per_token({x.data(), dim, 1, dim, nullptr}, false, codes.data(), dim, &scale);
-    ASSERT_EQ(scale, HalfToFloat(max) / 127.0f);
+    for (std::size_t r = 0, below = 0; r < kRows; ++r) {
+      for (std::size_t i = 0; i < kDim; ++i) {  // each row has the maximum, then those below it
+        x[r * kDim + i] =
+            static_cast<Half>((i == 0 ? max : max - ++below) | (i % 2 ? kSign : Half{0}));
+      }
+    }
+    kernel().encode({In(RowsView::F16(x.data(), kRows, 1, kDim)),
+                     {},
+                     format,
+                     codes.data(),
+                     kDim,
+                     scales.data()});
+    const float scale = HalfToFloat(max) / 127.0f;
+    ASSERT_EQ(scales, Floats(kRows, scale));
     std::size_t wrong = 0;
-    for (std::size_t i = 0; i < dim; ++i)
-      wrong += codes[i] != static_cast<int>(std::nearbyint(HalfToFloat(x[i]) / scale));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      wrong += static_cast<std::int8_t>(codes[i]) !=
+               static_cast<int>(std::nearbyint(HalfToFloat(x[i]) / scale));
+    }
     ASSERT_EQ(wrong, 0u) << "max " << HalfToFloat(max);
   }
 }
 
 // The scales whose significand is within 5 of a multiple of 2^17, with every tie: the only ones
 // where the quotient from a reciprocal and two fused multiply-adds could round to another integer
-// than the true one (kernels/quantize.cc). y comes in as a mean.
+// than the true one (kernels/encode.cc). y comes in as a mean, in rows with a mean each.
 TEST_P(QuantizeTest, HardestQuotients) {
   constexpr int kNear = 6;  // floats on either side
+  constexpr std::size_t kDim = 3 * (2 * kNear + 1), kRows = 127;
+  const std::vector<Half> zero(kRows * kDim, 0);
   for (std::uint32_t multiple = 64; multiple <= 128; ++multiple) {
     for (int off = -kNear; off <= kNear; ++off) {
       const std::uint32_t significand = (multiple << 17) + static_cast<std::uint32_t>(off);
       if (significand < (1u << 23) || significand >= (1u << 24)) continue;
       const float scale = std::ldexp(static_cast<float>(significand), -30);
-      std::vector<float> mean;
+      Floats mean;
       for (int k = 0; k < 127; ++k) {
         const float tie = static_cast<float>(k) + 0.5f;
         for (const float quotient : {tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 200.0f)}) {
@@ -223,14 +320,20 @@ TEST_P(QuantizeTest, HardestQuotients) {
             mean.push_back(std::bit_cast<float>(y + d - kNear));
         }
       }
-      const std::vector<Half> zero(mean.size(), 0);
-      std::vector<std::int8_t> codes(mean.size());
-      ASSERT_EQ(kernel().per_head({zero.data(), zero.size(), 1, zero.size(), mean.data()}, scale,
-                                  codes.data(), codes.size()),
+      ASSERT_EQ(mean.size(), zero.size());
+      std::vector<std::uint8_t> codes(mean.size());
+      kernels::Transform transform;
+      transform.mean = mean.data();
+      transform.row_stride = kDim;
+      ASSERT_EQ(kernel().encode({In(RowsView::F16(zero.data(), kRows, 1, kDim)), transform,
+                                 FormatOf(Codec("i8-head", kNoMean, scale), kDim), codes.data(),
+                                 kDim, nullptr}),
                 0u);
       std::size_t wrong = 0;
-      for (std::size_t i = 0; i < mean.size(); ++i)
-        wrong += codes[i] != static_cast<int>(std::nearbyint(-mean[i] / scale));
+      for (std::size_t i = 0; i < mean.size(); ++i) {
+        wrong += static_cast<std::int8_t>(codes[i]) !=
+                 static_cast<int>(std::nearbyint(-mean[i] / scale));
+      }
       ASSERT_EQ(wrong, 0u) << "scale " << scale;
     }
   }
@@ -239,96 +342,292 @@ TEST_P(QuantizeTest, HardestQuotients) {
 // Quotients that are ties, exactly or but for the scale's rounding: maxima that are 127 times a
 // power of two or a small integer; x = max/2.
 TEST_P(QuantizeTest, Ties) {
-  for (const float max : {127.0f, 127.0f * 3, 127.0f * 7, 127.0f * 13, 127.0f * 15 / 1024,
-                          127.0f * 256, 100.0f, 0.37f, 65504.0f}) {
-    const float step = max / 254.0f;
-    const Rows rows(9, 255, 1, [&](std::size_t t, std::size_t i) {
-      const float x = i == 0 ? max : i % 3 == 1 ? max / 2 : step * static_cast<float>(i);
-      return static_cast<Half>(FloatToHalf(x) | ((i + t) % 2 ? kSign : 0u));
+  for (const Dtype dtype : kDtypes) {
+    for (const float max : {127.0f, 127.0f * 3, 127.0f * 7, 127.0f * 13, 127.0f * 15 / 1024,
+                            127.0f * 256, 100.0f, 0.37f, 65504.0f}) {
+      const float step = max / 254.0f;
+      const Rows rows(dtype, 9, 255, 1, [&](std::size_t t, std::size_t i) {
+        const float x = i == 0 ? max : i % 3 == 1 ? max / 2 : step * static_cast<float>(i);
+        return BitsOf(dtype, (i + t) % 2 ? -x : x);
+      });
+      ExpectAll(rows, kNoMean);
+    }
+    // bf16 scales of few bits meet exact ties at many codes.
+    const Rows integers(dtype, 64, 100, 0, [&](std::size_t t, std::size_t i) {
+      return BitsOf(dtype, static_cast<float>(i * (t + 1) % 1000) / 2);
     });
-    ExpectAll(rows, nullptr);
+    ExpectAll(integers, kNoMean);
+    ExpectAll(integers, Floats(100, 0.5f));
   }
-  // bf16 scales of few bits meet exact ties at many codes.
-  const Rows integers(64, 100, 0, [](std::size_t t, std::size_t i) {
-    return FloatToHalf(static_cast<float>(i * (t + 1) % 1000) / 2);
-  });
-  ExpectAll(integers, nullptr);
-  const std::vector<float> mean(100, 0.5f);
-  ExpectAll(integers, mean.data());
 }
 
 TEST_P(QuantizeTest, ZeroTinyAndHugeRows) {
   const float sizes[] = {0.0f, 0x1p-24f, 0x1p-14f, 1.0f, 65504.0f};
-  const Rows rows(20, 67, 3, [&](std::size_t t, std::size_t i) {
+  const Rows rows(Dtype::kF16, 20, 67, 3, [&](std::size_t t, std::size_t i) {
     return static_cast<Half>(FloatToHalf(sizes[t % 5] * static_cast<float>(i % 8) / 7.0f) |
                              (t % 2 ? kSign : 0u));
   });
-  ExpectAll(rows, nullptr);
+  ExpectAll(rows, kNoMean);
   // x = 0: y is the mean. On both sides of 2^-100, where scales begin, and of 2^-60, where
   // quotients are no longer divisions.
-  const Rows zeros(3, 67, 0, [](std::size_t, std::size_t) { return Half{0}; });
   for (const float size : {0x1p-149f, 0x1.fffffep-101f, 0x1p-100f, 0x1.234p-100f, 0x1p-61f,
                            0x1.fffffep-61f, 0x1p-60f, 0x1p60f, 0x1p120f}) {
-    std::vector<float> mean(67);
+    Floats mean(67);
     for (std::size_t i = 0; i < mean.size(); ++i)
       mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
-    ExpectAll(zeros, mean.data());
-    ExpectAll(rows, mean.data());
+    for (const Dtype dtype : kDtypes) {
+      const Rows zeros(dtype, 3, 67, 0, [](std::size_t, std::size_t) { return 0u; });
+      ExpectAll(zeros, mean);
+    }
+    ExpectAll(rows, mean);
+  }
+}
+
+// What f32 and bf16 have beyond the halves' range, down to subnormal numbers and up to the largest,
+// minus means of any size: y itself stays finite.
+TEST_P(QuantizeTest, NumbersFarBeyondHalves) {
+  constexpr std::size_t kDim = 67;
+  std::vector<Floats> means = {kNoMean, RandomMean(kDim, 31)};
+  for (const float size : {1e-38f, 1e30f, -1e30f, FLT_MAX, -FLT_MAX}) {
+    Floats mean(kDim);
+    for (std::size_t i = 0; i < kDim; ++i) mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
+    means.push_back(mean);
+  }
+  const float sizes[] = {1e-45f,        1e-38f,          0x1.fffffep-101f, 0x1p-100f,
+                         0x1.234p-100f, 0x1.fffffep-61f, 0x1p-60f,         1e-10f,
+                         1e6f,          1e30f,           FLT_MAX};
+  constexpr std::size_t kSizes = std::size(sizes);
+  for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
+    const auto number = [&](std::size_t t, std::size_t i) {
+      const float x = sizes[t % kSizes] * (static_cast<float>(i % 8) / 7.0f);
+      return BitsOf(dtype, (t + i) % 2 ? -x : x);
+    };
+    const Rows rows(dtype, 2 * kSizes, kDim, 3, number);
+    for (const Floats& mean : means) {
+      ExpectAll(rows, mean);
+      for (const float scale : {1e-38f, 1e-3f, 1e28f, FLT_MAX / 127.0f, FLT_MAX})
+        ExpectPerHead(rows, mean, scale);
+    }
+    for (std::size_t t = 0; t < kSizes; ++t) {  // each size by itself as a head
+      const Rows row(dtype, 9, kDim, 0, [&](std::size_t, std::size_t i) { return number(t, i); });
+      ExpectAll(row, kNoMean);
+    }
   }
 }
 
 TEST_P(QuantizeTest, NotANumber) {
-  for (const Half special : {kInf, static_cast<Half>(kInf | kSign), kNaN,
-                             static_cast<Half>(kNaN | kSign), Half{0x7C01}}) {
+  struct Special {
+    Dtype dtype;
+    std::uint32_t bits;
+  };
+  std::vector<Special> specials;
+  for (const std::uint32_t half : {0x7C00, 0x7E00, 0x7C01}) {  // infinity, quiet and signalling NaN
+    specials.push_back({Dtype::kF16, half});
+    specials.push_back({Dtype::kF16, half | kSign});
+  }
+  for (const std::uint32_t bits : {0x7F800000u, 0x7FC00000u, 0x7F810000u, 0x7F800001u}) {
+    for (const std::uint32_t sign : {0u, kFloatSign}) {
+      specials.push_back({Dtype::kF32, bits | sign});
+      if ((bits & 0xFFFF) == 0) specials.push_back({Dtype::kBF16, (bits | sign) >> 16});
+    }
+  }
+  for (const Special& special : specials) {
     for (const std::size_t dim : Sizes{1, 31, 64, 80}) {
-      const Rows base = RandomRows(17, dim, 2, 3);
-      const Rows rows(17, dim, 2, [&](std::size_t t, std::size_t i) {
-        return t % 4 == 1 && i % 30 == 0 ? special : base.aligned().row(t)[i];
+      const Rows base = RandomRows(special.dtype, 17, dim, 2, 3);
+      const Rows rows(special.dtype, 17, dim, 2, [&](std::size_t t, std::size_t i) {
+        return t % 4 == 1 && i % 30 == 0 ? special.bits
+                                         : BitsOf(special.dtype, base.aligned().At(t, 0, i));
       });
-      ExpectAll(rows, nullptr);
-      ExpectAll(rows, RandomMean(dim, 4).data());
+      ExpectAll(rows, kNoMean);
+      ExpectAll(rows, RandomMean(dim, 4));
     }
   }
 }
 
 TEST_P(QuantizeTest, ClampsAndCounts) {
-  for (const std::size_t dim : Sizes{3, 64, 100}) {
-    const Rows rows = RandomRows(33, dim, 0, 5);
-    const std::vector<float> mean = RandomMean(dim, 6);
-    const float full = reference::GlobalScale(rows.aligned(), nullptr);
-    for (const float scale :
-         {full * 0.99f, full * 0.5f, full * 0.1f, 1e-30f, 0x1p-126f, 1e30f, 3e38f, 0.0f, 0.02f}) {
-      ExpectPerHead(rows, nullptr, scale);
-      ExpectPerHead(rows, mean.data(), scale);
+  for (const Dtype dtype : kDtypes) {
+    for (const std::size_t dim : Sizes{3, 64, 100}) {
+      const Rows rows = RandomRows(dtype, 33, dim, 0, 5);
+      const Floats mean = RandomMean(dim, 6);
+      const float full = reference::HeadScale(rows.aligned(), Codec("i8-head"));
+      for (const float scale :
+           {full * 0.99f, full * 0.5f, full * 0.1f, 1e-30f, 0x1p-126f, 1e30f, 3e38f, 0.0f, 0.02f}) {
+        ExpectPerHead(rows, kNoMean, scale);
+        ExpectPerHead(rows, mean, scale);
+      }
+    }
+    // 127.49 stays, 127.5 (a tie, to even: 128) is clamped.
+    const Rows edge(dtype, 1, 4, 0, [&](std::size_t, std::size_t i) {
+      return BitsOf(dtype, i < 2 ? (dtype == Dtype::kBF16 ? 127.0f : 127.4375f) : 127.5f);
+    });
+    std::int8_t codes[4];
+    EXPECT_EQ(Create(Codec("i8-head", kNoMean, 1.0f), 4).Encode(edge.odd(), codes, nullptr), 2u);
+    EXPECT_EQ(codes[0], 127);
+    EXPECT_EQ(codes[3], 127);
+  }
+}
+
+// Numbers that all types have, NaN and infinities among them: nothing but the numbers counts.
+TEST_P(QuantizeTest, TheTypeOfTheNumbersDoesNotMatter) {
+  for (const std::size_t dim : Sizes{1, 3, 31, 64, 80, 101, 128}) {
+    for (const std::size_t tokens : Sizes{1, 9, 17}) {
+      const Floats mean = RandomMean(dim, 41);
+      const Rows random = RandomRows(Dtype::kF16, tokens, dim, 0, 42);
+      const auto number = [&](std::size_t t, std::size_t i) {
+        if (t % 8 == 3 && i % 50 == 0) return t % 16 == 3 ? HUGE_VALF : std::nanf("");
+        const float x = random.aligned().At(t, 0, i) * (t % 7 == 2 ? 0x1p-14f : 1.0f);
+        return HalfToFloat(FloatToHalf(x) & 0xFFF8u);  // 8 bits: a bf16 number as well
+      };
+      for (const std::string name : {"f16", "i8-token", "i8-token-bf16", "i8-head"}) {
+        for (const Floats& m : {kNoMean, mean}) {
+          if (name == "f16" && !m.empty()) continue;
+          const HeadCodec codec = Codec(name, m, name == "i8-head" ? 0.04f : 0.0f);
+          std::vector<reference::Coded> coded;
+          Floats head_scales;
+          for (const Dtype dtype : kDtypes) {
+            for (const bool backwards : {false, true}) {
+              const Rows rows(
+                  dtype, tokens, dim, 5,
+                  [&](std::size_t t, std::size_t i) { return BitsOf(dtype, number(t, i)); },
+                  backwards);
+              coded.push_back(Encode(rows.odd(), codec, TransformOf(codec)));
+              head_scales.push_back(kernel().head_scale(In(rows.odd()), TransformOf(codec)));
+              ExpectSame(coded.back(), coded.front(), rows.aligned(), codec);
+              ASSERT_EQ(head_scales.back(), head_scales.front());
+            }
+          }
+        }
+      }
     }
   }
-  // 127.49 stays, 127.5 (a tie, to even: 128) is clamped.
-  const Rows edge(
-      1, 4, 0, [](std::size_t, std::size_t i) { return FloatToHalf(i < 2 ? 127.4375f : 127.5f); });
-  std::int8_t codes[4];
-  EXPECT_EQ(QuantizeGlobal(edge.odd(), nullptr, 1.0f, codes), 2u);
-  EXPECT_EQ(codes[0], 127);
-  EXPECT_EQ(codes[3], 127);
+}
+
+// The rows of one token: heads, each with a mean of its own.
+TEST_P(QuantizeTest, HeadsWithMeansSideBySide) {
+  for (const Dtype dtype : kDtypes) {
+    for (const std::size_t dim : Sizes{3, 64, 80, 128}) {
+      for (const std::size_t heads : Sizes{1, 7, 8, 9, 19}) {
+        const Rows rows = RandomRows(dtype, heads, dim, 4, 51);
+        const Floats means = RandomMean(heads * dim, 52);
+        kernels::Transform transform;
+        transform.mean = means.data();
+        transform.row_stride = dim;
+        const auto own = [&](std::size_t h) {
+          return Floats(means.begin() + static_cast<std::ptrdiff_t>(h * dim),
+                        means.begin() + static_cast<std::ptrdiff_t>((h + 1) * dim));
+        };
+        float head_scale = 0.0f;
+        for (std::size_t h = 0; h < heads; ++h) {
+          head_scale = std::max(head_scale, reference::HeadScale(rows.aligned().Tokens(h, 1),
+                                                                 Codec("i8-head", own(h))));
+        }
+        ASSERT_EQ(kernel().head_scale(In(rows.odd()), transform), head_scale);
+        for (const std::string name : {"i8-token", "i8-token-bf16", "i8-head"}) {
+          const float scale = name == "i8-head" ? 0.5f * head_scale : 0.0f;
+          const HeadCodec codec = Codec(name, own(0), scale);
+          reference::Coded expected;
+          Floats decoded;
+          for (std::size_t h = 0; h < heads; ++h) {
+            const HeadCodec head = Codec(name, own(h), scale);
+            const reference::Coded one = reference::Encode(rows.aligned().Tokens(h, 1), head);
+            expected.rows.insert(expected.rows.end(), one.rows.begin(), one.rows.end());
+            expected.scales.insert(expected.scales.end(), one.scales.begin(), one.scales.end());
+            expected.clamped += one.clamped;
+            const Floats row = reference::Decode(one, 1, dim, head);
+            decoded.insert(decoded.end(), row.begin(), row.end());
+          }
+          ExpectSame(Encode(rows.odd(), codec, transform), expected, rows.aligned(), codec);
+          Floats out(decoded.size());
+          kernel().decode_f32({FormatOf(codec, dim), transform, expected.rows.data(), dim,
+                               expected.scales.empty() ? nullptr : expected.scales.data(), heads},
+                              out.data(), dim);
+          ASSERT_EQ(out, decoded) << name << ", " << heads << " heads, " << dim << " channels";
+        }
+      }
+    }
+  }
+}
+
+TEST_P(QuantizeTest, F16StorageOfEveryType) {
+  for (const Dtype dtype : kDtypes) {
+    for (const std::size_t dim : kDims) {
+      for (const std::size_t tokens : Sizes{0, 1, 9})
+        Expect(RandomRows(dtype, tokens, dim, 3, 61, tokens == 9), Codec("f16"));
+    }
+  }
+}
+
+// Rounding to halves, written out.
+TEST_P(QuantizeTest, F16StorageRoundsCutsAndCounts) {
+  struct Case {
+    float x;
+    Half half;
+    bool clamped;
+  };
+  const std::vector<Case> cases = {
+      {1.0f, 0x3C00, false},
+      {0x1.002p0f, 0x3C00, false},     // a tie, to even
+      {0x1.002002p0f, 0x3C01, false},  // just above
+      {0x1.006p0f, 0x3C02, false},     // a tie, to even
+      {0x1.ffep0f, 0x4000, false},     // up to the next binade
+      {0x1p-24f, 0x0001, false},       // the smallest
+      {0x1p-25f, 0x0000, false},       // a tie, to even
+      {0x1.000002p-25f, 0x0001, false},
+      {0x1.8p-24f, 0x0002, false},    // a tie, to even
+      {0x1.ff8p-15f, 0x03FF, false},  // the largest subnormal
+      {0x1.ffcp-15f, 0x0400, false},  // a tie, to even: 2^-14
+      {1e-45f, 0x0000, false},
+      {65504.0f, 0x7BFF, false},
+      {0x1.ffdffep15f, 0x7BFF, false},  // rounds down to 65504
+      {65520.0f, 0x7BFF, true},         // a tie, to even: beyond
+      {65536.0f, 0x7BFF, true},
+      {1e30f, 0x7BFF, true},
+      {FLT_MAX, 0x7BFF, true},
+      {HUGE_VALF, 0x7BFF, false},  // counts as 65504
+      {std::nanf(""), 0x0000, false},
+      {std::bit_cast<float>(0x7F800001u), 0x0000, false},
+  };
+  for (const bool negative : {false, true}) {
+    for (std::size_t dim = 1; dim <= cases.size(); ++dim) {  // each at every place of a vector
+      const Rows rows(Dtype::kF32, cases.size(), dim, 1, [&](std::size_t t, std::size_t i) {
+        return std::bit_cast<std::uint32_t>(cases[(t + i) % cases.size()].x) |
+               (negative ? kFloatSign : 0u);
+      });
+      const reference::Coded coded = Encode(rows.odd(), Codec("f16"), {});
+      std::uint64_t clamped = 0;
+      for (std::size_t i = 0; i < cases.size() * dim; ++i) {
+        const Case& c = cases[(i / dim + i % dim) % cases.size()];
+        clamped += c.clamped;
+        const int half = coded.rows[2 * i] | coded.rows[2 * i + 1] << 8;
+        const Half sign = negative && !std::isnan(c.x) ? kSign : Half{0};
+        ASSERT_EQ(half, c.half | sign) << c.x << (negative ? ", negative" : "");
+      }
+      ASSERT_EQ(coded.clamped, clamped);
+    }
+  }
 }
 
 TEST_P(QuantizeTest, Dequantize) {
   for (const std::size_t dim : kDims) {
     for (const std::size_t tokens : Sizes{0, 1, 9}) {
-      const Rows rows = RandomRows(tokens, dim, 0, 11);
-      const std::vector<float> mean = RandomMean(dim, 12);
-      for (const float* m : {static_cast<const float*>(nullptr), mean.data()}) {
-        const reference::Codes q = reference::QuantizePerToken(rows.aligned(), m, ScaleType::kF32);
+      const Rows rows = RandomRows(Dtype::kF16, tokens, dim, 0, 11);
+      const Floats mean = RandomMean(dim, 12);
+      for (const HeadCodec& codec :
+           {Codec("i8-token"), Codec("i8-token", mean), Codec("i8-token-bf16"),
+            Codec("i8-head", mean, 0.3f), Codec("f16")}) {
+        const reference::Coded q = reference::Encode(rows.aligned(), codec);
+        const Floats decoded = reference::Decode(q, tokens, dim, codec);
         const std::size_t stride = dim + 2;
-        std::vector<float> f32(tokens * stride + 1, -1e9f);
+        Floats f32(tokens * stride + 1, -1e9f);
         std::vector<Half> f16(tokens * stride + 1, kNaN);
-        kvmix::Dequantize(q.codes.data(), q.scales.data(), 1, m, tokens, dim, f32.data() + 1,
-                          stride);
-        kvmix::Dequantize(q.codes.data(), q.scales.data(), 1, m, tokens, dim, f16.data() + 1,
-                          stride);
+        const RowCodec compiled = Create(codec, dim);
+        compiled.Decode(q.rows.data(), q.scales.data(), tokens, f32.data() + 1, stride);
+        compiled.Decode(q.rows.data(), q.scales.data(), tokens, f16.data() + 1, stride);
+        ASSERT_EQ(f32[0], -1e9f);
+        ASSERT_EQ(f16[0], kNaN);
         for (std::size_t t = 0; t < tokens; ++t) {
           for (std::size_t i = 0; i < stride; ++i) {
-            const float expected =
-                i < dim ? reference::Dequantize(q.codes[t * dim + i], q.scales[t], m, i) : -1e9f;
+            const float expected = i < dim ? decoded[t * dim + i] : -1e9f;
             const std::size_t at = t * stride + i + 1;
             if (at == f32.size()) continue;
             ASSERT_EQ(f32[at], expected) << dim << " channels, row " << t << ", channel " << i;
@@ -343,65 +642,136 @@ TEST_P(QuantizeTest, Dequantize) {
 
 // One scale for all rows; results beyond the halves' range and below their normal range.
 TEST_P(QuantizeTest, DequantizeToHalfRounds) {
-  std::vector<std::int8_t> codes(4 * 255);
+  std::vector<std::uint8_t> codes(4 * 255);
   for (std::size_t i = 0; i < codes.size(); ++i)
-    codes[i] = static_cast<std::int8_t>(static_cast<int>(i % 255) - 127);
+    codes[i] = static_cast<std::uint8_t>(static_cast<int>(i % 255) - 127);
   std::vector<Half> out(codes.size());
   for (const float scale : {0.0f, 515.9f, 515.7795f, 600.0f, 1e6f, 1.0f / 3, 0x1.8p-24f, 0x1p-25f,
                             0x1.000002p-25f, 0x1.5p-20f, 0x1.003p-5f}) {
-    kvmix::Dequantize(codes.data(), &scale, 0, nullptr, 4, 255, out.data(), 255);
+    const HeadCodec codec = Codec("i8-head", kNoMean, scale);
+    kernel().decode_f16({FormatOf(codec, 255), {}, codes.data(), 255, nullptr, 4}, out.data(), 255);
+    const Floats decoded = reference::Decode(codes.data(), nullptr, 4, 255, codec);
     for (std::size_t i = 0; i < codes.size(); ++i) {
-      ASSERT_EQ(out[i], FloatToHalf(reference::Dequantize(codes[i], scale, nullptr, 0)))
-          << int{codes[i]} << " x " << scale;
+      ASSERT_EQ(out[i], FloatToHalf(decoded[i]))
+          << int{static_cast<std::int8_t>(codes[i])} << " x " << scale;
     }
   }
 }
 
 TEST_P(QuantizeTest, Errors) {
-  for (const std::size_t dim : kDims) {
-    for (const std::size_t tokens : Sizes{0, 1, 9, 300}) {
-      const Rows rows = RandomRows(tokens, dim, 7, 21);
-      const std::vector<float> mean = RandomMean(dim, 22);
-      for (const float* m : {static_cast<const float*>(nullptr), mean.data()}) {
-        const reference::Codes q = reference::QuantizePerToken(rows.aligned(), m, ScaleType::kBF16);
-        const ErrorSums expected = reference::QuantizationError(rows.aligned(), q, m);
-        const ErrorSums errors =
-            QuantizationError(rows.odd(), q.codes.data(), q.scales.data(), 1, m);
-        EXPECT_EQ(errors.count, tokens * dim);
-        EXPECT_NEAR(errors.sum_squared_error, expected.sum_squared_error,
-                    1e-5 * expected.sum_squared_error);  // f32 within a row
-        EXPECT_NEAR(errors.max_error, expected.max_error, 1e-6 * expected.max_error);
-        EXPECT_EQ(errors.max_abs, expected.max_abs);
+  for (const Dtype dtype : kDtypes) {
+    for (const std::size_t dim : kDims) {
+      for (const std::size_t tokens : Sizes{0, 1, 9, 300}) {
+        const Rows rows = RandomRows(dtype, tokens, dim, 7, 21);
+        const Floats mean = RandomMean(dim, 22);
+        for (const HeadCodec& codec :
+             {Codec("i8-token-bf16"), Codec("i8-token-bf16", mean), Codec("f16")}) {
+          if (dtype != Dtype::kF16 && codec.kind.storage == Storage::kF16) continue;
+          const reference::Coded q = reference::Encode(rows.aligned(), codec);
+          const ErrorSums expected = reference::Errors(rows.aligned(), q, codec);
+          const ErrorSums errors =
+              Create(codec, dim).Errors(rows.odd(), q.rows.data(), q.scales.data());
+          EXPECT_EQ(errors.count, tokens * dim);
+          EXPECT_NEAR(errors.sum_squared_error, expected.sum_squared_error,
+                      1e-5 * expected.sum_squared_error);  // f32 within a row
+          EXPECT_NEAR(errors.max_error, expected.max_error, 1e-6 * expected.max_error);
+          EXPECT_EQ(errors.max_abs, expected.max_abs);
+        }
       }
     }
   }
 }
 
 TEST_P(QuantizeTest, ErrorsOfNotANumber) {
-  const Half x[] = {kNaN, kInf, 0x3C00, 0xBC00};
   const std::int8_t codes[] = {0, 127, 0, 0};
-  const float scale = 65504.0f / 127.0f;
-  const ErrorSums errors = QuantizationError({x, 4, 1, 4}, codes, &scale, 0, nullptr);
-  EXPECT_NEAR(errors.sum_squared_error, 2.0, 1e-3);
-  EXPECT_EQ(errors.max_abs, 65504.0);
+  for (const Dtype dtype : kDtypes) {
+    const float x[] = {std::nanf(""), HUGE_VALF, 1.0f, -1.0f};
+    const Rows rows(dtype, 1, 4, 0,
+                    [&](std::size_t, std::size_t i) { return BitsOf(dtype, x[i]); });
+    const ErrorSums errors =
+        Create(Codec("i8-head", kNoMean, 65504.0f / 127.0f), 4).Errors(rows.odd(), codes, nullptr);
+    EXPECT_NEAR(errors.sum_squared_error, 2.0, 1e-3);
+    EXPECT_EQ(errors.max_abs, 65504.0);
+  }
 }
 
 TEST_P(QuantizeTest, EveryHalfToFloatAndFinite) {
-  std::vector<Half> all(65536 + 5), finite(all.size());
-  for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<Half>(i);
-  std::vector<float> floats(all.size());
-  kernel().to_float(all.data(), all.size(), floats.data());
-  kernel().finite(all.data(), all.size(), finite.data());
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    const float expected = HalfToFloat(all[i]);
+  constexpr std::size_t kDim = 509, kRows = 65536 / kDim + 1;
+  const Rows all(Dtype::kF16, kRows, kDim, 0, [](std::size_t t, std::size_t i) {
+    return static_cast<std::uint32_t>((t * kDim + i) & 0xFFFF);
+  });
+  Floats floats(kRows * kDim);
+  kernel().to_float(In(all.odd()), floats.data(), kDim);
+  const reference::Coded finite = Encode(all.odd(), Codec("f16"), {});
+  EXPECT_EQ(finite.clamped, 0u);
+  for (std::size_t i = 0; i < floats.size(); ++i) {
+    const float expected = all.aligned().At(i / kDim, 0, i % kDim);
     if (std::isnan(expected)) {
       ASSERT_TRUE(std::isnan(floats[i])) << i;
     } else {
       ASSERT_EQ(std::bit_cast<std::uint32_t>(floats[i]), std::bit_cast<std::uint32_t>(expected))
           << i;
     }
-    ASSERT_EQ(HalfToFloat(finite[i]), reference::FiniteFloat(all[i])) << i;
+    const Half half = static_cast<Half>(finite.rows[2 * i] | finite.rows[2 * i + 1] << 8);
+    ASSERT_EQ(HalfToFloat(half), reference::Finite(expected)) << i;
   }
+}
+
+// f32 and bf16 as they are, NaN's bits too; strides and what lies between rows.
+TEST_P(QuantizeTest, ToFloatKeepsTheBits) {
+  std::mt19937 random(71);
+  for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
+    for (const std::size_t dim : Sizes{1, 31, 64, 100}) {
+      for (const bool backwards : {false, true}) {
+        const Rows rows(
+            dtype, 9, dim, 2,
+            [&](std::size_t t, std::size_t i) {
+              const auto bits =
+                  static_cast<std::uint32_t>(random() | ((t + i) % 5 == 0 ? 0x7F800000u : 0u));
+              return dtype == Dtype::kF32 ? bits : bits >> 16;
+            },
+            backwards);
+        Floats out(9 * (dim + 3), -1e9f);
+        kernel().to_float(In(rows.odd()), out.data(), dim + 3);
+        for (std::size_t t = 0; t < 9; ++t) {
+          for (std::size_t i = 0; i < dim + 3; ++i) {
+            const float expected = i < dim ? rows.aligned().At(t, 0, i) : -1e9f;
+            ASSERT_EQ(std::bit_cast<std::uint32_t>(out[t * (dim + 3) + i]),
+                      std::bit_cast<std::uint32_t>(expected));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(QuantizeTest, RowCodecTakesStridedRowsOfEveryType) {
+  for (const Dtype dtype : kDtypes) {
+    const Rows rows = RandomRows(dtype, 21, 80, 9, 81, true);
+    const Floats mean = RandomMean(80, 82);
+    for (const HeadCodec& codec :
+         {Codec("f16"), Codec("i8-head", kNoMean, 0.1f), Codec("i8-token", mean),
+          Codec("i8-token-bf16"), Codec("i8-head", mean, 0.1f)}) {
+      const RowCodec compiled = Create(codec, 80);
+      EXPECT_EQ(compiled.row_bytes(), codec.kind.storage == Storage::kF16 ? 160u : 80u);
+      EXPECT_EQ(compiled.stores_scales(),
+                codec.kind.scale == Scale::kToken || codec.kind.scale == Scale::kTokenBF16);
+      reference::Coded coded{std::vector<std::uint8_t>(21 * compiled.row_bytes()),
+                             Floats(compiled.stores_scales() ? 21 : 0), 0};
+      coded.clamped = compiled.Encode(rows.odd(), coded.rows.data(), coded.scales.data());
+      ExpectSame(coded, reference::Encode(rows.aligned(), codec), rows.aligned(), codec);
+      EXPECT_EQ(HeadScale(rows.odd(), codec), reference::HeadScale(rows.aligned(), codec));
+    }
+  }
+}
+
+TEST(RowCodec, RefusesWhatItCannotDo) {
+  EXPECT_TRUE(RowCodec::Create(Codec("i8-token"), 512).ok());
+  EXPECT_FALSE(RowCodec::Create(Codec("i8-token"), 0).ok());
+  EXPECT_FALSE(RowCodec::Create(Codec("i8-token"), 513).ok());
+  EXPECT_FALSE(RowCodec::Create(Codec("i8-token"), 64, "no such target").ok());
+  EXPECT_FALSE(RowCodec::Create(Codec("i8-head", kNoMean, 0.0f), 64).ok());
+  EXPECT_FALSE(RowCodec::Create(Codec("i8-token", Floats(63)), 64).ok());
 }
 
 TEST(ErrorSums, Merge) {

@@ -1,4 +1,5 @@
-#include "lib/safetensors.h"
+// The safetensors reader against headers that lie about their file in every way.
+#include "lib/files/safetensors.h"
 
 #include <gtest/gtest.h>
 

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -12,12 +13,14 @@
 #include <nlohmann/json.hpp>
 
 #include "dump_files.h"
-#include "kernels/kernels.h"
 #include "kvmix/tune.h"
+#include "kvmix/version.h"
+#include "lib/tune/stopwatch.h"
 
 namespace kvmix {
 namespace {
 
+using internal::MedianSeconds;
 using testing::ExpectGoodMessage;
 using testing::ReadBytes;
 using testing::TempFolder;
@@ -81,17 +84,20 @@ TEST(WisdomFile, OfAnotherMachineIsRefusedNamingBoth) {
   }
 }
 
-TEST(WisdomFile, BelongsToTheActiveTarget) {
+TEST(WisdomFile, BelongsToTheBestTarget) {
   const TempFolder folder;
-  const std::string path = folder.file("wisdom.json"), best = ThisMachine().target,
-                    last = kernels::AllKernels().back().target;
-  EXPECT_EQ(best, kernels::AllKernels().front().target);
-  ASSERT_TRUE(SaveWisdom(SomeWisdom(), path).ok());
-  ASSERT_TRUE(kernels::UseTarget(last));
-  EXPECT_EQ(ThisMachine().target, last);
-  if (last != best) ExpectRefused(path, ErrorCode::kMismatch, {best, last});
-  ASSERT_TRUE(kernels::UseTarget(""));
-  EXPECT_TRUE(LoadWisdom(path).ok());
+  const std::string path = folder.file("wisdom.json"), best = ThisMachine().target;
+  EXPECT_EQ(best, Targets().front());
+  for (const std::string_view target : Targets()) {
+    Wisdom wisdom = ThisMachine(target);
+    EXPECT_EQ(wisdom.target, target);
+    ASSERT_TRUE(SaveWisdom(wisdom, path).ok());
+    if (target == best) {
+      EXPECT_TRUE(LoadWisdom(path).ok());
+    } else {
+      ExpectRefused(path, ErrorCode::kMismatch, {best, std::string(target)});
+    }
+  }
 }
 
 TEST(WisdomFile, RefusesWhatIsWrong) {
@@ -161,7 +167,7 @@ TEST(MedianSeconds, IsTheMiddleAndNotMovedByOneSlowRound) {
 }
 
 TEST(MeasureHeadSpeeds, FillsAllPairsThatAreMissing) {
-  std::vector<CodecKind> kinds = *Candidates("seed");
+  const std::vector<CodecKind> kinds = Candidates("seed")->k;
   Wisdom wisdom = ThisMachine();
   const HeadSpeed known{"f16", "i8-token", 3, 32, 100, 12345.0};
   wisdom.speeds = {known};
@@ -185,17 +191,40 @@ TEST(MeasureHeadSpeeds, FillsAllPairsThatAreMissing) {
   EXPECT_EQ(wisdom.speeds.size(), 10u);
 }
 
-TEST(MeasureHeadSpeeds, CentringIsNoCodecOfItsOwn) {
-  Wisdom wisdom = ThisMachine();
-  const std::vector<CodecKind> kinds = *Candidates("int8");
-  ASSERT_TRUE(MeasureHeadSpeeds(kinds, {kinds[0]}, 1, 16, 20, 0.0, &wisdom).ok());
-  EXPECT_EQ(wisdom.speeds.size(), 3u);
-  EXPECT_NE(wisdom.Find("i8-token-bf16", "f16", 1, 16, 20), nullptr);
+TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
+  for (const char* name : {"int8", "all"}) {
+    Wisdom wisdom = ThisMachine();
+    const CandidateKinds kinds = *Candidates(name);
+    ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, {kinds.v[0]}, 1, 16, 20, 0.0, &wisdom).ok());
+    EXPECT_EQ(wisdom.speeds.size(), 3u);
+    EXPECT_NE(wisdom.Find("i8-token-bf16", "f16", 1, 16, 20), nullptr);
+    ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, kinds.v, 1, 16, 20, 0.0, &wisdom).ok());
+    EXPECT_EQ(wisdom.speeds.size(), 9u);
+  }
+  for (const bool step : {false, true}) {
+    EXPECT_EQ(SpeedName({Storage::kI8, Scale::kTokenBF16, step, step, step}), "i8-token-bf16");
+    EXPECT_EQ(SpeedName({Storage::kI8, Scale::kHead, step, false, step}), "i8-head");
+  }
+  EXPECT_EQ(SpeedName({}), "f16");
+}
+
+TEST(MeasureHeadSpeeds, OfTheTargetThatTheRecordNames) {
+  for (const std::string_view target : Targets()) {
+    Wisdom wisdom = ThisMachine(target);
+    EXPECT_TRUE(MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, 2, 16, 20, 0.0, &wisdom).ok());
+    EXPECT_EQ(wisdom.speeds.size(), 1u);
+  }
+  Wisdom unknown = ThisMachine();
+  unknown.target = "AVX9";
+  const Status s = MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, 2, 16, 20, 0.0, &unknown);
+  EXPECT_EQ(s.code(), ErrorCode::kInvalidArgument);
+  EXPECT_NE(s.message().find("AVX9"), std::string::npos) << s.message();
+  EXPECT_TRUE(unknown.speeds.empty());
 }
 
 TEST(MeasureHeadSpeeds, RefusesShapesThatAreNone) {
   Wisdom wisdom = ThisMachine();
-  const std::vector<CodecKind> kinds = *Candidates("seed");
+  const std::vector<CodecKind> kinds = Candidates("seed")->k;
   EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 0, 32, 100, 0.0, &wisdom).code(),
             ErrorCode::kInvalidArgument);
   EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 513, 100, 0.0, &wisdom).code(),

@@ -49,7 +49,7 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   synthetic.Write(folder.file("study.safetensors"));
   const auto dump = Dump::Open(folder.file("study.safetensors"));
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  const auto table = Measure({&*dump}, *Candidates("seed"), 0, 24, 2);
+  const auto table = Measure({&*dump}, *Candidates("seed"), 0, 24, {.num_threads = 2});
   ASSERT_TRUE(table.ok()) << table.status().message();
   Constraints constraints;
   constraints.budget = 0.45;
@@ -58,7 +58,7 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   EXPECT_GE(SavedFraction(choice->plan), 0.45);
   Heads fp16_k, fp16_v;
   for (const HeadErrors& h : table->heads)
-    if (choice->plan.codec(h.layer, h.kv_head, h.tensor).storage == Storage::kF16)
+    if (choice->plan.codec(h.layer, h.kv_head, h.tensor).kind.storage == Storage::kF16)
       (h.tensor == Tensor::kK ? fp16_k : fp16_v).insert({h.layer, h.kv_head});
   EXPECT_EQ(fp16_k, kStudyHeads);
   EXPECT_EQ(fp16_v, Heads{});

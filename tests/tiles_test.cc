@@ -3,11 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <map>
 #include <numeric>
 #include <random>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -30,27 +33,24 @@ const std::map<std::string, TargetTiles> kTargets = {
     {"NEON_BF16", {4, 4, 0}},   {"NEON_WITHOUT_AES", {4, 2, 0}},
 };
 
-constexpr std::size_t kHeadDims[] = {1, 3, 31, 64, 80, 96, 128, 256, 512};
+// Of K and V.
+constexpr std::pair<std::size_t, std::size_t> kDims[] = {
+    {1, 1},     {3, 3},     {31, 31},   {64, 64},   {80, 80}, {96, 96},
+    {128, 128}, {256, 256}, {512, 512}, {192, 128}, {33, 5},  {7, 66}};
 
 std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-std::size_t CodeBytes(const TileFormat& f) { return f.storage == TileStorage::kF16 ? 2 : 1; }
+std::size_t CodeBytes(const TileFormat& f) { return f.row.storage == Storage::kF16 ? 2 : 1; }
 std::size_t ScaleBytes(const TileFormat& f) {
-  return f.scale == TileScale::kF32 ? 4 : f.scale == TileScale::kBF16 ? 2 : 0;
-}
-
-BlockFormat MakeFormat(const TileKernels& tiles, TileFormat k, TileFormat v, std::size_t head_dim) {
-  BlockFormat f{k, v, head_dim, 0};
-  tiles.lay_out(f);
-  return f;
+  return f.row.scale == ScaleStore::kF32 ? 4 : f.row.scale == ScaleStore::kBF16 ? 2 : 0;
 }
 
 // The formats of K and V: every storage and scale, each as K and as V.
-std::vector<std::pair<TileFormat, TileFormat>> Formats() {
-  TileFormat f16, constant, f32, bf16;
-  constant.storage = f32.storage = bf16.storage = TileStorage::kI8;
+std::vector<std::pair<RowFormat, RowFormat>> Formats() {
+  RowFormat f16, constant, f32, bf16;
+  constant.storage = f32.storage = bf16.storage = Storage::kI8;
   constant.constant = 0.25f;
-  f32.scale = TileScale::kF32;
-  bf16.scale = TileScale::kBF16;
+  f32.scale = ScaleStore::kF32;
+  bf16.scale = ScaleStore::kBF16;
   return {{f16, f32}, {f32, f16}, {constant, bf16}, {bf16, constant}, {f32, f32}, {f16, f16}};
 }
 
@@ -59,59 +59,119 @@ std::vector<std::pair<TileFormat, TileFormat>> Formats() {
 std::size_t CodeAt(const TargetTiles& target, const BlockFormat& f, bool k, std::size_t token,
                    std::size_t channel) {
   const TileFormat& t = k ? f.k : f.v;
-  const std::size_t width = t.storage == TileStorage::kF16 ? 1 : target.i8_width,
+  const std::size_t width = t.row.storage == Storage::kF16 ? 1 : target.i8_width,
                     lanes = target.lanes;
   const std::size_t lane = k ? token : channel, term = k ? channel : token;
-  const std::size_t terms = k ? RoundUp(f.head_dim, width) : kBlockTokens;
+  const std::size_t terms = k ? RoundUp(t.row.dim, width) : kBlockTokens;
   return t.codes_offset + ((lane / lanes * (terms / width) + term / width) * lanes * width +
                            lane % lanes * width + term % width) *
                               CodeBytes(t);
 }
 
-class Block {
+// Canonical rows of some tokens, `gap` bytes between them. As codes at an address that suits no
+// vector: one code past any alignment.
+class Rows {
  public:
-  Block(const Kernels& kernels, const BlockFormat& format)
-      : kernels_(kernels), format_(format), bytes_(format.block_bytes + 64) {
-    std::fill(bytes_.end() - 64, bytes_.end(), std::uint8_t{0xA5});
-  }
-  std::uint8_t* data() { return bytes_.data(); }
-  bool guard_intact() const {
-    return std::all_of(bytes_.end() - 64, bytes_.end(), [](std::uint8_t b) { return b == 0xA5; });
-  }
-  void Store(bool k, std::size_t token, const void* codes, float scale) {
-    (k ? kernels_.tiles.store_k : kernels_.tiles.store_v)(format_, data(), token, codes, scale);
-  }
-  // Exactly head_dim codes are written.
-  std::vector<std::uint8_t> Load(bool k, std::size_t token, float* scale) {
-    const std::size_t n = format_.head_dim * CodeBytes(k ? format_.k : format_.v);
-    std::vector<std::uint8_t> row(n + 64, 0x5A);
-    (k ? kernels_.tiles.load_k : kernels_.tiles.load_v)(format_, data(), token, row.data(), scale);
-    EXPECT_TRUE(std::all_of(row.begin() + static_cast<std::ptrdiff_t>(n), row.end(),
-                            [](std::uint8_t b) { return b == 0x5A; }));
-    row.resize(n);
-    return row;
+  std::vector<float> scales;  // and one more, which stays
+
+  Rows(const TileFormat& format, std::size_t count, std::size_t gap)
+      : scales(count + 1, kNoScale),
+        bytes_(RowBytes(format.row)),
+        stride_(bytes_ + gap),
+        count_(count),
+        first_(CodeBytes(format)),
+        memory_(first_ + count * stride_ + 64, kUntouched) {}
+
+  std::uint8_t* data() { return memory_.data() + first_; }
+  std::uint8_t* row(std::size_t r) { return data() + r * stride_; }
+  std::size_t stride() const { return stride_; }
+  std::vector<std::uint8_t> Row(std::size_t r) { return {row(r), row(r) + bytes_}; }
+  // Nothing was written but rows and scales.
+  bool guard_intact() {
+    bool intact = scales.back() == kNoScale;
+    for (std::size_t i = 0; i < memory_.size(); ++i) {
+      const std::size_t at = i - first_;  // wraps before the first
+      const bool is_row = i >= first_ && at / stride_ < count_ && at % stride_ < bytes_;
+      intact &= is_row || memory_[i] == kUntouched;
+    }
+    return intact;
   }
 
  private:
-  const Kernels& kernels_;
-  const BlockFormat& format_;
-  std::vector<std::uint8_t> bytes_;
+  static constexpr std::uint8_t kUntouched = 0x5A;
+  static constexpr float kNoScale = -1.0f;
+  std::size_t bytes_, stride_, count_, first_;
+  std::vector<std::uint8_t> memory_;
 };
 
-std::vector<std::uint8_t> RandomRow(std::mt19937& rng, std::size_t bytes) {
-  std::vector<std::uint8_t> row(bytes);
-  for (std::uint8_t& b : row) b = static_cast<std::uint8_t>(rng());
-  return row;
-}
+// Blocks of one head, in memory in any order, with 64 guarded bytes around each.
+class Blocks {
+ public:
+  Blocks(const Kernels& kernels, const BlockFormat& format, std::vector<std::size_t> order)
+      : kernels_(kernels),
+        format_(format),
+        memory_(order.size() * (format.block_bytes + 64) + 64, kGuard),
+        blocks_(order.size()) {
+    for (std::size_t b = 0; b < order.size(); ++b) {
+      blocks_[b] = memory_.data() + 64 + order[b] * (format.block_bytes + 64);
+      std::fill_n(blocks_[b], format.block_bytes, std::uint8_t{0});
+    }
+  }
+  const std::uint8_t* data(std::size_t block = 0) const { return blocks_[block]; }
+  bool guard_intact() const {
+    bool intact = true;
+    for (std::size_t i = 0; i < memory_.size(); ++i) {
+      intact &= i % (format_.block_bytes + 64) >= 64 || memory_[i] == kGuard;
+    }
+    return intact;
+  }
+  // Only the blocks that hold one of the tokens are in the table.
+  void Store(bool k, std::size_t token, std::size_t count, Rows& rows, bool scales = true) const {
+    const std::vector<std::uint8_t*> table = Table(token, count);
+    (k ? kernels_.tiles.store_k : kernels_.tiles.store_v)(format_, table.data(), token, count,
+                                                          rows.data(), rows.stride(),
+                                                          scales ? rows.scales.data() : nullptr);
+  }
+  void Load(bool k, std::size_t token, std::size_t count, Rows& rows, bool scales = true) const {
+    const std::vector<std::uint8_t*> table = Table(token, count);
+    (k ? kernels_.tiles.load_k : kernels_.tiles.load_v)(format_, table.data(), token, count,
+                                                        rows.data(), rows.stride(),
+                                                        scales ? rows.scales.data() : nullptr);
+  }
+
+ private:
+  static constexpr std::uint8_t kGuard = 0xA5;
+  std::vector<std::uint8_t*> Table(std::size_t token, std::size_t count) const {
+    std::vector<std::uint8_t*> table(blocks_.size(), nullptr);
+    for (std::size_t t = token; t < token + count; ++t) {
+      table[t / kBlockTokens] = blocks_[t / kBlockTokens];
+    }
+    return table;
+  }
+  const Kernels& kernels_;
+  const BlockFormat& format_;
+  std::vector<std::uint8_t> memory_;
+  std::vector<std::uint8_t*> blocks_;
+};
 
 // A number that survives the scale's type.
 float RandomScale(std::mt19937& rng, const TileFormat& f) {
-  if (f.scale == TileScale::kConstant) return f.constant;
-  const std::uint32_t bits =
-      (rng() & 0x3FFFFFFFu) & (f.scale == TileScale::kBF16 ? 0xFFFF0000u : 0xFFFFFFFFu);
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return scale;
+  if (f.row.scale == ScaleStore::kConstant) return f.row.constant;
+  return std::bit_cast<float>(static_cast<std::uint32_t>(
+      (rng() & 0x3FFFFFFFu) & (f.row.scale == ScaleStore::kBF16 ? 0xFFFF0000u : 0xFFFFFFFFu)));
+}
+
+Rows RandomRows(std::mt19937& rng, const TileFormat& f, std::size_t count, std::size_t gap = 0) {
+  Rows rows(f, count, gap);
+  for (std::size_t r = 0; r < count; ++r) {
+    std::uint32_t bits = 0;
+    for (std::size_t i = 0; i < RowBytes(f.row); ++i, bits >>= 8) {
+      if (i % 4 == 0) bits = static_cast<std::uint32_t>(rng());
+      rows.row(r)[i] = static_cast<std::uint8_t>(bits);
+    }
+    rows.scales[r] = RandomScale(rng, f);
+  }
+  return rows;
 }
 
 // f(target, kernels, format) for everything there is.
@@ -120,12 +180,17 @@ void ForAllFormats(const F& f) {
   for (const Kernels& kernels : AllKernels()) {
     const auto target = kTargets.find(kernels.target);
     ASSERT_NE(target, kTargets.end()) << kernels.target << " has no entry in this test";
-    for (const std::size_t head_dim : kHeadDims) {
+    for (const auto& [k_dim, v_dim] : kDims) {
       for (const auto& [k, v] : Formats()) {
-        const BlockFormat format = MakeFormat(kernels.tiles, k, v, head_dim);
-        SCOPED_TRACE(::testing::Message()
-                     << kernels.target << " head_dim " << head_dim << " storages " << int(k.storage)
-                     << int(v.storage) << " scales " << int(k.scale) << int(v.scale));
+        BlockFormat format;
+        format.k.row = k;
+        format.v.row = v;
+        format.k.row.dim = k_dim;
+        format.v.row.dim = v_dim;
+        kernels.tiles.lay_out(format);
+        SCOPED_TRACE(::testing::Message() << kernels.target << " dims " << k_dim << " " << v_dim
+                                          << " storages " << int(k.storage) << int(v.storage)
+                                          << " scales " << int(k.scale) << int(v.scale));
         f(target->second, kernels, format);
         if (::testing::Test::HasFatalFailure()) return;
       }
@@ -133,25 +198,23 @@ void ForAllFormats(const F& f) {
   }
 }
 
-TEST(Targets, BestFirstAndChosenByName) {
+TEST(Targets, BestFirstAndFoundByName) {
   ASSERT_FALSE(AllKernels().empty());
   for (const Kernels& k : AllKernels()) {
-    EXPECT_TRUE(UseTarget(k.target));
-    EXPECT_STREQ(ActiveKernels().target, k.target);
-    EXPECT_FALSE(UseTarget("no such target"));
-    EXPECT_STREQ(ActiveKernels().target, k.target);
+    ASSERT_EQ(FindKernels(k.target), &k);
+    EXPECT_EQ(FindKernels(std::string(k.target) + "_"), nullptr);
   }
-  EXPECT_TRUE(UseTarget(""));
-  EXPECT_STREQ(ActiveKernels().target, AllKernels().front().target);
+  EXPECT_EQ(FindKernels("no such target"), nullptr);
+  EXPECT_EQ(FindKernels(""), &AllKernels().front());
 }
 
 TEST(Tiles, BlockIsKCodesKScalesVCodesVScales) {
   ForAllFormats([](const TargetTiles& target, const Kernels&, const BlockFormat& f) {
-    const std::size_t k_width = f.k.storage == TileStorage::kF16 ? 1 : target.i8_width;
+    const std::size_t k_width = f.k.row.storage == Storage::kF16 ? 1 : target.i8_width;
     const std::size_t k_bytes =
-        RoundUp(kBlockTokens * RoundUp(f.head_dim, k_width) * CodeBytes(f.k), 64);
+        RoundUp(kBlockTokens * RoundUp(f.k.row.dim, k_width) * CodeBytes(f.k), 64);
     const std::size_t v_bytes =
-        RoundUp(kBlockTokens * RoundUp(f.head_dim, target.lanes) * CodeBytes(f.v), 64);
+        RoundUp(kBlockTokens * RoundUp(f.v.row.dim, target.lanes) * CodeBytes(f.v), 64);
     EXPECT_EQ(f.k.codes_offset, 0u);
     EXPECT_EQ(f.k.scales_offset, k_bytes);
     EXPECT_EQ(f.v.codes_offset, k_bytes + kBlockTokens * ScaleBytes(f.k));
@@ -165,27 +228,28 @@ TEST(Tiles, EveryCodeLiesWhereTheLayoutSays) {
   ForAllFormats([&](const TargetTiles& target, const Kernels& kernels, const BlockFormat& f) {
     for (const bool k : {true, false}) {
       const TileFormat& t = k ? f.k : f.v;
-      const std::uint8_t flip = k && t.storage == TileStorage::kI8 ? target.k_flip : 0;
+      const std::uint8_t flip = k && t.row.storage == Storage::kI8 ? target.k_flip : 0;
       for (const std::size_t token : {std::size_t{0}, std::size_t{1}, target.lanes - 1,
                                       target.lanes, std::size_t{130}, kBlockTokens - 1}) {
-        Block block(kernels, f);
-        const std::vector<std::uint8_t> row = RandomRow(rng, f.head_dim * CodeBytes(t));
-        block.Store(k, token, row.data(), RandomScale(rng, t));
+        const Blocks block(kernels, f, {0});
+        Rows row = RandomRows(rng, t, 1);
+        block.Store(k, token, 1, row);
         std::vector<std::uint8_t> expected(f.block_bytes);
-        for (std::size_t i = 0; i < row.size(); ++i) {
+        for (std::size_t i = 0; i < RowBytes(t.row); ++i) {
           expected[CodeAt(target, f, k, token, i / CodeBytes(t)) + i % CodeBytes(t)] =
-              row[i] ^ flip;
+              row.row(0)[i] ^ flip;
         }
         // Channels that fill K's last group hold code 0. (V's lie in vectors of their own and are 0
         // as well.)
-        const std::size_t width = t.storage == TileStorage::kF16 ? 1 : target.i8_width;
-        for (std::size_t c = f.head_dim; k && c < RoundUp(f.head_dim, width); ++c)
+        const std::size_t width = t.row.storage == Storage::kF16 ? 1 : target.i8_width;
+        for (std::size_t c = t.row.dim; k && c < RoundUp(t.row.dim, width); ++c)
           expected[CodeAt(target, f, k, token, c)] = flip;
-        const std::size_t end = t.scales_offset;
-        ASSERT_EQ(std::vector<std::uint8_t>(block.data() + t.codes_offset, block.data() + end),
-                  std::vector<std::uint8_t>(
-                      expected.begin() + static_cast<std::ptrdiff_t>(t.codes_offset),
-                      expected.begin() + static_cast<std::ptrdiff_t>(end)))
+        if (t.row.scale != ScaleStore::kConstant) {  // bf16: the upper half of an f32
+          const std::size_t bytes = ScaleBytes(t);
+          std::memcpy(&expected[t.scales_offset + token * bytes],
+                      reinterpret_cast<const char*>(row.scales.data()) + 4 - bytes, bytes);
+        }
+        ASSERT_EQ(std::vector<std::uint8_t>(block.data(), block.data() + f.block_bytes), expected)
             << (k ? "K" : "V") << " token " << token;
       }
     }
@@ -197,7 +261,7 @@ TEST(Tiles, RowsComeBackWhateverTheOrderAndAfterOverwriting) {
   std::vector<std::size_t> order(kBlockTokens);
   std::iota(order.begin(), order.end(), std::size_t{0});
   ForAllFormats([&](const TargetTiles&, const Kernels& kernels, const BlockFormat& f) {
-    Block block(kernels, f);
+    const Blocks block(kernels, f, {0});
     struct Row {
       std::vector<std::uint8_t> codes;
       float scale;
@@ -207,39 +271,104 @@ TEST(Tiles, RowsComeBackWhateverTheOrderAndAfterOverwriting) {
       std::shuffle(order.begin(), order.end(), rng);
       for (std::size_t i = 0; i < (round == 0 ? kBlockTokens : kBlockTokens / 2); ++i) {
         for (const bool k : {true, false}) {
-          const TileFormat& t = k ? f.k : f.v;
-          Row& row = rows[k][order[i]];
-          row = {RandomRow(rng, f.head_dim * CodeBytes(t)), RandomScale(rng, t)};
-          block.Store(k, order[i], row.codes.data(), row.scale);
+          Rows row = RandomRows(rng, k ? f.k : f.v, 1);
+          block.Store(k, order[i], 1, row);
+          rows[k][order[i]] = {row.Row(0), row.scales[0]};
         }
       }
     }
     for (std::size_t token = 0; token < kBlockTokens; ++token) {
       for (const bool k : {true, false}) {
-        float scale = -1.0f;
-        ASSERT_EQ(block.Load(k, token, &scale), rows[k][token].codes)
-            << (k ? "K" : "V") << " token " << token;
-        ASSERT_EQ(scale, rows[k][token].scale) << (k ? "K" : "V") << " token " << token;
+        Rows loaded(k ? f.k : f.v, 1, 0);
+        block.Load(k, token, 1, loaded);
+        ASSERT_EQ(loaded.Row(0), rows[k][token].codes) << (k ? "K" : "V") << " token " << token;
+        ASSERT_EQ(loaded.scales[0], rows[k][token].scale) << (k ? "K" : "V") << " token " << token;
+        ASSERT_TRUE(loaded.guard_intact());
       }
     }
     EXPECT_TRUE(block.guard_intact());
   });
 }
 
+// Runs of any length across the borders of blocks that lie anywhere, with strides, some of them
+// written over others: the same bytes as token by token, and rows come back in runs of other
+// lengths.
+TEST(Tiles, RunsOfTokensOverScatteredBlocks) {
+  constexpr std::size_t kTokens = 3 * kBlockTokens;
+  std::mt19937 rng(4);
+  ForAllFormats([&](const TargetTiles&, const Kernels& kernels, const BlockFormat& f) {
+    const Blocks scattered(kernels, f, {2, 0, 1}), in_order(kernels, f, {0, 1, 2});
+    for (const bool k : {true, false}) {
+      const TileFormat& t = k ? f.k : f.v;
+      Rows all = RandomRows(rng, t, kTokens);
+      const auto copy = [&](std::size_t from, std::size_t count, std::size_t gap) {
+        Rows run(t, count, gap);
+        for (std::size_t r = 0; r < count; ++r)
+          std::memcpy(run.row(r), all.row(from + r), RowBytes(t.row));
+        std::copy_n(all.scales.begin() + static_cast<std::ptrdiff_t>(from), count,
+                    run.scales.begin());
+        return run;
+      };
+      for (std::size_t token = 0; token < kTokens; ++token) {
+        Rows one = copy(token, 1, 0);
+        in_order.Store(k, token, 1, one);
+      }
+      const std::pair<std::size_t, std::size_t> runs[] = {
+          {1, 254}, {0, 3}, {255, 2}, {256, 256}, {510, 258}, {512, 1}, {700, 0}, {200, 500}};
+      for (const auto& [first, count] : runs) {
+        Rows run = copy(first, count, 2 * (first % 3));
+        scattered.Store(k, first, count, run);
+        ASSERT_TRUE(run.guard_intact());
+      }
+      const std::size_t begin = t.codes_offset,
+                        bytes = t.scales_offset + kBlockTokens * ScaleBytes(t) - begin;
+      for (std::size_t b = 0; b < 3; ++b) {
+        ASSERT_EQ(std::memcmp(scattered.data(b) + begin, in_order.data(b) + begin, bytes), 0)
+            << (k ? "K" : "V") << " block " << b;
+      }
+      const std::pair<std::size_t, std::size_t> loads[] = {
+          {0, kTokens}, {255, 1}, {255, 258}, {600, 0}, {512, 256}};
+      for (const auto& [first, count] : loads) {
+        Rows loaded(t, count, 4), expected = copy(first, count, 4);
+        scattered.Load(k, first, count, loaded);
+        ASSERT_TRUE(loaded.guard_intact());
+        for (std::size_t r = 0; r < count; ++r) ASSERT_EQ(loaded.Row(r), expected.Row(r));
+        ASSERT_EQ(loaded.scales, expected.scales);
+      }
+    }
+    EXPECT_TRUE(scattered.guard_intact());
+  });
+}
+
+// Without scales codes go in and out alone, and what was there of the scales stays.
+TEST(Tiles, ScalesMayBeLeftOut) {
+  std::mt19937 rng(5);
+  ForAllFormats([&](const TargetTiles&, const Kernels& kernels, const BlockFormat& f) {
+    const Blocks block(kernels, f, {0, 1});
+    for (const bool k : {true, false}) {
+      const TileFormat& t = k ? f.k : f.v;
+      Rows first = RandomRows(rng, t, 9), second = RandomRows(rng, t, 9), loaded(t, 9, 0);
+      block.Store(k, 250, 9, first);
+      block.Store(k, 250, 9, second, false);
+      block.Load(k, 250, 9, loaded, false);
+      ASSERT_EQ(loaded.scales, std::vector<float>(10, -1.0f));
+      for (std::size_t r = 0; r < 9; ++r) ASSERT_EQ(loaded.Row(r), second.Row(r));
+      block.Load(k, 250, 9, loaded);
+      ASSERT_EQ(loaded.scales, first.scales);
+    }
+  });
+}
+
 TEST(Tiles, CodesAtAnyAddress) {
   std::mt19937 rng(3);
   ForAllFormats([&](const TargetTiles&, const Kernels& kernels, const BlockFormat& f) {
-    Block block(kernels, f);
+    const Blocks block(kernels, f, {0});
     for (const bool k : {true, false}) {
-      const std::size_t by = CodeBytes(k ? f.k : f.v),
-                        n = f.head_dim *
-                            by;  // one code past any alignment that a vector might like
-      std::vector<std::uint8_t> row = RandomRow(rng, n + by), loaded(n + by);
-      float scale;
-      block.Store(k, 5, row.data() + by, 1.0f);
-      (k ? kernels.tiles.load_k : kernels.tiles.load_v)(f, block.data(), 5, loaded.data() + by,
-                                                        &scale);
-      ASSERT_EQ(std::memcmp(row.data() + by, loaded.data() + by, n), 0) << (k ? "K" : "V");
+      // one code past any alignment that a vector might like
+      Rows row = RandomRows(rng, k ? f.k : f.v, 1), loaded(k ? f.k : f.v, 1, 0);
+      block.Store(k, 5, 1, row);
+      block.Load(k, 5, 1, loaded);
+      ASSERT_EQ(row.Row(0), loaded.Row(0)) << (k ? "K" : "V");
     }
   });
 }

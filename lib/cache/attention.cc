@@ -150,7 +150,7 @@ Status AttendJob::Impl::Start(const CacheImpl& c, std::size_t at_layer, const Ro
 const std::uint8_t* AttendJob::Impl::BlockAfter(std::size_t kv_head, std::size_t begin,
                                                 std::size_t end) const {
   if (end < layer->tokens) return layer->blocks_of(kv_head)[end / kBlockTokens];
-  if (kv_head + 1 == layer->formats.size()) return nullptr;
+  if (layer->tokens == 0 || kv_head + 1 == layer->formats.size()) return nullptr;
   return layer->blocks_of(kv_head + 1)[begin / kBlockTokens];
 }
 

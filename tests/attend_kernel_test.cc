@@ -1,0 +1,705 @@
+// The attention kernel at its own door, kernels/attend.h, on every target: out, max and sum of a
+// task against double precision over the very codes and scales that its blocks hold. (Attention
+// over a cache: attend_test.cc, attend_options_test.cc.)
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kvmix/half.h"
+
+namespace kvmix::kernels {
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+using Sizes = std::initializer_list<std::size_t>;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr double kLog2E = 1.4426950408889634;
+
+// The bound that kvmix/attention.h states, on NMSE.
+constexpr double kBound = 1e-6;
+
+RowFormat Format(Storage storage, ScaleStore scale, std::size_t dim, float constant) {
+  RowFormat format;
+  format.storage = storage;
+  format.scale = scale;
+  format.dim = dim;
+  if (storage == Storage::kI8 && scale == ScaleStore::kConstant) format.constant = constant;
+  return format;
+}
+
+// f16, and i8 with each scale: K's and V's formats are any two of these.
+constexpr std::pair<Storage, ScaleStore> kKinds[] = {{Storage::kF16, ScaleStore::kConstant},
+                                                     {Storage::kI8, ScaleStore::kConstant},
+                                                     {Storage::kI8, ScaleStore::kF32},
+                                                     {Storage::kI8, ScaleStore::kBF16}};
+constexpr auto kF16 = kKinds[0], kI8F32 = kKinds[2], kI8BF16 = kKinds[3];
+using Kind = std::pair<Storage, ScaleStore>;
+
+// Codes of K or V, canonical rows, and the numbers that they are.
+struct Rows {
+  RowFormat format;
+  std::vector<std::uint8_t> codes;  // [tokens][RowBytes]
+  Floats scales;                    // [tokens]
+
+  void Put(std::size_t token, std::size_t channel, float x) {
+    const std::size_t at = token * format.dim + channel;
+    if (format.storage == Storage::kF16) {
+      const Half half = FloatToHalf(x);
+      std::memcpy(&codes[2 * at], &half, 2);
+    } else {
+      const float code = std::clamp(std::nearbyint(40.0f * x), -127.0f, 127.0f);
+      codes[at] = static_cast<std::uint8_t>(static_cast<std::int8_t>(code));
+    }
+  }
+  double At(std::size_t token, std::size_t channel) const {
+    const std::size_t at = token * format.dim + channel;
+    if (format.storage == Storage::kF16) {
+      Half half;
+      std::memcpy(&half, &codes[2 * at], 2);
+      return HalfToFloat(half);
+    }
+    return double{scales[token]} * static_cast<std::int8_t>(codes[at]);
+  }
+};
+
+// Normal numbers around `offset`, in tokens of different size where there is a scale for it.
+Rows RandomRows(std::mt19937& rng, Kind kind, std::size_t tokens, std::size_t dim, float spread,
+                float offset = 0.0f) {
+  std::normal_distribution<float> normal;
+  Rows rows{Format(kind.first, kind.second, dim, 0.025f), {}, Floats(tokens)};
+  rows.codes.resize(tokens * RowBytes(rows.format));
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const float size = std::exp2(spread * normal(rng));
+    const bool f16 = kind.first == Storage::kF16;
+    rows.scales[t] = kind.second == ScaleStore::kConstant ? rows.format.constant : 0.025f * size;
+    if (kind.second == ScaleStore::kBF16) {
+      rows.scales[t] =
+          std::bit_cast<float>(std::bit_cast<std::uint32_t>(rows.scales[t]) & 0xFFFF0000u);
+    }
+    for (std::size_t c = 0; c < dim; ++c) {
+      rows.Put(t, c, (f16 ? size : 1.0f) * (normal(rng) + offset));
+    }
+  }
+  return rows;
+}
+
+struct Head {
+  Rows k, v;
+  std::size_t tokens() const { return k.scales.size(); }
+};
+
+// An output of one number would cancel almost to zero, and its relative error grow: V has an offset
+// there.
+Head RandomHead(Kind k, Kind v, std::size_t k_dim, std::size_t v_dim, std::size_t tokens,
+                unsigned seed) {
+  std::mt19937 rng(seed);
+  return {RandomRows(rng, k, tokens, k_dim, 0.3f),
+          RandomRows(rng, v, tokens, v_dim, 1.0f, v_dim == 1 ? 1.5f : 0.0f)};
+}
+
+Floats RandomFloats(std::mt19937& rng, std::size_t n) {
+  std::normal_distribution<float> normal;
+  Floats x(n);
+  for (float& f : x) f = normal(rng);
+  return x;
+}
+
+// Memory on cache lines.
+class Lines {
+ public:
+  explicit Lines(std::size_t bytes, std::uint8_t fill = 0) : lines_(bytes / 64 + 1) {
+    std::memset(data(), fill, lines_.size() * 64);
+  }
+  std::uint8_t* data() { return lines_[0].bytes; }
+
+ private:
+  struct alignas(64) Line {
+    std::uint8_t bytes[64];
+  };
+  std::vector<Line> lines_;
+};
+
+// A head's tokens as a target's blocks: block b at place order[b] of memory (in order, if there is
+// none).
+class Blocks {
+ public:
+  Blocks(const Kernels& k, const Head& head, std::vector<std::size_t> order = {})
+      : kernels(k), format(Lay(k, head)), memory_(Bytes(head, format)) {
+    const std::size_t count = (head.tokens() + kBlockTokens - 1) / kBlockTokens;
+    if (order.empty()) {
+      order.resize(count);
+      std::iota(order.begin(), order.end(), std::size_t{0});
+    }
+    std::vector<std::uint8_t*> blocks;
+    for (std::size_t b = 0; b < count; ++b)
+      blocks.push_back(memory_.data() + order[b] * format.block_bytes);
+    kernels.tiles.store_k(format, blocks.data(), 0, head.tokens(), head.k.codes.data(),
+                          RowBytes(format.k.row), head.k.scales.data());
+    kernels.tiles.store_v(format, blocks.data(), 0, head.tokens(), head.v.codes.data(),
+                          RowBytes(format.v.row), head.v.scales.data());
+    table_.assign(blocks.begin(), blocks.end());
+  }
+  // Of the blocks that hold tokens of [first, last); null for the others.
+  std::vector<const std::uint8_t*> Table(std::size_t first, std::size_t last) const {
+    std::vector<const std::uint8_t*> table(table_.size() + 1, nullptr);
+    for (std::size_t t = first; t < last; ++t) table[t / kBlockTokens] = table_[t / kBlockTokens];
+    return table;
+  }
+
+  const Kernels& kernels;
+  const BlockFormat format;
+
+ private:
+  static BlockFormat Lay(const Kernels& k, const Head& head) {
+    BlockFormat f;
+    f.k.row = head.k.format;
+    f.v.row = head.v.format;
+    k.tiles.lay_out(f);
+    return f;
+  }
+  static std::size_t Bytes(const Head& head, const BlockFormat& f) {
+    return (head.tokens() / kBlockTokens + 1) * f.block_bytes;
+  }
+  Lines memory_;
+  std::vector<const std::uint8_t*> table_;
+};
+
+// What a task asks.
+struct Ask {
+  Floats q;  // [rows, K's dim]
+  std::size_t rows = 1, group = 1;
+  std::int64_t first_end = 0;
+  std::size_t first = 0, last = 0;
+  std::size_t window = 0;
+  float scale = 0.125f;
+  float soft_cap = 0.0f;
+  Floats bias = {};  // [rows], or empty
+};
+
+Ask RandomAsk(std::mt19937& rng, const Head& head, std::size_t rows, std::size_t group) {
+  const std::size_t dim = head.k.format.dim;
+  Ask ask;
+  ask.q = RandomFloats(rng, rows * dim);
+  ask.rows = rows;
+  ask.group = group;
+  ask.first_end =
+      static_cast<std::int64_t>(head.tokens()) - static_cast<std::int64_t>((rows - 1) / group);
+  ask.last = head.tokens();
+  ask.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  return ask;
+}
+
+// What one row should get; out and sum are relative to `top`.
+struct Expected {
+  bool seen = false;
+  double top = -std::numeric_limits<double>::infinity();  // the largest s
+  double max = -std::numeric_limits<double>::infinity();  // the largest s + log2(V's scale)
+  double sum = 0.0;
+  Doubles out;
+};
+
+// In double precision, straight from kernels/attend.h.
+std::vector<Expected> Reference(const Head& head, const Ask& ask) {
+  const std::size_t k_dim = head.k.format.dim, v_dim = head.v.format.dim;
+  std::vector<Expected> rows(ask.rows);
+  Doubles k, v;  // tokens [first, last)
+  for (std::size_t t = ask.first; t < ask.last; ++t) {
+    for (std::size_t c = 0; c < k_dim; ++c) k.push_back(head.k.At(t, c));
+    for (std::size_t c = 0; c < v_dim; ++c) v.push_back(head.v.At(t, c));
+  }
+  for (std::size_t r = 0; r < ask.rows; ++r) {
+    Expected& e = rows[r];
+    e.out.assign(v_dim, 0.0);
+    const std::int64_t end = ask.first_end + static_cast<std::int64_t>(r / ask.group);
+    const std::int64_t window = static_cast<std::int64_t>(ask.window);
+    const std::int64_t begin = window != 0 ? std::max<std::int64_t>(end - window, 0) : 0;
+    Doubles s(head.tokens(), -std::numeric_limits<double>::infinity());
+    for (std::size_t t = ask.first; t < ask.last; ++t) {
+      const std::int64_t token = static_cast<std::int64_t>(t);
+      if (token < begin || token >= end) continue;
+      double score = 0.0;
+      for (std::size_t c = 0; c < k_dim; ++c)
+        score += double{ask.q[r * k_dim + c]} * k[(t - ask.first) * k_dim + c];
+      score *= ask.scale;
+      if (ask.soft_cap != 0.0f) {
+        if (!ask.bias.empty()) score += ask.bias[r];
+        score = ask.soft_cap * std::tanh(score / ask.soft_cap);
+      }
+      s[t] = kLog2E * score;
+      const bool scaled = head.v.format.storage != Storage::kF16;
+      const double log2 = scaled ? std::max(std::log2(double{head.v.scales[t]}), -32.0) : 0.0;
+      e.seen = true;
+      e.top = std::max(e.top, s[t]);
+      e.max = std::max(e.max, s[t] + log2);
+    }
+    for (std::size_t t = ask.first; t < ask.last && e.seen; ++t) {
+      const double weight = std::exp2(s[t] - e.top);
+      e.sum += weight;
+      if (weight == 0.0) continue;
+      for (std::size_t c = 0; c < v_dim; ++c) e.out[c] += weight * v[(t - ask.first) * v_dim + c];
+    }
+  }
+  return rows;
+}
+
+struct Outcome {
+  std::size_t padded = 0;
+  Floats out, max, sum;
+};
+
+// Writes neither past its outputs nor past its scratch, and looks up no other block.
+Outcome Attend(const Blocks& blocks, const Ask& ask, bool stream,
+               const std::uint8_t* after = nullptr) {
+  constexpr std::uint8_t kGuard = 0xA5;
+  const AttendKernels& k = blocks.kernels.attend;
+  const std::size_t operand_bytes = k.operand_bytes(blocks.format, ask.rows);
+  Lines operand(operand_bytes, kGuard);
+  Outcome o;
+  o.padded = k.padded_dim(blocks.format);
+  EXPECT_GE(o.padded, blocks.format.v.row.dim);
+  o.out.assign(ask.rows * o.padded + 1, -7.0f);
+  o.max.assign(ask.rows + 1, -7.0f);
+  o.sum.assign(ask.rows + 1, -7.0f);
+  const std::vector<const std::uint8_t*> table = blocks.Table(ask.first, ask.last);
+  AttendTask task{};
+  task.format = &blocks.format;
+  task.blocks = table.data();
+  task.first_token = ask.first;
+  task.last_token = ask.last;
+  task.q = ask.q.data();
+  task.rows = ask.rows;
+  task.group = ask.group;
+  task.first_end = ask.first_end;
+  task.window = ask.window;
+  task.scale = ask.scale;
+  task.soft_cap = ask.soft_cap;
+  task.bias = ask.bias.empty() ? nullptr : ask.bias.data();
+  task.stream = stream;
+  task.after = after;
+  task.operand = operand.data();
+  task.out = o.out.data();
+  task.max = o.max.data();
+  task.sum = o.sum.data();
+  k.attend(task);
+  EXPECT_EQ(operand.data()[operand_bytes], kGuard);
+  for (Floats* floats : {&o.out, &o.max, &o.sum}) {
+    EXPECT_EQ(floats->back(), -7.0f);
+    floats->pop_back();
+  }
+  return o;
+}
+
+bool SameBits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+bool SameBits(const Outcome& a, const Outcome& b) {
+  return SameBits(a.out, b.out) && SameBits(a.max, b.max) && SameBits(a.sum, b.sum);
+}
+
+std::string Names(const Head& head) {
+  std::string names;
+  for (const Rows* rows : {&head.k, &head.v}) {
+    const RowFormat& f = rows->format;
+    names += rows == &head.k ? "K " : ", V ";
+    names += f.storage == Storage::kF16 ? "f16" : "i8";
+    names += f.scale == ScaleStore::kF32 ? " f32" : f.scale == ScaleStore::kBF16 ? " bf16" : "";
+    names += " x " + std::to_string(f.dim);
+  }
+  return names;
+}
+
+class AttendKernel : public ::testing::Test {
+ protected:
+  // out / sum is the attention, per query head within `bound` of NMSE; max is near its place, and
+  // sum is what it is said to be for this very max. (But for huge scores, where f32 leaves a sum no
+  // meaning but beside its own out: it may not overflow.)
+  void Expect(const Head& head, const Ask& ask, const std::vector<Expected>& expected,
+              const Outcome& o, double bound = kBound, bool huge_scores = false) {
+    SCOPED_TRACE(::testing::Message()
+                 << Names(head) << "; " << ask.rows << " rows of groups of " << ask.group
+                 << ", first end " << ask.first_end << ", tokens " << ask.first << " to "
+                 << ask.last << ", window " << ask.window << ", cap " << ask.soft_cap);
+    const std::size_t dim = head.v.format.dim;
+    Doubles error(ask.group), size(ask.group);
+    for (std::size_t r = 0; r < ask.rows; ++r) {
+      const Expected& e = expected[r];
+      const float* out = &o.out[r * o.padded];
+      if (!e.seen) {
+        EXPECT_EQ(o.max[r], -kInf) << "row " << r << " saw nothing";
+        EXPECT_EQ(o.sum[r], 0.0f) << "row " << r << " saw nothing";
+        EXPECT_TRUE(std::all_of(out, out + dim, [](float x) { return x == 0.0f; })) << r;
+        continue;
+      }
+      // Log2Bound is at most 0.09 too large.
+      EXPECT_NEAR(o.max[r], e.max, 0.1 + 1e-5 * std::fabs(e.max)) << "row " << r;
+      if (huge_scores) {
+        EXPECT_GT(o.sum[r], 0.0f) << "row " << r;
+        EXPECT_LE(o.sum[r], 0x1p33 * static_cast<double>(head.tokens())) << "row " << r;
+      } else {
+        const double to_top = std::exp2(o.max[r] - e.top);
+        EXPECT_NEAR(o.sum[r] * to_top / e.sum, 1.0, std::sqrt(bound)) << "row " << r;
+      }
+      for (std::size_t c = 0; c < dim; ++c) {
+        const double found = out[c] / double{o.sum[r]}, wanted = e.out[c] / e.sum;
+        error[r % ask.group] += (found - wanted) * (found - wanted);
+        size[r % ask.group] += wanted * wanted;
+      }
+    }
+    for (std::size_t h = 0; h < ask.group; ++h) {
+      EXPECT_TRUE(error[h] <= bound * size[h])
+          << "query head " << h << ": NMSE " << error[h] / size[h];
+      if (size[h] > 0.0) worst_ = std::max(worst_, error[h] / size[h] / bound);
+    }
+  }
+
+  // On every target; from memory and from L2.
+  void Check(const Head& head, const Ask& ask, const std::vector<std::size_t>& order = {},
+             double bound = kBound, bool huge_scores = false) {
+    const std::vector<Expected> expected = Reference(head, ask);
+    for (const Kernels& kernels : AllKernels()) {
+      SCOPED_TRACE(kernels.target);
+      const Blocks blocks(kernels, head, order);
+      for (const bool stream : {false, true}) {
+        Expect(head, ask, expected, Attend(blocks, ask, stream), bound, huge_scores);
+      }
+    }
+  }
+
+  void TearDown() override {
+    if (worst_ > 0.0) std::printf("  worst NMSE: %.1e of the bound\n", worst_);
+  }
+
+ private:
+  double worst_ = 0.0;
+};
+
+TEST_F(AttendKernel, EveryStorageScaleAndDim) {
+  constexpr std::pair<std::size_t, std::size_t> kDims[] = {
+      {1, 1}, {33, 33}, {64, 64}, {80, 80}, {128, 128}, {256, 256}, {192, 128}, {7, 100}};
+  constexpr std::size_t kTokens[] = {1, 3, 15, 16, 17, 255, 256, 257, 600};
+  constexpr std::size_t kGroups[] = {1, 4, 7};
+  std::mt19937 rng(1);
+  unsigned count = 0;
+  for (const auto& [k_dim, v_dim] : kDims) {
+    for (const Kind& k : kKinds) {
+      for (const Kind& v : kKinds) {
+        const Head head = RandomHead(k, v, k_dim, v_dim, kTokens[count % 9], count);
+        Check(head, RandomAsk(rng, head, 1 + count % 18, kGroups[count % 3]));
+        ++count;
+      }
+    }
+  }
+}
+
+TEST_F(AttendKernel, EveryNumberOfRowsAndGroup) {
+  std::mt19937 rng(2);
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kI8BF16, kF16}}) {
+    const Head head = RandomHead(k, v, 64, 80, 300, 2);
+    for (std::size_t rows = 1; rows <= 18; ++rows) {
+      for (const std::size_t group : Sizes{1, 4, 7}) {
+        Check(head, RandomAsk(rng, head, rows, group));
+      }
+    }
+  }
+}
+
+// Blocks lie anywhere; those without tokens of the range are not there at all.
+TEST_F(AttendKernel, RangesAtAndAroundTheBordersOfBlocks) {
+  constexpr std::size_t kBorders[] = {0, 1, 16, 100, 255, 256, 257, 511, 512, 513, 768, 1000};
+  std::mt19937 rng(3);
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kF16, kF16}}) {
+    const Head head = RandomHead(k, v, 33, 64, 1000, 3);
+    Ask ask = RandomAsk(rng, head, 5, 2);
+    for (const std::int64_t first_end : {1000, 511, 255}) {  // rows end before the range does
+      for (const std::size_t first : kBorders) {
+        for (const std::size_t last : kBorders) {
+          if (last < first) continue;
+          ask.first = first;
+          ask.last = last;
+          ask.first_end = first_end;
+          Check(head, ask, {2, 0, 3, 1});
+        }
+      }
+    }
+  }
+}
+
+TEST_F(AttendKernel, WindowsAndEnds) {
+  std::mt19937 rng(4);
+  const Head head = RandomHead(kI8F32, kI8F32, 64, 33, 700, 4);
+  for (const std::size_t window : Sizes{0, 1, 2, 5, 64, 255, 256, 257, 700, 5000}) {
+    for (const std::int64_t first_end : {-20, -3, -1, 0, 1, 16, 250, 256, 257, 510, 690}) {
+      for (const std::size_t group : Sizes{1, 4, 7}) {
+        Ask ask = RandomAsk(rng, head, 10, group);
+        ask.first_end = first_end;
+        ask.window = window;
+        Check(head, ask);
+        ask.first = 200;
+        ask.last = 520;
+        Check(head, ask);
+      }
+    }
+  }
+}
+
+TEST_F(AttendKernel, SoftCapAndBias) {
+  std::mt19937 rng(5);
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kI8F32, kF16}}) {
+    const Head head = RandomHead(k, v, 80, 64, 400, 5);
+    for (const std::size_t rows : Sizes{1, 7, 18}) {
+      Ask ask = RandomAsk(rng, head, rows, 4);
+      Floats bias = RandomFloats(rng, rows);
+      for (float& b : bias) b *= 10.0f;
+      for (const float cap : {0.5f, 5.0f, 30.0f, 1000.0f}) {
+        ask.soft_cap = cap;
+        ask.bias = {};
+        Check(head, ask);
+        ask.bias = bias;
+        Check(head, ask);
+      }
+      // Softmax does not see a bias.
+      ask.soft_cap = 0.0f;
+      Ask without = ask;
+      without.bias = {};
+      for (const Kernels& kernels : AllKernels()) {
+        const Blocks blocks(kernels, head);
+        EXPECT_TRUE(SameBits(Attend(blocks, ask, true), Attend(blocks, without, true)))
+            << kernels.target;
+      }
+    }
+  }
+}
+
+// A row with NaN or Inf in q has max NaN; its neighbours do not notice.
+TEST_F(AttendKernel, NotANumberInQ) {
+  std::mt19937 rng(6);
+  for (const Kind& k : kKinds) {
+    for (const Kind& v : {kF16, kI8F32}) {
+      const Head head = RandomHead(k, v, 33, 20, 300, 6);
+      for (const std::size_t rows : Sizes{1, 4, 9, 18}) {
+        const Ask ask = RandomAsk(rng, head, rows, 3);
+        for (const float special : {kNaN, -kNaN, kInf, -kInf}) {
+          for (const std::size_t channel : Sizes{0, 15, 32}) {
+            Ask with = ask;
+            for (std::size_t r = channel % 2; r < rows; r += 3) with.q[r * 33 + channel] = special;
+            for (const Kernels& kernels : AllKernels()) {
+              const Blocks blocks(kernels, head);
+              for (const bool stream : {false, true}) {
+                const Outcome clean = Attend(blocks, ask, stream), o = Attend(blocks, with, stream);
+                for (std::size_t r = 0; r < rows; ++r) {
+                  if (r >= channel % 2 && (r - channel % 2) % 3 == 0) {
+                    EXPECT_TRUE(std::isnan(o.max[r])) << kernels.target << ", row " << r;
+                    continue;
+                  }
+                  EXPECT_EQ(o.max[r], clean.max[r]) << kernels.target << ", row " << r;
+                  EXPECT_EQ(o.sum[r], clean.sum[r]) << kernels.target << ", row " << r;
+                  EXPECT_EQ(std::memcmp(&o.out[r * o.padded], &clean.out[r * o.padded],
+                                        o.padded * sizeof(float)),
+                            0)
+                      << kernels.target << ", row " << r;
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Where blocks lie and what is read after them changes nothing.
+TEST_F(AttendKernel, ScatteredBlocksGiveTheSameBits) {
+  std::mt19937 rng(7);
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kF16, kI8F32}, {kI8F32, kF16}}) {
+    const Head head = RandomHead(k, v, 64, 64, 1100, 7);
+    for (const std::size_t rows : Sizes{1, 5, 18}) {
+      Ask ask = RandomAsk(rng, head, rows, 4);
+      ask.first = 100;
+      for (const Kernels& kernels : AllKernels()) {
+        const Blocks in_order(kernels, head), scattered(kernels, head, {3, 0, 4, 1, 2});
+        for (const bool stream : {false, true}) {
+          const Outcome expected = Attend(in_order, ask, stream);
+          EXPECT_GT(expected.sum.back(), 0.0f);
+          EXPECT_TRUE(SameBits(Attend(scattered, ask, stream), expected)) << kernels.target;
+          const std::uint8_t* after = in_order.Table(0, 1)[0];
+          EXPECT_TRUE(SameBits(Attend(scattered, ask, stream, after), expected)) << kernels.target;
+        }
+      }
+    }
+  }
+}
+
+// Reading tiles as if they came from memory takes other register blocks and other turns of rows,
+// and gives the same bits.
+TEST_F(AttendKernel, StreamingGivesTheSameBits) {
+  constexpr std::size_t kTokens = 700;
+  for (const Kernels& kernels : AllKernels()) {
+    for (const std::size_t head_dim : Sizes{64, 80}) {
+      for (const auto& [k, v] :
+           {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kF16, kI8F32}, {kI8F32, kF16}}) {
+        std::mt19937 rng(21);
+        const Head head = RandomHead(k, v, head_dim, head_dim, kTokens, 21);
+        const Blocks blocks(kernels, head);
+        for (std::size_t rows = 1; rows <= 18; ++rows) {
+          Ask ask = RandomAsk(rng, head, rows, rows);
+          ask.scale = 0.125f;
+          const Outcome out = Attend(blocks, ask, false);
+          EXPECT_GT(out.sum.back(), 0.0f);
+          EXPECT_TRUE(SameBits(Attend(blocks, ask, true), out))
+              << kernels.target << ", " << rows << " rows, " << Names(head);
+        }
+      }
+    }
+  }
+}
+
+// Ranges of a context, merged by their out, max and sum, are the whole of it.
+TEST_F(AttendKernel, MergedRangesAreOne) {
+  std::mt19937 rng(8);
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kI8BF16, kKinds[1]}}) {
+    const Head head = RandomHead(k, v, 64, 80, 900, 8);
+    const Ask whole = RandomAsk(rng, head, 9, 2);
+    const std::vector<Expected> expected = Reference(head, whole);
+    for (const std::vector<std::size_t>& cuts :
+         std::vector<std::vector<std::size_t>>{{0, 1, 900},
+                                               {0, 100, 900},
+                                               {0, 256, 900},
+                                               {0, 513, 900},
+                                               {0, 899, 900},
+                                               {0, 256, 512, 768, 900}}) {
+      for (const Kernels& kernels : AllKernels()) {
+        SCOPED_TRACE(kernels.target);
+        const Blocks blocks(kernels, head);
+        Outcome merged;
+        for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
+          Ask part = whole;
+          part.first = cuts[i];
+          part.last = cuts[i + 1];
+          const Outcome o = Attend(blocks, part, false);
+          if (i == 0) {
+            merged = o;
+            continue;
+          }
+          for (std::size_t r = 0; r < whole.rows; ++r) {
+            const float max = std::max(merged.max[r], o.max[r]);
+            const float a = std::exp2(merged.max[r] - max), b = std::exp2(o.max[r] - max);
+            for (std::size_t c = 0; c < o.padded; ++c) {
+              float& out = merged.out[r * o.padded + c];
+              out = a * out + b * o.out[r * o.padded + c];
+            }
+            merged.sum[r] = a * merged.sum[r] + b * o.sum[r];
+            merged.max[r] = max;
+          }
+        }
+        Expect(head, whole, expected, merged);
+      }
+    }
+  }
+}
+
+// Tokens that a row does not see, before its window, after its end or out of range, count for
+// nothing, whatever size they have.
+TEST_F(AttendKernel, TokensOutOfSightDoNotCount) {
+  std::mt19937 rng(11);
+  for (const Kind& k : kKinds) {
+    for (const Kind& v : kKinds) {
+      const Head head = RandomHead(k, v, 64, 64, 600, 11);
+      Head with = head;
+      for (std::size_t t = 0; t < head.tokens(); ++t) {
+        if (t >= 100 && t < 400) continue;
+        for (std::size_t c = 0; c < 64; ++c) {
+          with.k.Put(t, c, 60000.0f);
+          with.v.Put(t, c, 60000.0f);
+        }
+        if (k.second != ScaleStore::kConstant) with.k.scales[t] = 0x1p100f;
+        if (v.second != ScaleStore::kConstant) with.v.scales[t] = 0x1p90f;
+      }
+      Ask ask = RandomAsk(rng, head, 1, 1);
+      ask.first_end = 400;
+      ask.window = 300;
+      Ask range = RandomAsk(rng, head, 6, 2);
+      range.first = 100;
+      range.last = 400;
+      for (const Ask& a : {ask, range}) {
+        for (const Kernels& kernels : AllKernels()) {
+          const Blocks blocks(kernels, head), blocks_with(kernels, with);
+          const Outcome o = Attend(blocks, a, true), o_with = Attend(blocks_with, a, true);
+          EXPECT_TRUE(std::ranges::all_of(o.sum, [](float x) { return x > 0.0f; }));
+          EXPECT_TRUE(SameBits(o_with, o)) << kernels.target << ", " << Names(head);
+        }
+      }
+    }
+  }
+}
+
+// V's tokens of any size, down to nothing: max follows the largest weight times scale, as far as
+// 2^-32, and the sum of the weights stays right.
+TEST_F(AttendKernel, ScalesOfVFarApart) {
+  std::mt19937 rng(9);
+  for (const Kind& k : {kF16, kI8F32}) {
+    for (const Kind& v : {kI8F32, kI8BF16}) {
+      for (const int kind : {0, 1, 2, 3}) {
+        Head head = RandomHead(k, v, 64, 64, 600, 9);
+        std::uniform_real_distribution<float> exponent(-38.0f, 38.0f);
+        for (std::size_t t = 0; t < head.tokens(); ++t) {
+          float& scale = head.v.scales[t];
+          if (kind == 0) scale = std::exp2(exponent(rng));         // any
+          if (kind == 1) scale = t % 3 == 0 ? 0.0f : 0.02f;        // rows of zeros among others
+          if (kind == 2) scale = t == 300 ? 0x1p-30f : 0x1p-120f;  // hardly anything
+          if (kind == 3) scale = 0x1p50f;
+          scale = std::bit_cast<float>(std::bit_cast<std::uint32_t>(scale) & 0xFFFF0000u);
+        }
+        for (const std::size_t rows : Sizes{1, 6}) Check(head, RandomAsk(rng, head, rows, 2));
+      }
+    }
+  }
+  // Nothing but zeros: an output of zeros with the weights' sum.
+  Head head = RandomHead(kI8F32, kI8F32, 64, 64, 600, 9);
+  std::ranges::fill(head.v.scales, 0.0f);
+  Check(head, RandomAsk(rng, head, 6, 2));
+}
+
+// Scores of which f32 itself knows no more than two or three decimals: nothing overflows, and the
+// weights stay weights.
+TEST_F(AttendKernel, ScoresInTheTensOfThousands) {
+  std::mt19937 rng(10);
+  for (const Kind& k : {kF16, kI8F32}) {
+    for (const Kind& v : {kF16, kI8F32}) {
+      for (const float size : {30.0f, 100.0f, 300.0f}) {
+        Head head = RandomHead(k, v, 64, 64, 600, 10);
+        std::normal_distribution<float> normal;
+        for (std::size_t t = 0; t < head.tokens(); ++t) {
+          head.k.scales[t] = size / 120.0f;
+          for (std::size_t c = 0; c < 64; ++c) {
+            const float x = size + 0.02f * normal(rng);
+            head.k.Put(t, c, k == kF16 ? x : x * 3.0f / size);  // codes of about 120
+            head.v.Put(t, c, 1.0f + 0.1f * normal(rng));
+          }
+        }
+        Ask ask = RandomAsk(rng, head, 6, 2);
+        for (float& q : ask.q) q += size;
+        Check(head, ask, {}, 1e-2, true);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvmix::kernels

@@ -1,0 +1,282 @@
+// Codecs: names, sizes, which kinds exist, which numbers they must have.
+#include "kvmix/codec.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dump_files.h"
+
+namespace kvmix {
+namespace {
+
+using testing::ExpectGoodMessage;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr std::size_t kDim = 4;
+
+// Every combination of fields, whether it exists or not.
+std::vector<CodecKind> AllFields() {
+  std::vector<CodecKind> kinds;
+  for (const Storage storage : {Storage::kF16, Storage::kI8}) {
+    for (const Scale scale : {Scale::kNone, Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
+      for (unsigned steps = 0; steps < 8; ++steps) {
+        kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0});
+      }
+    }
+  }
+  return kinds;
+}
+
+// f16 is stored as it is; int8 has a scale, and any steps before it.
+bool Exists(const CodecKind& kind) {
+  if (kind.storage == Storage::kF16) return kind == CodecKind();
+  return kind.scale != Scale::kNone;
+}
+
+// What ToString says that a kind is called.
+std::string Name(const CodecKind& kind) {
+  std::string name = kind.storage == Storage::kF16 ? "f16" : "i8";
+  if (kind.scale == Scale::kHead) name += "-head";
+  if (kind.scale == Scale::kToken) name += "-token";
+  if (kind.scale == Scale::kTokenBF16) name += "-token-bf16";
+  if (kind.centre) name += "+centre";
+  if (kind.fold) name += "+fold";
+  if (kind.hadamard) name += "+hadamard";
+  return name;
+}
+
+std::shared_ptr<const CodecVectors> Vectors(std::vector<float> mean, std::vector<float> factor) {
+  return std::make_shared<const CodecVectors>(CodecVectors{std::move(mean), std::move(factor)});
+}
+
+// A kind with good numbers.
+HeadCodec Whole(const CodecKind& kind) {
+  return {kind, kind.scale == Scale::kHead ? 0.5f : 0.0f,
+          Vectors(std::vector<float>(kind.centre ? kDim : 0, -1.5f),
+                  std::vector<float>(kind.fold ? kDim : 0, 2.0f))};
+}
+
+void ExpectRefused(const HeadCodec& codec, const std::string& text) {
+  const Status status = CheckCodec(codec, kDim);
+  EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument) << "expected: " << text;
+  ExpectGoodMessage(status, "expected ");
+  EXPECT_NE(status.message().find(text), std::string::npos)
+      << status.message() << "\nshould speak of: " << text;
+}
+
+TEST(CodecKind, NamesOfEveryKindAndBack) {
+  std::set<std::string> names;
+  for (const CodecKind& kind : AllFields()) {
+    if (!Exists(kind)) continue;
+    EXPECT_EQ(ToString(kind), Name(kind));
+    const Result<CodecKind> parsed = ParseCodecKind(Name(kind));
+    ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+    EXPECT_EQ(*parsed, kind) << Name(kind);
+    names.insert(ToString(kind));
+  }
+  EXPECT_EQ(names.size(), 25u);  // f16; three scales with any of three steps
+  EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
+            "i8-token-bf16+centre+fold+hadamard");
+}
+
+TEST(CodecKind, KindsThatDoNotExistHaveNoName) {
+  for (const CodecKind& kind : AllFields()) {
+    if (Exists(kind)) continue;
+    EXPECT_EQ(ToString(kind), "invalid");
+    EXPECT_FALSE(ParseCodecKind(Name(kind)).ok()) << Name(kind);
+    ExpectRefused(Whole(kind), "expected a codec that exists");
+  }
+  EXPECT_FALSE(ParseCodecKind("invalid").ok());
+}
+
+// An error says what the parts are.
+TEST(CodecKind, RefusesNamesOfNone) {
+  for (const char* name : {"",
+                           "f16-head",
+                           "f16-token",
+                           "f16-token-bf16",
+                           "f16+centre",
+                           "f16+fold",
+                           "f16+hadamard",
+                           "i8",
+                           "i8+centre",
+                           "i8-",
+                           "i8-head-bf16",
+                           "i8-head-token",
+                           "i8-token-bf16-bf16",
+                           "i8-tokens",
+                           "i4-token",
+                           "F16",
+                           "I8-token",
+                           "f16 ",
+                           " f16",
+                           "-token",
+                           "+centre",
+                           "i8-token+",
+                           "i8-token++centre",
+                           "i8-token+center",
+                           "i8-token+center+hadamard",
+                           "i8-token +centre",
+                           "i8-token+centre ",
+                           "i8-token+centre+centre",
+                           "i8-token+hadamard+hadamard",
+                           "i8-token+fold+centre",
+                           "i8-token+hadamard+centre",
+                           "i8-token+hadamard+fold",
+                           "i8-token+centre+hadamard+fold",
+                           "i8+centre-token",
+                           "i8-token\n"}) {
+    const Status status = ParseCodecKind(name).status();
+    SCOPED_TRACE(name);
+    EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
+    for (const std::string part : {"expected", "f16", "i8", "-head", "-token", "-token-bf16",
+                                   "+centre", "+fold", "+hadamard"}) {
+      EXPECT_NE(status.message().find(part), std::string::npos)
+          << status.message() << " does not name " << part;
+    }
+    EXPECT_TRUE(status.message().starts_with("codec: ")) << status.message();
+    EXPECT_NE(status.message().find("found \""), std::string::npos) << status.message();
+  }
+  EXPECT_NE(ParseCodecKind("i4-token").status().message().find("found \"i4-token\""),
+            std::string::npos);
+}
+
+TEST(CodecKind, BytesPerToken) {
+  for (const CodecKind& kind : AllFields()) {
+    if (!Exists(kind)) continue;
+    for (const std::size_t dim : {1, 33, 64, 512}) {
+      const std::size_t scale = kind.scale == Scale::kToken       ? 4
+                                : kind.scale == Scale::kTokenBF16 ? 2
+                                                                  : 0;
+      EXPECT_EQ(BytesPerToken(kind, dim), kind.storage == Storage::kF16 ? 2 * dim : dim + scale)
+          << ToString(kind) << ", " << dim;
+    }
+  }
+}
+
+TEST(HeadCodec, NumbersThatItsKindAsksFor) {
+  for (const CodecKind& kind : AllFields()) {
+    if (!Exists(kind)) continue;
+    SCOPED_TRACE(ToString(kind));
+    const HeadCodec good = Whole(kind);
+    const Status status = CheckCodec(good, kDim);
+    EXPECT_TRUE(status.ok()) << status.message();
+    const std::vector<float> mean(good.mean().begin(), good.mean().end()),
+        factor(good.factor().begin(), good.factor().end());
+    EXPECT_EQ(mean.size(), kind.centre ? kDim : 0);
+    EXPECT_EQ(factor.size(), kind.fold ? kDim : 0);
+
+    HeadCodec bad = good;  // without any
+    bad.vectors = nullptr;
+    EXPECT_TRUE(bad.mean().empty() && bad.factor().empty());
+    if (kind.centre) {
+      ExpectRefused(bad, "expected a mean of 4 channels, found 0");
+    } else if (kind.fold) {
+      ExpectRefused(bad, "expected a factor of 4 channels, found 0");
+    } else {
+      EXPECT_TRUE(CheckCodec(bad, kDim).ok());
+    }
+
+    std::vector<float> longer = mean;  // one more than there should be
+    longer.push_back(1.0f);
+    bad.vectors = Vectors(longer, factor);
+    ExpectRefused(bad, kind.centre ? "expected a mean of 4 channels, found 5"
+                                   : "expected a mean of 0 channels, found 1");
+    longer = factor;
+    longer.push_back(1.0f);
+    bad.vectors = Vectors(mean, longer);
+    ExpectRefused(bad, kind.fold ? "expected a factor of 4 channels, found 5"
+                                 : "expected a factor of 0 channels, found 1");
+  }
+}
+
+TEST(HeadCodec, MeansAreFinite) {
+  const CodecKind kind{Storage::kI8, Scale::kToken, true};
+  HeadCodec codec{kind, 0.0f, nullptr};
+  for (const float bad : {std::nanf(""), kInf, -kInf}) {
+    codec.vectors = Vectors({1.0f, 2.0f, bad, 4.0f}, {});
+    ExpectRefused(codec, "a mean of finite numbers in its range");
+    ExpectRefused(codec, "in channel 2");
+  }
+  for (const float good : {0.0f, -0.0f, std::numeric_limits<float>::max(),
+                           -std::numeric_limits<float>::denorm_min()}) {
+    codec.vectors = Vectors({1.0f, 2.0f, good, 4.0f}, {});
+    EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
+  }
+}
+
+TEST(HeadCodec, FactorsAreFromTwoToTheMinus32ToTwoToThe32) {
+  const CodecKind kind{Storage::kI8, Scale::kToken, false, true};
+  HeadCodec codec{kind, 0.0f, nullptr};
+  for (const float bad : {std::nanf(""), kInf, -kInf, 0.0f, -0.0f, -1.0f, 0x1.FFFFFEp-33f,
+                          0x1.000002p32f, std::numeric_limits<float>::denorm_min()}) {
+    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, bad});
+    ExpectRefused(codec, "a factor of finite numbers in its range");
+    ExpectRefused(codec, "in channel 3");
+  }
+  for (const float good : {0x1p-32f, 0x1p32f, 1.0f}) {
+    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, good});
+    EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
+  }
+}
+
+TEST(HeadCodec, AHeadsScaleIsAboveZeroAndFinite) {
+  HeadCodec codec{{Storage::kI8, Scale::kHead}};
+  for (const float bad : {0.0f, -0.0f, -1.0f, std::nanf(""), kInf, -kInf}) {
+    codec.head_scale = bad;
+    ExpectRefused(codec, "expected a scale above 0");
+  }
+  for (const float good :
+       {1.0f, std::numeric_limits<float>::max(), std::numeric_limits<float>::denorm_min()}) {
+    codec.head_scale = good;
+    EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
+  }
+  // Other kinds have none, and do not look at it.
+  codec = {{Storage::kI8, Scale::kToken}, -1.0f, nullptr};
+  EXPECT_TRUE(CheckCodec(codec, kDim).ok());
+}
+
+TEST(HeadCodec, EqualByItsNumbers) {
+  const CodecKind kind{Storage::kI8, Scale::kHead, true, true};
+  const HeadCodec codec = Whole(kind);
+  HeadCodec other = Whole(kind);
+  ASSERT_NE(codec.vectors, other.vectors);
+  EXPECT_EQ(codec, other);
+  other.head_scale = 0.25f;
+  EXPECT_NE(codec, other);
+  other = codec;
+  other.kind.hadamard = true;
+  EXPECT_NE(codec, other);
+  other = codec;
+  other.vectors = Vectors({-1.5f, -1.5f, -1.5f, -1.25f}, std::vector<float>(kDim, 2.0f));
+  EXPECT_NE(codec, other);
+  other.vectors = Vectors(std::vector<float>(kDim, -1.5f), {2.0f, 2.0f, 2.5f, 2.0f});
+  EXPECT_NE(codec, other);
+  other.vectors = nullptr;
+  EXPECT_NE(codec, other);
+  // No vectors and empty ones are the same.
+  const HeadCodec plain{{Storage::kI8, Scale::kToken}};
+  other = plain;
+  other.vectors = Vectors({}, {});
+  EXPECT_EQ(plain, other);
+}
+
+TEST(HeadCodec, CopiesShareTheirVectors) {
+  const HeadCodec codec = Whole({Storage::kI8, Scale::kToken, true, true, true});
+  const HeadCodec copy = codec;
+  EXPECT_EQ(copy.vectors, codec.vectors);
+  EXPECT_EQ(copy.mean().data(), codec.mean().data());
+  EXPECT_EQ(copy.factor().data(), codec.factor().data());
+  EXPECT_EQ(codec.vectors.use_count(), 2);
+}
+
+}  // namespace
+}  // namespace kvmix
