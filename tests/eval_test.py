@@ -11,8 +11,8 @@ import unittest
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools'))
-import dump_kv  # noqa: E402
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools/python'))
+from kvmix_tools import dump as dump_kv  # noqa: E402
 
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 LAYERS, KV_HEADS, QUERY_HEADS, DIM = 3, 2, 6, 64

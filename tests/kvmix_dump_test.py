@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests the parts of tools/dump_kv.py that need neither torch nor a model. dump_kv_test.py [KVMIX-TUNE]: the program must read the file."""
+"""Tests the parts of kvmix-dump that need neither torch nor a model. kvmix_dump_test.py [KVMIX-TUNE]: the program must read the file."""
 import json
 import pathlib
 import struct
@@ -10,8 +10,8 @@ import unittest
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools'))
-import dump_kv  # noqa: E402
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools/python'))
+from kvmix_tools import dump as dump_kv  # noqa: E402
 
 TUNE = pathlib.Path(sys.argv.pop()).resolve() if len(sys.argv) > 1 else None
 

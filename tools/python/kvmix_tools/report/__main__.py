@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Makes a page of what kvmix-eval, kvmix-tune and kvmix-bench found.
 
   kvmix-report --sample -o report.html                     tunes and measures the built-in sample
@@ -14,13 +13,11 @@ import pathlib
 import sys
 import tempfile
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(next((folder for folder in (HERE, HERE.parent / 'share/kvmix') if (folder / 'kvmix_report').is_dir()), HERE)))
-sys.dont_write_bytecode = True
+from . import inputs as reader
+from .collect import Programs, collect
+from .inputs import InputError
 
-from kvmix_report import inputs as reader  # noqa: E402
-from kvmix_report.collect import Programs, collect  # noqa: E402
-from kvmix_report.inputs import InputError  # noqa: E402
+HERE = pathlib.Path(sys.argv[0]).resolve().parent
 
 
 def arguments():
@@ -66,10 +63,9 @@ def write_whole(path, text):
         temporary.unlink(missing_ok=True)
 
 
-def main():
-    args = arguments()
+def report(args):
     try:
-        from kvmix_report import charts, page
+        from . import charts, page
     except ImportError as error:
         raise InputError(f'needs matplotlib ({error}): install it with "apt-get install python3-matplotlib" or "pip install matplotlib"') from None
     output = pathlib.Path(args.output)
@@ -90,11 +86,15 @@ def main():
     print(f'report written to {output}')
 
 
-if __name__ == '__main__':
+def main():
     try:
-        main()
+        report(arguments())
     except (InputError, OSError) as error:
         print(f'kvmix-report: error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()

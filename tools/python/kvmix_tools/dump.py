@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Dumps K, V and Q of a Hugging Face model as it reads a text, for kvmix-tune.
 
-  dump_kv.py Qwen/Qwen2.5-0.5B corpus.txt -o qwen.safetensors --prompts 8 --tokens 512
+  kvmix-dump Qwen/Qwen2.5-0.5B corpus.txt -o qwen.safetensors --prompts 8 --tokens 512
 
 MODEL is what transformers' from_pretrained takes: a name or a folder (with --gguf-file: the folder of a GGUF file). The text is cut
 into prompts of --tokens tokens, each read by one prefill. What is written is what attention sees: K and V after RoPE and QK-norm,
@@ -163,7 +162,7 @@ def positive(text):
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser('kvmix-dump', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('model', help='name or folder of a causal language model')
     p.add_argument('corpus', help='text file (UTF-8)')
     p.add_argument('-o', '--output', required=True, help='the safetensors file to write')
@@ -188,10 +187,9 @@ def main():
     try:
         dump(args)
     except (DumpError, OSError, ValueError) as error:
-        print(f'dump_kv.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+        print(f'kvmix-dump: error: {error}', file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

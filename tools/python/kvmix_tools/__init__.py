@@ -1,0 +1,1 @@
+"""kvmix's programs in Python: kvmix-dump (dump) and kvmix-report (report)."""
