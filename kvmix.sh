@@ -126,7 +126,7 @@ demo() {
   local out=$build/demo
   local tune="$build/tools/kvmix-tune --budget 0.45 --wisdom $out/wisdom.json"
   prepare "$@"
-  compile tools/kvmix-tune tools/kvmix-eval
+  compile tools/kvmix-tune tools/kvmix-eval tools/kvmix-report
   mkdir -p $out
   rm -f $out/wisdom.json  # measured anew, then the same for both runs
   say "kvmix-tune --budget 0.45 -o $out/plan.json (without a dump: the built-in sample)"

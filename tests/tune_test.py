@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The whole kvmix-tune run on the built-in sample: figures, files, refusals. tune_test.py KVMIX-TUNE KVMIX-EVAL"""
+"""The whole kvmix-tune run on the built-in sample: figures, files, refusals.
+tune_test.py KVMIX-TUNE KVMIX-EVAL"""
 import json
 import pathlib
 import subprocess
@@ -10,10 +11,15 @@ import unittest
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 TUNE = pathlib.Path(sys.argv.pop()).resolve()
 
-# What the sample gave at a budget of 0.45. Speeds, which differ from machine to machine, decide between plans that are about equally
-# accurate: the holdout's worst cosine moves by less than this between them, where losing one outlier head costs ten times as much.
+# What the sample gave at a budget of 0.45. Speeds, which differ from machine to machine, decide
+# between plans that are about equally accurate: the holdout's worst cosine moves by less than this
+# between them, where losing one outlier head costs ten times as much.
 HOLDOUT_WORST_COSINE, COSINE_TOLERANCE = 0.99927, 0.0003
 OUTLIERS = {(0, 0), (0, 1), (1, 0), (7, 1), (15, 1)}  # (layer, KV head) of K
+
+
+def k_heads(heads):
+    return {(head['layer'], head['kv_head']) for head in heads if head['tensor'] == 'k'}
 
 
 class Tune(unittest.TestCase):
@@ -23,7 +29,8 @@ class Tune(unittest.TestCase):
         self.folder = pathlib.Path(folder.name)
 
     def run_program(self, program, *arguments):
-        return subprocess.run([str(program), *map(str, arguments)], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=240)
+        return subprocess.run([str(program), *map(str, arguments)], cwd=self.folder,
+                              capture_output=True, text=True, timeout=240)
 
     def succeed(self, *arguments, program=TUNE):
         done = self.run_program(program, *arguments)
@@ -45,17 +52,21 @@ class Figures(Tune):
     def test_budget(self):
         report = json.loads(self.succeed('--budget', '0.45', '--json'))
         self.assertEqual(list(self.folder.iterdir()), [])  # JSON alone writes no plan
-        self.assertEqual(report['geometry'], {'layers': 28, 'kv_heads': 2, 'query_heads': 12, 'head_dim': 128})
+        self.assertEqual(report['geometry'],
+                         {'layers': 28, 'kv_heads': 2, 'query_heads': 12, 'head_dim': 128})
         self.assertGreaterEqual(report['saved_fraction'], 0.45)
         self.assertLess(report['saved_fraction'], 0.46)  # and no more than was asked for
-        self.assertAlmostEqual(report['saved_fraction'], 1 - report['bytes_per_token'] / report['fp16_bytes_per_token'], places=12)
+        kept = report['bytes_per_token'] / report['fp16_bytes_per_token']
+        self.assertAlmostEqual(report['saved_fraction'], 1 - kept, places=12)
         self.assertEqual(report['fp16_bytes_per_token'], 28 * 2 * 2 * 128 * 2)
-        self.assertAlmostEqual(report['holdout']['worst_cosine'], HOLDOUT_WORST_COSINE, delta=COSINE_TOLERANCE)
+        self.assertAlmostEqual(report['holdout']['worst_cosine'], HOLDOUT_WORST_COSINE,
+                               delta=COSINE_TOLERANCE)
         self.assertEqual((report['calibration_tokens'], report['holdout_tokens']), (64, 64))
         # Errors of K and V added up foretell what the plan does as a whole.
-        self.assertAlmostEqual(report['predicted']['worst_nmse'] / report['calibration']['worst_nmse'], 1, delta=0.1)
-        self.assertAlmostEqual(report['predicted']['mean_nmse'] / report['calibration']['mean_nmse'], 1, delta=0.02)
-        self.assertLessEqual(OUTLIERS, {(h['layer'], h['kv_head']) for h in report['outliers'] if h['tensor'] == 'k'})
+        predicted, measured = report['predicted'], report['calibration']
+        self.assertAlmostEqual(predicted['worst_nmse'] / measured['worst_nmse'], 1, delta=0.1)
+        self.assertAlmostEqual(predicted['mean_nmse'] / measured['mean_nmse'], 1, delta=0.02)
+        self.assertLessEqual(OUTLIERS, k_heads(report['outliers']))
         saved = [point['saved_fraction'] for point in report['front']]
         self.assertEqual(saved, sorted(saved, reverse=True))
         self.assertEqual(saved[-1], 0)  # fp16
@@ -63,20 +74,24 @@ class Figures(Tune):
     def test_the_studys_codecs_keep_outliers_in_fp16(self):
         report = json.loads(self.succeed('--budget', '0.45', '--candidates', 'seed', '--json'))
         self.assertGreaterEqual(report['saved_fraction'], 0.45)
-        self.assertAlmostEqual(report['holdout']['worst_cosine'], HOLDOUT_WORST_COSINE, delta=COSINE_TOLERANCE)
-        self.assertLessEqual(OUTLIERS, {(h['layer'], h['kv_head']) for h in report['fp16_heads'] if h['tensor'] == 'k'})
+        self.assertAlmostEqual(report['holdout']['worst_cosine'], HOLDOUT_WORST_COSINE,
+                               delta=COSINE_TOLERANCE)
+        self.assertLessEqual(OUTLIERS, k_heads(report['fp16_heads']))
         self.assertLessEqual({h['codec'] for h in report['heads']}, {'f16', 'i8-head', 'i8-token'})
 
     def test_min_cosine_alone_saves_the_most_that_holds_it(self):
-        loose, tight = (json.loads(self.succeed('--min-cosine', c, '--json')) for c in ('0.999', '0.9999'))
+        loose, tight = (json.loads(self.succeed('--min-cosine', c, '--json'))
+                        for c in ('0.999', '0.9999'))
         self.assertGreaterEqual(loose['predicted']['worst_cosine'], 0.999)
         self.assertGreaterEqual(tight['predicted']['worst_cosine'], 0.9999)
         self.assertGreater(loose['saved_fraction'], tight['saved_fraction'])
         self.assertGreater(tight['saved_fraction'], 0.2)
 
     def test_threads_do_not_change_the_figures(self):
-        one, four = (json.loads(self.succeed('--budget', '0.45', '--json', '--threads', n)) for n in ('1', '4'))
-        self.assertEqual([h['candidates'] for h in one['heads']], [h['candidates'] for h in four['heads']])
+        one, four = (json.loads(self.succeed('--budget', '0.45', '--json', '--threads', n))
+                     for n in ('1', '4'))
+        self.assertEqual([h['candidates'] for h in one['heads']],
+                         [h['candidates'] for h in four['heads']])
 
 
 class Files(Tune):
@@ -84,7 +99,8 @@ class Files(Tune):
         plan = json.loads(path.read_text())
         self.assertEqual(plan['format'], 'kvmix-plan')
         self.assertGreaterEqual(plan['saved_fraction'], 0.45)
-        self.assertIn(str(plan['bytes_per_token']), self.succeed('size', '--plan', path, program=EVAL))
+        self.assertIn(str(plan['bytes_per_token']),
+                      self.succeed('size', '--plan', path, program=EVAL))
 
     def test_output(self):
         text = self.succeed('--budget', '0.45', '-o', 'mine.json')
@@ -92,7 +108,8 @@ class Files(Tune):
         self.assertIn('% saved', text)
         self.assertEqual([p.name for p in self.folder.iterdir()], ['mine.json'])
         self.plan_fits(self.folder / 'mine.json')
-        self.assertIsInstance(json.loads(self.succeed('--budget', '0.45', '-o', 'mine.json', '--json')), dict)  # named: replaced, and JSON as well
+        text = self.succeed('--budget', '0.45', '-o', 'mine.json', '--json')
+        self.assertIsInstance(json.loads(text), dict)  # named: replaced, and JSON as well
         self.plan_fits(self.folder / 'mine.json')
 
     def test_plan_json_is_never_overwritten_silently(self):
@@ -100,7 +117,8 @@ class Files(Tune):
         path = self.folder / 'plan.json'
         self.plan_fits(path)
         path.write_text('of the user')
-        self.assertIn('plan.json exists already and was left as it is', self.succeed('--budget', '0.45'))
+        self.assertIn('plan.json exists already and was left as it is',
+                      self.succeed('--budget', '0.45'))
         self.assertEqual(path.read_text(), 'of the user')
         path.unlink()
         path.symlink_to('nowhere')
@@ -111,7 +129,8 @@ class Files(Tune):
         first = json.loads(self.succeed('--budget', '0.45', '--json', '--wisdom', 'speeds.json'))
         path = self.folder / 'speeds.json'
         written = path.read_bytes()
-        self.assertEqual(json.loads(self.succeed('--budget', '0.45', '--json', '--wisdom', 'speeds.json')), first)  # the same speeds: the same plan, all digits
+        second = json.loads(self.succeed('--budget', '0.45', '--json', '--wisdom', 'speeds.json'))
+        self.assertEqual(second, first)  # the same speeds: the same plan, all digits
         self.assertEqual(path.read_bytes(), written)
         wisdom = json.loads(written)
         cpu = wisdom['cpu']
@@ -123,18 +142,22 @@ class Files(Tune):
             self.assertIn(part, done.stderr)
 
     def test_outputs_that_cannot_be_written(self):
-        self.fail_with('/nonexistent/plan.json: expected the folder /nonexistent, found none', '--budget', '0.45', '-o', '/nonexistent/plan.json')
+        self.fail_with('/nonexistent/plan.json: expected the folder /nonexistent, found none',
+                       '--budget', '0.45', '-o', '/nonexistent/plan.json')
         self.fail_with('/dev/full: .*No space left', '--budget', '0.45', '-o', '/dev/full')
-        self.fail_with('expected a file to write to, found a folder', '--budget', '0.45', '-o', self.folder)
+        self.fail_with('expected a file to write to, found a folder', '--budget', '0.45', '-o',
+                       self.folder)
         with open('/dev/full', 'w') as full:
-            done = subprocess.run([str(TUNE), '--budget', '0.45', '--json'], cwd=self.folder, stdout=full, stderr=subprocess.PIPE, universal_newlines=True)
+            done = subprocess.run([str(TUNE), '--budget', '0.45', '--json'], cwd=self.folder,
+                                  stdout=full, stderr=subprocess.PIPE, text=True)
         self.assertNotEqual(done.returncode, 0)
         self.assertIn('standard output', done.stderr)
 
 
 class Refusals(Tune):
     def test_budgets_beyond_the_codecs_say_what_is_possible(self):
-        self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates', 'seed')
+        self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates',
+                       'seed')
         self.fail_with(r'budget 0\.8: the most .* 0\.4922', '--budget', '0.8')
         self.fail_with(r'0\.9999.*', '--min-cosine', '0.99999', '--budget', '0.45')
         self.fail_with(r'budget 0\.9: the most', '--min-cosine', '0.9999', '--budget', '0.9')
