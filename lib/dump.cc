@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
-#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -18,12 +17,14 @@
 #include <utility>
 
 #include "file.h"
+#include "parse_number.h"
 #include "safetensors.h"
 
 namespace kvmix {
 
 using internal::FileError;
 using internal::MappedFile;
+using internal::ParseNumber;
 using internal::Quoted;
 
 namespace {
@@ -42,14 +43,6 @@ struct Found {
   std::vector<std::uint64_t> shape;
 };
 using FoundTensors = std::map<std::pair<std::size_t, std::size_t>, Found>;
-
-template <class T>
-std::optional<T> ParseNumber(std::string_view text) {
-  T value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return value;
-}
 
 // The layer and kind that a name stands for, if it is one of TensorName's.
 std::optional<std::pair<std::size_t, std::size_t>> ParseTensorName(bool raw,
