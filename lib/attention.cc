@@ -2,9 +2,6 @@
 // kernels, and merges spans.
 #include "kvmix/attention.h"
 
-#include <omp.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,6 +12,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache_impl.h"
+#include "lib/machine.h"
 
 namespace kvmix {
 namespace {
@@ -39,8 +37,8 @@ std::size_t CeilDiv(std::size_t a, std::size_t b) { return a / b + (a % b != 0);
 std::size_t RoundUp(std::size_t n, std::size_t to) { return CeilDiv(n, to) * to; }
 
 std::size_t L2Bytes() {
-  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return bytes > 0 ? static_cast<std::size_t>(bytes) : std::size_t{512} << 10;
+  static const std::size_t bytes = internal::Caches().l2;
+  return bytes;
 }
 
 // Grows, never shrinks; contents are not kept.
@@ -313,8 +311,7 @@ Status AttendWithOpenMP(const Cache& cache, std::size_t layer, const T* q, std::
   if (Status s = job.Start(cache, layer, q, queries, out, options); !s.ok()) return s;
   AttendJob* const shared = &job;
   const int parts = static_cast<int>(job.parts());
-  const int threads =
-      std::min(options.num_threads > 0 ? options.num_threads : omp_get_max_threads(), parts);
+  const int threads = std::min(internal::Threads(options.num_threads), parts);
   if (threads <= 1) {
     for (int p = 0; p < parts; ++p) shared->RunPart(static_cast<std::size_t>(p));
     return {};

@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache_impl.h"
+#include "lib/machine.h"
 
 namespace kvmix {
 
@@ -170,12 +171,12 @@ Result<Cache> Cache::Create(const Geometry& geometry, const Plan& plan, std::siz
 
   const std::size_t blocks = capacity / kBlockTokens + (capacity % kBlockTokens != 0);
   const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * page;
+  const std::size_t memory = internal::MemoryBytes();
   const auto too_large = [&] {
     return Status(
         ErrorCode::kOutOfMemory,
         fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of memory that "
-                    "this machine has",
+                    "this process may have",
                     capacity, ToString(geometry), static_cast<double>(memory) / (1 << 30)));
   };
   std::size_t bytes = 0;

@@ -1,5 +1,3 @@
-#include <omp.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -14,6 +12,7 @@
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
 #include "kvmix/tune.h"
+#include "machine.h"
 
 namespace kvmix {
 namespace {
@@ -68,7 +67,7 @@ constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
 Status ForLayers(std::size_t first, std::size_t last, const std::vector<const Dump*>& dumps,
                  int num_threads, const Progress& progress,
                  const std::function<Status(std::size_t, int)>& work) {
-  const int threads = num_threads > 0 ? num_threads : omp_get_max_threads();
+  const int threads = internal::Threads(num_threads);
   std::size_t layer_bytes = 1;  // of an exact and an approximate output
   for (const Dump* dump : dumps)
     layer_bytes =

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <fstream>
 #include <memory>
 #include <random>
 #include <utility>
@@ -14,20 +13,12 @@
 #include "kernels/kernels.h"
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
+#include "machine.h"
 
 namespace kvmix {
 namespace {
 
 constexpr const char* kFormat = "kvmix-wisdom-1";
-
-std::string CpuName() {
-  std::ifstream cpuinfo("/proc/cpuinfo");
-  for (std::string line; std::getline(cpuinfo, line);) {
-    const std::size_t colon = line.find(": ");
-    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "unknown";
-}
 
 std::vector<Half> RandomHalves(std::size_t n, std::mt19937* random) {
   std::normal_distribution<float> normal;
@@ -74,7 +65,9 @@ const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_c
   return nullptr;
 }
 
-Wisdom ThisMachine() { return {CpuName(), kernels::ActiveKernels().target, KVMIX_VERSION, {}}; }
+Wisdom ThisMachine() {
+  return {internal::CpuName(), kernels::ActiveKernels().target, KVMIX_VERSION, {}};
+}
 
 Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
   nlohmann::ordered_json json = {{"format", kFormat},

@@ -1,8 +1,6 @@
 // kvmix-eval: the original study on any dump, as CSV. `quant`: errors of K and V themselves.
 // `attention`: errors of attention outputs. `size`: bytes. Columns and digits are the study's, so
 // that its files and these can be compared line by line.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,6 +18,7 @@
 #include "dumps.h"
 #include "exact_attention.h"
 #include "kvmix/tune.h"
+#include "lib/machine.h"
 #include "study.h"
 
 namespace kvmix::tools {
@@ -151,7 +150,7 @@ Result<std::string> Quant(const Options& o) {
   if (!codecs.ok()) return codecs.status();
   const Geometry& g = dump->geometry();
   const bool truncate = o.rounding == "truncate";
-  const int threads = o.threads > 0 ? o.threads : omp_get_max_threads();
+  const int threads = internal::Threads(o.threads);
   ProgressBar bar("encoding");
   std::string csv;
   for (std::size_t layer = 0; layer < g.layers; ++layer) {

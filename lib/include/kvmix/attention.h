@@ -20,7 +20,8 @@ struct AttendOptions {
   float soft_cap = 0.0f;  // s -> soft_cap * tanh(s / soft_cap) (Gemma 2); 0: none
   const float* sinks =
       nullptr;          // [query_heads] logits that take weight but have no V (gpt-oss), or null
-  int num_threads = 1;  // OpenMP threads; 0: OpenMP's default. The result does not depend on it.
+  int num_threads = 1;  // OpenMP threads; 0: OpenMP's default, within the process's CPU quota. The
+                        // result does not depend on it.
 };
 
 // Query i of n sees all but the last n - 1 - i tokens of the layer: append K and V of the prompt

@@ -28,7 +28,7 @@ struct HeadSpeed {
 };
 
 struct KVMIX_API Wisdom {
-  std::string cpu;      // model name as the OS gives it
+  std::string cpu;      // its name, as the OS gives it
   std::string target;   // "AVX2"
   std::string version;  // of the library
   std::vector<HeadSpeed> speeds;

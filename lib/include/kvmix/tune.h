@@ -46,7 +46,7 @@ KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer,
                             std::vector<float>* out, std::uint64_t* saturated = nullptr);
 
 // The errors of a whole plan, [layers][query_heads]. Layers run side by side on num_threads threads
-// (0: OpenMP's default); progress(done, total), if given, is called after each layer, by one thread
+// (0: as Attend has it); progress(done, total), if given, is called after each layer, by one thread
 // at a time.
 using Progress = std::function<void(std::size_t done, std::size_t total)>;
 KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
