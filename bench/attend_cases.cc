@@ -10,10 +10,10 @@
 #include <fmt/format.h>
 
 #include "bench/machine.h"
-#include "bench/random_halves.h"
 #include "bench/workload.h"
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
+#include "lib/random_halves.h"
 
 namespace kvmix::bench {
 
@@ -22,6 +22,9 @@ std::string Shape::name() const {
 }
 
 namespace {
+
+using internal::kHeadScale;
+using internal::RandomHalves;
 
 struct Context {
   std::size_t tokens;

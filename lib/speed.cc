@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
-#include <random>
 #include <utility>
 
 #include <fmt/format.h>
@@ -14,22 +13,16 @@
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
 #include "machine.h"
+#include "random_halves.h"
 
 namespace kvmix {
 namespace {
 
 constexpr const char* kFormat = "kvmix-wisdom-1";
 
-std::vector<Half> RandomHalves(std::size_t n, std::mt19937* random) {
-  std::normal_distribution<float> normal;
-  std::vector<Half> halves(n);
-  for (Half& h : halves) h = FloatToHalf(normal(*random));
-  return halves;
-}
-
 HeadCodec CodecFor(const CodecKind& kind) {
   HeadCodec codec{kind.storage, kind.scale, kind.scale_type, 0.0f, {}};
-  if (kind.scale == ScaleKind::kHead) codec.head_scale = 5.0f / 127.0f;  // covers normal data
+  if (kind.scale == ScaleKind::kHead) codec.head_scale = internal::kHeadScale;
   return codec;
 }
 
@@ -145,9 +138,8 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   // Layers enough that attention reads one as it does in a model, of which L2 does not hold the
   // whole; only the first is filled.
   geometry.layers += std::min<std::size_t>(kModelBytes / (context * head_dim * 4), 999);
-  std::mt19937 random(1);
   std::vector<Half> k_rows, v_rows;
-  const std::vector<Half> q = RandomHalves(group * head_dim, &random);
+  const std::vector<Half> q = internal::RandomHalves(group * head_dim, 1);
   std::vector<float> out(q.size());
   std::vector<std::unique_ptr<Decode>> decodes;
   for (const CodecKind& kk : k) {
@@ -162,8 +154,8 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
       Result<Cache> cache = Cache::Create(geometry, UniformPlan(geometry, kc, vc), context);
       if (!cache.ok()) return cache.status();
       if (k_rows.empty()) {
-        k_rows = RandomHalves(context * head_dim, &random);
-        v_rows = RandomHalves(context * head_dim, &random);
+        k_rows = internal::RandomHalves(context * head_dim, 2);
+        v_rows = internal::RandomHalves(context * head_dim, 3);
       }
       if (Status s = cache->Append(0, k_rows.data(), v_rows.data(), context); !s.ok()) return s;
       decodes.push_back(std::make_unique<Decode>(Decode{std::move(speed), std::move(*cache)}));

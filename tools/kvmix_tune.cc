@@ -19,6 +19,7 @@
 #include "dumps.h"
 #include "kvmix/speed.h"
 #include "kvmix/tune.h"
+#include "lib/file.h"
 #include "tune_report.h"
 
 namespace kvmix::tools {
@@ -221,7 +222,7 @@ Result<TuneReport> Tune(const Options& o) {
                                                "measuring the plan on the holdout");
     if (!on_holdout.ok()) return on_holdout.status();
     report.holdout = provenance.on_holdout = *on_holdout;
-    provenance.holdout = std::filesystem::path(dumps->holdout->path()).filename().string();
+    provenance.holdout = internal::FileName(dumps->holdout->path());
     provenance.holdout_tokens = dumps->holdout->tokens();
   }
   return report;
