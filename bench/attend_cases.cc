@@ -4,8 +4,6 @@
 // that each comes from DRAM. Bytes: K and V once (codes and scales), q, the output. Multiply-adds:
 // QK and PV of the pairs that causality leaves.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 
 #include <fmt/format.h>
 
@@ -61,11 +59,6 @@ struct CacheSet {
   std::vector<float> out;
   std::size_t next = 0;
 };
-
-[[noreturn]] void Die(const std::string& what) {
-  std::fprintf(stderr, "kvmix-bench: %s\n", what.c_str());
-  std::exit(1);
-}
 
 void Check(const Status& s) {
   if (!s.ok()) Die(s.message());

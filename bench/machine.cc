@@ -2,12 +2,12 @@
 
 #include <sys/mman.h>
 
-#include <cstdio>
 #include <cstdlib>
 
 #include <fmt/format.h>
 
 #include "lib/machine.h"
+#include "tools/console.h"
 
 namespace kvmix::bench {
 namespace {
@@ -38,13 +38,12 @@ std::string ColdSetNote(std::size_t bytes) {
                      SizeText(bytes), SizeText(ThisMachine().cold_wanted()));
 }
 
+void Die(const std::string& message) { std::exit(tools::Fail(kProgram, message)); }
+
 Buffer::Buffer(std::size_t bytes) : size_(bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) {
-    std::fprintf(stderr, "kvmix-bench: no memory for %zu bytes\n", bytes);
-    std::exit(1);
-  }
+  if (p == MAP_FAILED) Die("no memory for " + SizeText(bytes));
   madvise(p, bytes, MADV_HUGEPAGE);
   data_ = static_cast<std::uint8_t*>(p);
 }

@@ -10,6 +10,8 @@
 
 namespace kvmix::bench {
 
+inline constexpr const char* kProgram = "kvmix-bench";
+
 struct Machine {
   std::string cpu;
   int cores = 1;               // that this process may use at a time
@@ -31,6 +33,9 @@ std::string SizeText(std::size_t bytes);
 
 // What a label says where memory allows less than cold_wanted().
 std::string ColdSetNote(std::size_t bytes);
+
+// Ends the benchmark with one line that says why.
+[[noreturn]] void Die(const std::string& message);
 
 // Zeroed memory, 64-byte aligned, in huge pages where the system gives them (a cache's memory is
 // the same).

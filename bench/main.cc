@@ -13,10 +13,12 @@
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include "bench/machine.h"
 #include "bench/reporter.h"
 #include "bench/workload.h"
 #include "kernels/kernels.h"
 #include "kvmix/speed.h"
+#include "tools/console.h"
 
 namespace kvmix::bench {
 namespace {
@@ -45,10 +47,7 @@ struct Options {
   double seconds() const { return quick ? kQuickSeconds : kSeconds; }
 };
 
-int Fail(const std::string& message) {
-  std::fprintf(stderr, "kvmix-bench: error: %s\n", message.c_str());
-  return 1;
-}
+int Fail(const std::string& message) { return tools::Fail(kProgram, message); }
 
 std::string TargetNames() {
   std::string names;
@@ -198,7 +197,7 @@ int Main(int argc, char** argv) {
   CLI::App app(
       "Times kvmix's kernels, and says what fraction of this machine's own limits they reach. "
       "Without --benchmark_filter: all of them, some ten minutes.",
-      "kvmix-bench");
+      kProgram);
   app.add_option("--target", options.target,
                  "instruction set to time: " + TargetNames() + " (default: the first)")
       ->type_name("NAME");
@@ -210,7 +209,7 @@ int Main(int argc, char** argv) {
       ->type_name("FILE");
   app.footer(kExamples);
   app.allow_extras();
-  CLI11_PARSE(app, argc, argv);
+  if (const auto code = tools::Parse(&app, argc, argv)) return *code;
   if (!kernels::UseTarget(options.target))
     return Fail(fmt::format("--target '{}': this machine and build have {}", options.target,
                             TargetNames()));
@@ -221,4 +220,6 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvmix::bench
 
-int main(int argc, char** argv) { return kvmix::bench::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return kvmix::tools::RunProgram(kvmix::bench::kProgram, kvmix::bench::Main, argc, argv);
+}

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <iterator>
 #include <optional>
@@ -355,11 +354,7 @@ int Main(int argc, char** argv) {
       "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ "
       "--plan plan.json --kv-heads 2 --query-heads 14 --head-dim 64 --prompt-tokens 512,512\n"
       "  kvmix-eval size --layers 24 --kv-heads 2 --head-dim 64 --tokens 4096,32768");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return e.get_exit_code() == 0 ? app.exit(e) : Fail(kProgram, e.what());
-  }
+  if (const auto code = Parse(&app, argc, argv)) return *code;
   const Result<std::string> csv = *quant ? Quant(o) : *attention ? Attention(o) : Size(o);
   if (!csv.ok()) return Fail(kProgram, csv.status().message());
   return Print(kProgram, *csv);
@@ -369,9 +364,5 @@ int Main(int argc, char** argv) {
 }  // namespace kvmix::tools
 
 int main(int argc, char** argv) {
-  try {
-    return kvmix::tools::Main(argc, argv);
-  } catch (const std::exception& e) {  // of memory that is not there
-    return kvmix::tools::Fail("kvmix-eval", e.what());
-  }
+  return kvmix::tools::RunProgram(kvmix::tools::kProgram, kvmix::tools::Main, argc, argv);
 }

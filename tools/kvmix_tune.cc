@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -251,11 +250,7 @@ int Main(int argc, char** argv) {
       "budget of bytes.",
       kProgram);
   AddOptions(&app, &o);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return e.get_exit_code() == 0 ? app.exit(e) : Fail(kProgram, e.what());
-  }
+  if (const auto code = Parse(&app, argc, argv)) return *code;
   if (o.constraints.budget < 0.0 && o.constraints.min_cosine < 0.0)
     return Fail(kProgram,
                 "nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
@@ -273,9 +268,5 @@ int Main(int argc, char** argv) {
 }  // namespace kvmix::tools
 
 int main(int argc, char** argv) {
-  try {
-    return kvmix::tools::Main(argc, argv);
-  } catch (const std::exception& e) {  // of memory that is not there
-    return kvmix::tools::Fail("kvmix-tune", e.what());
-  }
+  return kvmix::tools::RunProgram(kvmix::tools::kProgram, kvmix::tools::Main, argc, argv);
 }
