@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +15,7 @@
 #include <system_error>
 #include <utility>
 
+#include "check.h"
 #include "file.h"
 #include "parse_number.h"
 #include "safetensors.h"
@@ -348,27 +348,27 @@ const std::vector<std::size_t>& Dump::prompt_tokens() const { return impl_->prom
 float Dump::attention_scale() const { return impl_->attention_scale; }
 
 const Half* Dump::k(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   return impl_->layers[layer][kKeys];
 }
 const Half* Dump::v(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   return impl_->layers[layer][kValues];
 }
 const Half* Dump::q(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   return impl_->layers[layer][kQueries];
 }
 
 HalfRows Dump::head(std::size_t layer, std::size_t kv_head, Tensor t) const {
   const Geometry& g = impl_->geometry;
-  assert(kv_head < g.kv_heads);
+  KVMIX_CHECK(kv_head, <, g.kv_heads);
   return {(t == Tensor::kK ? k(layer) : v(layer)) + kv_head * g.head_dim, g.kv_heads * g.head_dim,
           impl_->tokens, g.head_dim};
 }
 
 Status Dump::CheckFinite(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   const std::size_t head_dim = impl_->geometry.head_dim;
   for (std::size_t kind = 0; kind < 3; ++kind) {
     const Half* x = impl_->layers[layer][kind];
@@ -387,7 +387,7 @@ Status Dump::CheckFinite(std::size_t layer) const {
 }
 
 void Dump::Release(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   const auto inside = [this](const char* data) {
     return std::any_of(impl_->files.begin(), impl_->files.end(), [data](const MappedFile& f) {
       return data >= f.bytes().data() && data < f.bytes().data() + f.bytes().size();
