@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "file.h"
+#include "json_view.h"
 #include "kernels/kernels.h"
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
@@ -18,7 +19,9 @@
 namespace kvmix {
 namespace {
 
-constexpr const char* kFormat = "kvmix-wisdom-1";
+constexpr std::string_view kFormat = "kvmix-wisdom", kOldFormat = "kvmix-wisdom-1";
+constexpr std::size_t kMajor = 1, kMinor = 0;
+constexpr const char* kAdvice = "; delete this file or name another, and speeds are measured anew";
 
 HeadCodec CodecFor(const CodecKind& kind) {
   HeadCodec codec{kind.storage, kind.scale, kind.scale_type, 0.0f, {}};
@@ -38,11 +41,11 @@ Status CheckSameMachine(const Wisdom& found, const std::string& path) {
     return expected == value
                ? Status()
                : internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(expected),
-                                     internal::Quoted(value));
+                                     internal::Quoted(value) + kAdvice);
   };
   if (Status s = check("cpu", here.cpu, found.cpu); !s.ok()) return s;
   if (Status s = check("target", here.target, found.target); !s.ok()) return s;
-  return check("version", here.version, found.version);
+  return check("library_version", here.version, found.version);
 }
 
 constexpr std::size_t kModelBytes = std::size_t{64} << 20;
@@ -64,9 +67,10 @@ Wisdom ThisMachine() {
 
 Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
   nlohmann::ordered_json json = {{"format", kFormat},
+                                 {"version", {kMajor, kMinor}},
                                  {"cpu", wisdom.cpu},
                                  {"target", wisdom.target},
-                                 {"version", wisdom.version}};
+                                 {"library_version", wisdom.version}};
   json["speeds"] = nlohmann::ordered_json::array();
   for (const HeadSpeed& s : wisdom.speeds)
     json["speeds"].push_back({{"k", s.k_codec},
@@ -80,26 +84,27 @@ Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
 }
 
 Result<Wisdom> LoadWisdom(const std::string& path) {
-  Result<internal::MappedFile> file = internal::MappedFile::Open(path);
-  if (!file.ok()) return file.status();
-  Wisdom wisdom;
-  try {
-    const nlohmann::json json = nlohmann::json::parse(file->bytes());
-    if (const std::string format = json.at("format"); format != kFormat)
-      return internal::FileError(ErrorCode::kVersion, path, "format", kFormat,
-                                 internal::Quoted(format));
-    wisdom = {json.at("cpu"), json.at("target"), json.at("version"), {}};
-    for (const nlohmann::json& s : json.at("speeds"))
-      wisdom.speeds.push_back({s.at("k"), s.at("v"), s.at("group"), s.at("head_dim"),
-                               s.at("context"), s.at("decode_ns")});
-  } catch (const nlohmann::json::exception& e) {
-    return internal::FileError(ErrorCode::kCorrupt, path, "", "a record of kernel speeds",
-                               internal::OneLine(e.what()));
+  const Result<nlohmann::json> document = internal::LoadJson(path);
+  if (!document.ok()) return document.status();
+  Status status;
+  const internal::JsonView root(*document, path, &status);
+  if (root.has("format") && root["format"].Text() == kOldFormat)
+    return internal::FileError(ErrorCode::kVersion, path, "format", internal::Quoted(kFormat),
+                               internal::Quoted(kOldFormat) + kAdvice);
+  internal::CheckVersion(root, kFormat, kMajor);
+  if (!status.ok()) return status;
+  Wisdom wisdom{root["cpu"].Text(), root["target"].Text(), root["library_version"].Text(), {}};
+  const internal::JsonView speeds = root["speeds"];
+  const std::size_t size = speeds.size();
+  for (std::size_t i = 0; i < size; ++i) {
+    const internal::JsonView s = speeds[i], ns = s["decode_ns"];
+    wisdom.speeds.push_back({s["k"].Text(), s["v"].Text(), s["group"].Count(),
+                             s["head_dim"].Count(), s["context"].Count(), ns.Number()});
+    if (!(wisdom.speeds.back().decode_ns > 0.0))
+      ns.Fail(ErrorCode::kCorrupt, "a time above 0",
+              fmt::format("{}", wisdom.speeds.back().decode_ns));
   }
-  for (const HeadSpeed& s : wisdom.speeds)
-    if (!(s.decode_ns > 0.0))
-      return internal::FileError(ErrorCode::kCorrupt, path, "decode_ns", "a time above 0",
-                                 fmt::format("{}", s.decode_ns));
+  if (!status.ok()) return status;
   if (Status s = CheckSameMachine(wisdom, path); !s.ok()) return s;
   return wisdom;
 }

@@ -40,8 +40,9 @@ struct KVMIX_API Wisdom {
 
 // An empty record for this machine, this library and the target that runs here.
 KVMIX_API Wisdom ThisMachine();
+// JSON. A record of another CPU, target or library version is a kMismatch that names both; one in
+// the form of an older kvmix is a kVersion.
 KVMIX_API Status SaveWisdom(const Wisdom& wisdom, const std::string& path);
-// A record of another CPU, target or version is a kMismatch that names both.
 KVMIX_API Result<Wisdom> LoadWisdom(const std::string& path);
 
 // Medians of interleaved rounds: calls every function once a round, after one round to warm up,
