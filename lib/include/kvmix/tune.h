@@ -131,8 +131,8 @@ struct Choice {
   double decode_ns = 0.0;  // one token, all layers, 1 thread
   double fp16_decode_ns = 0.0;
   std::size_t decided_by_time = 0;  // K and V of KV heads that have another codec without times
-  std::vector<ParetoPoint> front;  // by falling saved fraction, from the smallest plan to fp16; at
-                                   // most 64 points, even along the curve
+  std::vector<ParetoPoint> front;   // by falling saved fraction, from the smallest plan to fp16; at
+                                    // most 64 points, even along the curve
 };
 
 // One choice of K and V codec per KV head, exact (multiple-choice knapsack), in three steps:
