@@ -1,4 +1,4 @@
-#include "lib/file.h"
+#include "lib/files/file.h"
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -23,6 +23,12 @@ TEST(OneLine, IsOneShortLine) {
   EXPECT_EQ(internal::OneLine("a\xF9 \xC3(\xED\xA0\x80\xC0\xAF"),
             "a? ?(?????");  // stray, cut, a surrogate, overlong
   EXPECT_EQ(internal::Quoted(""), "\"\"");
+}
+
+TEST(FileName, IsTheLastPart) {
+  EXPECT_EQ(internal::FileName("dump"), "dump");
+  EXPECT_EQ(internal::FileName("/data/dump.x"), "dump.x");
+  EXPECT_EQ(internal::FileName("../data/dump//"), "dump");
 }
 
 TEST(WriteFile, ReplacesWholeFilesOnly) {

@@ -1,4 +1,4 @@
-#include "lib/safetensors.h"
+#include "lib/files/safetensors.h"
 
 #include <gtest/gtest.h>
 

@@ -3,6 +3,7 @@
 tune_test.py KVMIX-TUNE KVMIX-EVAL"""
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,10 +12,10 @@ import unittest
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 TUNE = pathlib.Path(sys.argv.pop()).resolve()
 
-# What the sample gave at a budget of 0.45. Speeds, which differ from machine to machine, decide
-# between plans that are about equally accurate: the holdout's worst cosine moves by less than this
-# between them, where losing one outlier head costs ten times as much.
-HOLDOUT_WORST_COSINE, COSINE_TOLERANCE = 0.99927, 0.0003
+# What the sample gave at a budget of 0.45. Instruction sets round differently, and between codecs
+# that are about equally accurate that decides: the holdout's worst cosine moves by less than this,
+# where losing one outlier head costs ten times as much.
+HOLDOUT_WORST_COSINE = {"all": (0.99985, 0.0001), "seed": (0.99927, 0.0003)}  # and play
 OUTLIERS = {(0, 0), (0, 1), (1, 0), (7, 1), (15, 1)}  # (layer, KV head) of K
 
 
@@ -87,11 +88,27 @@ class Figures(Tune):
         self.assertGreater(loose['saved_fraction'], tight['saved_fraction'])
         self.assertGreater(tight['saved_fraction'], 0.2)
 
-    def test_threads_do_not_change_the_figures(self):
-        one, four = (json.loads(self.succeed('--budget', '0.45', '--json', '--threads', n))
-                     for n in ('1', '4'))
-        self.assertEqual([h['candidates'] for h in one['heads']],
-                         [h['candidates'] for h in four['heads']])
+    def test_every_run_gives_the_same_plan_whatever_the_threads(self):
+        plans = set()
+        for threads in ('0', '1', '2', '3', '7'):
+            text = self.succeed('--budget', '0.45', '--threads', threads, '-o', 'plan')
+            self.assertRegex(text, r'\nDecode times did not enter the choice: give --wisdom FILE, '
+                                   r'.* within 2 %\.\n')
+            plans.add((self.folder / 'plan').read_bytes())
+        self.assertEqual(len(plans), 1)
+
+    def test_time_in_ms(self):
+        arguments = ('--budget', '0.1', '--json', '--wisdom', 'speeds.json')
+        free = json.loads(self.succeed(*arguments))['decode_ns_per_token']['plan']
+        bound = json.loads(self.succeed(*arguments, '--max-time', free * 0.97 / 1e6))
+        bound = bound['decode_ns_per_token']
+        self.assertLess(bound['plan'], free * 0.97)
+        self.assertGreater(bound['tensors_decided'], 0)
+        text = self.succeed('--budget', '0.1', '--max-time', '100', '-o', 'plan')
+        self.assertRegex(text, r'\nDecode times decided \d+ of 112 tensors, and another run, .* '
+                               r'may choose otherwise: --wisdom FILE keeps them\.\n')
+        self.fail_with(r'decode within 0\.0001 ms a token: the fastest plan .* takes [\d.]+ ms\n',
+                       '--budget', '0.45', '--max-time', '0.0001')
 
 
 class Files(Tune):
@@ -117,15 +134,17 @@ class Files(Tune):
         path = self.folder / 'plan.json'
         self.plan_fits(path)
         path.write_text('of the user')
-        self.assertIn('plan.json exists already and was left as it is',
-                      self.succeed('--budget', '0.45'))
+        # Before the work: no word of the dump.
+        self.fail_with('plan.json exists already: .* -o', '--budget', '0.45', 'no_such_dump')
         self.assertEqual(path.read_text(), 'of the user')
         path.unlink()
         path.symlink_to('nowhere')
-        self.assertIn('plan.json exists already', self.succeed('--budget', '0.45'))
-        self.assertEqual([p.name for p in self.folder.iterdir()], ['plan.json'])
+        self.fail_with('plan.json exists already', '--budget', '0.45')
 
     def test_wisdom_is_written_read_and_refused(self):
+        self.assertRegex(self.succeed('--budget', '0.45', '-o', 'plan', '--wisdom', 'speeds.json'),
+            r'\nDecode times decided \d+ of 112 tensors\.\n')
+        (self.folder / 'plan').unlink()
         first = json.loads(self.succeed('--budget', '0.45', '--json', '--wisdom', 'speeds.json'))
         path = self.folder / 'speeds.json'
         written = path.read_bytes()
@@ -136,10 +155,8 @@ class Files(Tune):
         cpu = wisdom['cpu']
         wisdom['cpu'] = 'another'
         path.write_text(json.dumps(wisdom))
-        done = self.run_program(TUNE, '--budget', '0.45', '--wisdom', 'speeds.json')
-        self.assertNotEqual(done.returncode, 0)
-        for part in ('speeds.json', 'another', cpu):
-            self.assertIn(part, done.stderr)
+        self.fail_with(f'speeds.json: cpu: expected "{re.escape(cpu)}", found "another"; delete this file',
+            '--budget', '0.45', '--wisdom', 'speeds.json')
 
     def test_outputs_that_cannot_be_written(self):
         self.fail_with('/nonexistent/plan.json: expected the folder /nonexistent, found none',
