@@ -124,11 +124,10 @@ compile() { # TARGET... (none: everything)
 
 demo() {
   local out=$build/demo
-  local tune="$build/tools/kvmix-tune --budget 0.45 --wisdom $out/wisdom.json"
+  local tune="$build/tools/kvmix-tune --budget 0.45"
   prepare "$@"
-  compile tools/kvmix-tune tools/kvmix-eval
+  compile tools/kvmix-tune tools/kvmix-eval tools/kvmix-report
   mkdir -p $out
-  rm -f $out/wisdom.json  # measured anew, then the same for both runs
   say "kvmix-tune --budget 0.45 -o $out/plan.json (without a dump: the built-in sample)"
   $tune -o $out/plan.json
   $tune --json >$out/tune.json

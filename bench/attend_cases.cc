@@ -4,16 +4,14 @@
 // that each comes from DRAM. Bytes: K and V once (codes and scales), q, the output. Multiply-adds:
 // QK and PV of the pairs that causality leaves.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 
 #include <fmt/format.h>
 
 #include "bench/machine.h"
-#include "bench/random_halves.h"
 #include "bench/workload.h"
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
+#include "lib/tune/random_halves.h"
 
 namespace kvmix::bench {
 
@@ -22,6 +20,9 @@ std::string Shape::name() const {
 }
 
 namespace {
+
+using internal::kHeadScale;
+using internal::RandomHalves;
 
 struct Context {
   std::size_t tokens;
@@ -57,11 +58,6 @@ struct CacheSet {
   std::vector<float> out;
   std::size_t next = 0;
 };
-
-[[noreturn]] void Die(const std::string& what) {
-  std::fprintf(stderr, "kvmix-bench: %s\n", what.c_str());
-  std::exit(1);
-}
 
 void Check(const Status& s) {
   if (!s.ok()) Die(s.message());

@@ -10,13 +10,14 @@
 
 namespace kvmix::bench {
 
+inline constexpr const char* kProgram = "kvmix-bench";
+
 struct Machine {
   std::string cpu;
-  int cores = 1;
+  int cores = 1;               // that this process may use at a time
   std::size_t l1 = 0, l2 = 0;  // bytes, of one core
   std::size_t last_cache = 0;  // bytes, shared
-  std::size_t memory = 0;  // bytes that this process may have: of the machine, or of its control
-                           // group if that is less
+  std::size_t memory = 0;      // bytes that this process may have
 
   std::size_t most_memory() const { return memory / 4; }
   // Data that is to come from DRAM rotates through this much: twice the last cache, or what memory
@@ -32,6 +33,9 @@ std::string SizeText(std::size_t bytes);
 
 // What a label says where memory allows less than cold_wanted().
 std::string ColdSetNote(std::size_t bytes);
+
+// Ends the benchmark with one line that says why.
+[[noreturn]] void Die(const std::string& message);
 
 // Zeroed memory, 64-byte aligned, in huge pages where the system gives them (a cache's memory is
 // the same).

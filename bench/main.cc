@@ -14,12 +14,14 @@
 #include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
+#include "bench/machine.h"
 #include "bench/reporter.h"
 #include "bench/workload.h"
 #include "kernels/kernels.h"
 #include "kvmix/speed.h"
 #include "kvmix/version.h"
 #include "lib/tune/stopwatch.h"
+#include "tools/console.h"
 
 namespace kvmix::bench {
 namespace {
@@ -51,10 +53,7 @@ struct Options {
   double seconds() const { return quick ? kQuickSeconds : kSeconds; }
 };
 
-int Fail(const std::string& message) {
-  std::fprintf(stderr, "kvmix-bench: error: %s\n", message.c_str());
-  return 1;
-}
+int Fail(const std::string& message) { return tools::Fail(kProgram, message); }
 
 // Median seconds of one unit of work, and of as much of the reference.
 struct Times {
@@ -198,7 +197,7 @@ int Main(int argc, char** argv) {
   CLI::App app(
       "Times kvmix's kernels, and says what fraction of this machine's own limits they reach. "
       "Without --benchmark_filter: all of them, some ten minutes.",
-      "kvmix-bench");
+      kProgram);
   app.add_option("--target", options.target,
                  fmt::format("instruction set to time: {} (default: the first)",
                              fmt::join(Targets(), ", ")))
@@ -211,7 +210,7 @@ int Main(int argc, char** argv) {
       ->type_name("FILE");
   app.footer(kExamples);
   app.allow_extras();
-  CLI11_PARSE(app, argc, argv);
+  if (const auto code = tools::Parse(&app, argc, argv)) return *code;
   const kernels::Kernels* kernels = kernels::FindKernels(options.target);
   if (kernels == nullptr) {
     return Fail(fmt::format("--target '{}': this machine and build have {}", options.target,
@@ -224,4 +223,6 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvmix::bench
 
-int main(int argc, char** argv) { return kvmix::bench::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return kvmix::tools::RunProgram(kvmix::bench::kProgram, kvmix::bench::Main, argc, argv);
+}

@@ -1,10 +1,7 @@
 #include "bench/reporter.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstdio>
-#include <ostream>
+#include <iostream>
 #include <utility>
 #include <vector>
 
@@ -12,6 +9,7 @@
 
 #include "bench/machine.h"
 #include "kvmix/speed.h"
+#include "tools/console.h"
 
 namespace kvmix::bench {
 namespace {
@@ -36,10 +34,12 @@ Runs WithMedians(Runs runs) {
 
 class MedianReporter : public BenchmarkReporter {
  public:
-  explicit MedianReporter(std::unique_ptr<BenchmarkReporter> inner) : inner_(std::move(inner)) {}
+  explicit MedianReporter(std::unique_ptr<BenchmarkReporter> inner) : inner_(std::move(inner)) {
+    SetErrorStream(&nowhere_);
+  }
   bool ReportContext(const Context& context) override {
     inner_->SetOutputStream(&GetOutputStream());
-    inner_->SetErrorStream(&GetErrorStream());
+    inner_->SetErrorStream(&GetErrorStream() == &nowhere_ ? &std::cerr : &GetErrorStream());
     return inner_->ReportContext(context);
   }
   void ReportRuns(const std::vector<Run>& runs) override {
@@ -50,6 +50,8 @@ class MedianReporter : public BenchmarkReporter {
 
  private:
   std::unique_ptr<BenchmarkReporter> inner_;
+  // Where Google Benchmark says that a filter matches nothing: main.cc says it as all programs do.
+  std::ostream nowhere_{nullptr};
 };
 
 std::string TimeText(double seconds) {
@@ -141,10 +143,8 @@ std::unique_ptr<BenchmarkReporter> MakeReporter(const std::string& format) {
 }
 
 void ShowProgress(const std::string& text) {
-  static const bool terminal = isatty(STDERR_FILENO) != 0;
-  if (!terminal) return;
-  std::fprintf(stderr, "\r\033[K%s", text.c_str());
-  std::fflush(stderr);
+  static tools::StatusLine line;
+  text.empty() ? line.Wipe() : line.Show(text);
 }
 
 }  // namespace kvmix::bench

@@ -24,7 +24,7 @@ std::unique_ptr<benchmark::BenchmarkReporter> MakeTable(const Limits& limits);
 // Google Benchmark's own "json", "console" or "csv".
 std::unique_ptr<benchmark::BenchmarkReporter> MakeReporter(const std::string& format);
 
-// A line on stderr that says what is under way, where that is a terminal; "" wipes it.
+// What is under way: tools/console.h's StatusLine; "" wipes it.
 void ShowProgress(const std::string& text);
 
 }  // namespace kvmix::bench

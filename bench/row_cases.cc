@@ -11,12 +11,15 @@
 #include <fmt/format.h>
 
 #include "bench/machine.h"
-#include "bench/random_halves.h"
 #include "bench/workload.h"
 #include "kvmix/cache.h"
+#include "lib/tune/random_halves.h"
 
 namespace kvmix::bench {
 namespace {
+
+using internal::kHeadScale;
+using internal::RandomHalves;
 
 struct Size {
   std::size_t bytes;

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Counts the tests of the last `meson test` run in a build folder and prints the sum: `N passed, N failed`.
+"""Counts the tests of the last `meson test` run in a build folder and prints the sum: `N passed, N
+failed`.
 
 count_results.py BUILD
 
-Reads Meson's own log, meson-logs/testlog.json (one JSON object per line and test), and for GoogleTest programs their reports,
-BUILD/<test>.xml, so that every test case counts. A program that fails without a failed case (a crash, a timeout, a leak) counts as
-one failure. Exit code 1 if anything failed or nothing ran.
+Reads Meson's own log, meson-logs/testlog.json (one JSON object per line and test), and for
+GoogleTest programs their reports, BUILD/<test>.xml, so that every test case counts. A program that
+fails without a failed case (a crash, a timeout, a leak) counts as one failure. Exit code 1 if
+anything failed or nothing ran.
 """
 import json
 import pathlib
@@ -21,7 +23,8 @@ def count_cases(report):
     for case in xml.parse(report).iter('testcase'):
         if case.find('failure') is not None:
             counts[1] += 1
-        elif case.find('skipped') is not None or case.get('status') == 'notrun' or case.get('result') == 'skipped':
+        elif (case.find('skipped') is not None or case.get('status') == 'notrun'
+              or case.get('result') == 'skipped'):
             counts[2] += 1
         else:
             counts[0] += 1
@@ -35,12 +38,14 @@ def count(build):
         test = json.loads(line)
         name = test['name'].split(':')[-1].split(' / ')[-1]
         report = build / f'{name}.xml'
+        good, skipped = test['result'] in GOOD, test['result'] == 'SKIP'
+        failed = not (good or skipped)
         if report.exists():
             counts = count_cases(report)
-            if test['result'] not in (*GOOD, 'SKIP') and not counts[1]:
+            if failed and not counts[1]:
                 counts[1] = 1
         else:
-            counts = [int(test['result'] in GOOD), int(test['result'] not in (*GOOD, 'SKIP')), int(test['result'] == 'SKIP')]
+            counts = [int(good), int(failed), int(skipped)]
         total = [a + b for a, b in zip(total, counts)]
     return total
 

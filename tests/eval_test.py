@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """kvmix-eval against the study's own arithmetic in numpy, cell by cell. eval_test.py KVMIX-EVAL"""
 import csv
+import functools
 import io
 import json
 import pathlib
@@ -11,31 +12,41 @@ import unittest
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools'))
-import dump_kv  # noqa: E402
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tools' / 'python'))
+from kvmix_tools.dump import header  # noqa: E402
 
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 LAYERS, KV_HEADS, QUERY_HEADS, DIM = 3, 2, 6, 64
 PROMPTS = (37, 1, 90)
+TOKENS = sum(PROMPTS)
 OUTLIERS = '0:0,0:1,2:1'
 
 
-def make_dump(seed, layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, dim=DIM, tokens=sum(PROMPTS)):
-    """Keys with a constant offset in some channels, as a bias of the projection makes them, and values that grow with the layer."""
+def make_dump(seed, layers=LAYERS, kv_heads=KV_HEADS, query_heads=QUERY_HEADS, tokens=TOKENS):
+    """Keys with a constant offset in some channels, as a bias of the projection makes them, and
+    values that grow with the layer."""
     random = np.random.default_rng(seed)
     dump = {}
     for layer in range(layers):
-        k = random.standard_normal((tokens, kv_heads, dim)) * 2 + 12 * (random.random((kv_heads, dim)) < 0.05)
-        dump[f'layers.{layer}.k'] = k.astype(np.float16)
-        dump[f'layers.{layer}.v'] = (random.standard_normal((tokens, kv_heads, dim)) * (0.4 + layer)).astype(np.float16)
-        dump[f'layers.{layer}.q'] = random.standard_normal((tokens, query_heads, dim)).astype(np.float16)
+        k = random.standard_normal((tokens, kv_heads, DIM)) * 2
+        k += 12 * (random.random((kv_heads, DIM)) < 0.05)
+        v = random.standard_normal((tokens, kv_heads, DIM)) * (0.4 + layer)
+        q = random.standard_normal((tokens, query_heads, DIM))
+        for name, x in (('k', k), ('v', v), ('q', q)):
+            dump[f'layers.{layer}.{name}'] = x.astype(np.float16)
     return dump
 
 
-def metadata(dump, prompts):
+def write_dump(path, dump, prompts):
     tokens, kv_heads, dim = dump['layers.0.k'].shape
-    return {'format': 'kvmix-dump-1', 'model': 'made up', 'corpus': 'random', 'layers': str(len(dump) // 3), 'tokens': str(tokens), 'prompt_tokens': ','.join(map(str, prompts)),
-            'kv_heads': str(kv_heads), 'query_heads': str(dump['layers.0.q'].shape[1]), 'head_dim': str(dim), 'rope_theta': '10000', 'attention_scale': str(dim ** -0.5)}
+    meta = {'format': 'kvmix-dump-1', 'model': 'made up', 'corpus': 'random',
+            'layers': str(len(dump) // 3), 'tokens': str(tokens),
+            'prompt_tokens': ','.join(map(str, prompts)), 'kv_heads': str(kv_heads),
+            'query_heads': str(dump['layers.0.q'].shape[1]), 'head_dim': str(dim),
+            'rope_theta': '10000', 'attention_scale': str(dim ** -0.5)}
+    with open(path, 'wb') as file:
+        file.write(header({name: x.shape for name, x in dump.items()}, meta))
+        file.writelines(x.tobytes() for x in dump.values())
 
 
 def write_raw(folder, dump):
@@ -45,7 +56,7 @@ def write_raw(folder, dump):
         (folder / f'layer_{int(layer):02}.{tensor}.bin').write_bytes(x.tobytes())
 
 
-# ---- the study's arithmetic (quant.c and validate_attn.py of jnros/kvmix), float32 ------------------------------------------------------
+# ---- the study's arithmetic (quant.c and validate_attn.py of jnros/kvmix), float32 -------------
 
 def encode(x, per_token, rounding=np.rint):
     """x [tokens, head_dim] float32, encoded and decoded."""
@@ -80,7 +91,8 @@ def attend(q, k, v):
 
 def metrics(exact, other):
     norms = np.linalg.norm(exact, axis=-1) * np.linalg.norm(other, axis=-1)
-    return np.mean((exact - other) ** 2) / np.mean(exact ** 2), np.mean((exact * other).sum(axis=-1) / norms)
+    return (np.mean((exact - other) ** 2) / np.mean(exact ** 2),
+            np.mean((exact * other).sum(axis=-1) / norms))
 
 
 PEAK = """
@@ -89,7 +101,7 @@ subprocess.run(sys.argv[1:], check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
 """
 
-# ---- tests ------------------------------------------------------------------------------------------------------------------------------
+# ---- tests ---------------------------------------------------------------------------------------
 
 class Case(unittest.TestCase):
     @classmethod
@@ -97,7 +109,7 @@ class Case(unittest.TestCase):
         cls.folder = tempfile.TemporaryDirectory()
         cls.path = pathlib.Path(cls.folder.name)
         cls.dump = make_dump(1)
-        dump_kv.write_safetensors(cls.path / 'dump.safetensors', cls.dump, metadata(cls.dump, PROMPTS))
+        write_dump(cls.path / 'dump.safetensors', cls.dump, PROMPTS)
         write_raw(cls.path / 'raw', cls.dump)
 
     @classmethod
@@ -105,7 +117,8 @@ class Case(unittest.TestCase):
         cls.folder.cleanup()
 
     def run_eval(self, *arguments):
-        return subprocess.run([str(EVAL), *map(str, arguments)], cwd=self.path, capture_output=True, text=True)
+        return subprocess.run([str(EVAL), *map(str, arguments)], cwd=self.path,
+                              capture_output=True, text=True)
 
     def csv(self, *arguments):
         done = self.run_eval(*arguments)
@@ -119,22 +132,29 @@ class Case(unittest.TestCase):
         self.assertRegex(done.stderr, pattern)
 
     def write_plan(self, name, codecs, **geometry):
-        shape = {'layers': LAYERS, 'kv_heads': KV_HEADS, 'query_heads': QUERY_HEADS, 'head_dim': DIM, **geometry}
-        (self.path / name).write_text(json.dumps({'format': 'kvmix-plan', 'version': [1, 0], 'geometry': shape, 'codecs': codecs}))
+        shape = {'layers': LAYERS, 'kv_heads': KV_HEADS, 'query_heads': QUERY_HEADS,
+                 'head_dim': DIM, **geometry}
+        plan = {'format': 'kvmix-plan', 'version': [1, 0], 'geometry': shape, 'codecs': codecs}
+        (self.path / name).write_text(json.dumps(plan))
 
 
-RAW = ('raw', '--kv-heads', KV_HEADS, '--query-heads', QUERY_HEADS, '--head-dim', DIM, '--prompt-tokens', ','.join(map(str, PROMPTS)))
+SHAPE = ('--kv-heads', KV_HEADS, '--head-dim', DIM)
+RAW = ('raw', *SHAPE, '--query-heads', QUERY_HEADS, '--prompt-tokens', ','.join(map(str, PROMPTS)))
 
 
 class Quant(Case):
     def test_cells_are_the_studys(self):
         for number in (1, 2, 3):
-            rows = self.csv('quant', *RAW, '--strategy', number, *(['--fp16-heads', OUTLIERS] if number == 3 else []))
-            self.assertEqual([(r[1], r[2], r[4]) for r in rows], [(str(l), x, str(h)) for l in range(LAYERS) for x in 'kv' for h in range(KV_HEADS)])
+            outliers = ['--fp16-heads', OUTLIERS] if number == 3 else []
+            rows = self.csv('quant', *RAW, '--strategy', number, *outliers)
+            self.assertEqual([(r[1], r[2], r[4]) for r in rows],
+                             [(str(layer), x, str(h)) for layer in range(LAYERS) for x in 'kv'
+                              for h in range(KV_HEADS)])
             for file, layer, tensor, tokens, head, dim, column, largest, error, mse in rows:
                 x = self.dump[f'layers.{layer}.{tensor}'][:, int(head)].astype(np.float32)
                 decoded = strategy(number, tensor, layer, head, x)
-                self.assertEqual((file, tokens, dim, column), (f'layer_{int(layer):02}.{tensor}.bin', str(sum(PROMPTS)), str(DIM), str(number)))
+                self.assertEqual(file, f'layer_{int(layer):02}.{tensor}.bin')
+                self.assertEqual((tokens, dim, column), (str(TOKENS), str(DIM), str(number)))
                 kept = decoded is x  # in fp16: the study prints zeros
                 want = float(np.sum((decoded.astype(np.float64) - x) ** 2))
                 self.assertEqual(largest, f'{0 if kept else np.abs(x).max():.6f}')
@@ -143,55 +163,66 @@ class Quant(Case):
                 self.assertEqual(mse, f'{float(error) / x.size:.6f}')
 
     def test_a_safetensors_dump_gives_the_same_numbers(self):
-        raw, file = self.csv('quant', *RAW, '--strategy', 2), self.csv('quant', 'dump.safetensors', '--strategy', 2)
+        raw = self.csv('quant', *RAW, '--strategy', 2)
+        file = self.csv('quant', 'dump.safetensors', '--strategy', 2)
         self.assertEqual([r[1:] for r in raw], [r[1:] for r in file])
         self.assertEqual(file[0][0], 'layers.0.k')
 
     def test_truncation_costs_four_times_as_much(self):
         ratios = []
         for number in (1, 2):
-            nearest, truncated = (self.csv('quant', 'dump.safetensors', '--strategy', number, '--rounding', r) for r in ('nearest', 'truncate'))
+            call = ('quant', 'dump.safetensors', '--strategy', number, '--rounding')
+            nearest, truncated = (self.csv(*call, rounding) for rounding in ('nearest', 'truncate'))
             for a, b in zip(nearest, truncated):
                 x = self.dump[f'layers.{b[1]}.{b[2]}'][:, int(b[4])].astype(np.float32)
                 want = float(np.sum((encode(x, number == 2, np.trunc).astype(np.float64) - x) ** 2))
-                self.assertAlmostEqual(float(b[8]), want, delta=2e-3 * want)  # a product beside an integer may fall on either side of it
+                # A product beside an integer may fall on either side of it.
+                self.assertAlmostEqual(float(b[8]), want, delta=2e-3 * want)
                 ratios.append(float(b[8]) / float(a[8]))
         self.assertAlmostEqual(float(np.median(ratios)), 4, delta=0.3)
 
     def test_small_sums_keep_four_digits(self):
-        small = {name: (x.astype(np.float32) * 1e-3).astype(np.float16) for name, x in self.dump.items()}
-        dump_kv.write_safetensors(self.path / 'small.safetensors', small, metadata(small, PROMPTS))
+        small = {name: (x.astype(np.float32) * 1e-3).astype(np.float16)
+                 for name, x in self.dump.items()}
+        write_dump(self.path / 'small.safetensors', small, PROMPTS)
         for row in self.csv('quant', 'small.safetensors', '--strategy', 2):
             x = small[f'layers.{row[1]}.{row[2]}'][:, int(row[4])].astype(np.float32)
             want = float(np.sum((encode(x, True).astype(np.float64) - x) ** 2))
-            self.assertAlmostEqual(float(row[8]), want, delta=1e-3 * want)  # (scales this small differ in their last bits)
+            # (Scales this small differ in their last bits.)
+            self.assertAlmostEqual(float(row[8]), want, delta=1e-3 * want)
 
     def test_the_studys_heads_are_known_for_its_model_only(self):
         dump = make_dump(2, layers=24, tokens=4, query_heads=14)
-        dump_kv.write_safetensors(self.path / 'study.safetensors', dump, metadata(dump, [4]))
-        zeros = [(r[1], r[4]) for r in self.csv('quant', 'study.safetensors', '--strategy', 3) if float(r[7]) == 0]
-        self.assertEqual(zeros, [('0', '0'), ('0', '1'), ('1', '1'), ('2', '0'), ('2', '1'), ('8', '0')])
+        write_dump(self.path / 'study.safetensors', dump, [4])
+        rows = self.csv('quant', 'study.safetensors', '--strategy', 3)
+        self.assertEqual([f'{r[1]}:{r[4]}' for r in rows if float(r[7]) == 0],
+                         ['0:0', '0:1', '1:1', '2:0', '2:1', '8:0'])
         heads = self.csv('quant', 'study.safetensors', '--strategy', 3, '--fp16-heads', 'none')
         self.assertFalse([r for r in heads if float(r[7]) == 0])
         self.refused('needs --fp16-heads', 'quant', 'dump.safetensors', '--strategy', 3)
 
     def test_threads_change_nothing(self):
-        one, two = (self.run_eval('quant', 'dump.safetensors', '--strategy', 2, '--threads', t).stdout for t in (1, 2))
+        one, two = (self.csv('quant', 'dump.safetensors', '--strategy', 2, '--threads', n)
+                    for n in (1, 2))
         self.assertEqual(one, two)
 
     def test_memory_is_that_of_a_few_layers(self):
         peaks = []
         for layers in (2, 50):
             dump = make_dump(3, layers=layers, tokens=2048)
-            dump_kv.write_safetensors(self.path / 'long.safetensors', dump, metadata(dump, [512] * 4))
+            write_dump(self.path / 'long.safetensors', dump, [512] * 4)
             for command in (('quant',), ('attention',)):
-                # From a small process: a child's peak begins with the memory of the one that it was forked from.
-                done = subprocess.run([sys.executable, '-c', PEAK, str(EVAL), *command, 'long.safetensors', '--strategy', '1', '--threads', '1'], cwd=self.path, capture_output=True, text=True)
+                # From a small process: a child's peak begins with the memory of the one that it was
+                # forked from.
+                done = subprocess.run([sys.executable, '-c', PEAK, str(EVAL), *command,
+                                       'long.safetensors', '--strategy', '1', '--threads', '1'],
+                                      cwd=self.path, capture_output=True, text=True)
                 self.assertEqual(done.returncode, 0, done.stderr)
                 peaks.append(int(done.stderr) / 1024)
         layer = 2048 * (2 * KV_HEADS + QUERY_HEADS) * DIM * 2 / 2 ** 20
         for few, many in zip(peaks[:2], peaks[2:]):
-            self.assertLess(many - few, 3 * layer, f'{few:.0f} MiB for 2 layers, {many:.0f} MiB for 50, {layer:.1f} MiB a layer')
+            self.assertLess(many - few, 3 * layer, f'{few:.0f} MiB for 2 layers, {many:.0f} MiB '
+                            f'for 50, {layer:.1f} MiB a layer')
 
 
 class Attention(Case):
@@ -201,36 +232,49 @@ class Attention(Case):
     def check(self, rows, decode):
         """decode(tensor, layer, head, x) -> x'"""
         self.assertEqual(rows[0][:4], ['layer', 'head', 'nmse', 'cos_sim'])
-        self.assertEqual([(r[0], r[1]) for r in rows[1:]], [(str(l), h) for l in range(LAYERS) for h in ['all', *map(str, range(QUERY_HEADS))]])
+        self.assertEqual([(r[0], r[1]) for r in rows[1:]],
+                         [(str(layer), str(h)) for layer in range(LAYERS)
+                          for h in ('all', *range(QUERY_HEADS))])
         for r in rows[1:]:
             self.assertRegex(r[2], r'^\d\.\d{6}e[+-]\d\d$')
             self.assertRegex(r[3], r'^[01]\.\d{6}$')
         for layer in range(LAYERS):
             q, k, v = (self.dump[f'layers.{layer}.{x}'].astype(np.float32) for x in 'qkv')
-            k, v = (np.stack([decode(name, layer, h, x[:, h]) for h in range(KV_HEADS)], axis=1) for name, x in (('k', k), ('v', v)))
+            k, v = (np.stack([decode(name, layer, h, x[:, h]) for h in range(KV_HEADS)], axis=1)
+                    for name, x in (('k', k), ('v', v)))
             exact, other = self.exact(layer), attend(q, k, v)
             for r in rows[1:]:
                 if int(r[0]) == layer:
-                    nmse, cosine = metrics(exact, other) if r[1] == 'all' else metrics(exact[:, int(r[1])], other[:, int(r[1])])
+                    heads = slice(None) if r[1] == 'all' else int(r[1])
+                    nmse, cosine = metrics(exact[:, heads], other[:, heads])
                     self.assertAlmostEqual(float(r[2]), nmse, delta=0.01 * nmse + 1e-7, msg=str(r))
-                    self.assertAlmostEqual(float(r[3]), cosine, delta=2e-6 + 0.01 * (1 - cosine), msg=str(r))
+                    self.assertAlmostEqual(float(r[3]), cosine, delta=2e-6 + 0.01 * (1 - cosine),
+                                           msg=str(r))
 
     def test_cells_are_the_studys(self):
         for number in (1, 2, 3):
             with self.subTest(strategy=number):
                 heads = ['--fp16-heads', OUTLIERS] if number == 3 else []
                 rows = self.csv('attention', *RAW, '--strategy', number, *heads)
-                self.check(rows, lambda *x: strategy(number, *x))
-                self.assertEqual(rows, self.csv('attention', 'dump.safetensors', '--strategy', number, *heads))
+                self.check(rows, functools.partial(strategy, number))
+                self.assertEqual(rows, self.csv('attention', 'dump.safetensors', '--strategy',
+                                                number, *heads))
 
     def means(self):
-        return {(layer, h): self.dump[f'layers.{layer}.k'][:, h].astype(np.float32).mean(axis=0) for layer in range(LAYERS) for h in range(KV_HEADS)}
+        return [self.dump[f'layers.{layer}.k'].astype(np.float32).mean(axis=0)
+                for layer in range(LAYERS)]
 
     def test_a_plan_with_centred_keys(self):
         means = self.means()
-        self.write_plan('plan.json', [[{'k': 'i8-token+centre', 'k_mean': [float(x) for x in means[layer, h]], 'v': 'f16'} for h in range(KV_HEADS)] for layer in range(LAYERS)])
+        self.write_plan('plan.json', [
+            [{'k': 'i8-token+centre', 'k_mean': mean.tolist(), 'v': 'f16'} for mean in heads]
+            for heads in means])
         rows = self.csv('attention', 'dump.safetensors', '--plan', 'plan.json')
-        self.check(rows, lambda name, layer, h, x: means[layer, h] + encode(x - means[layer, h], True) if name == 'k' else x)
+
+        def decode(tensor, layer, head, x):
+            mean = means[layer][head]
+            return mean + encode(x - mean, True) if tensor == 'k' else x
+        self.check(rows, decode)
         plain = self.csv('attention', 'dump.safetensors', '--strategy', 2)
         self.assertLess(sum(float(r[2]) for r in rows[1:]), sum(float(r[2]) for r in plain[1:]))
 
@@ -255,56 +299,74 @@ class Attention(Case):
             self.assertLess(float(r[4]), 1e-6, r)
             self.assertGreater(float(r[4]), 0, r)
 
-
     def test_kernels_hold_where_scores_are_large(self):
-        """Channels of K with offsets beyond 300, as Qwen2.5 has them: scores of 12,000, of which only the differences matter."""
+        """Channels of K with offsets beyond 300, as Qwen2.5 has them: scores of 12,000, of which
+        only the differences matter."""
         dump = make_dump(4, tokens=256)
         for layer in range(LAYERS):
             dump[f'layers.{layer}.k'][..., :3] += 350
             dump[f'layers.{layer}.q'][..., :3] += 90
-        dump_kv.write_safetensors(self.path / 'large.safetensors', dump, metadata(dump, [256]))
+        write_dump(self.path / 'large.safetensors', dump, [256])
         for number in (1, 2):
-            for r in self.csv('attention', 'large.safetensors', '--strategy', number, '--reference')[1:]:
+            rows = self.csv('attention', 'large.safetensors', '--strategy', number, '--reference')
+            for r in rows[1:]:
                 self.assertLess(float(r[4]), 1e-6, r)
 
 
 class Size(Case):
     def test_the_studys_table(self):
-        rows = self.csv('size', '--layers', 24, '--kv-heads', 2, '--head-dim', 64, '--tokens', '4096,32768')
-        self.assertEqual(rows, [['strategy', 'bytes_per_token', 'saved', 'mib_4096', 'mib_32768'], ['fp16', '12288', '0.0000', '48.0', '384.0'], ['strat1', '6144', '0.5000', '24.0', '192.0'],
-                                ['strat2', '6528', '0.4688', '25.5', '204.0'], ['strat3', '6720', '0.4531', '26.25', '210.0']])
+        rows = self.csv('size', '--layers', 24, '--kv-heads', 2, '--head-dim', 64, '--tokens',
+                        '4096,32768')
+        self.assertEqual([','.join(row) for row in rows], [
+            'strategy,bytes_per_token,saved,mib_4096,mib_32768', 'fp16,12288,0.0000,48.0,384.0',
+            'strat1,6144,0.5000,24.0,192.0', 'strat2,6528,0.4688,25.5,204.0',
+            'strat3,6720,0.4531,26.25,210.0'])
 
     def test_a_plan(self):
         self.write_plan('plan.json', [[{'k': 'i8-token', 'v': 'f16'}] * KV_HEADS] * LAYERS)
-        row = ['plan', str(LAYERS * KV_HEADS * (DIM + 4 + 2 * DIM)), f'{1 - (3 * DIM + 4) / (4 * DIM):.4f}']
+        row = ['plan', str(LAYERS * KV_HEADS * (DIM + 4 + 2 * DIM)),
+               f'{1 - (3 * DIM + 4) / (4 * DIM):.4f}']
         self.assertEqual(self.csv('size', '--plan', 'plan.json')[-1][:3], row)
-        self.assertEqual(self.csv('size', '--plan', 'plan.json', '--layers', LAYERS, '--kv-heads', KV_HEADS, '--head-dim', DIM)[-1][:3], row)
-        self.refused('24 layers', 'size', '--plan', 'plan.json', '--layers', 24, '--kv-heads', 2, '--head-dim', 64)
+        rows = self.csv('size', '--plan', 'plan.json', '--layers', LAYERS, *SHAPE)
+        self.assertEqual(rows[-1][:3], row)
+        self.refused('24 layers', 'size', '--plan', 'plan.json', '--layers', 24, *SHAPE)
 
 
 class Errors(Case):
     def test_bad_calls(self):
-        self.write_plan('other.json', [[{'k': 'f16', 'v': 'f16'}]], layers=1, kv_heads=1, query_heads=1)
+        self.write_plan('other.json', [[{'k': 'f16', 'v': 'f16'}]], layers=1, kv_heads=1,
+                        query_heads=1)
+        quant = ('quant', 'dump.safetensors')
         for pattern, arguments in (
-                ('subcommand', ()), ('frobnicate', ('quant', 'dump.safetensors', '--frobnicate')), ('strategy', ('quant', 'dump.safetensors')), ('strategy', ('quant', 'dump.safetensors', '--strategy', 4)),
-                ('rounding', ('quant', 'dump.safetensors', '--strategy', 1, '--rounding', 'up')), ('nothing.safetensors', ('quant', 'nothing.safetensors', '--strategy', 1)),
-                ('--kv-heads', ('quant', 'raw', '--strategy', 1)), ('--query-heads', ('attention', 'raw', '--kv-heads', KV_HEADS, '--head-dim', DIM, '--strategy', 1)),
-                ('other.json.*1 layers', ('attention', 'dump.safetensors', '--plan', 'other.json')), ('none.json', ('quant', 'dump.safetensors', '--plan', 'none.json')),
-                ('goes with strategy 3', ('quant', 'dump.safetensors', '--plan', 'other.json', '--strategy', 2)), ("'0-1'", ('quant', 'dump.safetensors', '--strategy', 3, '--fp16-heads', '0-1')),
-                ('9:0', ('quant', 'dump.safetensors', '--strategy', 3, '--fp16-heads', '9:0')), ('layers', ('size', '--kv-heads', 2, '--head-dim', 64)),
-                ('tokens', ('size', '--layers', 1, '--kv-heads', 2, '--head-dim', 64, '--tokens', 'x'))):
+                ('subcommand', ()),
+                ('frobnicate', (*quant, '--frobnicate')),
+                ('strategy', quant),
+                ('strategy', (*quant, '--strategy', 4)),
+                ('rounding', (*quant, '--strategy', 1, '--rounding', 'up')),
+                ('nothing.safetensors', ('quant', 'nothing.safetensors', '--strategy', 1)),
+                ('--kv-heads', ('quant', 'raw', '--strategy', 1)),
+                ('--query-heads', ('attention', 'raw', *SHAPE, '--strategy', 1)),
+                ('other.json.*1 layers', ('attention', 'dump.safetensors', '--plan', 'other.json')),
+                ('none.json', (*quant, '--plan', 'none.json')),
+                ('goes with strategy 3', (*quant, '--plan', 'other.json', '--strategy', 2)),
+                ("'0-1'", (*quant, '--strategy', 3, '--fp16-heads', '0-1')),
+                ('9:0', (*quant, '--strategy', 3, '--fp16-heads', '9:0')),
+                ('layers', ('size', *SHAPE)),
+                ('tokens', ('size', '--layers', 1, *SHAPE, '--tokens', 'x'))):
             self.refused(pattern, *arguments)
 
     def test_nan_is_named(self):
         dump = {name: x.copy() for name, x in self.dump.items()}
         dump['layers.1.v'][5, 1, 7] = np.nan
-        dump_kv.write_safetensors(self.path / 'nan.safetensors', dump, metadata(dump, PROMPTS))
+        write_dump(self.path / 'nan.safetensors', dump, PROMPTS)
         for command in ('quant', 'attention'):
-            self.refused('nan.safetensors.*layer 1.*head 1.*token 5', command, 'nan.safetensors', '--strategy', 2)
+            self.refused('nan.safetensors.*layer 1.*head 1.*token 5', command, 'nan.safetensors',
+                         '--strategy', 2)
 
     def test_output_that_cannot_be_written(self):
         with open('/dev/full', 'w') as full:
-            done = subprocess.run([str(EVAL), 'size', '--layers', '1', '--kv-heads', '1', '--head-dim', '64'], stdout=full, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run([str(EVAL), 'size', '--layers', '1', *map(str, SHAPE)],
+                                  stdout=full, stderr=subprocess.PIPE, text=True)
         self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1))
 
 

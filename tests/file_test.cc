@@ -26,6 +26,12 @@ TEST(OneLine, IsOneShortLine) {
   EXPECT_EQ(internal::Quoted(""), "\"\"");
 }
 
+TEST(FileName, IsTheLastPart) {
+  EXPECT_EQ(internal::FileName("dump"), "dump");
+  EXPECT_EQ(internal::FileName("/data/dump.x"), "dump.x");
+  EXPECT_EQ(internal::FileName("../data/dump//"), "dump");
+}
+
 TEST(WriteFile, ReplacesWholeFilesOnly) {
   const TempFolder folder;
   const std::string path = folder.file("file");

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # install_test.sh BUILD README COMPILER...: installs the build into a temporary root, then does what the README tells a user to do:
-# compiles the README's C++ program with what pkg-config says, against the shared and against the static library, and runs both.
+# compiles the README's C++ program with what pkg-config says, against the shared and against the static library, and runs both. The
+# programs in Python start.
 set -euo pipefail
 build=$1 readme=$2
 shift 2
@@ -34,3 +35,8 @@ static=$(env -u LD_LIBRARY_PATH "$root/static")
 [ -n "$shared" ] || die "the program printed nothing"
 [ "$shared" = "$static" ] || die "shared printed '$shared', static '$static'"
 printf 'shared and static: %s\n' "$shared"
+
+programs=$(dirname "$(find "$root/staged" -name kvmix-tune)")
+for name in kvmix-report kvmix-dump; do
+  (cd / && "$programs/$name" --help) | grep -q "usage: $name" || die "the installed $name does not start"
+done

@@ -119,16 +119,53 @@ TEST(WisdomFile, RefusesWhatIsWrong) {
     WriteBytes(path, json.dump());
     ExpectRefused(path, code, {});
   };
-  refused("/format", "kvmix-wisdom-2", ErrorCode::kVersion);
+  refused("/format", "kvmix-plan", ErrorCode::kCorrupt);
+  refused("/version", {2, 0}, ErrorCode::kVersion);
+  refused("/version", "0.1.0", ErrorCode::kCorrupt);
   refused("/format", 1, ErrorCode::kCorrupt);
   refused("/cpu", nullptr, ErrorCode::kCorrupt);
   refused("/speeds", "fast", ErrorCode::kCorrupt);
   refused("/speeds/0", nlohmann::json::object(), ErrorCode::kCorrupt);
+  refused("/speeds/0/group", -1, ErrorCode::kCorrupt);
   refused("/speeds/0/decode_ns", "1", ErrorCode::kCorrupt);
   refused("/speeds/0/decode_ns", 0.0, ErrorCode::kCorrupt);
   refused("/speeds/1/decode_ns", -5.0, ErrorCode::kCorrupt);
+  WriteBytes(path, good.substr(0, good.size() - 3) + ", \"cpu\": \"another\"}");  // given twice
+  ExpectRefused(path, ErrorCode::kCorrupt, {"cpu"});
+  WriteBytes(path, std::string(100000, '['));
+  ExpectRefused(path, ErrorCode::kCorrupt, {"deeper"});
   ExpectGoodMessage(SaveWisdom(SomeWisdom(), folder.file("no/wisdom.json")),
                     folder.file("no/wisdom.json"));
+}
+
+TEST(WisdomFile, SaysWhereItIsWrong) {
+  const TempFolder folder;
+  const std::string path = folder.file("wisdom.json");
+  ASSERT_TRUE(SaveWisdom(SomeWisdom(), path).ok());
+  nlohmann::json json = nlohmann::json::parse(ReadBytes(path));
+  json["speeds"][1]["decode_ns"] = -5.0;
+  WriteBytes(path, json.dump());
+  ExpectRefused(path, ErrorCode::kCorrupt, {"speeds[1].decode_ns", "found -5"});
+}
+
+TEST(WisdomFile, OfANewerMinorVersionIsRead) {
+  const TempFolder folder;
+  const std::string path = folder.file("wisdom.json");
+  ASSERT_TRUE(SaveWisdom(SomeWisdom(), path).ok());
+  nlohmann::json json = nlohmann::json::parse(ReadBytes(path));
+  json["version"] = {1, 9};
+  json["speeds"][0]["watts"] = 5;
+  WriteBytes(path, json.dump());
+  EXPECT_TRUE(LoadWisdom(path).ok());
+}
+
+TEST(WisdomFile, OfTheOldFormSaysWhatToDo) {
+  const TempFolder folder;
+  const std::string path = folder.file("wisdom.json");
+  WriteBytes(
+      path,
+      R"({"format": "kvmix-wisdom-1", "cpu": "a", "target": "b", "version": "0.1.0", "speeds": []})");
+  ExpectRefused(path, ErrorCode::kVersion, {"kvmix-wisdom-1", "delete", "measured anew"});
 }
 
 TEST(MedianSeconds, CallsEveryFunctionOnceARound) {

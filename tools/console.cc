@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <utility>
 
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 namespace kvmix::tools {
 
@@ -17,6 +19,19 @@ int Fail(const std::string& program, const std::string& message) {
   return 1;
 }
 
+std::optional<int> Parse(CLI::App* app, int argc, char** argv) try {
+  app->parse(argc, argv);
+  return std::nullopt;
+} catch (const CLI::ParseError& e) {
+  return e.get_exit_code() == 0 ? app->exit(e) : Fail(app->get_name(), e.what());
+}
+
+int RunProgram(const std::string& program, int (*main)(int, char**), int argc, char** argv) try {
+  return main(argc, argv);
+} catch (const std::exception& e) {
+  return Fail(program, e.what());
+}
+
 int Print(const std::string& program, const std::string& text) {
   const bool written =
       std::fputs(text.c_str(), stdout) >= 0;  // long texts are written here, not by fflush
@@ -25,24 +40,33 @@ int Print(const std::string& program, const std::string& text) {
              : Fail(program, "writing to the standard output failed");
 }
 
-ProgressBar::ProgressBar(std::string label)
-    : label_(std::move(label)), terminal_(isatty(STDERR_FILENO) == 1) {
-  Update(0, 1);
+StatusLine::StatusLine(Clock::time_point start)
+    : on_terminal_(isatty(STDERR_FILENO) == 1), start_(start), shown_(start) {}
+
+void StatusLine::Show(const std::string& text, Clock::time_point now) {
+  if (on_terminal_) {
+    std::fputs(fmt::format("\r{}\033[K", text).c_str(), stderr);
+  } else if (now - shown_ >= std::chrono::minutes(1)) {
+    const auto minutes = std::chrono::duration_cast<std::chrono::minutes>(now - start_);
+    std::fputs(fmt::format("{}, {} min\n", text, minutes.count()).c_str(), stderr);
+    shown_ = now;
+  }
+  std::fflush(stderr);
 }
 
-ProgressBar::~ProgressBar() {
-  if (terminal_) std::fputs("\r\033[K", stderr);
+void StatusLine::Wipe() {
+  if (on_terminal_) Show("");
 }
 
-void ProgressBar::Update(std::size_t done, std::size_t total) {
-  if (!terminal_) return;
+ProgressBar::ProgressBar(std::string label) : label_(std::move(label)) { Update(0, 1); }
+
+void ProgressBar::Update(std::size_t done, std::size_t total, StatusLine::Clock::time_point now) {
+  if (!line_.on_terminal())
+    return line_.Show(fmt::format("{}: {} of {} layers", label_, done, total), now);
   constexpr std::size_t kWidth = 40;
   const std::size_t filled = kWidth * done / total;
-  std::fputs(fmt::format("\r{} [{:#<{}}{:.<{}}] {:3} %\033[K", label_, "", filled, "",
-                         kWidth - filled, 100 * done / total)
-                 .c_str(),
-             stderr);
-  std::fflush(stderr);
+  line_.Show(fmt::format("{} [{:#<{}}{:.<{}}] {:3} %", label_, "", filled, "", kWidth - filled,
+                         100 * done / total));
 }
 
 Table::Table(std::vector<std::string> header, std::size_t left)

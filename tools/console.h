@@ -1,32 +1,62 @@
-// What the command-line programs share in talking to people: errors, progress, tables.
+// What the command-line programs share in talking to people: arguments, errors, progress, tables.
 #ifndef KVMIX_TOOLS_CONSOLE_H_
 #define KVMIX_TOOLS_CONSOLE_H_
 
+#include <chrono>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
+
+namespace CLI {
+class App;
+}
 
 namespace kvmix::tools {
 
 // "PROGRAM: error: MESSAGE", one line on stderr; returns 1, the exit code of a program that failed.
 int Fail(const std::string& program, const std::string& message);
 
+// Reads the command line. Where the program ends with that (--help, a wrong argument): its exit
+// code.
+std::optional<int> Parse(CLI::App* app, int argc, char** argv);
+
+// What main(argc, argv) returns; Fail's where it throws, for want of memory say.
+int RunProgram(const std::string& program, int (*main)(int, char**), int argc, char** argv);
+
 // Writes a program's result to stdout; returns its exit code: 0, or Fail's where stdout does not
 // take all of it.
 int Print(const std::string& program, const std::string& text);
 
-// A bar on stderr where that is a terminal, nothing elsewhere. Gone when it is destroyed.
+// One line on stderr that says what is under way. On a terminal each takes the place of the one
+// before, and the last one goes; elsewhere one a minute is written, with the minutes since the
+// start.
+class StatusLine {
+ public:
+  using Clock = std::chrono::steady_clock;
+  explicit StatusLine(Clock::time_point start = Clock::now());
+  ~StatusLine() { Wipe(); }
+  StatusLine(const StatusLine&) = delete;
+  StatusLine& operator=(const StatusLine&) = delete;
+  void Show(const std::string& text, Clock::time_point now = Clock::now());
+  void Wipe();
+  bool on_terminal() const { return on_terminal_; }
+
+ private:
+  bool on_terminal_;
+  Clock::time_point start_, shown_;
+};
+
+// How many layers are done: a bar on a terminal, words elsewhere.
 class ProgressBar {
  public:
   explicit ProgressBar(std::string label);
-  ~ProgressBar();
-  ProgressBar(const ProgressBar&) = delete;
-  ProgressBar& operator=(const ProgressBar&) = delete;
-  void Update(std::size_t done, std::size_t total);
+  void Update(std::size_t done, std::size_t total,
+              StatusLine::Clock::time_point now = StatusLine::Clock::now());
 
  private:
   std::string label_;
-  bool terminal_;
+  StatusLine line_;
 };
 
 // Rows of cells in columns as wide as they need: the first `left` columns aligned to the left, the

@@ -3,8 +3,6 @@
 // weighted sum.
 #include "exact_attention.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -12,6 +10,7 @@
 
 #include "kvmix/cache.h"
 #include "kvmix/quantize.h"
+#include "lib/files/machine.h"
 
 namespace kvmix::tools {
 namespace {
@@ -84,7 +83,7 @@ Status AttendExactly(const Dump& dump, std::size_t layer, const std::vector<Head
   const std::size_t d = g.head_dim, q_row = g.query_heads * d;
   out->assign(dump.tokens() * q_row, 0.0f);
   const RowsView queries = dump.q(layer);
-  const int threads = num_threads > 0 ? num_threads : omp_get_max_threads();
+  const int threads = internal::Threads(num_threads);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
   for (std::size_t p = 0; p < prompts.size(); ++p) {
     for (std::size_t h = 0; h < g.query_heads; ++h) {

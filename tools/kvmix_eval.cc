@@ -1,12 +1,9 @@
 // kvmix-eval: the original study on any dump, as CSV. `quant`: errors of K and V themselves.
 // `attention`: errors of attention outputs. `size`: bytes. Columns and digits are the study's, so
 // that its files and these can be compared line by line.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <iterator>
 #include <optional>
@@ -20,6 +17,7 @@
 #include "dumps.h"
 #include "exact_attention.h"
 #include "kvmix/tune.h"
+#include "lib/files/machine.h"
 #include "study.h"
 
 namespace kvmix::tools {
@@ -139,7 +137,7 @@ Result<std::string> Quant(const Options& o) {
   if (!codecs.ok()) return codecs.status();
   const Geometry& g = dump->geometry();
   const bool truncate = o.rounding == "truncate";
-  const int threads = o.threads > 0 ? o.threads : omp_get_max_threads();
+  const int threads = internal::Threads(o.threads);
   ProgressBar bar("encoding");
   std::string csv;
   for (std::size_t layer = 0; layer < g.layers; ++layer) {
@@ -348,11 +346,7 @@ int Main(int argc, char** argv) {
       "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ "
       "--plan plan.json --kv-heads 2 --query-heads 14 --head-dim 64 --prompt-tokens 512,512\n"
       "  kvmix-eval size --layers 24 --kv-heads 2 --head-dim 64 --tokens 4096,32768");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return e.get_exit_code() == 0 ? app.exit(e) : Fail(kProgram, e.what());
-  }
+  if (const auto code = Parse(&app, argc, argv)) return *code;
   const Result<std::string> csv = *quant ? Quant(o) : *attention ? Attention(o) : Size(o);
   if (!csv.ok()) return Fail(kProgram, csv.status().message());
   return Print(kProgram, *csv);
@@ -362,9 +356,5 @@ int Main(int argc, char** argv) {
 }  // namespace kvmix::tools
 
 int main(int argc, char** argv) {
-  try {
-    return kvmix::tools::Main(argc, argv);
-  } catch (const std::exception& e) {  // of memory that is not there
-    return kvmix::tools::Fail("kvmix-eval", e.what());
-  }
+  return kvmix::tools::RunProgram(kvmix::tools::kProgram, kvmix::tools::Main, argc, argv);
 }

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -19,6 +18,7 @@
 #include "dumps.h"
 #include "kvmix/speed.h"
 #include "kvmix/tune.h"
+#include "lib/files/file.h"
 #include "tune_report.h"
 
 namespace kvmix::tools {
@@ -33,6 +33,7 @@ struct Options {
   std::string holdout;
   RawFormat raw;
   Constraints constraints;
+  std::optional<double> max_ms;
   std::string candidates = "all";
   std::size_t context = 4096;
   int threads = 0;
@@ -65,9 +66,9 @@ void AddOptions(CLI::App* app, Options* o) {
          "--min-cosine", o->constraints.min_cosine,
          "of the predicted worst query head; without --budget: save the most that holds it")
       ->check(Between(0.0, 1.0, true));
-  app->add_option("--max-time", o->constraints.max_decode_ns,
-                  "predicted decode time of a token over all layers, in ns")
-      ->check(Between(0.0, 1e18, false));
+  app->add_option("--max-time", o->max_ms,
+                  "at most this predicted decode time of a token over all layers, in ms")
+      ->check(Between(0.0, 1e9, false));
   app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
   app->add_option("--candidates", o->candidates, "codecs to choose from")
       ->check(CLI::IsMember({"seed", "int8", "all"}))
@@ -78,11 +79,13 @@ void AddOptions(CLI::App* app, Options* o) {
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
-  app->add_option("--wisdom", o->wisdom,
-                  "file of kernel speeds of this CPU: read if it exists, completed, written");
-  app->add_option("-o,--output", o->output,
-                  fmt::format("the plan; without it (and without --json) {}, if there is none yet",
-                              kDefaultPlan));
+  app->add_option(
+      "--wisdom", o->wisdom,
+      "file of kernel speeds of this CPU: read if it exists, completed, written; they then "
+      "decide where codecs are about equally accurate");
+  app->add_option(
+      "-o,--output", o->output,
+      fmt::format("the plan (default: {} if there is none yet; none with --json)", kDefaultPlan));
   app->add_flag("--json", o->json, "print the report as JSON");
   AddRawOptions(app, &o->raw);
   app->footer(
@@ -191,19 +194,21 @@ Result<TuneReport> Tune(const Options& o) {
   TuneReport report;
   report.candidates = o.candidates;
   report.context = o.context;
+  report.constraints = o.constraints;
+  report.times_are_kept = !o.wisdom.empty();
   const Geometry& geometry = calibration[0]->geometry();
+  {
+    ProgressBar bar("timing the kernels");
+    Result<Wisdom> wisdom = Speeds(o, geometry, *candidates);
+    if (!wisdom.ok()) return wisdom.status();
+    report.wisdom = std::move(*wisdom);
+  }
   {
     ProgressBar bar("measuring every head and codec");
     Result<ErrorTable> table =
         Measure(calibration, *candidates, 0, geometry.layers, WithBar(o.threads, &bar));
     if (!table.ok()) return table.status();
     report.table = std::move(*table);
-  }
-  {
-    ProgressBar bar("timing the kernels");
-    Result<Wisdom> wisdom = Speeds(o, geometry, *candidates);
-    if (!wisdom.ok()) return wisdom.status();
-    report.wisdom = std::move(*wisdom);
   }
   Result<Choice> choice = Choose(report.table, report.wisdom, o.context, o.constraints);
   if (!choice.ok()) return choice.status();
@@ -219,26 +224,10 @@ Result<TuneReport> Tune(const Options& o) {
                                                "measuring the plan on the holdout");
     if (!on_holdout.ok()) return on_holdout.status();
     report.holdout = provenance.on_holdout = *on_holdout;
-    provenance.holdout = std::filesystem::path(dumps->holdout->path()).filename().string();
+    provenance.holdout = internal::FileName(dumps->holdout->path());
     provenance.holdout_tokens = dumps->holdout->tokens();
   }
   return report;
-}
-
-// Writes the plan where it belongs; returns the closing line of the text.
-Result<std::string> WritePlan(const Options& o, const Plan& plan) {
-  std::string path = o.output;
-  if (path.empty()) {
-    if (o.json) return std::string();
-    std::error_code error;
-    if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
-      return fmt::format(
-          "{} exists already and was left as it is: name a file with -o to keep this plan\n",
-          kDefaultPlan);
-    path = kDefaultPlan;
-  }
-  if (Status s = SavePlan(plan, path); !s.ok()) return s;
-  return fmt::format("plan written to {}\n", path);
 }
 
 int Main(int argc, char** argv) {
@@ -248,31 +237,36 @@ int Main(int argc, char** argv) {
       "budget of bytes.",
       kProgram);
   AddOptions(&app, &o);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return e.get_exit_code() == 0 ? app.exit(e) : Fail(kProgram, e.what());
-  }
-  if (o.constraints.budget < 0.0 && o.constraints.min_cosine < 0.0)
+  if (const auto code = Parse(&app, argc, argv)) return *code;
+  if (!o.constraints.budget && !o.constraints.min_cosine)
     return Fail(kProgram,
                 "nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
+  if (o.max_ms) o.constraints.max_decode_ns = *o.max_ms * 1e6;
+  // Times that are measured in every run anew must not make every run's plan another.
+  if (o.wisdom.empty()) o.constraints.time_tolerance = 1.0;
+  if (o.output.empty() && !o.json) {
+    o.output = kDefaultPlan;
+    std::error_code error;
+    if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
+      return Fail(kProgram,
+                  fmt::format("{} exists already: name the plan's file with -o", kDefaultPlan));
+  }
   for (const std::string& path : {o.output, o.wisdom})
     if (!path.empty())
       if (const Status s = CheckWritable(path); !s.ok()) return Fail(kProgram, s.message());
   const Result<TuneReport> report = Tune(o);
   if (!report.ok()) return Fail(kProgram, report.status().message());
-  const Result<std::string> written = WritePlan(o, report->choice.plan);
-  if (!written.ok()) return Fail(kProgram, written.status().message());
-  return Print(kProgram, o.json ? ReportJson(*report) : ReportText(*report) + "\n" + *written);
+  if (!o.output.empty())
+    if (const Status s = SavePlan(report->choice.plan, o.output); !s.ok())
+      return Fail(kProgram, s.message());
+  return Print(kProgram,
+               o.json ? ReportJson(*report)
+                      : ReportText(*report) + fmt::format("\nplan written to {}\n", o.output));
 }
 
 }  // namespace
 }  // namespace kvmix::tools
 
 int main(int argc, char** argv) {
-  try {
-    return kvmix::tools::Main(argc, argv);
-  } catch (const std::exception& e) {  // of memory that is not there
-    return kvmix::tools::Fail("kvmix-tune", e.what());
-  }
+  return kvmix::tools::RunProgram(kvmix::tools::kProgram, kvmix::tools::Main, argc, argv);
 }

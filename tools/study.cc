@@ -1,12 +1,12 @@
 #include "study.h"
 
 #include <algorithm>
-#include <charconv>
 #include <string_view>
 
 #include <fmt/format.h>
 
 #include "kvmix/quantize.h"
+#include "lib/files/parse_number.h"
 
 namespace kvmix::tools {
 namespace {
@@ -15,11 +15,6 @@ const std::vector<KvHead> kStudyHeads = {{0, 0}, {0, 1}, {1, 1}, {2, 0}, {2, 1},
 
 bool IsStudyModel(const Geometry& g) {
   return g.layers == 24 && g.kv_heads == 2 && g.head_dim == 64;
-}
-
-bool ParseNumber(std::string_view text, std::size_t* number) {
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *number);
-  return error == std::errc() && end == text.data() + text.size();
 }
 
 }  // namespace
@@ -32,12 +27,13 @@ Result<std::vector<KvHead>> ParseKvHeads(const std::string& text) {
     const std::string_view item = rest.substr(0, rest.find(','));
     rest.remove_prefix(std::min(rest.size(), item.size() + 1));
     const std::size_t colon = item.find(':');
-    KvHead head;
-    if (colon == item.npos || !ParseNumber(item.substr(0, colon), &head.layer) ||
-        !ParseNumber(item.substr(colon + 1), &head.head))
+    const auto number = [](std::string_view t) { return internal::ParseNumber<std::size_t>(t); };
+    const auto layer = number(item.substr(0, colon));
+    const auto head = colon == item.npos ? std::nullopt : number(item.substr(colon + 1));
+    if (!layer || !head)
       return Status(ErrorCode::kInvalidArgument,
                     fmt::format("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item));
-    heads.push_back(head);
+    heads.push_back({*layer, *head});
   }
   return heads;
 }

@@ -139,6 +139,21 @@ std::string AccuracyText(const TuneReport& r) {
                       "from\n");
 }
 
+// What the times had to do with the choice.
+std::string TimeNote(const TuneReport& r) {
+  if (r.constraints.time_tolerance == 1.0 && !r.constraints.max_decode_ns)
+    return fmt::format(
+        "Decode times did not enter the choice: give --wisdom FILE, which keeps them, to let them "
+        "decide where accuracy is alike within {:.0f} %.\n",
+        100.0 * (Constraints().time_tolerance - 1.0));
+  return fmt::format("Decode times decided {} of {} tensors{}.\n", r.choice.decided_by_time,
+                     r.choice.plan.codecs.size(),
+                     r.times_are_kept
+                         ? ""
+                         : ", and another run, which measures them anew, may choose otherwise: "
+                           "--wisdom FILE keeps them");
+}
+
 std::string SpeedText(const TuneReport& r) {
   const Geometry& g = r.table.geometry;
   std::vector<std::string> names[2];
@@ -148,14 +163,14 @@ std::string SpeedText(const TuneReport& r) {
       if (std::ranges::find(names[t], name) == names[t].end()) names[t].push_back(name);
     }
   }
-  std::vector<std::string> header{"us per KV head"};
+  std::vector<std::string> header{"ms per KV head"};
   for (const std::string& v : names[1]) header.push_back("V " + v);
   Table table(header, 1);
   for (const std::string& k : names[0]) {
     std::vector<std::string> row{"K " + k};
     for (const std::string& v : names[1])
       row.push_back(fmt::format(
-          "{:.1f}", r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e3));
+          "{:.4f}", r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e6));
     table.Add(row);
   }
   return fmt::format(
@@ -163,7 +178,7 @@ std::string SpeedText(const TuneReport& r) {
              "in fp16 {:.3f} ms ({:.2f} x)\n",
              r.context, r.wisdom.target, r.wisdom.cpu, r.choice.decode_ns / 1e6,
              r.choice.fp16_decode_ns / 1e6, r.choice.fp16_decode_ns / r.choice.decode_ns) +
-         table.Text();
+         table.Text() + TimeNote(r);
 }
 
 std::string FrontText(const std::vector<ParetoPoint>& front) {
@@ -251,6 +266,7 @@ std::string ReportJson(const TuneReport& r) {
                {"decode_ns_per_token",
                 {{"plan", r.choice.decode_ns},
                  {"fp16", r.choice.fp16_decode_ns},
+                 {"tensors_decided", r.choice.decided_by_time},
                  {"context", r.context},
                  {"cpu", r.wisdom.cpu},
                  {"target", r.wisdom.target}}}};

@@ -14,6 +14,8 @@ namespace kvmix::tools {
 struct TuneReport {
   std::string candidates;  // "seed", "int8"
   std::size_t context = 0;
+  Constraints constraints;
+  bool times_are_kept = false;  // in a wisdom file
   ErrorTable table;
   Wisdom wisdom;
   Choice choice;

@@ -2,8 +2,6 @@
 // kernels, and merges spans.
 #include "kvmix/attention.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,6 +13,7 @@
 
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/parallel.h"
+#include "lib/files/machine.h"
 
 namespace kvmix {
 namespace {
@@ -39,8 +38,8 @@ std::size_t CeilDiv(std::size_t a, std::size_t b) { return a / b + (a % b != 0);
 std::size_t RoundUp(std::size_t n, std::size_t to) { return CeilDiv(n, to) * to; }
 
 std::size_t L2Bytes() {
-  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return bytes > 0 ? static_cast<std::size_t>(bytes) : std::size_t{512} << 10;
+  static const std::size_t bytes = internal::Caches().l2;
+  return bytes;
 }
 
 // Grows, never shrinks; contents are not kept.

@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/files/machine.h"
 
 namespace kvmix {
 
@@ -78,12 +79,12 @@ Result<Cache> Cache::Create(const Geometry& geometry, const Plan& plan, std::siz
 
   const std::size_t blocks = capacity / kBlockTokens + (capacity % kBlockTokens != 0);
   const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * page;
+  const std::size_t memory = internal::MemoryBytes();
   const auto too_large = [&] {
     return Status(
         ErrorCode::kOutOfMemory,
         fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of "
-                    "memory that this machine has",
+                    "memory that this process may have",
                     capacity, ToString(geometry), static_cast<double>(memory) / (1 << 30)));
   };
   for (std::size_t layer = 0; layer < geometry.layers; ++layer) {

@@ -1,11 +1,12 @@
 #include "lib/cache/parallel.h"
 
 #include <fmt/format.h>
-#include <omp.h>
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
+
+#include "lib/files/machine.h"
 
 namespace kvmix::internal {
 namespace {
@@ -25,8 +26,7 @@ Status CheckThreads(int num_threads) {
 
 int ThreadsFor(int num_threads, std::size_t parts) {
   if (num_threads == 1 || parts <= 1 || in_child.load(std::memory_order_relaxed)) return 1;
-  const int wanted = num_threads > 0 ? num_threads : omp_get_max_threads();
-  return static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(wanted), parts));
+  return static_cast<int>(std::min(static_cast<std::size_t>(Threads(num_threads)), parts));
 }
 
 }  // namespace kvmix::internal

@@ -21,6 +21,9 @@ std::string OneLine(std::string_view text, std::size_t limit = 200);
 // The same in double quotes, short.
 std::string Quoted(std::string_view text);
 
+// The last part of a path: "dump" of "/data/dump/".
+std::string FileName(const std::string& path);
+
 // A whole regular file, read-only. Movable, owns the mapping. The file must not shrink while it is
 // mapped.
 class MappedFile {

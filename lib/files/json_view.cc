@@ -130,4 +130,17 @@ void JsonView::WrongType(std::string_view expected) const {
                             : "an object");
 }
 
+void CheckVersion(const JsonView& root, std::string_view format, std::size_t major) {
+  if (const std::string found = root["format"].Text(); found != format)
+    root["format"].Fail(ErrorCode::kCorrupt, Quoted(format), Quoted(found));
+  const JsonView version = root["version"];
+  if (const std::size_t size = version.size(); size != 2)
+    return version.Fail(ErrorCode::kCorrupt, "[major, minor]", fmt::format("{} numbers", size));
+  const std::size_t found = version[0].Count();
+  (void)version[1].Count();
+  if (found != major)
+    version.Fail(found > major ? ErrorCode::kVersion : ErrorCode::kCorrupt,
+                 fmt::format("major version {}", major), fmt::format("{}", found));
+}
+
 }  // namespace kvmix::internal

@@ -52,6 +52,11 @@ class JsonView {
   std::string where_;
 };
 
+// For files that begin with "format": FORMAT, "version": [MAJOR, minor]: to be called before
+// anything else is read, as what a newer major version means by a field is unknown. A newer minor
+// version may add fields, which are not looked at.
+void CheckVersion(const JsonView& root, std::string_view format, std::size_t major);
+
 }  // namespace kvmix::internal
 
 #endif  // KVMIX_LIB_FILES_JSON_VIEW_H_

@@ -30,6 +30,7 @@ using internal::JsonView;
 
 namespace {
 
+constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
 constexpr std::size_t kMinor = 1;
 constexpr std::string_view kTensorKeys[] = {"k", "v"};
@@ -94,7 +95,7 @@ std::string PlanText(const Plan& plan) {
   const Geometry& g = plan.geometry;
   const Provenance& p = plan.provenance;
   std::string out =
-      fmt::format("{{\n  \"format\": \"kvmix-plan\",\n  \"version\": [{}, {}],\n", kMajor, kMinor);
+      fmt::format("{{\n  \"format\": \"{}\",\n  \"version\": [{}, {}],\n", kFormat, kMajor, kMinor);
   const auto to = std::back_inserter(out);
   fmt::format_to(to,
                  "  \"geometry\": {{\"layers\": {}, \"kv_heads\": {}, \"query_heads\": {}, "
@@ -118,21 +119,6 @@ bool IsFinite(const Fidelity& f) {
 }
 
 // ---- reading
-
-// Before anything else: what a newer version means by a field is unknown.
-void CheckVersion(const JsonView& root) {
-  if (const std::string format = root["format"].Text(); format != "kvmix-plan") {
-    root["format"].Fail(ErrorCode::kCorrupt, "\"kvmix-plan\"", internal::Quoted(format));
-  }
-  const JsonView version = root["version"];
-  if (const std::size_t size = version.size(); size != 2)
-    return version.Fail(ErrorCode::kCorrupt, "[major, minor]", fmt::format("{} numbers", size));
-  const std::size_t major = version[0].Count();
-  (void)version[1].Count();
-  if (major != kMajor)
-    version.Fail(major > kMajor ? ErrorCode::kVersion : ErrorCode::kCorrupt,
-                 fmt::format("major version {}", kMajor), fmt::format("{}", major));
-}
 
 std::vector<float> ReadVector(const JsonView& vector) {
   std::vector<float> numbers;
@@ -220,7 +206,7 @@ Result<Plan> LoadPlan(const std::string& path) {
   if (!document.ok()) return document.status();
   Status status;
   const JsonView root(*document, path, &status);
-  CheckVersion(root);
+  internal::CheckVersion(root, kFormat, kMajor);
   if (!status.ok()) return status;
 
   Plan plan;

@@ -31,6 +31,8 @@ struct Pair {
 using Menu = std::vector<std::vector<Pair>>;
 using Picks = std::vector<Pair>;  // one per KV head
 
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
 double Loss(const AttentionError& e) { return 1.0 - e.cosine(); }
 
 Status CheckTable(const ErrorTable& table) {
@@ -51,6 +53,20 @@ Status CheckTable(const ErrorTable& table) {
           ErrorCode::kMismatch,
           fmt::format("the error table is not whole at layer {}, KV head {}", h.layer, h.kv_head)};
   }
+  return {};
+}
+
+Status CheckConstraints(const Constraints& c) {
+  const std::tuple<const char*, double, double, double> ranges[] = {
+      {"budget", c.budget.value_or(0.0), 0.0, 1.0},
+      {"min_cosine", c.min_cosine.value_or(0.0), -1.0, 1.0},
+      {"max_decode_ns", c.max_decode_ns.value_or(0.0), 0.0, kInf},
+      {"worst_tolerance", c.worst_tolerance, 1.0, kInf},
+      {"time_tolerance", c.time_tolerance, 1.0, kInf}};
+  for (const auto& [name, value, low, high] : ranges)
+    if (!(value >= low && value <= high))
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("{} {}: expected a number from {} to {}", name, value, low, high)};
   return {};
 }
 
@@ -280,9 +296,9 @@ class Chooser {
     if (!worst) return TooSlow();
     menu_ = UpTo(menu_, *worst * constraints_.worst_tolerance);
     const Picks picks = *Priced(0.0);
-    if (constraints_.max_decode_ns >= 0.0 &&
-        Total(picks, &Pair::decode_ns) > constraints_.max_decode_ns)
+    if (constraints_.max_decode_ns && Total(picks, &Pair::decode_ns) > *constraints_.max_decode_ns)
       return WithinTime(Total(picks, &Pair::sum_nmse));
+    if (constraints_.time_tolerance == 1.0) return picks;
     const double spare_ns = Total(picks, &Pair::decode_ns) - FastestNs();
     if (spare_ns <= 0.0) return picks;
     return *Priced((constraints_.time_tolerance - 1.0) * Total(picks, &Pair::sum_nmse) / spare_ns);
@@ -295,29 +311,28 @@ class Chooser {
     if (!smallest)
       return {ErrorCode::kInfeasible,
               "the error table has a head without any codec of finite error"};
-    bytes_ =
-        constraints_.budget >= 0.0 ? BytesWithin(constraints_.budget, fp16_bytes_) : fp16_bytes_;
+    bytes_ = BytesWithin(constraints_.budget.value_or(0.0), fp16_bytes_);
     if (!Fits(smallest, bytes_))
       return {
           ErrorCode::kInfeasible,
           fmt::format("budget {}: the most that these codecs can save is {:.4f} of the fp16 bytes",
-                      constraints_.budget, Saved(*smallest))};
-    if (constraints_.min_cosine < 0.0) return {};
-    const Menu accurate = AtLeast(constraints_.min_cosine);
+                      constraints_.budget.value_or(0.0), Saved(*smallest))};
+    if (!constraints_.min_cosine) return {};
+    const Menu accurate = AtLeast(*constraints_.min_cosine);
     const std::optional<Picks> smallest_accurate = Smallest(accurate);
     if (!smallest_accurate)
       return {ErrorCode::kInfeasible,
               fmt::format("cosine {}: the best that these codecs reach is {:.6f}",
-                          constraints_.min_cosine,
+                          *constraints_.min_cosine,
                           BestCosine(std::numeric_limits<std::size_t>::max()))};
     if (!Fits(smallest_accurate, bytes_))
       return {ErrorCode::kInfeasible,
               fmt::format("budget {} with cosine {}: with this budget the worst head reaches "
                           "{:.6f}, with this cosine {:.4f} of the bytes can be saved",
-                          constraints_.budget, constraints_.min_cosine, BestCosine(bytes_),
-                          Saved(*smallest_accurate))};
+                          constraints_.budget.value_or(0.0), *constraints_.min_cosine,
+                          BestCosine(bytes_), Saved(*smallest_accurate))};
     menu_ = accurate;
-    if (constraints_.budget < 0.0) bytes_ = Total(*smallest_accurate, &Pair::bytes);
+    if (!constraints_.budget) bytes_ = Total(*smallest_accurate, &Pair::bytes);
     return {};
   }
 
@@ -338,18 +353,18 @@ class Chooser {
   bool HoldsAt(double worst) const {
     const Menu menu = UpTo(menu_, worst);
     if (!Fits(Smallest(menu), bytes_)) return false;
-    return constraints_.max_decode_ns < 0.0 ||
-           Total(*FastestWithinBytes(menu), &Pair::decode_ns) <= constraints_.max_decode_ns;
+    return !constraints_.max_decode_ns ||
+           Total(*FastestWithinBytes(menu), &Pair::decode_ns) <= *constraints_.max_decode_ns;
   }
   std::optional<Picks> FastestWithinBytes(const Menu& menu) const {
     return Solve(menu, bytes_, [](const Pair& p) { return p.decode_ns; });
   }
   Status TooSlow() const {
     return {ErrorCode::kInfeasible,
-            fmt::format("decode within {:.0f} ns a token: the fastest plan that holds the other "
-                        "limits takes {:.0f} ns",
-                        constraints_.max_decode_ns,
-                        Total(*FastestWithinBytes(menu_), &Pair::decode_ns))};
+            fmt::format("decode within {:.4g} ms a token: the fastest plan that holds the other "
+                        "limits takes {:.4g} ms",
+                        *constraints_.max_decode_ns / 1e6,
+                        Total(*FastestWithinBytes(menu_), &Pair::decode_ns) / 1e6)};
   }
 
   // A bound from below: every head's fastest pair, whatever its bytes.
@@ -370,12 +385,12 @@ class Chooser {
   // decades.
   Picks WithinTime(double sum_nmse) const {
     Picks within = *FastestWithinBytes(menu_);  // fits: step 1 saw to it
-    const double unit = std::max(sum_nmse, 1e-12) / constraints_.max_decode_ns;
+    const double unit = std::max(sum_nmse, 1e-12) / *constraints_.max_decode_ns;
     double low = -9.0, high = 9.0;
     for (int i = 0; i < 24; ++i) {
       const double middle = (low + high) / 2.0;
       Picks picks = *Priced(unit * std::pow(10.0, middle));
-      const bool fits = Total(picks, &Pair::decode_ns) <= constraints_.max_decode_ns;
+      const bool fits = Total(picks, &Pair::decode_ns) <= *constraints_.max_decode_ns;
       if (fits) within = std::move(picks);
       (fits ? high : low) = middle;
     }
@@ -393,16 +408,22 @@ class Chooser {
 Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
                       const Constraints& constraints) {
   if (Status s = CheckTable(table); !s.ok()) return s;
-  for (const double tolerance : {constraints.worst_tolerance, constraints.time_tolerance})
-    if (!(tolerance >= 1.0))
-      return Status(ErrorCode::kInvalidArgument,
-                    fmt::format("tolerance {}: expected 1 or more", tolerance));
+  if (Status s = CheckConstraints(constraints); !s.ok()) return s;
   Result<Menu> menu = MakeMenu(table, wisdom, context);
   if (!menu.ok()) return menu.status();
   Result<Picks> picks = Chooser(table, *menu, constraints).Choose();
   if (!picks.ok()) return picks.status();
 
+  Constraints timeless = constraints;
+  timeless.max_decode_ns.reset();
+  timeless.time_tolerance = 1.0;
+  const Picks without_time = *Chooser(table, *menu, timeless).Choose();
+
   Choice choice;
+  for (std::size_t i = 0; i < picks->size(); ++i) {
+    choice.decided_by_time += (*picks)[i].k != without_time[i].k;
+    choice.decided_by_time += (*picks)[i].v != without_time[i].v;
+  }
   choice.plan.geometry = table.geometry;
   for (std::size_t i = 0; i < picks->size(); ++i) {
     choice.plan.codecs.push_back(table.heads[i * 2].candidates[(*picks)[i].k].codec);

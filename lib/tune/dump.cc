@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cassert>
-#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,13 +17,16 @@
 #include <system_error>
 #include <utility>
 
+#include "lib/files/check.h"
 #include "lib/files/file.h"
+#include "lib/files/parse_number.h"
 #include "lib/files/safetensors.h"
 
 namespace kvmix {
 
 using internal::FileError;
 using internal::MappedFile;
+using internal::ParseNumber;
 using internal::Quoted;
 
 namespace {
@@ -51,14 +52,6 @@ struct Found {
   bool is_valid() const { return shape.size() == 3 || heads_first(); }
 };
 using FoundTensors = std::map<std::pair<std::size_t, std::size_t>, Found>;
-
-template <class T>
-std::optional<T> ParseNumber(std::string_view text) {
-  T value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return value;
-}
 
 // The layer and kind that a name stands for, if it is one of TensorName's.
 std::optional<std::pair<std::size_t, std::size_t>> ParseTensorName(bool raw,
@@ -403,26 +396,26 @@ const std::vector<std::size_t>& Dump::prompt_tokens() const { return impl_->prom
 float Dump::attention_scale() const { return impl_->attention_scale; }
 
 RowsView Dump::k(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   return impl_->layers[layer][kKeys];
 }
 RowsView Dump::v(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   return impl_->layers[layer][kValues];
 }
 RowsView Dump::q(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   return impl_->layers[layer][kQueries];
 }
 RowsView Dump::head(std::size_t layer, std::size_t kv_head, Tensor t) const {
-  assert(kv_head < impl_->geometry.kv_heads);
+  KVMIX_CHECK(kv_head, <, impl_->geometry.kv_heads);
   return (t == Tensor::kK ? k(layer) : v(layer)).Head(kv_head);
 }
 std::string Dump::k_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kKeys); }
 std::string Dump::v_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kValues); }
 
 Status Dump::CheckFinite(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   for (std::size_t kind = 0; kind < 3; ++kind) {
     const RowsView& x = impl_->layers[layer][kind];
     if (x.data == nullptr) continue;
@@ -446,7 +439,7 @@ Status Dump::CheckFinite(std::size_t layer) const {
 }
 
 void Dump::Release(std::size_t layer) const {
-  assert(layer < impl_->layers.size());
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   const auto inside = [this](const char* data) {
     return std::any_of(impl_->files.begin(), impl_->files.end(), [data](const MappedFile& f) {
       return data >= f.bytes().data() && data < f.bytes().data() + f.bytes().size();

@@ -1,11 +1,12 @@
 #include "lib/tune/knapsack.h"
 
 #include <algorithm>
-#include <cassert>
 #include <cstdint>
 #include <limits>
 #include <numeric>
 #include <utility>
+
+#include "lib/files/check.h"
 
 namespace kvmix::internal {
 namespace {
@@ -43,7 +44,7 @@ std::optional<std::vector<std::size_t>> SolveKnapsack(
                   return a.bytes < b.bytes;
                 })->bytes;
     steps.push_back(Undominated(options));
-    assert(steps.back().size() <= std::numeric_limits<std::uint8_t>::max());
+    KVMIX_CHECK(steps.back().size(), <=, std::numeric_limits<std::uint8_t>::max());
     most_excess += steps.back().back().excess;
     for (const Step& s : steps.back()) unit = std::gcd(unit, s.excess);
   }

@@ -15,16 +15,11 @@
 #include "kvmix/cache.h"
 #include "kvmix/tune.h"
 #include "lib/cache/parallel.h"
+#include "lib/files/file.h"
 #include "lib/tune/calibrate.h"
 
 namespace kvmix {
 namespace {
-
-std::string FileName(const std::string& path) {
-  const std::size_t end = path.find_last_not_of('/');
-  const std::size_t slash = path.find_last_of('/', end);
-  return path.substr(slash + 1, end - slash);  // npos + 1 is 0
-}
 
 // [query_heads] errors of a layer's outputs, [tokens, query_heads, head_dim]. Row after row with
 // all heads, as they lie in memory; in chunks that do not depend on the threads, so that neither do
@@ -273,7 +268,7 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
                   fmt::format("layers {} to {}: {} has layers 0 to {}", first_layer, last_layer,
                               dumps[0]->path(), table.geometry.layers));
   for (const Dump* dump : dumps) {
-    table.dumps.push_back(FileName(dump->path()));
+    table.dumps.push_back(internal::FileName(dump->path()));
     table.tokens += dump->tokens();
     for (const std::size_t tokens : dump->prompt_tokens())
       table.longest_prompt = std::max(table.longest_prompt, tokens);

@@ -2,10 +2,8 @@
 #include "kvmix/speed.h"
 
 #include <algorithm>
-#include <fstream>
 #include <functional>
 #include <memory>
-#include <random>
 #include <utility>
 
 #include <fmt/format.h>
@@ -15,34 +13,21 @@
 #include "kvmix/cache.h"
 #include "kvmix/version.h"
 #include "lib/files/file.h"
+#include "lib/files/json_view.h"
+#include "lib/files/machine.h"
+#include "lib/tune/random_halves.h"
 #include "lib/tune/stopwatch.h"
 
 namespace kvmix {
 namespace {
 
-constexpr const char* kFormat = "kvmix-wisdom-1";
-
-std::string CpuName() {
-  std::ifstream cpuinfo("/proc/cpuinfo");
-  for (std::string line; std::getline(cpuinfo, line);) {
-    const std::size_t colon = line.find(": ");
-    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "unknown";
-}
-
-std::vector<Half> RandomHalves(std::size_t n, std::mt19937* random) {
-  std::normal_distribution<float> normal;
-  std::vector<Half> halves(n);
-  for (Half& h : halves) h = FloatToHalf(normal(*random));
-  return halves;
-}
+constexpr std::string_view kFormat = "kvmix-wisdom", kOldFormat = "kvmix-wisdom-1";
+constexpr std::size_t kMajor = 1, kMinor = 0;
+constexpr const char* kAdvice = "; delete this file or name another, and speeds are measured anew";
 
 HeadCodec CodecFor(const CodecKind& kind) {
-  // As a head's scale it covers normal data.
   return {{.storage = kind.storage, .scale = kind.scale},
-          kind.scale == Scale::kHead ? 5.0f / 127.0f : 0.0f,
-          nullptr};
+          kind.scale == Scale::kHead ? internal::kHeadScale : 0.0f};
 }
 
 // One KV head's cache, full, and the decode of one token over it.
@@ -57,11 +42,11 @@ Status CheckSameMachine(const Wisdom& found, const std::string& path) {
     return expected == value
                ? Status()
                : internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(expected),
-                                     internal::Quoted(value));
+                                     internal::Quoted(value) + kAdvice);
   };
   if (Status s = check("cpu", here.cpu, found.cpu); !s.ok()) return s;
   if (Status s = check("target", here.target, found.target); !s.ok()) return s;
-  return check("version", here.version, found.version);
+  return check("library_version", here.version, found.version);
 }
 
 }  // namespace
@@ -80,7 +65,7 @@ const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_c
 }
 
 Wisdom ThisMachine(std::string_view target) {
-  return {CpuName(),
+  return {internal::CpuName(),
           std::string(target.empty() ? Targets().front() : target),
           std::string(Version()),
           {}};
@@ -88,9 +73,10 @@ Wisdom ThisMachine(std::string_view target) {
 
 Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
   nlohmann::ordered_json json = {{"format", kFormat},
+                                 {"version", {kMajor, kMinor}},
                                  {"cpu", wisdom.cpu},
                                  {"target", wisdom.target},
-                                 {"version", wisdom.version}};
+                                 {"library_version", wisdom.version}};
   json["speeds"] = nlohmann::ordered_json::array();
   for (const HeadSpeed& s : wisdom.speeds)
     json["speeds"].push_back({{"k", s.k_codec},
@@ -104,26 +90,27 @@ Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
 }
 
 Result<Wisdom> LoadWisdom(const std::string& path) {
-  Result<internal::MappedFile> file = internal::MappedFile::Open(path);
-  if (!file.ok()) return file.status();
-  Wisdom wisdom;
-  try {
-    const nlohmann::json json = nlohmann::json::parse(file->bytes());
-    if (const std::string format = json.at("format"); format != kFormat)
-      return internal::FileError(ErrorCode::kVersion, path, "format", kFormat,
-                                 internal::Quoted(format));
-    wisdom = {json.at("cpu"), json.at("target"), json.at("version"), {}};
-    for (const nlohmann::json& s : json.at("speeds"))
-      wisdom.speeds.push_back({s.at("k"), s.at("v"), s.at("group"), s.at("head_dim"),
-                               s.at("context"), s.at("decode_ns")});
-  } catch (const nlohmann::json::exception& e) {
-    return internal::FileError(ErrorCode::kCorrupt, path, "", "a record of kernel speeds",
-                               internal::OneLine(e.what()));
+  const Result<nlohmann::json> document = internal::LoadJson(path);
+  if (!document.ok()) return document.status();
+  Status status;
+  const internal::JsonView root(*document, path, &status);
+  if (root.has("format") && root["format"].Text() == kOldFormat)
+    return internal::FileError(ErrorCode::kVersion, path, "format", internal::Quoted(kFormat),
+                               internal::Quoted(kOldFormat) + kAdvice);
+  internal::CheckVersion(root, kFormat, kMajor);
+  if (!status.ok()) return status;
+  Wisdom wisdom{root["cpu"].Text(), root["target"].Text(), root["library_version"].Text(), {}};
+  const internal::JsonView speeds = root["speeds"];
+  const std::size_t size = speeds.size();
+  for (std::size_t i = 0; i < size; ++i) {
+    const internal::JsonView s = speeds[i], ns = s["decode_ns"];
+    wisdom.speeds.push_back({s["k"].Text(), s["v"].Text(), s["group"].Count(),
+                             s["head_dim"].Count(), s["context"].Count(), ns.Number()});
+    if (!(wisdom.speeds.back().decode_ns > 0.0))
+      ns.Fail(ErrorCode::kCorrupt, "a time above 0",
+              fmt::format("{}", wisdom.speeds.back().decode_ns));
   }
-  for (const HeadSpeed& s : wisdom.speeds)
-    if (!(s.decode_ns > 0.0))
-      return internal::FileError(ErrorCode::kCorrupt, path, "decode_ns", "a time above 0",
-                                 fmt::format("{}", s.decode_ns));
+  if (!status.ok()) return status;
   if (Status s = CheckSameMachine(wisdom, path); !s.ok()) return s;
   return wisdom;
 }
@@ -134,9 +121,8 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   const Geometry geometry{1, 1, group, head_dim};
   if (Status s = CheckGeometry(geometry); !s.ok()) return s;
   if (context == 0) return {ErrorCode::kInvalidArgument, "context 0: expected 1 or more tokens"};
-  std::mt19937 random(1);
   std::vector<Half> k_rows, v_rows;
-  const std::vector<Half> q = RandomHalves(group * head_dim, &random);
+  const std::vector<Half> q = internal::RandomHalves(group * head_dim, 1);
   std::vector<float> out(q.size());
   std::vector<std::unique_ptr<Decode>> decodes;
   for (const CodecKind& kk : k) {
@@ -152,8 +138,8 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
           Cache::Create(geometry, UniformPlan(geometry, kc, vc), context, {wisdom->target});
       if (!cache.ok()) return cache.status();
       if (k_rows.empty()) {
-        k_rows = RandomHalves(context * head_dim, &random);
-        v_rows = RandomHalves(context * head_dim, &random);
+        k_rows = internal::RandomHalves(context * head_dim, 2);
+        v_rows = internal::RandomHalves(context * head_dim, 3);
       }
       Status s = cache->Append(0, RowsView::F16(k_rows.data(), context, 1, head_dim),
                                RowsView::F16(v_rows.data(), context, 1, head_dim));

@@ -31,7 +31,7 @@ struct HeadSpeed {
 };
 
 struct KVMIX_API Wisdom {
-  std::string cpu;      // model name as the OS gives it
+  std::string cpu;      // its name, as the OS gives it
   std::string target;   // "AVX2"
   std::string version;  // of the library
   std::vector<HeadSpeed> speeds;
@@ -43,8 +43,9 @@ struct KVMIX_API Wisdom {
 
 // An empty record for this machine, this library and a target, "" for the best.
 KVMIX_API Wisdom ThisMachine(std::string_view target = {});
+// JSON. A record of another CPU, target or library version is a kMismatch that names both; one in
+// the form of an older kvmix is a kVersion.
 KVMIX_API Status SaveWisdom(const Wisdom& wisdom, const std::string& path);
-// A record of another CPU, target or version is a kMismatch that names both.
 KVMIX_API Result<Wisdom> LoadWisdom(const std::string& path);
 
 // Measures every pair of `k` and `v` kinds, as storage and scale alone, that `wisdom` does not hold

@@ -4,10 +4,11 @@
 #ifndef KVMIX_STATUS_H_
 #define KVMIX_STATUS_H_
 
-#include <cassert>
 #include <optional>
 #include <string>
 #include <utility>
+
+#include "kvmix/export.h"
 
 namespace kvmix {
 
@@ -37,20 +38,28 @@ class [[nodiscard]] Status {
   std::string message_;
 };
 
-// Either a value or the error that prevented it.
+namespace internal {
+// Says what was taken for a value, or for an error, and aborts.
+[[noreturn]] KVMIX_API void WrongResult(const Status& status);
+}  // namespace internal
+
+// Either a value or the error that prevented it. To take the value where there is none is a bug in
+// the program, and stops it.
 template <class T>
 class [[nodiscard]] Result {
  public:
   Result(T value) : value_(std::move(value)) {}
-  Result(Status error) : status_(std::move(error)) { assert(!status_.ok()); }
+  Result(Status error) : status_(std::move(error)) {
+    if (status_.ok()) internal::WrongResult(status_);
+  }
   bool ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
   T& value() {
-    assert(ok());
+    if (!ok()) internal::WrongResult(status_);
     return *value_;
   }
   const T& value() const {
-    assert(ok());
+    if (!ok()) internal::WrongResult(status_);
     return *value_;
   }
   T& operator*() { return value(); }

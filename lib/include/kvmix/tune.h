@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -97,13 +98,15 @@ KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
 // ---- choose
 
 struct Constraints {
-  double budget = -1.0;  // at least this fraction of the fp16 bytes is saved; < 0: not asked for
-  double min_cosine = -1.0;       // of the predicted worst query head; < 0: not asked for
-  double max_decode_ns = -1.0;    // of one token over all layers; < 0: not asked for
-  double worst_tolerance = 1.25;  // >= 1: plans whose worst heads are within this factor count as
-                                  // alike: between texts it moves by more
-  double time_tolerance =
-      1.02;  // >= 1: how much of the summed error may be given away for decode time
+  std::optional<double> budget;         // at least this fraction of the fp16 bytes is saved
+  std::optional<double> min_cosine;     // of the predicted worst query head
+  std::optional<double> max_decode_ns;  // of one token over all layers
+  // >= 1: plans whose worst heads differ by no more than this factor count as alike. (From one text
+  // to another the worst head moves by more.)
+  double worst_tolerance = 1.25;
+  // >= 1: how much of the summed error may be given away for decode time. 1: none; the choice is
+  // then the same whatever the times, but for max_decode_ns.
+  double time_tolerance = 1.02;
 };
 
 // One point of the Pareto front: no plan saves as much with a smaller worst NMSE.
@@ -119,8 +122,10 @@ struct Choice {
   Fidelity predicted;      // errors of K and V added up
   double decode_ns = 0.0;  // one token, all layers, 1 thread
   double fp16_decode_ns = 0.0;
-  std::vector<ParetoPoint> front;  // by falling saved fraction, from the smallest plan to fp16; at
-                                   // most 64 points, even along the curve
+  std::size_t decided_by_time = 0;  // K and V of KV heads that have another codec without times
+  // By falling saved fraction, from the smallest plan to fp16; at most 64 points, even along the
+  // curve.
+  std::vector<ParetoPoint> front;
 };
 
 // One choice of K and V codec per KV head, exact (multiple-choice knapsack), in three steps:

@@ -1,1 +1,0 @@
-"""The parts of kvmix-report: inputs (read and check), collect (run the programs), charts (draw), page (write HTML)."""

@@ -1,0 +1,273 @@
+"""Reads what kvmix-eval, kvmix-tune and kvmix-bench write. What a file is follows from its content;
+whatever is wrong with one is an InputError: the file, what was expected, what was found."""
+import contextlib
+import csv
+import json
+import math
+import pathlib
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .. import InputError
+
+ATTENTION_COLUMNS = ['layer', 'head', 'nmse', 'cos_sim']
+SIZE_COLUMNS = ['strategy', 'bytes_per_token', 'saved']
+QUANT_COLUMNS = 10  # file, layer, k|v, tokens, head, head_dim, strategy, max|x|, sum of squared
+#                     error, MSE; no header
+PLAN_FORMAT, PLAN_MAJOR = 'kvmix-plan', 1
+TUNE_FORMAT = 'kvmix-tune-1'
+
+# Known by the end of a file's name (quant_c4_s1.csv, attention_plan.csv), and drawn in this order.
+LABELS = {
+    's1': 'strategy 1: int8, a scale per head', 's2': 'strategy 2: int8, a scale per token',
+    's3': 'strategy 3: outlier K heads in fp16', 'plan': 'the plan'}
+
+
+@dataclass
+class Table:
+    """A CSV of errors. key: 's1' .. 'plan', or the file's stem. cells: MSE [K|V, layer, KV head],
+    or [NMSE|cosine, layer, 0: all query heads | 1 + query head]."""
+    path: str
+    key: str
+    heads: int
+    cells: np.ndarray
+
+    @property
+    def label(self):
+        return LABELS.get(self.key, self.key)
+
+    @property
+    def layers(self):
+        return self.cells.shape[1]
+
+
+@dataclass
+class Inputs:
+    quant: list = field(default_factory=list)      # Table
+    attention: list = field(default_factory=list)  # Table
+    size: list = field(default_factory=list)       # rows of cells, the first one the header
+    tune: dict = None
+    plan: dict = None
+    bench: list = None                             # the runs of kvmix-bench
+
+
+def number(text, where, at_least, cast=float):
+    with contextlib.suppress(ValueError, OverflowError):
+        x = cast(text)
+        if math.isfinite(x) and x >= at_least:
+            return x
+    kind = 'whole' if cast is int else 'finite'
+    raise InputError(f'{where}: expected a {kind} number of at least {at_least}, found {text!r}')
+
+
+def key_of(path, fallback=None):
+    end = re.split(r'[_.-]', pathlib.Path(path).stem)[-1]
+    return end if end in LABELS else fallback or pathlib.Path(path).stem
+
+
+def put(cells, key, value, line):
+    if key in cells:
+        raise InputError(f'line {line}: its layer and head are there twice')
+    cells[key] = value
+
+
+def array(cells, least, what):
+    """{index: value} as an array that they fill; `least` is its smallest shape."""
+    shape = [max(n - 1, *indices) + 1 for n, indices in zip(least, zip(*cells))]
+    if len(cells) != math.prod(shape):
+        raise InputError(f'expected {math.prod(shape)} rows ({" x ".join(map(str, shape))}: '
+                         f'{what}), found {len(cells)}')
+    return np.array([cells[index] for index in np.ndindex(*shape)]).reshape(*shape, -1)
+
+
+def data_rows(rows):
+    """(line, row) of a table with a header."""
+    if len(rows) < 2:
+        raise InputError('expected rows below the header, found none')
+    for line, row in enumerate(rows[1:], 2):
+        if len(row) != len(rows[0]):
+            raise InputError(f'line {line}: expected {len(rows[0])} columns, found {len(row)}')
+        yield line, row
+
+
+def read_quant(path, rows):
+    cells, strategies = {}, set()
+    for line, row in enumerate(rows, 1):
+        if len(row) != QUANT_COLUMNS:
+            raise InputError(f'line {line}: expected the {QUANT_COLUMNS} columns of kvmix-eval '
+                             f'quant, found {len(row)}')
+
+        def column(i, cast=float, line=line, row=row):
+            return number(row[i - 1], f'line {line}, column {i}', 0, cast)
+        layer, tokens, head, dim, strategy = (column(i, int) for i in (2, 4, 5, 6, 7))
+        _, error, _ = (column(i) for i in (8, 9, 10))  # (the MSE has six decimals only)
+        if row[2] not in ('k', 'v'):
+            raise InputError(f'line {line}, column 3: expected k or v, found {row[2]!r}')
+        put(cells, ('kv'.index(row[2]), layer, head), error / max(tokens * dim, 1), line)
+        strategies.add(strategy)
+    if len(strategies) != 1:
+        found = ', '.join(map(str, sorted(strategies)))
+        raise InputError(f'expected rows of one strategy, found {found}')
+    errors = array(cells, (2, 1, 1), 'K and V, layers, KV heads')[..., 0]
+    return Table(path, key_of(path, f's{strategies.pop()}'), errors.shape[2], errors)
+
+
+def read_attention(path, rows):
+    cells = {}
+    for line, row in data_rows(rows):
+        layer = number(row[0], f'line {line}, layer', 0, int)
+        head = 0 if row[1] == 'all' else 1 + number(row[1], f'line {line}, head', 0, int)
+        errors = (number(row[2], f'line {line}, nmse', 0),
+                  number(row[3], f'line {line}, cos_sim', -1.001))
+        put(cells, (layer, head), errors, line)
+    errors = np.moveaxis(array(cells, (1, 2), 'layers, all and each query head'), 2, 0)
+    return Table(path, key_of(path), errors.shape[2] - 1, errors)
+
+
+def read_size(rows):
+    for line, row in data_rows(rows):
+        for name, cell in zip(rows[0][1:], row[1:]):
+            number(cell, f'line {line}, {name}', 0)
+    return rows
+
+
+def need(value, *keys):
+    """value[k1][k2].. is there for each key 'k1.k2'."""
+    for dotted in keys:
+        at = value
+        for part in dotted.split('.'):
+            if not isinstance(at, dict) or part not in at:
+                raise InputError(f'expected "{dotted}", which is missing')
+            at = at[part]
+
+
+def shape(geometry):
+    return ('{layers} layers x {kv_heads} KV heads x {head_dim}, {query_heads} query heads'
+            .format(**geometry))
+
+
+GEOMETRY = [f'geometry.{key}' for key in ('layers', 'kv_heads', 'query_heads', 'head_dim')]
+
+
+def read_tune(value):
+    if value['format'] != TUNE_FORMAT:
+        raise InputError(f'expected format {TUNE_FORMAT}, found {value["format"]}: written by '
+                         'another version of kvmix-tune')
+    need(value, 'model', 'saved_fraction', 'bytes_per_token', 'fp16_heads', 'front', 'heads',
+         'holdout', 'decode_ns_per_token.plan', 'decode_ns_per_token.fp16', *GEOMETRY)
+    for part in ('predicted', 'calibration'):
+        need(value, *(f'{part}.{which}_{error}' for which in ('worst', 'mean')
+                      for error in ('cosine', 'nmse')))
+    if not value['front']:
+        raise InputError('expected points of the Pareto front, found none')
+    for point in value['front']:
+        need(point, 'saved_fraction', 'predicted.worst_nmse', 'predicted.worst_cosine',
+             'decode_ns', 'fp16_tensors')
+    for head in value['heads']:
+        need(head, 'layer', 'kv_head', 'tensor', 'codec')
+    return value
+
+
+def read_plan(value):
+    need(value, 'version', 'codecs', *GEOMETRY)
+    version = value['version']
+    if not isinstance(version, list) or not version or version[0] != PLAN_MAJOR:
+        raise InputError(f'expected a plan of version {PLAN_MAJOR}, found {version}')
+    layers, heads = value['geometry']['layers'], value['geometry']['kv_heads']
+    if [len(layer) for layer in value['codecs']] != [heads] * layers:
+        raise InputError(f'expected codecs of {layers} layers x {heads} KV heads, '
+                         'found other numbers')
+    for layer in value['codecs']:
+        for head in layer:
+            need(head, 'k', 'v')
+    return value
+
+
+def read_bench(value):
+    runs = [b for b in value['benchmarks']
+            if 'limit_fraction' in b and b.get('aggregate_name', 'median') == 'median']
+    if not runs:
+        raise InputError('expected benchmarks with a "limit_fraction", as kvmix-bench writes them, '
+                         'found none')
+    for run in runs:
+        need(run, 'name', 'limit_fraction', 'real_time', 'time_unit')
+    return runs
+
+
+def refuse_constant(text):
+    raise InputError(f'expected finite numbers, found {text}')
+
+
+def read_json(path, text, inputs):
+    value = json.loads(text, parse_constant=refuse_constant)
+    known = value if isinstance(value, dict) else {}
+    if isinstance(known.get('benchmarks'), list):
+        inputs.bench = read_bench(value)
+    elif str(known.get('format')).startswith('kvmix-tune'):
+        inputs.tune = {**read_tune(value), 'path': path}
+    elif known.get('format') == PLAN_FORMAT:
+        inputs.plan = {**read_plan(value), 'path': path}
+    else:
+        raise InputError('expected a report of kvmix-tune --json, a plan or the JSON of '
+                         'kvmix-bench, found other JSON')
+
+
+def read_csv(path, text, inputs):
+    rows = [row for row in csv.reader(text.splitlines()) if row]
+    if not rows:
+        raise InputError('expected a table, found an empty file')
+    header = rows[0]
+    if header[:len(ATTENTION_COLUMNS)] == ATTENTION_COLUMNS:
+        inputs.attention.append(read_attention(path, rows))
+    elif header[:len(SIZE_COLUMNS)] == SIZE_COLUMNS:
+        inputs.size = read_size(rows)
+    elif header[0] in ('layer', 'strategy'):
+        expected = ATTENTION_COLUMNS if header[0] == 'layer' else SIZE_COLUMNS
+        raise InputError(f'expected the columns {",".join(expected)}, found {",".join(header)}')
+    else:
+        inputs.quant.append(read_quant(path, rows))
+
+
+def check_geometry(inputs):
+    """All files are of one model; the first that says its shape is right."""
+    known = inputs.tune or inputs.plan
+    if known and inputs.plan and inputs.plan['geometry'] != known['geometry']:
+        raise InputError(f'{inputs.plan["path"]}: expected a plan for {shape(known["geometry"])}, '
+                         f'as {known["path"]} has, found {shape(inputs.plan["geometry"])}')
+    for tables, what in ((inputs.quant, 'KV heads'), (inputs.attention, 'query heads')):
+        for table in tables:
+            layers, heads, path = tables[0].layers, tables[0].heads, tables[0].path
+            if known:
+                g, path = known['geometry'], known['path']
+                layers, heads = g['layers'], g[what.lower().replace(' ', '_')]
+            if (table.layers, table.heads) != (layers, heads):
+                raise InputError(f'{table.path}: expected {layers} layers x {heads} {what}, as '
+                                 f'{path} has, found {table.layers} x {table.heads}')
+
+
+def read(paths):
+    inputs = Inputs()
+    for path in map(str, paths):
+        try:
+            text = pathlib.Path(path).read_text()
+            (read_json if text.lstrip()[:1] in ('{', '[') else read_csv)(path, text, inputs)
+            continue
+        except InputError as error:
+            wrong = error
+        except OSError as error:
+            wrong = error.strerror
+        except UnicodeDecodeError:
+            wrong = 'not a text file'
+        except json.JSONDecodeError as error:
+            wrong = f'not JSON: {error}'
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            wrong = f'not as this version of kvmix writes it: {error!r}'
+        raise InputError(f'{path}: {wrong}')
+    order = list(LABELS)
+    for tables in (inputs.quant, inputs.attention):
+        tables.sort(key=lambda table: (order.index(table.key) if table.key in order else len(order),
+                                       table.key))
+    check_geometry(inputs)
+    return inputs
