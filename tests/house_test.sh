@@ -1,22 +1,58 @@
 #!/usr/bin/env bash
-# house_test.sh SOURCE LIBRARY: the rules of the house that a command can check.
-#   1. Highway is included under kernels/ only.      2. Every public header is installed.
-#   3. libkvmix.so exports names of kvmix:: only.
+# house_test.sh SOURCE [LIBRARY]: the rules of the house that a command can check.
+#   1. Who includes whom: kernels/ stand alone and keep Highway and their -inl.h files to
+#      themselves; lib/ knows no program; lib/files knows no other part of lib/, and only lib/tune
+#      knows lib/tune.
+#   2. Every public header is installed.
+#   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
+#   4. LIBRARY, libkvmix.so, exports names of kvmix:: only.
 set -euo pipefail
-source=$1 library=$(realpath "$2")
+export LC_ALL=C.UTF-8
+source=$1 library=${2:+$(realpath "$2")}
 failed=0
 complain() { printf 'house_test: %s\n' "$*" >&2; failed=1; }
 
 cd "$source"
-strays=$(grep -rlE '#[[:space:]]*include[[:space:]]*[<"]hwy/' --include='*.h' --include='*.cc' --include='*.in' lib bench tools || true)
-[ -z "$strays" ] || complain "Highway is included outside kernels/:" $strays
+
+# No file under the folders includes a name that begins like the pattern.
+forbid() { # RULE PATTERN FOLDER...
+  local found
+  found=$(grep -srnE "^[[:space:]]*#[[:space:]]*include[[:space:]]*[<\"]($2)" --include='*.h' \
+    --include='*.cc' --include='*.in' "${@:3}" || true)
+  [ -z "$found" ] || complain "$1:"$'\n'"$found"
+}
+forbid "Highway is included outside kernels/" 'hwy/' lib bench tools tests
+forbid "an -inl.h file is included outside kernels/" '[^>"]*-inl\.h' lib bench tools tests
+forbid "kernels/ include only kernels/ and Highway" '(lib|tools|bench|tests|kvmix|\.+)/' kernels
+forbid "lib/ includes a program or a test" '(tools|bench|tests)/' lib
+forbid "lib/ and kernels/ name what they include from the root" '[^/>]*"|\.+/' lib kernels
+forbid "only lib/tune includes lib/tune" 'lib/tune/' lib/files lib/plan lib/cache lib/include
+forbid "lib/files includes another part of lib/" 'lib/(plan|cache)/' lib/files
+forbid "a public header includes a private one" '(lib|kernels)/' lib/include
 
 for header in lib/include/kvmix/*.h; do
-  grep -q "'include/kvmix/$(basename "$header")'" lib/meson.build || complain "lib/meson.build does not install $header"
+  grep -q "'include/kvmix/$(basename "$header")'" lib/meson.build ||
+    complain "lib/meson.build does not install $header"
 done
 
-exported=$(nm -DC --defined-only "$library" | cut -d' ' -f3-)
-[ "$(grep -c '^kvmix::' <<<"$exported")" -ge 10 ] || complain "$library exports hardly anything of kvmix::"
-others=$(grep -v '^kvmix::' <<<"$exported" || true)
-[ -z "$others" ] || complain "$library exports other names: $others"
+# Prints the lines of more than 100 columns in files of these kinds.
+wide() { # GLOB...
+  local kind kinds=()
+  for kind in "$@"; do kinds+=(--include="$kind"); done
+  grep -srnE '.{101}' "${kinds[@]}" kernels lib tools bench tests subprojects/packagefiles
+}
+found=$({ wide '*.py' '*.sh' '*.build'; grep -nE '.{101}' ./*.sh meson*; } || true)
+[ -z "$found" ] || complain "lines of more than 100 columns:"$'\n'"$found"
+found=$(wide '*.h' '*.cc' '*.in' || true)
+lines=$(find kernels lib tools bench tests \( -name '*.h' -o -name '*.cc' \) -exec cat {} + | wc -l)
+[ "$(grep -c . <<<"$found")" -le $((lines / 500)) ] ||
+  complain "too many lines of more than 100 columns:"$'\n'"$found"
+
+if [ -n "$library" ]; then
+  exported=$(nm -DC --defined-only "$library" | cut -d' ' -f3-)
+  [ "$(grep -c '^kvmix::' <<<"$exported")" -ge 10 ] ||
+    complain "$library exports hardly anything of kvmix::"
+  others=$(grep -v '^kvmix::' <<<"$exported" || true)
+  [ -z "$others" ] || complain "$library exports other names: $others"
+fi
 exit $failed

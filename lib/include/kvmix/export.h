@@ -1,6 +1,12 @@
-// KVMIX_API marks what libkvmix.so exports; everything else is hidden.
+// KVMIX_API marks what libkvmix.so exports; everything else is hidden. All public headers include
+// this one first, so it also says which C++ they need.
 #ifndef KVMIX_EXPORT_H_
 #define KVMIX_EXPORT_H_
+
+#if __cplusplus < 202002L
+#error kvmix needs C++20: compile with -std=c++20
+#include "C++20"  // is nowhere: compilers stop here, before the errors that follow from the first
+#endif
 
 #if defined(__GNUC__)
 #define KVMIX_API __attribute__((visibility("default")))

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "kvmix/export.h"
+
 namespace kvmix {
 
 using Half = std::uint16_t;
