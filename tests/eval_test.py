@@ -279,15 +279,26 @@ class Attention(Case):
         self.assertLess(sum(float(r[2]) for r in rows[1:]), sum(float(r[2]) for r in plain[1:]))
 
     def test_a_plan_with_folded_and_rotated_heads(self):
-        means, hadamard = self.means(), np.array([[1.0]])
+        means, hadamard = np.array(self.means(), np.float32), np.array([[1.0]])
         while len(hadamard) < DIM:
             hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-        rotate = lambda x: (x @ hadamard / DIM ** 0.5).astype(np.float32)  # its own inverse
         factor = np.float32(2) ** (np.arange(DIM) % 5 - 2)
-        self.write_plan('steps.json', [[{'k': 'i8-token+centre+fold+hadamard', 'k_mean': [float(x) for x in means[layer, h]], 'k_factor': [float(x) for x in factor],
-                                         'v': 'i8-token+hadamard'} for h in range(KV_HEADS)] for layer in range(LAYERS)])
+
+        def rotate(x):  # its own inverse
+            return (x @ hadamard / DIM ** 0.5).astype(np.float32)
+
+        def decoded(name, layer, h, x):
+            if name == 'v':
+                return rotate(encode(rotate(x), True))
+            mean = means[layer, h]
+            return mean + factor * rotate(encode(rotate((x - mean) / factor), True))
+
+        self.write_plan('steps.json', [[{
+            'k': 'i8-token+centre+fold+hadamard', 'k_mean': means[layer, h].tolist(),
+            'k_factor': factor.tolist(), 'v': 'i8-token+hadamard',
+        } for h in range(KV_HEADS)] for layer in range(LAYERS)])
         rows = self.csv('attention', 'dump.safetensors', '--plan', 'steps.json', '--reference')
-        self.check(rows, lambda name, layer, h, x: rotate(encode(rotate(x), True)) if name == 'v' else means[layer, h] + factor * rotate(encode(rotate((x - means[layer, h]) / factor), True)))
+        self.check(rows, decoded)
         for r in rows[1:]:
             self.assertLess(float(r[4]), 1e-6, r)
 

@@ -14,8 +14,10 @@ TUNE = pathlib.Path(sys.argv.pop()).resolve()
 
 # What the sample gave at a budget of 0.45, by candidates, and how much play that has. Instruction
 # sets round differently, and between codecs that are about equally accurate that decides: the
-# holdout's worst cosine moves by less than this, where losing an outlier head costs ten times as much.
-HOLDOUT_WORST_COSINE = {'all': (0.99985, 0.0001), 'seed': (0.99927, 0.0003)}
+# holdout's worst cosine moves by less than this, where losing an outlier head costs ten times as
+# much.
+HOLDOUT_WORST_COSINE = {'all': (0.99985, 0.0001), 'int8': (0.99927, 0.0003),
+                        'seed': (0.99927, 0.0003)}
 OUTLIERS = {(0, 0), (0, 1), (1, 0), (7, 1), (15, 1)}  # (layer, KV head) of K
 
 
@@ -77,11 +79,14 @@ class Figures(Tune):
 
     def test_candidates(self):
         for candidates, steps in (('int8', {'centre'}), ('all', {'centre', 'fold', 'hadamard'})):
-            report = json.loads(self.succeed('--budget', '0.45', '--candidates', candidates, '--json'))
+            report = json.loads(self.succeed('--budget', '0.45', '--candidates', candidates,
+                                             '--json'))
             self.assertGreaterEqual(report['saved_fraction'], 0.45)
             self.holdout_is_as_known(report, candidates)
-            self.assertEqual({step for h in report['heads'] for step in h['codec'].split('+')[1:]}, steps)
-            self.assertTrue(all('centre' not in c['codec'] for h in report['heads'] if h['tensor'] == 'v' for c in h['candidates']))
+            heads = report['heads']
+            self.assertEqual({step for h in heads for step in h['codec'].split('+')[1:]}, steps)
+            of_v = [c['codec'] for h in heads if h['tensor'] == 'v' for c in h['candidates']]
+            self.assertTrue(of_v and not any('centre' in codec for codec in of_v))
 
     def test_the_studys_codecs_keep_outliers_in_fp16(self):
         report = json.loads(self.succeed('--budget', '0.45', '--candidates', 'seed', '--json'))
@@ -167,8 +172,8 @@ class Files(Tune):
         cpu = wisdom['cpu']
         wisdom['cpu'] = 'another'
         path.write_text(json.dumps(wisdom))
-        self.fail_with(f'speeds.json: cpu: expected "{re.escape(cpu)}", found "another"; delete this file',
-            '--budget', '0.45', '--wisdom', 'speeds.json')
+        self.fail_with(f'speeds.json: cpu: expected "{re.escape(cpu)}", found "another"; '
+                       'delete this file', '--budget', '0.45', '--wisdom', 'speeds.json')
 
     def test_outputs_that_cannot_be_written(self):
         self.fail_with('/nonexistent/plan.json: expected the folder /nonexistent, found none',

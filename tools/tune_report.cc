@@ -70,20 +70,18 @@ std::string OutlierText(const TuneReport& r) {
         "No outlier heads: int8 with a scale per token costs no head more than {:.0f} x what it "
         "costs the median head.\n",
         kOutlierFactor);
-  Table table({"layer", "KV head", "", "max|x|", "cosine as int8", "NMSE as int8", "NMSE as stored",
-               "stored as"},
-              0);
+  Table table({"layer", "KV head", "", "max|x|", "NMSE as int8", "NMSE as stored", "stored as"}, 0);
   for (const HeadErrors* h : outliers) {
     const Fidelity plain = OfHead(*Find(*h, kPlain));
     const CodecKind& kind = r.choice.plan.codec(h->layer, h->kv_head, h->tensor).kind;
     table.Add({fmt::format("{}", h->layer), fmt::format("{}", h->kv_head),
                h->tensor == Tensor::kK ? "K" : "V", fmt::format("{:.1f}", h->max_abs),
-               fmt::format("{:.5f}", plain.worst_cosine), fmt::format("{:.1e}", plain.worst_nmse),
+               fmt::format("{:.1e}", plain.worst_nmse),
                fmt::format("{:.1e}", OfHead(*Find(*h, kind)).worst_nmse), ToString(kind)});
   }
   return fmt::format(
-             "Outlier heads: int8 with a scale per token costs their worst query head over {:.0f} "
-             "x what it costs the median head\n",
+             "Outlier heads: int8 per token costs their worst query head over {:.0f} x the median "
+             "head's NMSE\n",
              kOutlierFactor) +
          table.Text();
 }
@@ -128,12 +126,11 @@ std::string AccuracyText(const TuneReport& r) {
                fmt::format("{:.2e}", f.mean_nmse)});
   };
   const Provenance& p = r.choice.plan.provenance;
-  add("predicted: K and V of each head added up", r.choice.predicted);
-  add(fmt::format("measured as a whole, calibration ({} tokens)", p.calibration_tokens),
-      r.calibration);
-  if (r.holdout)
-    add(fmt::format("measured as a whole, holdout ({} tokens)", p.holdout_tokens), *r.holdout);
-  return "Attention output against exact K and V\n" + table.Text() +
+  add("predicted, head by head", r.choice.predicted);
+  add(fmt::format("calibration, {} tokens", p.calibration_tokens), r.calibration);
+  if (r.holdout) add(fmt::format("holdout, {} tokens", p.holdout_tokens), *r.holdout);
+  return "Attention output against exact K and V, predicted and measured as a whole\n" +
+         table.Text() +
          (r.holdout ? ""
                     : "  no holdout: --holdout DUMP measures the plan on text that it was not made "
                       "from\n");
@@ -143,15 +140,15 @@ std::string AccuracyText(const TuneReport& r) {
 std::string TimeNote(const TuneReport& r) {
   if (r.constraints.time_tolerance == 1.0 && !r.constraints.max_decode_ns)
     return fmt::format(
-        "Decode times did not enter the choice: give --wisdom FILE, which keeps them, to let them "
-        "decide where accuracy is alike within {:.0f} %.\n",
+        "Decode times did not enter the choice: give --wisdom FILE, and they decide within {:.0f} "
+        "%.\n",
         100.0 * (Constraints().time_tolerance - 1.0));
-  return fmt::format("Decode times decided {} of {} tensors{}.\n", r.choice.decided_by_time,
-                     r.choice.plan.codecs.size(),
-                     r.times_are_kept
-                         ? ""
-                         : ", and another run, which measures them anew, may choose otherwise: "
-                           "--wisdom FILE keeps them");
+  return fmt::format(
+      "Decode times decided {} of {} tensors{}.\n", r.choice.decided_by_time,
+      r.choice.plan.codecs.size(),
+      r.times_are_kept
+          ? ""
+          : ", and another run, timed anew, may choose otherwise: --wisdom FILE keeps them");
 }
 
 std::string SpeedText(const TuneReport& r) {
@@ -174,10 +171,11 @@ std::string SpeedText(const TuneReport& r) {
     table.Add(row);
   }
   return fmt::format(
-             "Decode of one token at context {}, attention alone, 1 thread, {} on {}: {:.3f} ms, "
-             "in fp16 {:.3f} ms ({:.2f} x)\n",
-             r.context, r.wisdom.target, r.wisdom.cpu, r.choice.decode_ns / 1e6,
-             r.choice.fp16_decode_ns / 1e6, r.choice.fp16_decode_ns / r.choice.decode_ns) +
+             "Decode of one token at context {}, attention alone, 1 thread: {:.3f} ms, in fp16 "
+             "{:.3f} "
+             "ms ({:.2f} x)\n({} on {})\n",
+             r.context, r.choice.decode_ns / 1e6, r.choice.fp16_decode_ns / 1e6,
+             r.choice.fp16_decode_ns / r.choice.decode_ns, r.wisdom.target, r.wisdom.cpu) +
          table.Text() + TimeNote(r);
 }
 
@@ -221,11 +219,11 @@ Json HeadJson(const HeadErrors& h) {
 std::string ReportText(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
   const Provenance& p = plan.provenance;
-  std::string text = fmt::format("{}: {}\ncalibrated on {} ({} tokens)",
+  std::string text = fmt::format("{}\n{}\ncalibrated on {} ({} tokens)\n",
                                  p.model.empty() ? "unknown model" : p.model,
                                  ToString(plan.geometry), p.calibration, p.calibration_tokens);
-  text += r.holdout ? fmt::format(", held out {} ({} tokens)\n\n", p.holdout, p.holdout_tokens)
-                    : "\n\n";
+  text +=
+      r.holdout ? fmt::format("held out {} ({} tokens)\n\n", p.holdout, p.holdout_tokens) : "\n";
   text += OutlierText(r);
   text += fmt::format("\nPlan: {} of {} bytes per token, {:.2f} % saved\n", BytesPerToken(plan),
                       Fp16BytesPerToken(plan.geometry), 100.0 * SavedFraction(plan)) +

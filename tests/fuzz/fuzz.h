@@ -4,11 +4,13 @@
 #ifndef KVMIX_TESTS_FUZZ_FUZZ_H_
 #define KVMIX_TESTS_FUZZ_FUZZ_H_
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,33 +28,33 @@ inline void Require(bool holds, const char* promise, const Status& status = {}) 
   std::abort();
 }
 
-// A file in memory, for readers that take a path.
-class MemoryFile {
+// A file of its own, for readers that take a path; writers may replace it.
+class TemporaryFile {
  public:
-  MemoryFile() : fd_(memfd_create("kvmix-fuzz", MFD_CLOEXEC)) {
-    Require(fd_ >= 0, "a file in memory");
+  TemporaryFile() : path_((std::filesystem::temp_directory_path() / "kvmix-fuzz-XXXXXX").string()) {
+    const int file = mkstemp(path_.data());
+    Require(file >= 0, "a temporary file");
+    close(file);
   }
-  MemoryFile(const MemoryFile&) = delete;
-  MemoryFile& operator=(const MemoryFile&) = delete;
-  ~MemoryFile() { close(fd_); }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() { unlink(path_.c_str()); }
 
-  std::string path() const { return "/proc/self/fd/" + std::to_string(fd_); }
+  const std::string& path() const { return path_; }
 
   void Write(std::string_view bytes) {
-    const auto size = static_cast<off_t>(bytes.size());
-    Require(ftruncate(fd_, size) == 0 && pwrite(fd_, bytes.data(), bytes.size(), 0) == size,
-            "a file in memory that can be written");
+    std::ofstream file(path_, std::ios::binary | std::ios::trunc);
+    Require(bool(file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()))),
+            "a temporary file that can be written");
   }
 
   std::string Read() const {
-    std::string bytes(static_cast<std::size_t>(lseek(fd_, 0, SEEK_END)), '\0');
-    Require(pread(fd_, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size()),
-            "a file in memory that can be read");
-    return bytes;
+    std::ifstream file(path_, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
   }
 
  private:
-  int fd_;
+  std::string path_;
 };
 
 // An error is one line that begins with the file's name and says what was expected and found.

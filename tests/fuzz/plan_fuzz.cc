@@ -17,6 +17,10 @@ std::vector<std::string> Seeds() {
   "mean_nmse": 1e-300, "worst_layer": 1, "worst_query_head": 0}},
 "codecs": [[{"k": "i8-head+centre", "k_scale": 0.1, "k_mean": [1, -2.5e1, 1e-40], "v": "f16"}],
            [{"k": "i8-token", "v": "i8-token-bf16+centre", "v_mean": [0, -0, 3.4e38]}]]})",
+          R"({"format": "kvmix-plan", "version": [1, 1],
+"geometry": {"layers": 1, "kv_heads": 1, "query_heads": 1, "head_dim": 2},
+"codecs": [[{"k": "i8-token-bf16+centre+fold+hadamard", "k_mean": [1, 2], "k_factor": [0.5, 8],
+  "v": "i8-token+hadamard"}]]})",
           R"({"format": "kvmix-plan", "version": [1, 7], "a later field": [null],
 "geometry": {"layers": 1, "kv_heads": 1, "query_heads": 2, "head_dim": 2},
 "codecs": [[{"k": "f16", "v": "i8-token"}]]})",
@@ -26,7 +30,7 @@ std::vector<std::string> Seeds() {
 namespace {
 
 void Run(std::string_view bytes) {
-  static MemoryFile file, again;
+  static TemporaryFile file, again;
   file.Write(bytes);
   const Result<Plan> plan = LoadPlan(file.path());
   if (!plan.ok()) return RequireGoodError(plan.status(), file.path());

@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <string_view>
 
-#include "lib/safetensors.h"
+#include "lib/files/safetensors.h"
 #include "tests/dump_files.h"
 #include "tests/fuzz/fuzz.h"
 

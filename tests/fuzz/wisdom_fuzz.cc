@@ -8,7 +8,7 @@
 namespace kvmix::fuzz {
 
 std::vector<std::string> Seeds() {
-  MemoryFile file;
+  TemporaryFile file;
   Wisdom wisdom = ThisMachine();
   std::vector<std::string> seeds;
   for (const char* codec : {"i8-token", "f16"}) {
@@ -26,7 +26,7 @@ std::vector<std::string> Seeds() {
 namespace {
 
 void Run(std::string_view bytes) {
-  static MemoryFile file;
+  static TemporaryFile file;
   file.Write(bytes);
   const Result<Wisdom> wisdom = LoadWisdom(file.path());
   if (!wisdom.ok()) return RequireGoodError(wisdom.status(), file.path());

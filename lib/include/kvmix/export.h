@@ -5,7 +5,8 @@
 
 #if __cplusplus < 202002L
 #error kvmix needs C++20: compile with -std=c++20
-#include "C++20"  // is nowhere: compilers stop here, before the errors that follow from the first
+// This file is nowhere: compilers stop here, before the errors that follow from the first.
+#include "kvmix/needs C++20"
 #endif
 
 #if defined(__GNUC__)
