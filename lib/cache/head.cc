@@ -131,16 +131,17 @@ CompiledHeads::CompiledHeads(std::span<const HeadCodec* const> codecs, std::size
     head.kernels_ = &kernels;
     head.format_ = FormatOf(codec, dim);
     head.transform_.hadamard = codec.kind.hadamard;
-    float* const mean = vectors_.get() + h * dim;
     if (!codec.mean().empty()) {
+      float* const mean = vectors_.get() + h * dim;
       std::ranges::copy(codec.mean(), mean);
       head.transform_.mean = mean;
     }
     if (!codec.factor().empty()) {
-      std::ranges::copy(codec.factor(), mean + size);
-      std::ranges::transform(codec.factor(), mean + 2 * size, [](float x) { return 1.0f / x; });
-      head.transform_.factor = mean + size;
-      head.transform_.inv_factor = mean + 2 * size;
+      float* const factor = vectors_.get() + size + h * dim;
+      std::ranges::copy(codec.factor(), factor);
+      std::ranges::transform(codec.factor(), factor + size, [](float x) { return 1.0f / x; });
+      head.transform_.factor = factor;
+      head.transform_.inv_factor = factor + size;
     }
     head.across_heads_ = head.transform_;
     head.across_heads_.row_stride = dim;
