@@ -101,7 +101,8 @@ check() {
   stage clang env CXX=clang++ KVMIX_BUILD=build-clang ./kvmix.sh test -Dwerror=true
   # Without the check of alignment: tests read rows at odd addresses on purpose.
   stage sanitizers env CXX=clang++ KVMIX_BUILD=build-sanitizers ./kvmix.sh test -Dwerror=true \
-    -Db_sanitize=address,undefined -Db_lundef=false -Dcpp_args="-fno-sanitize-recover=all -fno-sanitize=alignment" \
+    -Db_sanitize=address,undefined -Db_lundef=false \
+    -Dcpp_args="-fno-sanitize-recover=all -fno-sanitize=alignment" \
     -Doptimization=1 -Ddebug=true -Ddefault_library=static -Dbench=false -Dtools=false
   stage gcc ./kvmix.sh test -Dwerror=true
   [ ${#failed_stages[@]} -eq 0 ] || say "FAILED stages: ${failed_stages[*]}"
