@@ -100,7 +100,8 @@ check() {
   stage lint ./kvmix.sh lint
   stage clang env CXX=clang++ KVMIX_BUILD=build-clang ./kvmix.sh test -Dwerror=true
   # Without the check of alignment: tests read rows at odd addresses on purpose.
-  stage sanitizers env CXX=clang++ KVMIX_BUILD=build-sanitizers ./kvmix.sh test -Dwerror=true \
+  stage sanitizers env CXX=clang++ KVMIX_BUILD=build-sanitizers \
+    LSAN_OPTIONS="suppressions=$PWD/tests/lsan_suppressions.txt" ./kvmix.sh test -Dwerror=true \
     -Db_sanitize=address,undefined -Db_lundef=false \
     -Dcpp_args="-fno-sanitize-recover=all -fno-sanitize=alignment" \
     -Doptimization=1 -Ddebug=true -Ddefault_library=static -Dbench=false -Dtools=false

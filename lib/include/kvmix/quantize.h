@@ -79,7 +79,7 @@ class KVMIX_API RowCodec {
 };
 
 // The scale that covers these rows of one head: absmax(y) / 127, y as codec's kind and vectors make
-// it (its head_scale is not looked at); 0 for rows of zeros.
+// it (its head_scale is not looked at; CheckCodec must accept the rest); 0 for rows of zeros.
 KVMIX_API float HeadScale(const RowsView& rows, const HeadCodec& codec);
 
 }  // namespace kvmix
