@@ -1,7 +1,5 @@
-// How fast attention runs on this machine: the one piece of timing code that the tuner and the
-// benchmark share, and the record
-// ("wisdom") that saves measuring again. Wisdom belongs to a CPU, a target and a library version,
-// and never to a plan.
+// How fast attention runs on this machine, and the record ("wisdom") that saves measuring again.
+// Wisdom belongs to a CPU, a target and a library version, and never to a plan.
 #ifndef KVMIX_SPEED_H_
 #define KVMIX_SPEED_H_
 
