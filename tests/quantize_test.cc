@@ -52,7 +52,8 @@ std::uint32_t BitsOf(Dtype dtype, float x) {
   return dtype == Dtype::kF32 ? bits : bits >> 16;
 }
 
-// Rows of one head in memory, with `gap` numbers (NaN) between them, the first at an odd address.
+// Rows of one head in memory, with `gap` numbers (NaN) between them, the first one number past
+// any alignment that a vector might like.
 class Rows {
  public:
   using Bits = std::function<std::uint32_t(std::size_t t, std::size_t i)>;
@@ -73,11 +74,12 @@ class Rows {
       view_.token_stride = -view_.token_stride;
       first_ = (tokens - 1) * row_bytes;
     }
-    odd_.assign(1, 0xFF);
-    odd_.insert(odd_.end(), aligned_.begin(), aligned_.end());
+    shifted_.assign(view_.element_bytes(), 0xFF);
+    shifted_.insert(shifted_.end(), aligned_.begin(), aligned_.end());
   }
-  RowsView odd() const { return At(odd_.data() + 1); }      // for the kernels
-  RowsView aligned() const { return At(aligned_.data()); }  // for the reference
+  // For the kernels, and for the reference.
+  RowsView shifted() const { return At(shifted_.data() + view_.element_bytes()); }
+  RowsView aligned() const { return At(aligned_.data()); }
 
  private:
   RowsView At(const std::uint8_t* bytes) const {
@@ -87,7 +89,7 @@ class Rows {
   }
   RowsView view_;
   std::size_t first_ = 0;
-  std::vector<std::uint8_t> aligned_, odd_;
+  std::vector<std::uint8_t> aligned_, shifted_;
 };
 
 // Like a KV head: rows of different size, some channels larger. Sizes of f32 and bf16 use more of
@@ -184,7 +186,7 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
   }
 
   void Expect(const Rows& rows, const HeadCodec& codec) const {
-    ExpectSame(Encode(rows.odd(), codec, TransformOf(codec)),
+    ExpectSame(Encode(rows.shifted(), codec, TransformOf(codec)),
                reference::Encode(rows.aligned(), codec), rows.aligned(), codec);
   }
 
@@ -196,7 +198,7 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
     Expect(rows, Codec("i8-token", mean));
     Expect(rows, Codec("i8-token-bf16", mean));
     const HeadCodec codec = Codec("i8-head", mean);
-    const float scale = kernel().head_scale(In(rows.odd()), TransformOf(codec));
+    const float scale = kernel().head_scale(In(rows.shifted()), TransformOf(codec));
     ASSERT_EQ(scale, reference::HeadScale(rows.aligned(), codec));
     ExpectPerHead(rows, mean, scale);
   }
@@ -251,7 +253,7 @@ TEST_P(QuantizeTest, LargeAligned) {
       const RowCodec compiled = Create(codec, dim);
       const reference::Coded expected = reference::Encode(rows.aligned(), codec);
       ASSERT_GT(expected.clamped, 0u);
-      ASSERT_EQ(compiled.Encode(rows.odd(), codes.get(), nullptr), expected.clamped);
+      ASSERT_EQ(compiled.Encode(rows.shifted(), codes.get(), nullptr), expected.clamped);
       ASSERT_EQ(std::memcmp(codes.get(), expected.rows.data(), expected.rows.size()), 0) << dim;
       compiled.Decode(codes.get(), nullptr, kMany, static_cast<float*>(f32.get()), dim);
       compiled.Decode(codes.get(), nullptr, kMany, static_cast<Half*>(f16.get()), dim);
@@ -461,7 +463,8 @@ TEST_P(QuantizeTest, ClampsAndCounts) {
       return BitsOf(dtype, i < 2 ? (dtype == Dtype::kBF16 ? 127.0f : 127.4375f) : 127.5f);
     });
     std::int8_t codes[4];
-    EXPECT_EQ(Create(Codec("i8-head", kNoMean, 1.0f), 4).Encode(edge.odd(), codes, nullptr), 2u);
+    EXPECT_EQ(Create(Codec("i8-head", kNoMean, 1.0f), 4).Encode(edge.shifted(), codes, nullptr),
+              2u);
     EXPECT_EQ(codes[0], 127);
     EXPECT_EQ(codes[3], 127);
   }
@@ -490,8 +493,8 @@ TEST_P(QuantizeTest, TheTypeOfTheNumbersDoesNotMatter) {
                   dtype, tokens, dim, 5,
                   [&](std::size_t t, std::size_t i) { return BitsOf(dtype, number(t, i)); },
                   backwards);
-              coded.push_back(Encode(rows.odd(), codec, TransformOf(codec)));
-              head_scales.push_back(kernel().head_scale(In(rows.odd()), TransformOf(codec)));
+              coded.push_back(Encode(rows.shifted(), codec, TransformOf(codec)));
+              head_scales.push_back(kernel().head_scale(In(rows.shifted()), TransformOf(codec)));
               ExpectSame(coded.back(), coded.front(), rows.aligned(), codec);
               ASSERT_EQ(head_scales.back(), head_scales.front());
             }
@@ -521,7 +524,7 @@ TEST_P(QuantizeTest, HeadsWithMeansSideBySide) {
           head_scale = std::max(head_scale, reference::HeadScale(rows.aligned().Tokens(h, 1),
                                                                  Codec("i8-head", own(h))));
         }
-        ASSERT_EQ(kernel().head_scale(In(rows.odd()), transform), head_scale);
+        ASSERT_EQ(kernel().head_scale(In(rows.shifted()), transform), head_scale);
         for (const std::string name : {"i8-token", "i8-token-bf16", "i8-head"}) {
           const float scale = name == "i8-head" ? 0.5f * head_scale : 0.0f;
           const HeadCodec codec = Codec(name, own(0), scale);
@@ -536,7 +539,7 @@ TEST_P(QuantizeTest, HeadsWithMeansSideBySide) {
             const Floats row = reference::Decode(one, 1, dim, head);
             decoded.insert(decoded.end(), row.begin(), row.end());
           }
-          ExpectSame(Encode(rows.odd(), codec, transform), expected, rows.aligned(), codec);
+          ExpectSame(Encode(rows.shifted(), codec, transform), expected, rows.aligned(), codec);
           Floats out(decoded.size());
           kernel().decode_f32({FormatOf(codec, dim), transform, expected.rows.data(), dim,
                                expected.scales.empty() ? nullptr : expected.scales.data(), heads},
@@ -593,7 +596,7 @@ TEST_P(QuantizeTest, F16StorageRoundsCutsAndCounts) {
         return std::bit_cast<std::uint32_t>(cases[(t + i) % cases.size()].x) |
                (negative ? kFloatSign : 0u);
       });
-      const reference::Coded coded = Encode(rows.odd(), Codec("f16"), {});
+      const reference::Coded coded = Encode(rows.shifted(), Codec("f16"), {});
       std::uint64_t clamped = 0;
       for (std::size_t i = 0; i < cases.size() * dim; ++i) {
         const Case& c = cases[(i / dim + i % dim) % cases.size()];
@@ -670,7 +673,7 @@ TEST_P(QuantizeTest, Errors) {
           const reference::Coded q = reference::Encode(rows.aligned(), codec);
           const ErrorSums expected = reference::Errors(rows.aligned(), q, codec);
           const ErrorSums errors =
-              Create(codec, dim).Errors(rows.odd(), q.rows.data(), q.scales.data());
+              Create(codec, dim).Errors(rows.shifted(), q.rows.data(), q.scales.data());
           EXPECT_EQ(errors.count, tokens * dim);
           EXPECT_NEAR(errors.sum_squared_error, expected.sum_squared_error,
                       1e-5 * expected.sum_squared_error);  // f32 within a row
@@ -688,8 +691,8 @@ TEST_P(QuantizeTest, ErrorsOfNotANumber) {
     const float x[] = {std::nanf(""), HUGE_VALF, 1.0f, -1.0f};
     const Rows rows(dtype, 1, 4, 0,
                     [&](std::size_t, std::size_t i) { return BitsOf(dtype, x[i]); });
-    const ErrorSums errors =
-        Create(Codec("i8-head", kNoMean, 65504.0f / 127.0f), 4).Errors(rows.odd(), codes, nullptr);
+    const ErrorSums errors = Create(Codec("i8-head", kNoMean, 65504.0f / 127.0f), 4)
+                                 .Errors(rows.shifted(), codes, nullptr);
     EXPECT_NEAR(errors.sum_squared_error, 2.0, 1e-3);
     EXPECT_EQ(errors.max_abs, 65504.0);
   }
@@ -701,8 +704,8 @@ TEST_P(QuantizeTest, EveryHalfToFloatAndFinite) {
     return static_cast<std::uint32_t>((t * kDim + i) & 0xFFFF);
   });
   Floats floats(kRows * kDim);
-  kernel().to_float(In(all.odd()), floats.data(), kDim);
-  const reference::Coded finite = Encode(all.odd(), Codec("f16"), {});
+  kernel().to_float(In(all.shifted()), floats.data(), kDim);
+  const reference::Coded finite = Encode(all.shifted(), Codec("f16"), {});
   EXPECT_EQ(finite.clamped, 0u);
   for (std::size_t i = 0; i < floats.size(); ++i) {
     const float expected = all.aligned().At(i / kDim, 0, i % kDim);
@@ -732,7 +735,7 @@ TEST_P(QuantizeTest, ToFloatKeepsTheBits) {
             },
             backwards);
         Floats out(9 * (dim + 3), -1e9f);
-        kernel().to_float(In(rows.odd()), out.data(), dim + 3);
+        kernel().to_float(In(rows.shifted()), out.data(), dim + 3);
         for (std::size_t t = 0; t < 9; ++t) {
           for (std::size_t i = 0; i < dim + 3; ++i) {
             const float expected = i < dim ? rows.aligned().At(t, 0, i) : -1e9f;
@@ -758,9 +761,9 @@ TEST_P(QuantizeTest, RowCodecTakesStridedRowsOfEveryType) {
                 codec.kind.scale == Scale::kToken || codec.kind.scale == Scale::kTokenBF16);
       reference::Coded coded{std::vector<std::uint8_t>(21 * compiled.row_bytes()),
                              Floats(compiled.stores_scales() ? 21 : 0), 0};
-      coded.clamped = compiled.Encode(rows.odd(), coded.rows.data(), coded.scales.data());
+      coded.clamped = compiled.Encode(rows.shifted(), coded.rows.data(), coded.scales.data());
       ExpectSame(coded, reference::Encode(rows.aligned(), codec), rows.aligned(), codec);
-      EXPECT_EQ(HeadScale(rows.odd(), codec), reference::HeadScale(rows.aligned(), codec));
+      EXPECT_EQ(HeadScale(rows.shifted(), codec), reference::HeadScale(rows.aligned(), codec));
     }
   }
 }
