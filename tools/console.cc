@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
-#include <utility>
 
-#include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
 namespace kvmix::tools {
@@ -32,12 +30,9 @@ int RunProgram(const std::string& program, int (*main)(int, char**), int argc, c
   return Fail(program, e.what());
 }
 
-int Print(const std::string& program, const std::string& text) {
-  const bool written =
-      std::fputs(text.c_str(), stdout) >= 0;  // long texts are written here, not by fflush
-  return written && std::fflush(stdout) == 0
-             ? 0
-             : Fail(program, "writing to the standard output failed");
+void Print(const std::string& text) {
+  if (std::fputs(text.c_str(), stdout) < 0 || std::fflush(stdout) != 0)
+    Refuse("writing to the standard output failed");
 }
 
 StatusLine::StatusLine(Clock::time_point start)

@@ -5,14 +5,35 @@
 #include <chrono>
 #include <cstddef>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include <fmt/format.h>
+
+#include "kvmix/status.h"
 
 namespace CLI {
 class App;
 }
 
 namespace kvmix::tools {
+
+// Programs give up by an exception, which RunProgram() tells people: with a message of their own,
+// as in Refuse("{}: has no tokens", path), or with the library's, where it has no value for them.
+template <class... Args>
+[[noreturn]] void Refuse(fmt::format_string<Args...> message, Args&&... args) {
+  throw std::runtime_error(fmt::format(message, std::forward<Args>(args)...));
+}
+inline void Require(const Status& status) {
+  if (!status.ok()) Refuse("{}", status.message());
+}
+template <class T>
+T Require(Result<T> result) {
+  Require(result.status());
+  return std::move(*result);
+}
 
 // "PROGRAM: error: MESSAGE", one line on stderr; returns 1, the exit code of a program that failed.
 int Fail(const std::string& program, const std::string& message);
@@ -21,12 +42,11 @@ int Fail(const std::string& program, const std::string& message);
 // code.
 std::optional<int> Parse(CLI::App* app, int argc, char** argv);
 
-// What main(argc, argv) returns; Fail's where it throws, for want of memory say.
+// What main(argc, argv) returns; Fail's where it throws.
 int RunProgram(const std::string& program, int (*main)(int, char**), int argc, char** argv);
 
-// Writes a program's result to stdout; returns its exit code: 0, or Fail's where stdout does not
-// take all of it.
-int Print(const std::string& program, const std::string& text);
+// Writes a program's result to stdout, all of it.
+void Print(const std::string& text);
 
 // One line on stderr that says what is under way. On a terminal each takes the place of the one
 // before, and the last one goes; elsewhere one a minute is written, with the minutes since the

@@ -16,12 +16,12 @@ namespace kvmix::tools {
 void AddRawOptions(CLI::App* app, RawFormat* raw);
 
 // A folder needs a whole `raw`; a file is read as safetensors.
-Result<Dump> OpenDump(const std::string& path, const RawFormat& raw);
+Dump OpenDump(const std::string& path, const RawFormat& raw);
 
 // The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set,
 // else in share/kvmix beside the program's bin folder, else where the sources were when it was
 // built.
-Result<std::string> SamplePath(const std::string& part);
+std::string SamplePath(const std::string& part);
 
 }  // namespace kvmix::tools
 

@@ -1,21 +1,17 @@
 // kvmix-eval: the original study on any dump, as CSV. `quant`: errors of K and V themselves.
 // `attention`: errors of attention outputs. `size`: bytes. Columns and digits are the study's, so
 // that its files and these can be compared line by line.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <filesystem>
-#include <iterator>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
 #include "console.h"
 #include "dumps.h"
-#include "exact_attention.h"
 #include "kvmix/tune.h"
 #include "lib/files/machine.h"
 #include "study.h"
@@ -39,83 +35,35 @@ struct Options {
   std::vector<std::size_t> tokens{kAttentionTokens};
 };
 
-// The plan of --plan or --strategy, and the number that stands for it in the CSV.
-struct Codecs {
-  Plan plan;
-  int strategy = 0;
-};
-
-Result<std::optional<std::vector<KvHead>>> Fp16Heads(const Options& o) {
-  if (o.fp16_heads.empty()) return std::optional<std::vector<KvHead>>();
-  Result<std::vector<KvHead>> heads = ParseKvHeads(o.fp16_heads);
-  if (!heads.ok()) return heads.status();
-  return std::optional(std::move(*heads));
-}
-
 // A plan for a model of this shape; query_heads 0: any number of them.
-Result<Plan> PlanFor(const std::string& path, Geometry geometry) {
-  Result<Plan> plan = LoadPlan(path);
-  if (!plan.ok()) return plan.status();
-  if (geometry.query_heads == 0) geometry.query_heads = plan->geometry.query_heads;
-  if (Status s = CheckGeometryMatches(*plan, geometry); !s.ok())
-    return Status(s.code(), fmt::format("{}: {}", path, s.message()));
+Plan PlanFor(const std::string& path, Geometry geometry) {
+  Plan plan = Require(LoadPlan(path));
+  if (geometry.query_heads == 0) geometry.query_heads = plan.geometry.query_heads;
+  if (const Status s = CheckGeometryMatches(plan, geometry); !s.ok())
+    Refuse("{}: {}", path, s.message());
   return plan;
 }
 
-Result<Codecs> ChooseCodecs(const Options& o, const Dump& dump) {
+// The plan of --plan or --strategy. A plan goes as strategy 3 in the CSV.
+Plan ChoosePlan(const Options& o, const Dump& dump) {
   if (!o.plan.empty()) {
     if (o.strategy != 0 && o.strategy != 3)
-      return Status(ErrorCode::kInvalidArgument,
-                    fmt::format("--plan goes with strategy 3, not with {}", o.strategy));
+      Refuse("--plan goes with strategy 3, not with {}", o.strategy);
     Geometry geometry = dump.geometry();
     if (!dump.has_q()) geometry.query_heads = 0;
-    Result<Plan> plan = PlanFor(o.plan, geometry);
-    if (!plan.ok()) return plan.status();
-    return Codecs{std::move(*plan), 3};
+    return PlanFor(o.plan, geometry);
   }
-  if (o.strategy == 0)
-    return Status(ErrorCode::kInvalidArgument,
-                  "nothing to evaluate: give --strategy 1, 2 or 3, or --plan");
-  const auto heads = Fp16Heads(o);
-  if (!heads.ok()) return heads.status();
-  Result<Plan> plan = StrategyPlan(dump.geometry(), o.strategy, *heads);
-  if (!plan.ok()) return plan.status();
-  SetHeadScales(dump, &*plan);
-  return Codecs{std::move(*plan), o.strategy};
+  if (o.strategy == 0) Refuse("nothing to evaluate: give --strategy 1, 2 or 3, or --plan");
+  Plan plan = StrategyPlan(dump.geometry(), o.strategy, o.fp16_heads);
+  SetHeadScales(dump, &plan);
+  return plan;
 }
 
-Result<Dump> OpenInput(const Options& o) {
-  if (!o.dump.empty()) return OpenDump(o.dump, o.raw);
-  const Result<std::string> sample = SamplePath("holdout");
-  return sample.ok() ? Dump::Open(*sample) : Result<Dump>(sample.status());
+Dump OpenInput(const Options& o) {
+  return o.dump.empty() ? Require(Dump::Open(SamplePath("holdout"))) : OpenDump(o.dump, o.raw);
 }
 
 // ---- quant
-
-// `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a
-// program. In the study's own arithmetic, and not the kernels', since the largest value of a row
-// lies on an integer and a last bit decides on which side of it. codec: of one of its strategies.
-ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
-  ErrorSums sums;
-  for (std::size_t t = 0; t < rows.tokens; ++t) {
-    float max = 0.0f;
-    for (std::size_t c = 0; c < rows.head_dim; ++c)
-      max = std::max(max, std::fabs(rows.At(t, 0, c)));
-    const float inv_scale = codec.kind.scale == Scale::kHead ? 1.0f / codec.head_scale
-                            : max > 0.0f                     ? 127.0f / max
-                                                             : 1.0f;
-    for (std::size_t c = 0; c < rows.head_dim; ++c) {
-      const float x = rows.At(t, 0, c);
-      const float code = std::clamp(std::trunc(x * inv_scale), -127.0f, 127.0f);
-      const double error = double{code / inv_scale} - x;
-      sums.sum_squared_error += error * error;
-      sums.max_error = std::max(sums.max_error, std::fabs(error));
-    }
-    sums.max_abs = std::max(sums.max_abs, double{max});
-  }
-  sums.count = rows.tokens * rows.head_dim;
-  return sums;
-}
 
 // The study's six decimals; where they would not hold the sum to four digits (its own data have no
 // such sum), more.
@@ -123,42 +71,36 @@ std::string SumText(double sum) {
   return sum == 0.0 || sum >= 0.005 ? fmt::format("{:.6f}", sum) : fmt::format("{:.6e}", sum);
 }
 
-std::string QuantLine(const std::string& file, std::size_t layer, Tensor t, const RowsView& rows,
-                      std::size_t head, int strategy, const ErrorSums& e) {
-  return fmt::format("{},{},{},{},{},{},{},{:.6f},{},{:.6f}\n", file, layer,
-                     t == Tensor::kK ? 'k' : 'v', rows.tokens, head, rows.head_dim, strategy,
-                     e.max_abs, SumText(e.sum_squared_error), e.mse());
-}
-
-Result<std::string> Quant(const Options& o) {
-  const Result<Dump> dump = OpenInput(o);
-  if (!dump.ok()) return dump.status();
-  const Result<Codecs> codecs = ChooseCodecs(o, *dump);
-  if (!codecs.ok()) return codecs.status();
-  const Geometry& g = dump->geometry();
-  const bool truncate = o.rounding == "truncate";
-  const int threads = internal::Threads(o.threads);
+std::string Quant(const Options& o) {
+  const Dump dump = OpenInput(o);
+  const Plan plan = ChoosePlan(o, dump);
+  const int strategy = o.plan.empty() ? o.strategy : 3, threads = internal::Threads(o.threads);
+  const Geometry& g = dump.geometry();
   ProgressBar bar("encoding");
   std::string csv;
   for (std::size_t layer = 0; layer < g.layers; ++layer) {
-    if (Status s = dump->CheckFinite(layer); !s.ok()) return s;
+    Require(dump.CheckFinite(layer));
     std::vector<std::string> lines(2 * g.kv_heads);  // [K, V][kv_heads]
 #pragma omp parallel for num_threads(threads)
     for (std::size_t i = 0; i < lines.size(); ++i) {
-      const Tensor t = i < g.kv_heads ? Tensor::kK : Tensor::kV;
+      const bool is_k = i < g.kv_heads;
+      const Tensor t = is_k ? Tensor::kK : Tensor::kV;
       const std::size_t head = i % g.kv_heads;
-      const HeadCodec& codec = codecs->plan.codec(layer, head, t);
-      const RowsView rows = dump->head(layer, head, t);
+      const HeadCodec& codec = plan.codec(layer, head, t);
+      const RowsView rows = dump.head(layer, head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
       if (codec.kind.storage != Storage::kF16) {
         // A plan that was loaded is valid.
-        errors = truncate ? TruncationError(rows, codec) : EncodingError(rows, codec).value();
+        errors = o.rounding == "truncate" ? TruncationError(rows, codec)
+                                          : EncodingError(rows, codec).value();
       }
-      lines[i] = QuantLine(t == Tensor::kK ? dump->k_name(layer) : dump->v_name(layer), layer, t,
-                           rows, head, codecs->strategy, errors);
+      lines[i] = fmt::format("{},{},{},{},{},{},{},{:.6f},{},{:.6f}\n",
+                             is_k ? dump.k_name(layer) : dump.v_name(layer), layer,
+                             is_k ? 'k' : 'v', rows.tokens, head, rows.head_dim, strategy,
+                             errors.max_abs, SumText(errors.sum_squared_error), errors.mse());
     }
-    for (const std::string& line : lines) csv += line;
-    dump->Release(layer);
+    csv += fmt::format("{}", fmt::join(lines, ""));
+    dump.Release(layer);
     bar.Update(layer + 1, g.layers);
   }
   return csv;
@@ -166,24 +108,23 @@ Result<std::string> Quant(const Options& o) {
 
 // ---- attention
 
-// The rows of one layer: all query heads together, then each. kernels: null, or what a fifth column
-// says.
-std::string AttentionLines(std::size_t layer, const AttentionError* heads,
-                           const AttentionError* kernels, std::size_t count) {
-  const auto sum = [&](const AttentionError* errors) {
+// The rows of one layer: all query heads together, then each. kernels: what a fifth column says;
+// empty where there is none.
+std::string AttentionLines(std::size_t layer, std::span<const AttentionError> heads,
+                           std::span<const AttentionError> kernels = {}) {
+  const auto sum = [](std::span<const AttentionError> errors) {
     AttentionError total;
-    for (std::size_t h = 0; h < count; ++h) total += errors[h];
+    for (const AttentionError& e : errors) total += e;
     return total;
   };
   std::string csv;
-  const auto add = [&](const std::string& head, const AttentionError& e,
-                       const AttentionError& kernel) {
+  const auto add = [&](const auto& head, const AttentionError& e, const AttentionError& kernel) {
     csv += fmt::format("{},{},{:.6e},{:.6f}", layer, head, e.nmse(), e.cosine());
-    csv += kernels ? fmt::format(",{:.6e}\n", kernel.nmse()) : "\n";
+    csv += kernels.empty() ? "\n" : fmt::format(",{:.6e}\n", kernel.nmse());
   };
-  add("all", sum(heads), kernels ? sum(kernels) : AttentionError());
-  for (std::size_t h = 0; h < count; ++h)
-    add(fmt::format("{}", h), heads[h], kernels ? kernels[h] : AttentionError());
+  add("all", sum(heads), sum(kernels));
+  for (std::size_t h = 0; h < heads.size(); ++h)
+    add(h, heads[h], kernels.empty() ? AttentionError() : kernels[h]);
   return csv;
 }
 
@@ -191,59 +132,51 @@ std::vector<AttentionError> CompareHeads(const std::vector<float>& exact,
                                          const std::vector<float>& approximate, const Geometry& g) {
   const std::size_t stride = g.query_heads * g.head_dim;
   std::vector<AttentionError> errors;
-  for (std::size_t h = 0; h < g.query_heads; ++h)
-    errors.push_back(CompareOutputs(exact.data() + h * g.head_dim,
-                                    approximate.data() + h * g.head_dim, exact.size() / stride,
-                                    stride, g.head_dim));
+  for (std::size_t at = 0; at < stride; at += g.head_dim)
+    errors.push_back(
+        CompareOutputs(&exact[at], &approximate[at], exact.size() / stride, stride, g.head_dim));
   return errors;
 }
 
 // In double precision over exact rows and over the codes; and the library's kernels over the codes,
 // against the latter.
-Result<std::string> ReferenceAttention(const Dump& dump, const Plan& plan, int threads) {
+std::string ReferenceAttention(const Dump& dump, const Plan& plan, int threads) {
   const Geometry& g = plan.geometry;
   const std::vector<HeadCodec> exact_codecs(g.kv_heads * 2);
   ProgressBar bar("attention in double precision");
   std::string csv = "layer,head,nmse,cos_sim,kernel_nmse\n";
-  std::vector<float> exact, decoded, kernel;
   for (std::size_t layer = 0; layer < g.layers; ++layer) {
-    if (Status s = dump.CheckFinite(layer); !s.ok()) return s;
+    Require(dump.CheckFinite(layer));
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
-    const std::vector<HeadCodec> codecs(first, first + g.kv_heads * 2);
-    if (Status s = AttendExactly(dump, layer, exact_codecs, threads, &exact); !s.ok()) return s;
-    if (Status s = AttendExactly(dump, layer, codecs, threads, &decoded); !s.ok()) return s;
-    if (Status s = AttendDump(dump, layer, codecs, {.num_threads = threads}, &kernel); !s.ok())
-      return s;
-    csv += AttentionLines(layer, CompareHeads(exact, decoded, g).data(),
-                          CompareHeads(decoded, kernel, g).data(), g.query_heads);
+    const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
+               decoded = AttendExactly(dump, layer, first, threads);
+    std::vector<float> kernel;
+    Require(AttendDump(dump, layer, {first, first + g.kv_heads * 2}, {.num_threads = threads},
+                       &kernel));
+    csv += AttentionLines(layer, CompareHeads(exact, decoded, g), CompareHeads(decoded, kernel, g));
     dump.Release(layer);
     bar.Update(layer + 1, g.layers);
   }
   return csv;
 }
 
-Result<std::string> Attention(const Options& o) {
-  const Result<Dump> dump = OpenInput(o);
-  if (!dump.ok()) return dump.status();
-  if (!dump->has_q())
-    return Status(ErrorCode::kInvalidArgument,
-                  fmt::format("{}: has no Q, which attention needs{}", dump->path(),
-                              o.raw.kv_heads && !o.raw.query_heads ? " (give --query-heads)" : ""));
-  if (dump->tokens() == 0)
-    return Status(ErrorCode::kInvalidArgument, fmt::format("{}: has no tokens", dump->path()));
-  const Result<Codecs> codecs = ChooseCodecs(o, *dump);
-  if (!codecs.ok()) return codecs.status();
-  if (o.reference) return ReferenceAttention(*dump, codecs->plan, o.threads);
-  const Geometry& g = dump->geometry();
+std::string Attention(const Options& o) {
+  const Dump dump = OpenInput(o);
+  if (!dump.has_q())
+    Refuse("{}: has no Q, which attention needs{}", dump.path(),
+           o.raw.kv_heads && !o.raw.query_heads ? " (give --query-heads)" : "");
+  if (dump.tokens() == 0) Refuse("{}: has no tokens", dump.path());
+  const Plan plan = ChoosePlan(o, dump);
+  if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
-  const auto errors = MeasurePlan(
-      *dump, codecs->plan,
-      {.num_threads = o.threads,
-       .progress = [&](std::size_t done, std::size_t total) { bar.Update(done, total); }});
-  if (!errors.ok()) return errors.status();
+  const std::vector<AttentionError> errors = Require(MeasurePlan(
+      dump, plan, {.num_threads = o.threads, .progress = [&](std::size_t done, std::size_t total) {
+                     bar.Update(done, total);
+                   }}));
   std::string csv = "layer,head,nmse,cos_sim\n";
-  for (std::size_t layer = 0; layer < g.layers; ++layer)
-    csv += AttentionLines(layer, &(*errors)[layer * g.query_heads], nullptr, g.query_heads);
+  const std::size_t heads = plan.geometry.query_heads;
+  for (std::size_t layer = 0; layer < plan.geometry.layers; ++layer)
+    csv += AttentionLines(layer, {&errors[layer * heads], heads});
   return csv;
 }
 
@@ -257,39 +190,38 @@ std::string MibText(std::size_t bytes_per_token, std::size_t tokens) {
   return text;
 }
 
-Result<std::string> Size(const Options& o) {
-  Geometry g = o.geometry;
-  std::optional<Plan> given;
-  if (!o.plan.empty()) {
-    Result<Plan> plan = g.layers == 0 ? LoadPlan(o.plan) : PlanFor(o.plan, g);
-    if (!plan.ok()) return plan.status();
-    given = std::move(*plan);
-    g = given->geometry;
-  }
+std::string Size(const Options& o) {
+  std::optional<Plan> plan;
+  if (!o.plan.empty())
+    plan = o.geometry.layers == 0 ? Require(LoadPlan(o.plan)) : PlanFor(o.plan, o.geometry);
+  Geometry g = plan ? plan->geometry : o.geometry;
   g.query_heads = g.kv_heads;  // no matter for bytes
-  if (Status s = CheckGeometry(g); !s.ok()) return s;
-  const auto heads = Fp16Heads(o);
-  if (!heads.ok()) return heads.status();
-  std::vector<std::pair<std::string, Plan>> rows{{"fp16", UniformPlan(g, {}, {})}};
+  Require(CheckGeometry(g));
+  std::string csv =
+      fmt::format("strategy,bytes_per_token,saved,mib_{}\n", fmt::join(o.tokens, ",mib_"));
+  const auto add = [&](const std::string& name, const Plan& of) {
+    csv += fmt::format("{},{},{:.4f}", name, BytesPerToken(of), SavedFraction(of));
+    for (const std::size_t tokens : o.tokens) csv += "," + MibText(BytesPerToken(of), tokens);
+    csv += "\n";
+  };
+  add("fp16", UniformPlan(g, {}, {}));
   for (int strategy = 1; strategy <= 3; ++strategy) {
-    Result<Plan> plan = StrategyPlan(g, strategy, *heads);
-    if (plan.ok()) {
-      rows.emplace_back(fmt::format("strat{}", strategy), std::move(*plan));
-    } else if (*heads) {
-      return plan.status();
-    }  // else strategy 3 of a model whose heads nobody has named
+    // Nobody has named strategy 3's heads of other models.
+    if (strategy < 3 || !o.fp16_heads.empty() || IsStudyModel(g))
+      add(fmt::format("strat{}", strategy), StrategyPlan(g, strategy, o.fp16_heads));
   }
-  if (given) rows.emplace_back("plan", std::move(*given));
-  std::string csv = "strategy,bytes_per_token,saved";
-  for (const std::size_t tokens : o.tokens) csv += fmt::format(",mib_{}", tokens);
-  for (const auto& [name, plan] : rows) {
-    csv += fmt::format("\n{},{},{:.4f}", name, BytesPerToken(plan), SavedFraction(plan));
-    for (const std::size_t tokens : o.tokens) csv += "," + MibText(BytesPerToken(plan), tokens);
-  }
-  return csv + "\n";
+  if (plan) add("plan", *plan);
+  return csv;
 }
 
 // ---- command line
+
+void AddPlanOptions(CLI::App* app, Options* o, const std::string& plan) {
+  app->add_option("--plan", o->plan, plan);
+  app->add_option("--fp16-heads", o->fp16_heads,
+                  "K heads that strategy 3 keeps in fp16, as layer:head,..., or none (default: the "
+                  "study's six, on its model only)");
+}
 
 void AddDumpOptions(CLI::App* app, Options* o) {
   app->add_option(
@@ -299,10 +231,7 @@ void AddDumpOptions(CLI::App* app, Options* o) {
                   "1: int8, one scale per head over all tokens; 2: int8, one per token and head; "
                   "3: --fp16-heads in fp16, other K as 1, V as 2")
       ->check(CLI::Range(1, 3));
-  app->add_option("--plan", o->plan, "a plan of kvmix-tune in the place of strategy 3");
-  app->add_option("--fp16-heads", o->fp16_heads,
-                  "K heads that strategy 3 keeps in fp16, as layer:head,..., or none (default: the "
-                  "study's six, on its model only)");
+  AddPlanOptions(app, o, "a plan of kvmix-tune in the place of strategy 3");
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -338,18 +267,14 @@ int Main(int argc, char** argv) {
       ->delimiter(',')
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 40))
       ->capture_default_str();
-  size->add_option("--plan", o.plan, "a plan to list as well");
-  size->add_option("--fp16-heads", o.fp16_heads,
-                   "K heads that strategy 3 keeps in fp16, as layer:head,..., or none (default: "
-                   "the study's six, on its model only)");
+  AddPlanOptions(size, &o, "a plan to list as well");
   app.footer(
       "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ "
       "--plan plan.json --kv-heads 2 --query-heads 14 --head-dim 64 --prompt-tokens 512,512\n"
       "  kvmix-eval size --layers 24 --kv-heads 2 --head-dim 64 --tokens 4096,32768");
   if (const auto code = Parse(&app, argc, argv)) return *code;
-  const Result<std::string> csv = *quant ? Quant(o) : *attention ? Attention(o) : Size(o);
-  if (!csv.ok()) return Fail(kProgram, csv.status().message());
-  return Print(kProgram, *csv);
+  Print(*quant ? Quant(o) : *attention ? Attention(o) : Size(o));
+  return 0;
 }
 
 }  // namespace

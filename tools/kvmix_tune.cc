@@ -2,8 +2,6 @@
 // the plan as a whole, reports.
 #include <unistd.h>
 
-#include <algorithm>
-#include <cstdio>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -94,20 +92,16 @@ void AddOptions(CLI::App* app, Options* o) {
 }
 
 // Tells early that a file cannot be written, before minutes of work.
-Status CheckWritable(const std::string& path) {
+void CheckWritable(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code error;
   if (fs::is_directory(path, error))
-    return {ErrorCode::kIo, fmt::format("{}: expected a file to write to, found a folder", path)};
-  const fs::path folder =
-      fs::path(path).has_parent_path() ? fs::path(path).parent_path() : fs::path(".");
+    Refuse("{}: expected a file to write to, found a folder", path);
+  const fs::path parent = fs::path(path).parent_path(), folder = parent.empty() ? "." : parent;
   if (!fs::is_directory(folder, error))
-    return {ErrorCode::kIo,
-            fmt::format("{}: expected the folder {}, found none", path, folder.string())};
+    Refuse("{}: expected the folder {}, found none", path, folder.string());
   if (access(folder.c_str(), W_OK | X_OK) != 0)
-    return {ErrorCode::kIo,
-            fmt::format("{}: may not write to the folder {}", path, folder.string())};
-  return {};
+    Refuse("{}: may not write to the folder {}", path, folder.string());
 }
 
 struct Dumps {
@@ -115,54 +109,35 @@ struct Dumps {
   std::optional<Dump> holdout;
 };
 
-Result<Dumps> OpenDumps(const Options& o) {
+Dumps OpenDumps(const Options& o) {
   std::vector<std::string> paths = o.dumps;
   std::string holdout_path = o.holdout;
   if (paths.empty()) {
-    Result<std::string> calibration = SamplePath("calibration"), holdout = SamplePath("holdout");
-    if (!calibration.ok()) return calibration.status();
-    if (!holdout.ok()) return holdout.status();
-    paths = {*calibration};
-    if (holdout_path.empty()) holdout_path = *holdout;
+    paths = {SamplePath("calibration")};
+    if (holdout_path.empty()) holdout_path = SamplePath("holdout");
   }
   Dumps dumps;
-  for (const std::string& path : paths) {
-    Result<Dump> dump = OpenDump(path, o.raw);
-    if (!dump.ok()) return dump.status();
-    dumps.calibration.push_back(std::move(*dump));
-  }
-  if (!holdout_path.empty()) {
-    Result<Dump> dump = OpenDump(holdout_path, o.raw);
-    if (!dump.ok()) return dump.status();
-    if (!dump->has_q())
-      return Status(ErrorCode::kInvalidArgument,
-                    fmt::format("{}: has no Q, which attention errors need", holdout_path));
-    if (dump->geometry() != dumps.calibration[0].geometry())
-      return Status(ErrorCode::kMismatch, fmt::format("{}: expected {}, found {}", holdout_path,
-                                                      ToString(dumps.calibration[0].geometry()),
-                                                      ToString(dump->geometry())));
-    dumps.holdout.emplace(std::move(*dump));
-  }
+  for (const std::string& path : paths) dumps.calibration.push_back(OpenDump(path, o.raw));
+  if (holdout_path.empty()) return dumps;
+  dumps.holdout = OpenDump(holdout_path, o.raw);
+  if (!dumps.holdout->has_q()) Refuse("{}: has no Q, which attention errors need", holdout_path);
+  const Geometry &expected = dumps.calibration[0].geometry(), &found = dumps.holdout->geometry();
+  if (found != expected)
+    Refuse("{}: expected {}, found {}", holdout_path, ToString(expected), ToString(found));
   return dumps;
 }
 
-Result<Wisdom> Speeds(const Options& o, const Geometry& g, const CandidateKinds& candidates) {
+Wisdom Speeds(const Options& o, const Geometry& g, const CandidateKinds& candidates) {
   Wisdom wisdom = ThisMachine();
   if (!o.wisdom.empty()) {
     Result<Wisdom> known = LoadWisdom(o.wisdom);
-    if (known.ok()) {
-      wisdom = std::move(*known);
-    } else if (known.status().code() != ErrorCode::kNotFound) {
-      return known.status();
-    }
+    if (known.status().code() != ErrorCode::kNotFound) wisdom = Require(std::move(known));
   }
   const std::size_t before = wisdom.speeds.size();
-  if (Status s = MeasureHeadSpeeds(candidates.k, candidates.v, g.group(), g.head_dim, o.context,
-                                   kSpeedSeconds, &wisdom);
-      !s.ok())
-    return s;
-  if (!o.wisdom.empty() && wisdom.speeds.size() > before)
-    if (Status s = SaveWisdom(wisdom, o.wisdom); !s.ok()) return s;
+  ProgressBar bar("timing the kernels");
+  Require(MeasureHeadSpeeds(candidates.k, candidates.v, g.group(), g.head_dim, o.context,
+                            kSpeedSeconds, &wisdom));
+  if (!o.wisdom.empty() && wisdom.speeds.size() > before) Require(SaveWisdom(wisdom, o.wisdom));
   return wisdom;
 }
 
@@ -171,25 +146,22 @@ MeasureOptions WithBar(int threads, ProgressBar* bar) {
 }
 
 // The plan as a whole over several dumps.
-Result<Fidelity> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads,
-                              const std::string& label) {
+Fidelity MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads,
+                      const std::string& label) {
   ProgressBar bar(label);
   std::vector<AttentionError> total(plan.geometry.layers * plan.geometry.query_heads);
   for (const Dump* dump : dumps) {
-    Result<std::vector<AttentionError>> errors = MeasurePlan(*dump, plan, WithBar(threads, &bar));
-    if (!errors.ok()) return errors.status();
-    for (std::size_t i = 0; i < total.size(); ++i) total[i] += (*errors)[i];
+    const auto errors = Require(MeasurePlan(*dump, plan, WithBar(threads, &bar)));
+    for (std::size_t i = 0; i < total.size(); ++i) total[i] += errors[i];
   }
   return Summarize(total, plan.geometry);
 }
 
-Result<TuneReport> Tune(const Options& o) {
-  const Result<CandidateKinds> candidates = Candidates(o.candidates);
-  if (!candidates.ok()) return candidates.status();
-  Result<Dumps> dumps = OpenDumps(o);
-  if (!dumps.ok()) return dumps.status();
+TuneReport Tune(const Options& o) {
+  const CandidateKinds candidates = Require(Candidates(o.candidates));
+  const Dumps dumps = OpenDumps(o);
   std::vector<const Dump*> calibration;
-  for (const Dump& dump : dumps->calibration) calibration.push_back(&dump);
+  for (const Dump& dump : dumps.calibration) calibration.push_back(&dump);
 
   TuneReport report;
   report.candidates = o.candidates;
@@ -197,35 +169,23 @@ Result<TuneReport> Tune(const Options& o) {
   report.constraints = o.constraints;
   report.times_are_kept = !o.wisdom.empty();
   const Geometry& geometry = calibration[0]->geometry();
-  {
-    ProgressBar bar("timing the kernels");
-    Result<Wisdom> wisdom = Speeds(o, geometry, *candidates);
-    if (!wisdom.ok()) return wisdom.status();
-    report.wisdom = std::move(*wisdom);
-  }
+  report.wisdom = Speeds(o, geometry, candidates);
   {
     ProgressBar bar("measuring every head and codec");
-    Result<ErrorTable> table =
-        Measure(calibration, *candidates, 0, geometry.layers, WithBar(o.threads, &bar));
-    if (!table.ok()) return table.status();
-    report.table = std::move(*table);
+    report.table =
+        Require(Measure(calibration, candidates, 0, geometry.layers, WithBar(o.threads, &bar)));
   }
-  Result<Choice> choice = Choose(report.table, report.wisdom, o.context, o.constraints);
-  if (!choice.ok()) return choice.status();
-  report.choice = std::move(*choice);
+  report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
 
+  const Plan& plan = report.choice.plan;
   Provenance& provenance = report.choice.plan.provenance;
-  Result<Fidelity> on_calibration = MeasureWhole(calibration, report.choice.plan, o.threads,
-                                                 "measuring the plan on the calibration");
-  if (!on_calibration.ok()) return on_calibration.status();
-  report.calibration = provenance.on_calibration = *on_calibration;
-  if (dumps->holdout) {
-    Result<Fidelity> on_holdout = MeasureWhole({&*dumps->holdout}, report.choice.plan, o.threads,
-                                               "measuring the plan on the holdout");
-    if (!on_holdout.ok()) return on_holdout.status();
-    report.holdout = provenance.on_holdout = *on_holdout;
-    provenance.holdout = internal::FileName(dumps->holdout->path());
-    provenance.holdout_tokens = dumps->holdout->tokens();
+  report.calibration = provenance.on_calibration =
+      MeasureWhole(calibration, plan, o.threads, "measuring the plan on the calibration");
+  if (dumps.holdout) {
+    report.holdout = provenance.on_holdout =
+        MeasureWhole({&*dumps.holdout}, plan, o.threads, "measuring the plan on the holdout");
+    provenance.holdout = internal::FileName(dumps.holdout->path());
+    provenance.holdout_tokens = dumps.holdout->tokens();
   }
   return report;
 }
@@ -239,8 +199,7 @@ int Main(int argc, char** argv) {
   AddOptions(&app, &o);
   if (const auto code = Parse(&app, argc, argv)) return *code;
   if (!o.constraints.budget && !o.constraints.min_cosine)
-    return Fail(kProgram,
-                "nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
+    Refuse("nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
   if (o.max_ms) o.constraints.max_decode_ns = *o.max_ms * 1e6;
   // Times that are measured in every run anew must not make every run's plan another.
   if (o.wisdom.empty()) o.constraints.time_tolerance = 1.0;
@@ -248,20 +207,15 @@ int Main(int argc, char** argv) {
     o.output = kDefaultPlan;
     std::error_code error;
     if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
-      return Fail(kProgram,
-                  fmt::format("{} exists already: name the plan's file with -o", kDefaultPlan));
+      Refuse("{} exists already: name the plan's file with -o", kDefaultPlan);
   }
   for (const std::string& path : {o.output, o.wisdom})
-    if (!path.empty())
-      if (const Status s = CheckWritable(path); !s.ok()) return Fail(kProgram, s.message());
-  const Result<TuneReport> report = Tune(o);
-  if (!report.ok()) return Fail(kProgram, report.status().message());
-  if (!o.output.empty())
-    if (const Status s = SavePlan(report->choice.plan, o.output); !s.ok())
-      return Fail(kProgram, s.message());
-  return Print(kProgram,
-               o.json ? ReportJson(*report)
-                      : ReportText(*report) + fmt::format("\nplan written to {}\n", o.output));
+    if (!path.empty()) CheckWritable(path);
+  const TuneReport report = Tune(o);
+  if (!o.output.empty()) Require(SavePlan(report.choice.plan, o.output));
+  Print(o.json ? ReportJson(report)
+               : ReportText(report) + fmt::format("\nplan written to {}\n", o.output));
+  return 0;
 }
 
 }  // namespace

@@ -1,61 +1,82 @@
 #include "study.h"
 
 #include <algorithm>
-#include <string_view>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <sstream>
 
-#include <fmt/format.h>
-
-#include "kvmix/quantize.h"
+#include "console.h"
+#include "lib/files/machine.h"
 #include "lib/files/parse_number.h"
 
 namespace kvmix::tools {
 namespace {
 
-const std::vector<KvHead> kStudyHeads = {{0, 0}, {0, 1}, {1, 1}, {2, 0}, {2, 1}, {8, 0}};
+constexpr const char* kStudyHeads = "0:0,0:1,1:1,2:0,2:1,8:0";
+
+// A head's rows as the codec stores them, the very codes of a cache. [tokens, head_dim]
+std::vector<double> Decoded(const RowsView& rows, const HeadCodec& codec) {
+  const RowCodec row_codec = Require(RowCodec::Create(codec, rows.head_dim));
+  std::vector<std::uint8_t> codes(rows.tokens * row_codec.row_bytes());
+  std::vector<float> scales(rows.tokens), decoded(rows.tokens * rows.head_dim);
+  row_codec.Encode(rows, codes.data(), scales.data());
+  row_codec.Decode(codes.data(), scales.data(), rows.tokens, decoded.data(), rows.head_dim);
+  return {decoded.begin(), decoded.end()};
+}
+
+double Dot(const double* a, const double* b, std::size_t n) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (std::size_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// The output of one query row over the first `tokens` rows of k and v.
+std::vector<double> AttendRow(const std::vector<double>& q, const double* k, const double* v,
+                              std::size_t tokens) {
+  const std::size_t dim = q.size();
+  std::vector<double> weights(tokens), out(dim, 0.0);
+  for (std::size_t t = 0; t < tokens; ++t) weights[t] = Dot(q.data(), k + t * dim, dim);
+  const double max = std::ranges::max(weights);
+  double sum = 0.0;
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const double weight = std::exp(weights[t] - max);
+    sum += weight;
+    for (std::size_t c = 0; c < dim; ++c) out[c] += weight * v[t * dim + c];
+  }
+  for (double& x : out) x /= sum;
+  return out;
+}
+
+}  // namespace
 
 bool IsStudyModel(const Geometry& g) {
   return g.layers == 24 && g.kv_heads == 2 && g.head_dim == 64;
 }
 
-}  // namespace
-
-Result<std::vector<KvHead>> ParseKvHeads(const std::string& text) {
-  std::vector<KvHead> heads;
-  std::string_view rest = text;
-  if (text == "none") rest = {};
-  while (!rest.empty()) {
-    const std::string_view item = rest.substr(0, rest.find(','));
-    rest.remove_prefix(std::min(rest.size(), item.size() + 1));
-    const std::size_t colon = item.find(':');
-    const auto number = [](std::string_view t) { return internal::ParseNumber<std::size_t>(t); };
-    const auto layer = number(item.substr(0, colon));
-    const auto head = colon == item.npos ? std::nullopt : number(item.substr(colon + 1));
-    if (!layer || !head)
-      return Status(ErrorCode::kInvalidArgument,
-                    fmt::format("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item));
-    heads.push_back({*layer, *head});
-  }
-  return heads;
-}
-
-Result<Plan> StrategyPlan(const Geometry& g, int strategy,
-                          const std::optional<std::vector<KvHead>>& fp16_heads) {
+Plan StrategyPlan(const Geometry& g, int strategy, const std::string& fp16_heads) {
   const HeadCodec per_head{{Storage::kI8, Scale::kHead}, 1.0f},
       per_token{{Storage::kI8, Scale::kToken}};
-  if (strategy == 1) return UniformPlan(g, per_head, per_head);
-  if (strategy == 2) return UniformPlan(g, per_token, per_token);
-  if (!fp16_heads && !IsStudyModel(g))
-    return Status(
-        ErrorCode::kInvalidArgument,
-        fmt::format("strategy 3 on {} needs --fp16-heads (its K heads to keep in fp16) or --plan: "
-                    "the study's six heads are those of 24 layers x 2 KV heads x 64",
-                    ToString(g)));
-  Plan plan = UniformPlan(g, per_head, per_token);
-  for (const KvHead& h : fp16_heads ? *fp16_heads : kStudyHeads) {
-    if (h.layer >= g.layers || h.head >= g.kv_heads)
-      return Status(ErrorCode::kInvalidArgument,
-                    fmt::format("--fp16-heads: no head {}:{} in {}", h.layer, h.head, ToString(g)));
-    plan.codec(h.layer, h.head, Tensor::kK) = {};
+  Plan plan =
+      UniformPlan(g, strategy == 2 ? per_token : per_head, strategy == 1 ? per_head : per_token);
+  if (strategy == 3 && fp16_heads.empty() && !IsStudyModel(g))
+    Refuse(
+        "strategy 3 on {} needs --fp16-heads (its K heads to keep in fp16) or --plan: the study's "
+        "six heads are those of 24 layers x 2 KV heads x 64",
+        ToString(g));
+  std::istringstream items(fp16_heads.empty() ? kStudyHeads : fp16_heads);
+  for (std::string item; fp16_heads != "none" && std::getline(items, item, ',');) {
+    std::istringstream numbers(item);
+    std::string layer_text, head_text;
+    std::getline(std::getline(numbers, layer_text, ':'), head_text);
+    const auto layer = internal::ParseNumber<std::size_t>(layer_text),
+               head = internal::ParseNumber<std::size_t>(head_text);
+    if (!layer || !head) Refuse("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item);
+    if (strategy != 3) continue;
+    if (*layer >= g.layers || *head >= g.kv_heads)
+      Refuse("--fp16-heads: no head {}:{} in {}", *layer, *head, ToString(g));
+    plan.codec(*layer, *head, Tensor::kK) = {};
   }
   return plan;
 }
@@ -73,6 +94,54 @@ void SetHeadScales(const Dump& dump, Plan* plan) {
     }
     dump.Release(layer);
   }
+}
+
+ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
+  ErrorSums sums;
+  for (std::size_t t = 0; t < rows.tokens; ++t) {
+    float max = 0.0f;
+    for (std::size_t c = 0; c < rows.head_dim; ++c)
+      max = std::max(max, std::fabs(rows.At(t, 0, c)));
+    const float inv_scale = codec.kind.scale == Scale::kHead ? 1.0f / codec.head_scale
+                            : max > 0.0f                     ? 127.0f / max
+                                                             : 1.0f;
+    for (std::size_t c = 0; c < rows.head_dim; ++c) {
+      const float x = rows.At(t, 0, c);
+      const float code = std::clamp(std::trunc(x * inv_scale), -127.0f, 127.0f);
+      const double error = double{code / inv_scale} - x;
+      sums += {1, error * error, std::fabs(error), std::fabs(double{x})};
+    }
+  }
+  return sums;
+}
+
+std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+                                 int num_threads) {
+  const Geometry& g = dump.geometry();
+  const std::size_t dim = g.head_dim;
+  std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]
+  for (std::size_t head = 0; head < g.kv_heads; ++head)
+    for (const Tensor t : {Tensor::kK, Tensor::kV})
+      decoded.push_back(Decoded(dump.head(layer, head, t), *codecs++));
+  std::vector<std::size_t> first;  // of every token: its prompt's first one
+  for (const std::size_t tokens : dump.prompt_tokens())
+    first.insert(first.end(), tokens, first.size());
+  std::vector<float> out(dump.tokens() * g.query_heads * dim);
+  const RowsView queries = dump.q(layer);
+  const int threads = internal::Threads(num_threads);
+#pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(threads)
+  for (std::size_t h = 0; h < g.query_heads; ++h) {
+    for (std::size_t t = 0; t < dump.tokens(); ++t) {
+      std::vector<double> q(dim);
+      for (std::size_t c = 0; c < dim; ++c)
+        q[c] = double{dump.attention_scale()} * queries.At(t, h, c);
+      const std::vector<double>* kv = &decoded[h / g.group() * 2];
+      const std::vector<double> row =
+          AttendRow(q, &kv[0][first[t] * dim], &kv[1][first[t] * dim], t - first[t] + 1);
+      std::ranges::copy(row, &out[(t * g.query_heads + h) * dim]);
+    }
+  }
+  return out;
 }
 
 }  // namespace kvmix::tools

@@ -1,35 +1,41 @@
-// The study's strategies as plans, so that one code path serves them and any other plan.
+// What the original study did and the library does not do: its strategies, as plans, so that one
+// code path serves them and any other plan; its cast; attention in double precision.
 #ifndef KVMIX_TOOLS_STUDY_H_
 #define KVMIX_TOOLS_STUDY_H_
 
 #include <cstddef>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "kvmix/dump.h"
 #include "kvmix/plan.h"
-#include "kvmix/status.h"
+#include "kvmix/quantize.h"
 
 namespace kvmix::tools {
 
-struct KvHead {
-  std::size_t layer = 0;
-  std::size_t head = 0;
-};
-
-// "0:0,0:1,8:0", layer:head; "none"
-Result<std::vector<KvHead>> ParseKvHeads(const std::string& text);
+// 24 layers x 2 KV heads x 64: the one model whose six K heads for strategy 3 the study names.
+bool IsStudyModel(const Geometry& geometry);
 
 // 1: int8, one scale per head over all tokens.   2: int8, one per token and head.   3: K int8 with
-// one scale per head, but fp16 for `fp16_heads`; V int8 with one scale per token. Without
-// `fp16_heads`, the six of the study on its model (24 layers x 2 KV heads x 64), on other models an
-// error. Per-head scales are left at 1: SetHeadScales() knows them.
-Result<Plan> StrategyPlan(const Geometry& geometry, int strategy,
-                          const std::optional<std::vector<KvHead>>& fp16_heads);
+// one scale per head, but fp16 for `fp16_heads`; V int8 with one scale per token. fp16_heads:
+// "0:0,0:1,8:0" (layer:head), "none", or "": the study's six on its model, on others an error.
+// Per-head scales are left at 1: SetHeadScales() knows them.
+Plan StrategyPlan(const Geometry& geometry, int strategy, const std::string& fp16_heads);
 
 // Every per-head scale becomes the one that just covers this dump.
 void SetHeadScales(const Dump& dump, Plan* plan);
+
+// `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a
+// program. In the study's own arithmetic, and not the kernels', since the largest value of a row
+// lies on an integer and a last bit decides on which side of it. codec: of one of its strategies.
+ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
+
+// AttendDump() of kvmix/tune.h in double precision, over the very codes that a cache stores: shows
+// how much of an error is the codec's and how much the kernels add. One layer, causal within each
+// prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, head_dim], rounded to f32 at the
+// very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
+std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+                                 int num_threads);
 
 }  // namespace kvmix::tools
 
