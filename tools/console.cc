@@ -64,23 +64,21 @@ void ProgressBar::Update(std::size_t done, std::size_t total, StatusLine::Clock:
                          100 * done / total));
 }
 
-Table::Table(std::vector<std::string> header, std::size_t left)
-    : rows_{std::move(header)}, left_(left) {}
-
-void Table::Add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
-
 std::string Table::Text() const {
-  std::vector<std::size_t> widths(rows_[0].size(), 0);
-  for (const auto& row : rows_)
-    for (std::size_t c = 0; c < row.size(); ++c) widths[c] = std::max(widths[c], row[c].size());
+  std::vector<std::vector<std::string>> rows;
+  std::vector<std::size_t> widths;
+  for (const std::string& row : rows_) {
+    rows.push_back(CLI::detail::split(row, '\t'));
+    widths.resize(std::max(widths.size(), rows.back().size()));
+    for (std::size_t c = 0; c < rows.back().size(); ++c)
+      widths[c] = std::max(widths[c], rows.back()[c].size());
+  }
   std::string text;
-  for (const auto& row : rows_) {
+  for (const auto& row : rows) {
     std::string line;
     for (std::size_t c = 0; c < row.size(); ++c)
-      line += c < left_ ? fmt::format("  {:<{}}", row[c], widths[c])
-                        : fmt::format("  {:>{}}", row[c], widths[c]);
-    line.erase(line.find_last_not_of(' ') + 1);
-    text += line + "\n";
+      line += fmt::format(fmt::runtime(c < left_ ? "  {:<{}}" : "  {:>{}}"), row[c], widths[c]);
+    text += line.erase(line.find_last_not_of(' ') + 1) + "\n";
   }
   return text;
 }

@@ -79,16 +79,19 @@ class ProgressBar {
   StatusLine line_;
 };
 
-// Rows of cells in columns as wide as they need: the first `left` columns aligned to the left, the
-// others to the right.
+// Columns as wide as they need: the first `left` aligned to the left, the others to the right. Tabs
+// stand between the cells of a row.
 class Table {
  public:
-  Table(std::vector<std::string> header, std::size_t left);
-  void Add(std::vector<std::string> row);
+  Table(std::string header, std::size_t left) : rows_{std::move(header)}, left_(left) {}
+  template <class... Args>
+  void Add(fmt::format_string<Args...> row, Args&&... args) {
+    rows_.push_back(fmt::format(row, std::forward<Args>(args)...));
+  }
   std::string Text() const;  // each line indented by two spaces
 
  private:
-  std::vector<std::vector<std::string>> rows_;
+  std::vector<std::string> rows_;
   std::size_t left_;
 };
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -27,7 +27,8 @@ constexpr std::size_t kFrontLines = 12;
 
 const CodecKind kPlain{Storage::kI8, Scale::kToken};
 
-const char* Letter(Tensor t) { return t == Tensor::kK ? "k" : "v"; }
+char Letter(Tensor t) { return t == Tensor::kK ? 'K' : 'V'; }
+const char* JsonName(Tensor t) { return t == Tensor::kK ? "k" : "v"; }
 
 const CandidateError* Find(const HeadErrors& head, const CodecKind& kind) {
   for (const CandidateError& c : head.candidates)
@@ -50,14 +51,12 @@ std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
     std::vector<double> costs;
     for (const HeadErrors& h : table.heads)
       if (h.tensor == tensor) costs.push_back(cost(h));
-    std::nth_element(costs.begin(), costs.begin() + static_cast<std::ptrdiff_t>(costs.size() / 2),
-                     costs.end());
+    std::ranges::sort(costs);
     const double limit = kOutlierFactor * costs[costs.size() / 2];
     for (const HeadErrors& h : table.heads)
       if (h.tensor == tensor && cost(h) > limit) outliers.push_back(&h);
   }
-  std::stable_sort(outliers.begin(), outliers.end(),
-                   [&](const HeadErrors* a, const HeadErrors* b) { return cost(*a) > cost(*b); });
+  std::ranges::stable_sort(outliers, std::greater(), [&](const HeadErrors* h) { return cost(*h); });
   return outliers;
 }
 
@@ -70,14 +69,12 @@ std::string OutlierText(const TuneReport& r) {
         "No outlier heads: int8 with a scale per token costs no head more than {:.0f} x what it "
         "costs the median head.\n",
         kOutlierFactor);
-  Table table({"layer", "KV head", "", "max|x|", "NMSE as int8", "NMSE as stored", "stored as"}, 0);
+  Table table("layer\tKV head\t\tmax|x|\tNMSE as int8\tNMSE as stored\tstored as", 0);
   for (const HeadErrors* h : outliers) {
-    const Fidelity plain = OfHead(*Find(*h, kPlain));
     const CodecKind& kind = r.choice.plan.codec(h->layer, h->kv_head, h->tensor).kind;
-    table.Add({fmt::format("{}", h->layer), fmt::format("{}", h->kv_head),
-               h->tensor == Tensor::kK ? "K" : "V", fmt::format("{:.1f}", h->max_abs),
-               fmt::format("{:.1e}", plain.worst_nmse),
-               fmt::format("{:.1e}", OfHead(*Find(*h, kind)).worst_nmse), ToString(kind)});
+    table.Add("{}\t{}\t{}\t{:.1f}\t{:.1e}\t{:.1e}\t{}", h->layer, h->kv_head, Letter(h->tensor),
+              h->max_abs, OfHead(*Find(*h, kPlain)).worst_nmse, OfHead(*Find(*h, kind)).worst_nmse,
+              ToString(kind));
   }
   return fmt::format(
              "Outlier heads: int8 per token costs their worst query head over {:.0f} x the median "
@@ -94,11 +91,10 @@ std::string PlanText(const Plan& plan) {
     ++counts[ToString(plan.codecs[i].kind)][i % 2];
   std::map<std::string, char> letters;
   char next = 'a';
-  Table codecs({"", "codec", "K heads", "V heads"}, 2);
+  Table codecs("\tcodec\tK heads\tV heads", 2);
   for (const auto& [name, count] : counts) {
     letters[name] = name == "f16" ? 'F' : next++;
-    codecs.Add({std::string(1, letters[name]), name, fmt::format("{}", count[0]),
-                fmt::format("{}", count[1])});
+    codecs.Add("{}\t{}\t{}\t{}", letters[name], name, count[0], count[1]);
   }
   std::string text = codecs.Text();
   if (g.layers > kMaxGridLayers || g.kv_heads > kMaxGridHeads) return text;
@@ -110,20 +106,17 @@ std::string PlanText(const Plan& plan) {
     for (std::size_t h = 0; h < g.kv_heads; ++h) {
       std::string row;
       for (std::size_t l = 0; l < g.layers; ++l) row += letters[ToString(plan.codec(l, h, t).kind)];
-      text += fmt::format("  {} of head {:<4} {}\n", t == Tensor::kK ? "K" : "V", h, row);
+      text += fmt::format("  {} of head {:<4} {}\n", Letter(t), h, row);
     }
   }
   return text;
 }
 
 std::string AccuracyText(const TuneReport& r) {
-  Table table({"", "worst cosine", "layer, query head", "mean cosine", "worst NMSE", "mean NMSE"},
-              1);
+  Table table("\tworst cosine\tlayer, query head\tmean cosine\tworst NMSE\tmean NMSE", 1);
   const auto add = [&](const std::string& name, const Fidelity& f) {
-    table.Add({name, fmt::format("{:.6f}", f.worst_cosine),
-               fmt::format("{}, {}", f.worst_layer, f.worst_query_head),
-               fmt::format("{:.6f}", f.mean_cosine), fmt::format("{:.2e}", f.worst_nmse),
-               fmt::format("{:.2e}", f.mean_nmse)});
+    table.Add("{}\t{:.6f}\t{}, {}\t{:.6f}\t{:.2e}\t{:.2e}", name, f.worst_cosine, f.worst_layer,
+              f.worst_query_head, f.mean_cosine, f.worst_nmse, f.mean_nmse);
   };
   const Provenance& p = r.choice.plan.provenance;
   add("predicted, head by head", r.choice.predicted);
@@ -160,36 +153,29 @@ std::string SpeedText(const TuneReport& r) {
       if (std::ranges::find(names[t], name) == names[t].end()) names[t].push_back(name);
     }
   }
-  std::vector<std::string> header{"ms per KV head"};
-  for (const std::string& v : names[1]) header.push_back("V " + v);
-  Table table(header, 1);
+  Table table(fmt::format("ms per KV head\tV {}", fmt::join(names[1], "\tV ")), 1);
   for (const std::string& k : names[0]) {
-    std::vector<std::string> row{"K " + k};
+    std::vector<double> row;
     for (const std::string& v : names[1])
-      row.push_back(fmt::format(
-          "{:.4f}", r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e6));
-    table.Add(row);
+      row.push_back(r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e6);
+    table.Add("K {}\t{:.4f}", k, fmt::join(row, "\t"));
   }
   return fmt::format(
              "Decode of one token at context {}, attention alone, 1 thread: {:.3f} ms, in fp16 "
-             "{:.3f} "
-             "ms ({:.2f} x)\n({} on {})\n",
+             "{:.3f} ms ({:.2f} x)\n({} on {})\n",
              r.context, r.choice.decode_ns / 1e6, r.choice.fp16_decode_ns / 1e6,
              r.choice.fp16_decode_ns / r.choice.decode_ns, r.wisdom.target, r.wisdom.cpu) +
          table.Text() + TimeNote(r);
 }
 
 std::string FrontText(const std::vector<ParetoPoint>& front) {
-  Table table({"saved", "worst cosine", "worst NMSE", "mean NMSE", "K and V in fp16", "decode ms"},
-              0);
+  Table table("saved\tworst cosine\tworst NMSE\tmean NMSE\tK and V in fp16\tdecode ms", 0);
   const std::size_t lines = std::min(front.size(), kFrontLines);
   for (std::size_t i = 0; i < lines; ++i) {
     const ParetoPoint& p = front[lines > 1 ? i * (front.size() - 1) / (lines - 1) : 0];
-    table.Add({fmt::format("{:.2f} %", 100.0 * p.saved_fraction),
-               fmt::format("{:.6f}", p.predicted.worst_cosine),
-               fmt::format("{:.2e}", p.predicted.worst_nmse),
-               fmt::format("{:.2e}", p.predicted.mean_nmse), fmt::format("{}", p.fp16_tensors),
-               fmt::format("{:.3f}", p.decode_ns / 1e6)});
+    table.Add("{:.2f} %\t{:.6f}\t{:.2e}\t{:.2e}\t{}\t{:.3f}", 100.0 * p.saved_fraction,
+              p.predicted.worst_cosine, p.predicted.worst_nmse, p.predicted.mean_nmse,
+              p.fp16_tensors, p.decode_ns / 1e6);
   }
   return fmt::format(
              "Other budgets: {} of the Pareto front's points (all {} with --json), predicted\n",
@@ -210,7 +196,7 @@ Json ToJson(const Fidelity& f) {
 Json HeadJson(const HeadErrors& h) {
   return {{"layer", h.layer},
           {"kv_head", h.kv_head},
-          {"tensor", Letter(h.tensor)},
+          {"tensor", JsonName(h.tensor)},
           {"max_abs", h.max_abs}};
 }
 
@@ -222,14 +208,11 @@ std::string ReportText(const TuneReport& r) {
   std::string text = fmt::format("{}\n{}\ncalibrated on {} ({} tokens)\n",
                                  p.model.empty() ? "unknown model" : p.model,
                                  ToString(plan.geometry), p.calibration, p.calibration_tokens);
-  text +=
-      r.holdout ? fmt::format("held out {} ({} tokens)\n\n", p.holdout, p.holdout_tokens) : "\n";
-  text += OutlierText(r);
-  text += fmt::format("\nPlan: {} of {} bytes per token, {:.2f} % saved\n", BytesPerToken(plan),
-                      Fp16BytesPerToken(plan.geometry), 100.0 * SavedFraction(plan)) +
-          PlanText(plan);
-  for (const std::string& part : {AccuracyText(r), SpeedText(r), FrontText(r.choice.front)})
-    text += '\n' + part;
+  if (r.holdout) text += fmt::format("held out {} ({} tokens)\n", p.holdout, p.holdout_tokens);
+  text += fmt::format("\n{}\nPlan: {} of {} bytes per token, {:.2f} % saved\n{}\n{}\n{}\n{}",
+                      OutlierText(r), BytesPerToken(plan), Fp16BytesPerToken(plan.geometry),
+                      100.0 * SavedFraction(plan), PlanText(plan), AccuracyText(r), SpeedText(r),
+                      FrontText(r.choice.front));
   if (r.context > 2 * p.longest_prompt)
     text += fmt::format(
         "\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps "
@@ -268,16 +251,13 @@ std::string ReportJson(const TuneReport& r) {
                  {"context", r.context},
                  {"cpu", r.wisdom.cpu},
                  {"target", r.wisdom.target}}}};
-  json["fp16_heads"] = Json::array();
-  json["outliers"] = Json::array();
-  json["heads"] = Json::array();
-  json["front"] = Json::array();
+  for (const char* list : {"fp16_heads", "outliers", "heads", "front"}) json[list] = Json::array();
   for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
   for (const HeadErrors& h : r.table.heads) {
     const HeadCodec& codec = plan.codec(h.layer, h.kv_head, h.tensor);
     if (codec.kind.storage == Storage::kF16)
       json["fp16_heads"].push_back(
-          {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", Letter(h.tensor)}});
+          {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", JsonName(h.tensor)}});
     Json head = HeadJson(h);
     head["codec"] = ToString(codec.kind);
     for (const CandidateError& c : h.candidates) {
