@@ -3,8 +3,6 @@
 // Hot: one layer, again and again. Cold: as many layers in rotation as are twice the last cache, so
 // that each comes from DRAM. Bytes: K and V once (codes and scales), q, the output. Multiply-adds:
 // QK and PV of the pairs that causality leaves.
-#include <algorithm>
-
 #include <fmt/format.h>
 
 #include "bench/machine.h"
@@ -12,17 +10,14 @@
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
 #include "lib/tune/random_halves.h"
+#include "tools/console.h"
 
 namespace kvmix::bench {
-
-std::string Shape::name() const {
-  return fmt::format("q{}kv{}d{}", query_heads, kv_heads, head_dim);
-}
-
 namespace {
 
 using internal::kHeadScale;
 using internal::RandomHalves;
+using tools::Require;
 
 struct Context {
   std::size_t tokens;
@@ -59,14 +54,9 @@ struct CacheSet {
   std::size_t next = 0;
 };
 
-void Check(const Status& s) {
-  if (!s.ok()) Die(s.message());
-}
-
 HeadCodec CodecNamed(const char* name) {
-  const Result<CodecKind> kind = ParseCodecKind(name);
-  Check(kind.status());
-  return {*kind, kind->scale == Scale::kHead ? kHeadScale : 0.0f, nullptr};
+  const CodecKind kind = Require(ParseCodecKind(name));
+  return {kind, kind.scale == Scale::kHead ? kHeadScale : 0.0f, nullptr};
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
@@ -80,8 +70,7 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
                                        const char* target) {
   constexpr std::size_t kTokens = 256;
   const Plan plan = PlanOf(c, layers);
-  Result<Cache> cache = Cache::Create(plan.geometry, plan, c.context.tokens, {target});
-  Check(cache.status());
+  Cache cache = Require(Cache::Create(plan.geometry, plan, c.context.tokens, {target}));
   const std::size_t row = c.shape.kv_heads * c.shape.head_dim;
   const std::vector<Half> rows = RandomHalves(2 * kTokens * row);
   const RowsView k = RowsView::F16(rows.data(), kTokens, c.shape.kv_heads, c.shape.head_dim);
@@ -89,11 +78,11 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
       RowsView::F16(rows.data() + kTokens * row, kTokens, c.shape.kv_heads, c.shape.head_dim);
 #pragma omp parallel for
   for (std::size_t layer = 0; layer < layers; ++layer) {
-    for (std::size_t t = 0; t < c.context.tokens; t += kTokens) Check(cache->Append(layer, k, v));
+    for (std::size_t t = 0; t < c.context.tokens; t += kTokens) Require(cache.Append(layer, k, v));
   }
   const std::size_t q = kPrefillQueries * c.shape.query_heads * c.shape.head_dim;
   return std::make_shared<CacheSet>(
-      CacheSet{std::move(*cache), RandomHalves(q), std::vector<float>(q)});
+      CacheSet{std::move(cache), RandomHalves(q), std::vector<float>(q)});
 }
 
 // K's and V's products may run at different peaks.
@@ -108,23 +97,10 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
   const Machine& machine = ThisMachine();
   const std::size_t layer_bytes = BytesPerToken(PlanOf(c, 1)) * c.context.tokens;
   Workload w;
-  if (c.threads > machine.cores) {
+  const std::size_t layers = Rotate(layer_bytes, c.context.cold, &w);
+  if (c.threads > machine.cores)
     w.skip = fmt::format("{} threads on {} core", c.threads, machine.cores);
-    return w;
-  }
-  if (layer_bytes > machine.most_memory()) {
-    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(layer_bytes),
-                         SizeText(machine.most_memory()));
-    return w;
-  }
-  std::size_t layers = 1;
-  if (c.context.cold) {
-    layers = std::min((machine.cold_wanted() - 1) / layer_bytes + 1,
-                      machine.most_memory() / layer_bytes);
-    if (layers * layer_bytes < machine.cold_wanted()) {
-      w.note = ColdSetNote(layers * layer_bytes);
-    }
-  }
+  if (!w.skip.empty()) return w;
   const double pairs = static_cast<double>(c.queries) * (static_cast<double>(c.context.tokens) -
                                                          static_cast<double>(c.queries - 1) / 2);
   const std::size_t outputs = c.queries * c.shape.query_heads * c.shape.head_dim;
@@ -140,13 +116,13 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
       bench.Data<CacheSet>(key, [&] { return FilledCaches(c, layers, bench.kernels.target); });
   AttendOptions options;
   if (c.queries == 1) {
-    const bool in_l2 = !c.context.cold && layer_bytes <= machine.l2;
+    const bool in_l2 = !c.context.cold && layer_bytes <= machine.caches.l2;
     options.residence = in_l2 ? Residence::kL2 : Residence::kMemory;
   }
   const Shape& shape = c.shape;
   w.call = [set, options, shape, queries = c.queries, threads = c.threads, layers] {
     const RowsView q = RowsView::F16(set->q.data(), queries, shape.query_heads, shape.head_dim);
-    Check(Attend(set->cache, set->next, q, set->out.data(), options, threads));
+    Require(Attend(set->cache, set->next, q, set->out.data(), options, threads));
     set->next = (set->next + 1) % layers;
   };
   return w;
@@ -169,12 +145,12 @@ void AddAttendCases(const char* target, std::vector<Case>* cases) {
                        std::size_t queries) {
     for (const int threads : kThreads) {
       const AttendCase c{shape, context, codecs, queries, threads};
-      const std::string work = queries == 1 ? "attend_decode" : "attend_prefill",
-                        many = queries == 1 ? "" : fmt::format("{}x", queries);
-      cases->push_back({fmt::format("{}/{}/k={},v={}/{}/{}{}/t{}", work, target, codecs.k, codecs.v,
-                                    shape.name(), many, context.name, threads),
-                        IsQuick(c, shape, codecs),
-                        [c](Bench& bench) { return Prepare(c, bench); }});
+      cases->push_back(
+          {fmt::format("{}/{}/k={},v={}/{}/{}{}/t{}",
+                       queries == 1 ? "attend_decode" : "attend_prefill", target, codecs.k,
+                       codecs.v, shape.name(), queries == 1 ? "" : fmt::format("{}x", queries),
+                       context.name, threads),
+           IsQuick(c, shape, codecs), [c](Bench& bench) { return Prepare(c, bench); }});
     }
   };
   for (const Shape& shape : kShapes) {

@@ -33,7 +33,8 @@ void InThreads(int threads, const F& f) {
 // A loop over n bytes; copies move the first half to the second.
 using Loop = std::function<void(std::uint8_t* at, std::size_t n)>;
 
-void AddLoops(const kernels::ProbeKernels& probe, Access access, std::vector<Loop>* loops) {
+// The given target's, the best target's and AVX2's.
+std::vector<Loop> AllLoops(std::string_view chosen, Access access) {
   const auto reader = [](auto read) {
     return [read](std::uint8_t* at, std::size_t n) {
       [[maybe_unused]] static volatile std::uint64_t sink;
@@ -43,22 +44,18 @@ void AddLoops(const kernels::ProbeKernels& probe, Access access, std::vector<Loo
   const auto copier = [](auto copy) {
     return [copy](std::uint8_t* at, std::size_t n) { copy(at, n / 2, at + n / 2); };
   };
-  if (access == Access::kRead) {
-    loops->push_back(reader(probe.read));
-    loops->push_back(reader(probe.read_prefetch));
-  } else {
-    loops->push_back(copier(access == Access::kCopy ? probe.copy : probe.copy_stream));
-  }
-}
-
-// The given target's, the best target's and AVX2's.
-std::vector<Loop> AllLoops(std::string_view chosen, Access access) {
-  const std::vector<kernels::Kernels>& all = kernels::AllKernels();
   std::vector<Loop> loops;
-  for (const kernels::Kernels& k : all) {
+  for (const kernels::Kernels& k : kernels::AllKernels()) {
     const std::string_view target = k.target;
-    if (target == chosen || target == all.front().target || target == "AVX2")
-      AddLoops(kernels::ProbeKernelsFor(target), access, &loops);
+    if (target != chosen && target != kernels::AllKernels().front().target && target != "AVX2")
+      continue;
+    const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(target);
+    if (access == Access::kRead) {
+      loops.push_back(reader(probe.read));
+      loops.push_back(reader(probe.read_prefetch));
+    } else {
+      loops.push_back(copier(access == Access::kCopy ? probe.copy : probe.copy_stream));
+    }
   }
   return loops;
 }
@@ -75,9 +72,9 @@ std::string ThreadsText(int threads) {
 
 std::string LevelName(std::size_t bytes, int threads) {
   const Machine& m = ThisMachine();
-  if (bytes == kCold || bytes > m.last_cache) return "dram";
+  if (bytes == kCold || bytes > m.caches.last) return "dram";
   const std::size_t each = bytes / static_cast<std::size_t>(threads);
-  return each <= m.l1 ? "l1" : each <= m.l2 ? "l2" : "l3";
+  return each <= m.caches.l1 ? "l1" : each <= m.caches.l2 ? "l2" : "l3";
 }
 
 }  // namespace
@@ -91,7 +88,7 @@ Limit Limits::Remember(const std::string& what, const std::string& conditions,
                        const std::function<Limit()>& probe) {
   const std::string key = what + ", " + conditions;
   if (const auto known = known_.find(key); known != known_.end()) return known->second;
-  const Limit limit = probe();
+  Limit limit = probe();
   known_[key] = limit;
   probed_.push_back(limit.label() + ", " + conditions);
   return limit;
@@ -117,14 +114,15 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
   const std::size_t windows = std::max<std::size_t>(1, all / (slice * parts));
   const std::size_t passes =
       bytes == kCold ? 1 : std::max<std::size_t>(1, kHotBytes / (slice * parts));
-  const Buffer buffer(windows * parts * slice);
-  std::memset(buffer.data(), 1, buffer.size());
+  const std::size_t buffer_bytes = windows * parts * slice;
+  const auto buffer = AllocatePages(buffer_bytes);
+  std::memset(buffer.get(), 1, buffer_bytes);
 
   std::size_t next = 0;
   std::vector<std::function<void()>> functions;
   for (const Loop& loop : AllLoops(kernels_.target, access)) {
     functions.push_back([&, loop] {
-      std::uint8_t* const from = buffer.data() + next * parts * slice;
+      std::uint8_t* const from = buffer.get() + next * parts * slice;
       next = (next + 1) % windows;
       InThreads(threads, [&](std::size_t thread) {
         for (std::size_t pass = 0; pass < passes; ++pass) loop(from + thread * slice, slice);
@@ -132,8 +130,7 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
     });
   }
   const std::vector<double> medians = internal::MedianSeconds(functions, seconds_, 7);
-  return static_cast<double>(passes * parts * slice) /
-         *std::min_element(medians.begin(), medians.end());
+  return static_cast<double>(passes * parts * slice) / std::ranges::min(medians);
 }
 
 double Limits::MacRate(double (*kernel)(std::size_t rounds), int threads) const {
@@ -155,11 +152,11 @@ Limit Limits::TileMacs(Storage storage, int threads) {
       return Limit{"fma-f32", MacRate(probe.fma_f32, threads), true};
     });
   }
-  const Limit pairs = Remember("pairs", ThreadsText(threads), [&] {
+  Limit pairs = Remember("pairs", ThreadsText(threads), [&] {
     return Limit{"mul-i16", MacRate(probe.widening_i16, threads), true};
   });
   if (probe.dot_u8i8 == nullptr) return pairs;
-  const Limit dot = Remember("dot", ThreadsText(threads), [&] {
+  Limit dot = Remember("dot", ThreadsText(threads), [&] {
     return Limit{"dot-u8i8/2", MacRate(probe.dot_u8i8, threads) / 2, true};
   });
   return dot.per_second > pairs.per_second ? dot : pairs;

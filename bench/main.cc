@@ -4,7 +4,7 @@
 // attend_cases.cc and row_cases.cc. Google Benchmark filters, lists, repeats and reports; here each
 // run is timed call by call, and its median is what gets reported.
 #include <algorithm>
-#include <cstdio>
+#include <cctype>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -24,7 +24,32 @@
 #include "tools/console.h"
 
 namespace kvmix::bench {
+
+std::string Shape::name() const {
+  return fmt::format("q{}kv{}d{}", query_heads, kv_heads, head_dim);
+}
+
+std::size_t Rotate(std::size_t bytes, bool cold, Workload* w) {
+  const Machine& m = ThisMachine();
+  if (bytes > m.most_memory()) {
+    w->skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(bytes),
+                          SizeText(m.most_memory()));
+    return 0;
+  }
+  if (!cold) return 1;
+  const std::size_t copies = std::min((m.cold_wanted() - 1) / bytes + 1, m.most_memory() / bytes);
+  if (copies * bytes < m.cold_wanted())
+    w->note = fmt::format("cold set of {}: a quarter of memory, twice the last cache would be {}",
+                          SizeText(copies * bytes), SizeText(m.cold_wanted()));
+  return copies;
+}
+
 namespace {
+
+using tools::Refuse;
+using tools::Require;
+
+constexpr const char* kProgram = "kvmix-bench";
 
 constexpr const char* kExamples = R"(
 Names:
@@ -53,8 +78,6 @@ struct Options {
   double seconds() const { return quick ? kQuickSeconds : kSeconds; }
 };
 
-int Fail(const std::string& message) { return tools::Fail(kProgram, message); }
-
 // Median seconds of one unit of work, and of as much of the reference.
 struct Times {
   double call = 0.0, reference = 0.0;
@@ -79,10 +102,8 @@ Times Measure(const Workload& w, double seconds) {
 }
 
 Times MedianOf(std::vector<Times> times) {
-  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end(),
-                   [](const Times& a, const Times& b) { return a.call < b.call; });
-  return *middle;
+  std::ranges::sort(times, {}, &Times::call);
+  return times[times.size() / 2];
 }
 
 void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
@@ -100,9 +121,7 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   double ideal = times.reference;
   std::string label = w.reference_name;
   if (!w.reference) {
-    const Bound& binds =
-        *std::max_element(w.bounds.begin(), w.bounds.end(),
-                          [](const Bound& a, const Bound& b) { return a.seconds() < b.seconds(); });
+    const Bound& binds = *std::ranges::max_element(w.bounds, {}, &Bound::seconds);
     ideal = binds.seconds();
     label = binds.limit.label();
   }
@@ -114,7 +133,7 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
 }
 
 // Every pair of codecs for every GQA group and head_dim of the table, into `path`.
-int SaveWisdomFile(const Options& options) {
+void SaveWisdomFile(const Options& options) {
   std::vector<CodecKind> kinds;
   for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
     kinds.push_back(*ParseCodecKind(name));
@@ -122,57 +141,49 @@ int SaveWisdomFile(const Options& options) {
   for (const Shape& shape : kShapes) {
     ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
                              shape.head_dim));
-    const Status s = MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext,
-                                       options.seconds(), &wisdom);
-    if (!s.ok()) return Fail(s.message());
+    Require(MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext,
+                              options.seconds(), &wisdom));
   }
   ShowProgress("");
-  if (const Status s = SaveWisdom(wisdom, options.wisdom); !s.ok()) return Fail(s.message());
-  std::printf("%zu decode speeds of %s on %s: %s\n", wisdom.speeds.size(), wisdom.target.c_str(),
-              wisdom.cpu.c_str(), options.wisdom.c_str());
-  return 0;
+  Require(SaveWisdom(wisdom, options.wisdom));
+  tools::Print(fmt::format("{} decode speeds of {} on {}: {}\n", wisdom.speeds.size(),
+                           wisdom.target, wisdom.cpu, options.wisdom));
 }
 
 // The value of one of Google Benchmark's flags, which it keeps to itself: --NAME=VALUE, or the
 // environment's; the last one wins.
 std::string FlagValue(const std::vector<std::string>& args, const std::string& name) {
   std::string variable = name, value;
-  std::transform(variable.begin(), variable.end(), variable.begin(), [](char c) {
-    return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
-  });
+  for (char& c : variable) c = static_cast<char>(std::toupper(c));
   if (const char* set = std::getenv(variable.c_str())) value = set;
   const std::string prefix = "--" + name + "=";
   for (const std::string& arg : args) {
-    if (arg.rfind(prefix, 0) == 0) value = arg.substr(prefix.size());
+    if (arg.starts_with(prefix)) value = arg.substr(prefix.size());
   }
   return value;
 }
 
 // `args`: the command line without the flags of Options.
-int RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
-                  std::vector<std::string> args) {
+void RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
+                   std::vector<std::string> args) {
   const std::string format = FlagValue(args, "benchmark_format"),
                     out = FlagValue(args, "benchmark_out"),
+                    out_format = FlagValue(args, "benchmark_out_format"),
                     filter = FlagValue(args, "benchmark_filter");
-  std::string out_format = FlagValue(args, "benchmark_out_format");
-  if (out_format.empty()) out_format = "json";
 
   Bench bench(kernels, options.seconds());
   const auto display = format.empty() ? MakeTable(bench.limits) : MakeReporter(format);
-  const auto file = out.empty() ? nullptr : MakeReporter(out_format);
-  if (!display || (!out.empty() && !file))
-    return Fail(fmt::format("unknown format '{}': json, console or csv expected",
-                            display ? out_format : format));
+  const auto file = out.empty() ? nullptr : MakeReporter(out_format.empty() ? "json" : out_format);
 
   // One iteration is a whole measurement, many calls long.
-  args.insert(args.begin(), {"kvmix-bench", "--benchmark_min_time=" KVMIX_MIN_TIME});
+  args.insert(args.begin(), {kProgram, "--benchmark_min_time=" KVMIX_MIN_TIME});
   std::vector<char*> argv;
+  argv.reserve(args.size() + 1);
   for (std::string& arg : args) argv.push_back(arg.data());
   int argc = static_cast<int>(argv.size());
   argv.push_back(nullptr);
   benchmark::Initialize(&argc, argv.data());
-  if (argc > 1)
-    return Fail(fmt::format("unknown argument '{}'; --help lists those there are", argv[1]));
+  if (argc > 1) Refuse("unknown argument '{}'; --help lists those there are", argv[1]);
 
   std::vector<Case> cases;
   AddAttendCases(kernels.target, &cases);
@@ -189,7 +200,7 @@ int RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
   benchmark::AddCustomContext("kvmix_version", std::string(Version()));
   const std::size_t matched = benchmark::RunSpecifiedBenchmarks(display.get(), file.get());
   benchmark::Shutdown();
-  return matched > 0 ? 0 : Fail(fmt::format("no benchmark's name matches '{}'", filter));
+  if (matched == 0) Refuse("no benchmark's name matches '{}'", filter);
 }
 
 int Main(int argc, char** argv) {
@@ -212,12 +223,15 @@ int Main(int argc, char** argv) {
   app.allow_extras();
   if (const auto code = tools::Parse(&app, argc, argv)) return *code;
   const kernels::Kernels* kernels = kernels::FindKernels(options.target);
-  if (kernels == nullptr) {
-    return Fail(fmt::format("--target '{}': this machine and build have {}", options.target,
-                            fmt::join(Targets(), ", ")));
+  if (kernels == nullptr)
+    Refuse("--target '{}': this machine and build have {}", options.target,
+           fmt::join(Targets(), ", "));
+  if (!options.wisdom.empty()) {
+    SaveWisdomFile(options);
+  } else {
+    RunBenchmarks(options, *kernels, app.remaining());
   }
-  if (!options.wisdom.empty()) return SaveWisdomFile(options);
-  return RunBenchmarks(options, *kernels, app.remaining());
+  return 0;
 }
 
 }  // namespace

@@ -32,24 +32,24 @@ Runs WithMedians(Runs runs) {
   return runs;
 }
 
-class MedianReporter : public BenchmarkReporter {
+// One of Google Benchmark's reporters, or the table, with medians for times.
+template <class Reporter>
+class Medians : public Reporter {
  public:
-  explicit MedianReporter(std::unique_ptr<BenchmarkReporter> inner) : inner_(std::move(inner)) {
-    SetErrorStream(&nowhere_);
+  template <class... Args>
+  explicit Medians(Args&&... args) : Reporter(std::forward<Args>(args)...) {
+    this->SetErrorStream(&nowhere_);
   }
-  bool ReportContext(const Context& context) override {
-    inner_->SetOutputStream(&GetOutputStream());
-    inner_->SetErrorStream(&GetErrorStream() == &nowhere_ ? &std::cerr : &GetErrorStream());
-    return inner_->ReportContext(context);
+  bool ReportContext(const BenchmarkReporter::Context& context) override {
+    if (&this->GetErrorStream() == &nowhere_) this->SetErrorStream(&std::cerr);
+    return Reporter::ReportContext(context);
   }
-  void ReportRuns(const std::vector<Run>& runs) override {
+  void ReportRuns(const Runs& runs) override {
     ShowProgress("");
-    inner_->ReportRuns(WithMedians(runs));
+    Reporter::ReportRuns(WithMedians(runs));
   }
-  void Finalize() override { inner_->Finalize(); }
 
  private:
-  std::unique_ptr<BenchmarkReporter> inner_;
   // Where Google Benchmark says that a filter matches nothing: main.cc says it as all programs do.
   std::ostream nowhere_{nullptr};
 };
@@ -75,7 +75,7 @@ class Table : public BenchmarkReporter {
     GetOutputStream() << fmt::format(
                              "kvmix-bench {}, {}, {} core{}, L2 {}, last cache {}, memory {}\n",
                              kvmix::ThisMachine().version, m.cpu, m.cores, m.cores == 1 ? "" : "s",
-                             SizeText(m.l2), SizeText(m.last_cache), SizeText(m.memory))
+                             SizeText(m.caches.l2), SizeText(m.caches.last), SizeText(m.memory))
                       << "Medians. GB/s: bytes read and written. of limit: 100 % is the time that "
                          "the limit beside it allows.\n";
     return true;
@@ -128,18 +128,17 @@ class Table : public BenchmarkReporter {
 }  // namespace
 
 std::unique_ptr<BenchmarkReporter> MakeTable(const Limits& limits) {
-  return std::make_unique<MedianReporter>(std::make_unique<Table>(limits));
+  return std::make_unique<Medians<Table>>(limits);
 }
 
 std::unique_ptr<BenchmarkReporter> MakeReporter(const std::string& format) {
-  std::unique_ptr<BenchmarkReporter> inner;
-  if (format == "console") inner = std::make_unique<benchmark::ConsoleReporter>();
-  if (format == "json") inner = std::make_unique<benchmark::JSONReporter>();
+  if (format == "console") return std::make_unique<Medians<benchmark::ConsoleReporter>>();
+  if (format == "json") return std::make_unique<Medians<benchmark::JSONReporter>>();
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  if (format == "csv") inner = std::make_unique<benchmark::CSVReporter>();
+  if (format == "csv") return std::make_unique<Medians<benchmark::CSVReporter>>();
 #pragma GCC diagnostic pop
-  return inner == nullptr ? nullptr : std::make_unique<MedianReporter>(std::move(inner));
+  tools::Refuse("unknown format '{}': json, console or csv expected", format);
 }
 
 void ShowProgress(const std::string& text) {

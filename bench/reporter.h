@@ -21,7 +21,7 @@ inline constexpr const char* kNoteSeparator = "; ";
 
 // A table for people, 100 columns wide, with the limits that were probed below it.
 std::unique_ptr<benchmark::BenchmarkReporter> MakeTable(const Limits& limits);
-// Google Benchmark's own "json", "console" or "csv".
+// Google Benchmark's own "json", "console" or "csv"; refuses others.
 std::unique_ptr<benchmark::BenchmarkReporter> MakeReporter(const std::string& format);
 
 // What is under way: tools/console.h's StatusLine; "" wipes it.

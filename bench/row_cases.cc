@@ -5,7 +5,6 @@
 //
 // append: one token, K and V of every KV head, into a cache of i8-token codecs; held against memcpy
 // of the same fp16 rows to where a cache of rows would keep them, timed in turns with it.
-#include <algorithm>
 #include <cstring>
 
 #include <fmt/format.h>
@@ -80,7 +79,7 @@ constexpr Kind kKinds[] = {
 constexpr std::size_t kHeadBytes = std::size_t{512} << 10;
 
 struct RowSets {
-  Buffer memory;
+  std::shared_ptr<std::uint8_t[]> memory;
   std::vector<std::vector<Rows>> sets;  // [sets][heads]
   std::size_t next = 0;
 };
@@ -108,11 +107,11 @@ std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_byte
   const std::size_t wide = padded(values * wide_bytes), codes = padded(values),
                     scales = padded(tokens * sizeof(float));
   const std::size_t set_bytes = wide + codes + scales;
-  auto made = std::shared_ptr<RowSets>(new RowSets{Buffer(sets * set_bytes), {}});
+  auto made = std::make_shared<RowSets>(RowSets{AllocatePages(sets * set_bytes), {}});
   const std::vector<Half> random = RandomHalves(256 * head_dim);
   const std::size_t head_tokens = std::min(tokens, kHeadBytes / (head_dim * sizeof(Half)));
   for (std::size_t s = 0; s < sets; ++s) {
-    std::uint8_t* const at = made->memory.data() + s * set_bytes;
+    std::uint8_t* const at = made->memory.get() + s * set_bytes;
     made->sets.emplace_back();
     for (std::size_t t = 0; t < tokens; t += head_tokens) {
       made->sets.back().push_back({at + t * head_dim * wide_bytes, at + wide + t * head_dim,
@@ -125,27 +124,16 @@ std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_byte
 }
 
 Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Bench& bench) {
-  const Machine& machine = ThisMachine();
   const std::size_t token_bytes = shape.head_dim * (kind.wide_bytes + 1) + sizeof(float),
                     tokens = size.bytes / token_bytes;
   Workload w;
-  if (size.bytes > machine.most_memory()) {
-    w.skip = fmt::format("{} is more than a quarter of memory ({})", SizeText(size.bytes),
-                         SizeText(machine.most_memory()));
-    return w;
-  }
-  std::size_t sets = 1;
-  if (size.cold) {
-    sets =
-        std::min((machine.cold_wanted() - 1) / size.bytes + 1, machine.most_memory() / size.bytes);
-    if (sets * size.bytes < machine.cold_wanted()) w.note = ColdSetNote(sets * size.bytes);
-  }
+  const std::size_t sets = Rotate(size.bytes, size.cold, &w);
+  if (!w.skip.empty()) return w;
   w.bytes = static_cast<double>(tokens * token_bytes);
   const std::size_t hot_or_cold = size.cold ? kCold : size.bytes;
   w.bounds = {{bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes}};
-  if (size.cold)
-    bench.limits.Memory(Access::kStreamCopy, kCold,
-                        1);  // no kernel here stores so; for the list of limits
+  // No kernel here stores so; for the list of limits.
+  if (size.cold) bench.limits.Memory(Access::kStreamCopy, kCold, 1);
   const auto data = bench.Data<RowSets>(
       fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),
       [&] { return MakeRowSets(shape.head_dim, kind.wide_bytes, tokens, sets); });
@@ -194,8 +182,8 @@ Workload PrepareAppend(const Shape& shape, Bench& bench) {
   const HeadCodec codec{{Storage::kI8, Scale::kToken}};
   const Plan plan =
       UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
-  Workload w;
   Result<Cache> cache = Cache::Create(plan.geometry, plan, kAppendCapacity, {bench.kernels.target});
+  Workload w;
   if (!cache.ok()) {
     w.skip = cache.status().message();
     return w;

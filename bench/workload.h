@@ -28,8 +28,8 @@ inline constexpr Shape kShapes[] = {
     {32, 32, 128},  // MHA
     {10, 2, 80},    // awkward: not a multiple of 32
 };
-inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2,
-                             kMhaShape = 4;  // those that --quick keeps
+// Those that --quick keeps.
+inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;
 
 // Amount of work that a limit bounds from below: it takes at least amount / limit.per_second.
 struct Bound {
@@ -44,12 +44,17 @@ struct Workload {
   std::size_t calls = 1;           // units of work in one call: the time reported is that of one
   double bytes = 0.0, macs = 0.0;  // of one unit: read and written, multiply-adds
   std::vector<Bound> bounds;       // of one unit; the largest binds
-  std::function<void()>
-      reference;  // or, instead of bounds: what to hold the call against, timed in turns with it
+  // Or, instead of bounds: what to hold the call against, timed in turns with it.
+  std::function<void()> reference;
   std::string reference_name;  // "row-copy"
   std::string note;            // to be said in the label
   std::string skip;            // why it can't run here; else empty
 };
+
+// In how many copies to prepare data of this size, to be called upon in rotation: one, or, where it
+// is to come from DRAM, so many that they are as large as cold_wanted(). Where memory allows fewer,
+// w->note says so, and w->skip where it allows none.
+std::size_t Rotate(std::size_t bytes, bool cold, Workload* w);
 
 // The target, the machine's limits, and the data of the last workload: the next one often wants the
 // same. Only one set is alive at a time.
