@@ -5,7 +5,6 @@
 // QK and PV of the pairs that causality leaves.
 #include <fmt/format.h>
 
-#include "bench/machine.h"
 #include "bench/workload.h"
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
@@ -24,9 +23,12 @@ struct Context {
   const char* name;
   bool cold;
 };
-constexpr Context kContexts[] = {
-    {512, "512", false}, {4096, "4k", false}, {32768, "32k", true}, {131072, "128k", true}};
-constexpr Context kMhaContext = {8192, "8k", true};
+constexpr std::size_t kMhaTokens = 8192;  // for kMhaShape only
+constexpr Context kContexts[] = {{512, "512", false},
+                                 {4096, "4k", false},
+                                 {32768, "32k", true},
+                                 {131072, "128k", true},
+                                 {kMhaTokens, "8k", true}};
 
 struct Codecs {
   const char *k, *v;
@@ -37,7 +39,6 @@ constexpr Codecs kCodecs[] = {
 };
 
 constexpr std::size_t kPrefillQueries = 512;
-constexpr int kThreads[] = {1, 2};
 
 struct AttendCase {
   Shape shape;
@@ -132,7 +133,7 @@ bool IsQuick(const AttendCase& c, const Shape& shape, const Codecs& codecs) {
   const auto is = [&](std::size_t i) { return &shape == &kShapes[i]; };
   const bool i8 = &codecs == &kCodecs[1], f16 = &codecs == &kCodecs[0];
   if (is(kMhaShape))
-    return i8 && c.queries == 1 && c.threads == 1 && c.context.tokens == kMhaContext.tokens;
+    return i8 && c.queries == 1 && c.threads == 1 && c.context.tokens == kMhaTokens;
   if (!is(kSmallShape) && !is(kLargeShape)) return false;
   if (c.queries > 1) return i8 && c.threads == 1 && c.context.tokens == 4096;
   return (i8 || (f16 && c.threads == 1)) && (c.context.tokens == 4096 || c.context.tokens == 32768);
@@ -141,28 +142,25 @@ bool IsQuick(const AttendCase& c, const Shape& shape, const Codecs& codecs) {
 }  // namespace
 
 void AddAttendCases(const char* target, std::vector<Case>* cases) {
-  const auto add = [&](const Shape& shape, const Context& context, const Codecs& codecs,
-                       std::size_t queries) {
-    for (const int threads : kThreads) {
-      const AttendCase c{shape, context, codecs, queries, threads};
-      cases->push_back(
-          {fmt::format("{}/{}/k={},v={}/{}/{}{}/t{}",
-                       queries == 1 ? "attend_decode" : "attend_prefill", target, codecs.k,
-                       codecs.v, shape.name(), queries == 1 ? "" : fmt::format("{}x", queries),
-                       context.name, threads),
-           IsQuick(c, shape, codecs), [c](Bench& bench) { return Prepare(c, bench); }});
-    }
+  const auto add = [&](const AttendCase& c, bool quick) {
+    cases->push_back({fmt::format("{}/{}/k={},v={}/{}/{}{}/t{}",
+                                  c.queries == 1 ? "attend_decode" : "attend_prefill", target,
+                                  c.codecs.k, c.codecs.v, c.shape.name(),
+                                  c.queries == 1 ? "" : fmt::format("{}x", c.queries),
+                                  c.context.name, c.threads),
+                      quick, [c](Bench& bench) { return Prepare(c, bench); }});
   };
-  for (const Shape& shape : kShapes) {
-    for (const Codecs& codecs : kCodecs) {
-      for (const Context& context : kContexts) add(shape, context, codecs, 1);
-      if (&shape == &kShapes[kMhaShape]) add(shape, kMhaContext, codecs, 1);
-    }
-  }
-  for (const Shape& shape : kShapes) {
-    for (const Codecs& codecs : kCodecs) {
-      for (const Context& context : kContexts) {
-        if (!context.cold) add(shape, context, codecs, kPrefillQueries);
+  for (const std::size_t queries : {std::size_t{1}, kPrefillQueries}) {
+    for (const Shape& shape : kShapes) {
+      for (const Codecs& codecs : kCodecs) {
+        for (const Context& context : kContexts) {
+          if (queries > 1 && context.cold) continue;
+          if (context.tokens == kMhaTokens && &shape != &kShapes[kMhaShape]) continue;
+          for (const int threads : {1, 2}) {
+            const AttendCase c{shape, context, codecs, queries, threads};
+            add(c, IsQuick(c, shape, codecs));
+          }
+        }
       }
     }
   }

@@ -1,12 +1,82 @@
 #include "bench/machine.h"
 
+#include <omp.h>
 #include <sys/mman.h>
+
+#include <bit>
+#include <cstring>
 
 #include <fmt/format.h>
 
+#include "lib/tune/stopwatch.h"
 #include "tools/console.h"
 
 namespace kvmix::bench {
+namespace {
+
+// Cold probes take a window of this size at a time and wander through a buffer of
+// Machine::cold_bytes(), so that a sample is short and still comes from DRAM.
+constexpr std::size_t kWindow = std::size_t{16} << 20;
+// Hot probes go over their buffer until about this much was moved.
+constexpr std::size_t kHotBytes = std::size_t{16} << 20;
+constexpr std::size_t kGrain = 2048;  // two halves that suit the probes
+constexpr std::size_t kRounds = 100'000;
+
+template <class F>
+void InThreads(int threads, const F& f) {
+  if (threads == 1) return f(0);
+#pragma omp parallel num_threads(threads)
+  f(static_cast<std::size_t>(omp_get_thread_num()));
+}
+
+// A loop over n bytes; copies move the first half to the second.
+using Loop = std::function<void(std::uint8_t* at, std::size_t n)>;
+
+// The given target's, the best target's and AVX2's.
+std::vector<Loop> AllLoops(std::string_view chosen, Access access) {
+  const auto reader = [](auto read) {
+    return [read](std::uint8_t* at, std::size_t n) {
+      [[maybe_unused]] static volatile std::uint64_t sink;
+      sink = read(at, n);
+    };
+  };
+  const auto copier = [](auto copy) {
+    return [copy](std::uint8_t* at, std::size_t n) { copy(at, n / 2, at + n / 2); };
+  };
+  std::vector<Loop> loops;
+  for (const kernels::Kernels& k : kernels::AllKernels()) {
+    const std::string_view target = k.target;
+    if (target != chosen && target != kernels::AllKernels().front().target && target != "AVX2")
+      continue;
+    const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(target);
+    if (access == Access::kRead) {
+      loops.push_back(reader(probe.read));
+      loops.push_back(reader(probe.read_prefetch));
+    } else {
+      loops.push_back(copier(access == Access::kCopy ? probe.copy : probe.copy_stream));
+    }
+  }
+  return loops;
+}
+
+// Up to one of eight sizes between two powers of two, so that similar sizes share a probe.
+std::size_t Rounded(std::size_t bytes) {
+  const std::size_t step = std::max<std::size_t>(1, std::bit_floor(bytes) / 8);
+  return (bytes + step - 1) / step * step;
+}
+
+std::string ThreadsText(int threads) {
+  return fmt::format("{} thread{}", threads, threads == 1 ? "" : "s");
+}
+
+std::string LevelName(std::size_t bytes, int threads) {
+  const Machine& m = ThisMachine();
+  if (bytes == kCold || bytes > m.caches.last) return "dram";
+  const std::size_t each = bytes / static_cast<std::size_t>(threads);
+  return each <= m.caches.l1 ? "l1" : each <= m.caches.l2 ? "l2" : "l3";
+}
+
+}  // namespace
 
 const Machine& ThisMachine() {
   static const Machine machine;
@@ -27,6 +97,89 @@ std::shared_ptr<std::uint8_t[]> AllocatePages(std::size_t bytes) {
   if (p == MAP_FAILED) tools::Refuse("no memory for {}", SizeText(bytes));
   madvise(p, bytes, MADV_HUGEPAGE);
   return {static_cast<std::uint8_t*>(p), [bytes](std::uint8_t* at) { munmap(at, bytes); }};
+}
+
+std::string Limit::label() const {
+  return macs ? fmt::format("{} {:.0f} Gmac/s", name, per_second * 1e-9)
+              : fmt::format("{} {:.1f} GB/s", name, per_second * 1e-9);
+}
+
+Limit Limits::Remember(const std::string& what, const std::string& conditions,
+                       const std::function<Limit()>& probe) {
+  const std::string key = what + ", " + conditions;
+  if (const auto known = known_.find(key); known != known_.end()) return known->second;
+  Limit limit = probe();
+  known_[key] = limit;
+  probed_.push_back(limit.label() + ", " + conditions);
+  return limit;
+}
+
+Limit Limits::Memory(Access access, std::size_t bytes, int threads) {
+  const char* const kinds[] = {"read", "copy", "stream"};
+  const char* const kind = kinds[static_cast<int>(access)];
+  const std::string level = LevelName(bytes, threads);
+  const std::size_t size = level == "dram" ? kCold : Rounded(bytes);
+  const std::string conditions =
+      (size == kCold ? "" : SizeText(size) + ", ") + ThreadsText(threads);
+  return Remember(kind, conditions, [&] {
+    return Limit{level + "-" + kind, MemoryRate(access, size, threads), false};
+  });
+}
+
+double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
+  const std::size_t all = bytes == kCold ? ThisMachine().cold_bytes() : bytes,
+                    parts = static_cast<std::size_t>(threads);
+  const std::size_t window = bytes == kCold ? std::min(kWindow, all / 8) : all;
+  const std::size_t slice = std::max(kGrain, window / parts / kGrain * kGrain);
+  const std::size_t windows = std::max<std::size_t>(1, all / (slice * parts));
+  const std::size_t passes =
+      bytes == kCold ? 1 : std::max<std::size_t>(1, kHotBytes / (slice * parts));
+  const std::size_t buffer_bytes = windows * parts * slice;
+  const auto buffer = AllocatePages(buffer_bytes);
+  std::memset(buffer.get(), 1, buffer_bytes);
+
+  std::size_t next = 0;
+  std::vector<std::function<void()>> functions;
+  for (const Loop& loop : AllLoops(kernels_.target, access)) {
+    functions.push_back([&, loop] {
+      std::uint8_t* const from = buffer.get() + next * parts * slice;
+      next = (next + 1) % windows;
+      InThreads(threads, [&](std::size_t thread) {
+        for (std::size_t pass = 0; pass < passes; ++pass) loop(from + thread * slice, slice);
+      });
+    });
+  }
+  const std::vector<double> medians = internal::MedianSeconds(functions, seconds_, 7);
+  return static_cast<double>(passes * parts * slice) / std::ranges::min(medians);
+}
+
+double Limits::MacRate(double (*kernel)(std::size_t rounds), int threads) const {
+  double macs = 0.0;
+  const auto run = [&] {
+    InThreads(threads, [&](std::size_t thread) {
+      const double done = kernel(kRounds);
+      if (thread == 0) macs = done * threads;
+    });
+  };
+  const double seconds = internal::MedianSeconds({run}, seconds_ / 2, 7)[0];
+  return macs / seconds;
+}
+
+Limit Limits::TileMacs(Storage storage, int threads) {
+  const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(kernels_.target);
+  if (storage == Storage::kF16) {
+    return Remember("fma", ThreadsText(threads), [&] {
+      return Limit{"fma-f32", MacRate(probe.fma_f32, threads), true};
+    });
+  }
+  Limit pairs = Remember("pairs", ThreadsText(threads), [&] {
+    return Limit{"mul-i16", MacRate(probe.widening_i16, threads), true};
+  });
+  if (probe.dot_u8i8 == nullptr) return pairs;
+  Limit dot = Remember("dot", ThreadsText(threads), [&] {
+    return Limit{"dot-u8i8/2", MacRate(probe.dot_u8i8, threads) / 2, true};
+  });
+  return dot.per_second > pairs.per_second ? dot : pairs;
 }
 
 }  // namespace kvmix::bench

@@ -1,14 +1,26 @@
-// What the benchmark must know of the machine: cache sizes decide what is "hot" and "cold", memory
-// how much it may take.
+// What the benchmark must know of the machine. Cache sizes decide what is "hot" and "cold", memory
+// how much it may take. Limits are what the machine can do at most, probed in the same run as the
+// kernels that are held against them; each once, and only if something asks for it.
+//
+// Memory: the fastest of several loops (with and without prefetch, and with other vector widths
+// than the target's: narrower ones can be faster), over a buffer as large as the kernel's data.
+// Arithmetic: the active target's instructions on registers.
 #ifndef KVMIX_BENCH_MACHINE_H_
 #define KVMIX_BENCH_MACHINE_H_
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <vector>
 
+#include "kernels/kernels.h"
+#include "kernels/probe.h"
+#include "kvmix/codec.h"
 #include "lib/files/machine.h"
 
 namespace kvmix::bench {
@@ -34,6 +46,45 @@ std::string SizeText(std::size_t bytes);
 // Zeroed memory, 64-byte aligned, in huge pages where the system gives them (a cache's memory is
 // the same).
 std::shared_ptr<std::uint8_t[]> AllocatePages(std::size_t bytes);
+
+struct Limit {
+  std::string name;         // "dram-read", "dot-u8i8"
+  double per_second = 0.0;  // bytes (of a copy: read and written) or multiply-adds
+  bool macs = false;
+  std::string label() const;  // "dram-read 19.3 GB/s"
+};
+
+enum class Access { kRead, kCopy, kStreamCopy };
+inline constexpr std::size_t kCold = 0;  // as a size: larger than any cache
+
+class Limits {
+ public:
+  // seconds: for one probe.
+  Limits(const kernels::Kernels& kernels, double seconds) : kernels_(kernels), seconds_(seconds) {}
+
+  // `bytes`: of all data that the kernel walks again and again (a copy: source and destination), or
+  // kCold.
+  Limit Memory(Access access, std::size_t bytes, int threads);
+  // Exact multiply-adds of 15- or 16-bit rows with a tile of this storage, by the best instruction
+  // that the active target has: f16 tiles by FMA; i8 tiles by widening i16 pairs, or by byte dot
+  // products, two for the row's two limbs.
+  Limit TileMacs(Storage storage, int threads);
+
+  // What was probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3 GB/s, 128
+  // KiB, 1 thread".
+  const std::vector<std::string>& probed() const { return probed_; }
+
+ private:
+  Limit Remember(const std::string& what, const std::string& conditions,
+                 const std::function<Limit()>& probe);
+  double MemoryRate(Access access, std::size_t bytes, int threads) const;
+  double MacRate(double (*kernel)(std::size_t rounds), int threads) const;
+
+  const kernels::Kernels& kernels_;
+  double seconds_;
+  std::map<std::string, Limit> known_;
+  std::vector<std::string> probed_;
+};
 
 }  // namespace kvmix::bench
 

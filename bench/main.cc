@@ -14,7 +14,6 @@
 #include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
-#include "bench/machine.h"
 #include "bench/reporter.h"
 #include "bench/workload.h"
 #include "kernels/kernels.h"
@@ -101,11 +100,6 @@ Times Measure(const Workload& w, double seconds) {
   return {medians[0] / units, medians.back() / units};
 }
 
-Times MedianOf(std::vector<Times> times) {
-  std::ranges::sort(times, {}, &Times::call);
-  return times[times.size() / 2];
-}
-
 void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   ShowProgress(c.name);
   const Workload w = c.prepare(bench);
@@ -116,7 +110,8 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   }
   std::vector<Times> all;
   for ([[maybe_unused]] auto _ : state) all.push_back(Measure(w, seconds));
-  const Times times = MedianOf(std::move(all));
+  std::ranges::sort(all, {}, &Times::call);
+  const Times& times = all[all.size() / 2];
 
   double ideal = times.reference;
   std::string label = w.reference_name;

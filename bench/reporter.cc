@@ -7,7 +7,6 @@
 
 #include <fmt/format.h>
 
-#include "bench/machine.h"
 #include "kvmix/speed.h"
 #include "tools/console.h"
 

@@ -10,7 +10,7 @@
 
 #include <benchmark/benchmark.h>
 
-#include "bench/machine_limits.h"
+#include "bench/machine.h"
 
 namespace kvmix::bench {
 

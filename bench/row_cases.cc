@@ -9,7 +9,6 @@
 
 #include <fmt/format.h>
 
-#include "bench/machine.h"
 #include "bench/workload.h"
 #include "kvmix/cache.h"
 #include "lib/tune/random_halves.h"
@@ -87,13 +86,10 @@ struct RowSets {
 // Codes are any bytes but -128, scales any numbers: no kernel's speed depends on them.
 void Fill(const Rows& rows, const std::vector<Half>& random, std::size_t wide_bytes) {
   for (std::size_t t = 0; t < rows.tokens; ++t) {
-    std::uint8_t* const to = static_cast<std::uint8_t*>(rows.wide) + t * rows.head_dim * wide_bytes;
     const Half* const from = random.data() + t % 256 * rows.head_dim;
-    if (wide_bytes == sizeof(Half)) {
-      std::memcpy(to, from, rows.head_dim * wide_bytes);
-    } else {
-      std::memset(to, 0, rows.head_dim * wide_bytes);
-    }
+    if (wide_bytes == sizeof(Half))
+      std::memcpy(static_cast<Half*>(rows.wide) + t * rows.head_dim, from,
+                  rows.head_dim * sizeof(Half));
     for (std::size_t i = 0; i < rows.head_dim; ++i)
       rows.codes[t * rows.head_dim + i] = static_cast<std::uint8_t>(from[i] % 255 - 127);
     rows.scales[t] = kHeadScale;
@@ -108,6 +104,7 @@ std::shared_ptr<RowSets> MakeRowSets(std::size_t head_dim, std::size_t wide_byte
                     scales = padded(tokens * sizeof(float));
   const std::size_t set_bytes = wide + codes + scales;
   auto made = std::make_shared<RowSets>(RowSets{AllocatePages(sets * set_bytes), {}});
+  std::memset(made->memory.get(), 0, sets * set_bytes);  // touched, before it is timed
   const std::vector<Half> random = RandomHalves(256 * head_dim);
   const std::size_t head_tokens = std::min(tokens, kHeadBytes / (head_dim * sizeof(Half)));
   for (std::size_t s = 0; s < sets; ++s) {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/machine_limits.h"
+#include "bench/machine.h"
 #include "kernels/kernels.h"
 
 namespace kvmix::bench {
