@@ -1,4 +1,7 @@
 """kvmix's programs in Python, kvmix-dump (dump) and kvmix-report (report), and what they share."""
+import contextlib
+import os
+import pathlib
 import sys
 
 
@@ -10,3 +13,15 @@ def progress(text):
     """Shows how far a program is, on a terminal only; '' takes it away."""
     if sys.stderr.isatty():
         print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A file to write to, PATH.part: in the end it becomes PATH, or, on an error, it is gone."""
+    part = pathlib.Path(f'{path}.part')
+    try:
+        with open(part, 'wb') as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

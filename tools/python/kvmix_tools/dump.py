@@ -24,7 +24,7 @@ import signal
 import struct
 import sys
 
-from . import InputError, progress
+from . import InputError, progress, written_whole
 
 
 def cut_prompts(ids, prefix, tokens, prompts, skip=0):
@@ -59,23 +59,18 @@ class Recorder:
 
     def __init__(self, path, layers, prompt_tokens, about):
         """prompt_tokens: of each prompt. about: model, corpus and rope_theta, for the metadata."""
-        self.path, self.part = path, pathlib.Path(f'{path}.part')
+        self.writing = written_whole(path)
         self.layers, self.prompt_tokens, self.tokens = layers, prompt_tokens, sum(prompt_tokens)
         self.meta = {'format': 'kvmix-dump-1', **about}
         self.shape = self.scale = None  # of all layers: those of the first
         self.prompt, self.row, self.ran = 0, 0, []  # the prompt, its first row, layers that it saw
 
     def __enter__(self):
-        self.file = open(self.part, 'wb')
+        self.file = self.writing.__enter__()
         return self
 
-    def __exit__(self, error, *_):
-        try:
-            self.file.close()
-            if error is None:
-                os.replace(self.part, self.path)
-        finally:
-            self.part.unlink(missing_ok=True)
+    def __exit__(self, *error):
+        self.writing.__exit__(*error)
 
     def begin(self, query_heads, kv_heads, head_dim, scale):
         """Writes the header: the first layer of the first prompt tells what it must say."""

@@ -9,12 +9,11 @@ plans, and the JSON of kvmix-bench. Names that end in s1, s2, s3 or plan label t
 also go to --images FOLDER as PNG and SVG.
 """
 import argparse
-import os
 import pathlib
 import sys
 import tempfile
 
-from .. import InputError
+from .. import InputError, written_whole
 
 
 def arguments():
@@ -46,16 +45,6 @@ def arguments():
     return args
 
 
-def write_whole(path, text):
-    """The file is there whole, or as it was."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def report(args):
     try:
         from . import charts, collect, inputs, page
@@ -72,7 +61,8 @@ def report(args):
             files += collect.collect(args, folder)
         found = inputs.read(files)
     drawn = charts.draw_all(found)
-    write_whole(args.output, page.page(found, drawn, args.title))
+    with written_whole(args.output) as file:
+        file.write(page.page(found, drawn, args.title).encode())
     if args.images:
         folder = pathlib.Path(args.images)
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,9 @@ BENCH_FILTER = 'attend_decode/.*/q14kv2d64/4k/t1$|attend_prefill/.*/q14kv2d64/.*
 
 def find(name, folder):
     """kvmix-eval and its like: in `folder`; without one, beside this program or on the PATH."""
-    beside = pathlib.Path(folder or pathlib.Path(sys.argv[0]).resolve().parent)
-    for path in (beside / name, beside / '..' / 'bench' / name):
-        if path.is_file() and os.access(path, os.X_OK):
-            return path
-    found = None if folder else shutil.which(name)
+    beside = folder or pathlib.Path(sys.argv[0]).resolve().parent
+    folders = [beside, f'{beside}/../bench', *([] if folder else os.get_exec_path())]
+    found = shutil.which(name, path=os.pathsep.join(map(str, folders)))
     if not found:
         where = beside if folder else f'{beside} or on the PATH'
         raise InputError(f'{name}: expected it in {where}: build it, or name its folder with --bin')

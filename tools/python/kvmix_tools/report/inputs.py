@@ -14,8 +14,9 @@ from .. import InputError
 
 ATTENTION_COLUMNS = ['layer', 'head', 'nmse', 'cos_sim']
 SIZE_COLUMNS = ['strategy', 'bytes_per_token', 'saved']
-QUANT_COLUMNS = 10  # file, layer, k|v, tokens, head, head_dim, strategy, max|x|, sum of squared
-#                     error, MSE; no header
+# No header. The MSE has six decimals only: it is worked out anew from the sum.
+QUANT_COLUMNS = ('file', 'layer', 'k|v', 'tokens', 'head', 'head_dim', 'strategy', 'max|x|',
+                 'sum of squared error', 'MSE')
 PLAN_FORMAT, PLAN_MAJOR = 'kvmix-plan', 1
 TUNE_FORMAT = 'kvmix-tune-1'
 
@@ -95,14 +96,12 @@ def data_rows(rows):
 def read_quant(path, rows):
     cells, strategies = {}, set()
     for line, row in enumerate(rows, 1):
-        if len(row) != QUANT_COLUMNS:
-            raise InputError(f'line {line}: expected the {QUANT_COLUMNS} columns of kvmix-eval '
-                             f'quant, found {len(row)}')
-
-        def column(i, cast=float, line=line, row=row):
-            return number(row[i - 1], f'line {line}, column {i}', 0, cast)
-        layer, tokens, head, dim, strategy = (column(i, int) for i in (2, 4, 5, 6, 7))
-        _, error, _ = (column(i) for i in (8, 9, 10))  # (the MSE has six decimals only)
+        if len(row) != len(QUANT_COLUMNS):
+            raise InputError(f'line {line}: expected the {len(QUANT_COLUMNS)} columns of '
+                             f'kvmix-eval quant, found {len(row)}')
+        layer, tokens, head, dim, strategy, _, error, _ = (
+            number(row[i], f'line {line}, column {i + 1}', 0, int if i < 7 else float)
+            for i in (1, 3, 4, 5, 6, 7, 8, 9))
         if row[2] not in ('k', 'v'):
             raise InputError(f'line {line}, column 3: expected k or v, found {row[2]!r}')
         put(cells, ('kv'.index(row[2]), layer, head), error / max(tokens * dim, 1), line)
