@@ -107,11 +107,11 @@ std::string Limit::label() const {
 Limit Limits::Remember(const std::string& what, const std::string& conditions,
                        const std::function<Limit()>& probe) {
   const std::string key = what + ", " + conditions;
-  if (const auto known = known_.find(key); known != known_.end()) return known->second;
-  Limit limit = probe();
-  known_[key] = limit;
-  probed_.push_back(limit.label() + ", " + conditions);
-  return limit;
+  if (!known_.contains(key)) {
+    known_[key] = probe();
+    probed_.push_back(known_[key].label() + ", " + conditions);
+  }
+  return known_[key];
 }
 
 Limit Limits::Memory(Access access, std::size_t bytes, int threads) {
@@ -153,32 +153,26 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
   return static_cast<double>(passes * parts * slice) / std::ranges::min(medians);
 }
 
-double Limits::MacRate(double (*kernel)(std::size_t rounds), int threads) const {
-  double macs = 0.0;
-  const auto run = [&] {
-    InThreads(threads, [&](std::size_t thread) {
-      const double done = kernel(kRounds);
-      if (thread == 0) macs = done * threads;
-    });
-  };
-  const double seconds = internal::MedianSeconds({run}, seconds_ / 2, 7)[0];
-  return macs / seconds;
+Limit Limits::Macs(const char* name, MacKernel kernel, double share, int threads) {
+  return Remember(name, ThreadsText(threads), [&] {
+    double macs = 0.0;
+    const auto run = [&] {
+      InThreads(threads, [&](std::size_t thread) {
+        const double done = kernel(kRounds);
+        if (thread == 0) macs = done * threads;
+      });
+    };
+    const double seconds = internal::MedianSeconds({run}, seconds_ / 2, 7)[0];
+    return Limit{name, share * macs / seconds, true};
+  });
 }
 
 Limit Limits::TileMacs(Storage storage, int threads) {
   const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(kernels_.target);
-  if (storage == Storage::kF16) {
-    return Remember("fma", ThreadsText(threads), [&] {
-      return Limit{"fma-f32", MacRate(probe.fma_f32, threads), true};
-    });
-  }
-  Limit pairs = Remember("pairs", ThreadsText(threads), [&] {
-    return Limit{"mul-i16", MacRate(probe.widening_i16, threads), true};
-  });
+  if (storage == Storage::kF16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
+  Limit pairs = Macs("mul-i16", probe.widening_i16, 1.0, threads);
   if (probe.dot_u8i8 == nullptr) return pairs;
-  Limit dot = Remember("dot", ThreadsText(threads), [&] {
-    return Limit{"dot-u8i8/2", MacRate(probe.dot_u8i8, threads) / 2, true};
-  });
+  Limit dot = Macs("dot-u8i8/2", probe.dot_u8i8, 0.5, threads);
   return dot.per_second > pairs.per_second ? dot : pairs;
 }
 

@@ -78,7 +78,8 @@ class Limits {
   Limit Remember(const std::string& what, const std::string& conditions,
                  const std::function<Limit()>& probe);
   double MemoryRate(Access access, std::size_t bytes, int threads) const;
-  double MacRate(double (*kernel)(std::size_t rounds), int threads) const;
+  using MacKernel = double (*)(std::size_t rounds);
+  Limit Macs(const char* name, MacKernel kernel, double share, int threads);
 
   const kernels::Kernels& kernels_;
   double seconds_;

@@ -77,10 +77,9 @@ std::string OutlierText(const TuneReport& r) {
               ToString(kind));
   }
   return fmt::format(
-             "Outlier heads: int8 per token costs their worst query head over {:.0f} x the median "
-             "head's NMSE\n",
-             kOutlierFactor) +
-         table.Text();
+      "Outlier heads: int8 per token costs their worst query head over {:.0f} x the median head's "
+      "NMSE\n{}",
+      kOutlierFactor, table.Text());
 }
 
 // The codecs in use, each with a letter (F for fp16), and which head has which.
@@ -122,11 +121,12 @@ std::string AccuracyText(const TuneReport& r) {
   add("predicted, head by head", r.choice.predicted);
   add(fmt::format("calibration, {} tokens", p.calibration_tokens), r.calibration);
   if (r.holdout) add(fmt::format("holdout, {} tokens", p.holdout_tokens), *r.holdout);
-  return "Attention output against exact K and V, predicted and measured as a whole\n" +
-         table.Text() +
-         (r.holdout ? ""
-                    : "  no holdout: --holdout DUMP measures the plan on text that it was not made "
-                      "from\n");
+  return fmt::format(
+      "Attention output against exact K and V, predicted and measured as a whole\n{}{}",
+      table.Text(),
+      r.holdout
+          ? ""
+          : "  no holdout: --holdout DUMP measures the plan on text that it was not made from\n");
 }
 
 // What the times had to do with the choice.
@@ -161,11 +161,11 @@ std::string SpeedText(const TuneReport& r) {
     table.Add("K {}\t{:.4f}", k, fmt::join(row, "\t"));
   }
   return fmt::format(
-             "Decode of one token at context {}, attention alone, 1 thread: {:.3f} ms, in fp16 "
-             "{:.3f} ms ({:.2f} x)\n({} on {})\n",
-             r.context, r.choice.decode_ns / 1e6, r.choice.fp16_decode_ns / 1e6,
-             r.choice.fp16_decode_ns / r.choice.decode_ns, r.wisdom.target, r.wisdom.cpu) +
-         table.Text() + TimeNote(r);
+      "Decode of one token at context {}, attention alone, 1 thread: {:.3f} ms, in fp16 {:.3f} ms "
+      "({:.2f} x)\n({} on {})\n{}{}",
+      r.context, r.choice.decode_ns / 1e6, r.choice.fp16_decode_ns / 1e6,
+      r.choice.fp16_decode_ns / r.choice.decode_ns, r.wisdom.target, r.wisdom.cpu, table.Text(),
+      TimeNote(r));
 }
 
 std::string FrontText(const std::vector<ParetoPoint>& front) {
@@ -178,9 +178,8 @@ std::string FrontText(const std::vector<ParetoPoint>& front) {
               p.fp16_tensors, p.decode_ns / 1e6);
   }
   return fmt::format(
-             "Other budgets: {} of the Pareto front's points (all {} with --json), predicted\n",
-             lines, front.size()) +
-         table.Text();
+      "Other budgets: {} of the Pareto front's points (all {} with --json), predicted\n{}", lines,
+      front.size(), table.Text());
 }
 
 // ---- JSON
