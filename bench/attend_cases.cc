@@ -86,12 +86,12 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
       CacheSet{std::move(cache), RandomHalves(q), std::vector<float>(q)});
 }
 
-// K's and V's products may run at different peaks.
-Bound Arithmetic(Limits& limits, const AttendCase& c, double macs) {
+// K's and V's products are half of the work each, and may run at different peaks.
+Limit Arithmetic(Limits& limits, const AttendCase& c) {
   const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).kind.storage, c.threads),
               v = limits.TileMacs(CodecNamed(c.codecs.v).kind.storage, c.threads);
-  const double seconds = macs / 2 / k.per_second + macs / 2 / v.per_second;
-  return {{k.name == v.name ? k.name : "mixed-macs", macs / seconds, true}, macs};
+  return {k.name == v.name ? k.name : "mixed-macs", 2 / (1 / k.per_second + 1 / v.per_second),
+          true};
 }
 
 Workload Prepare(const AttendCase& c, Bench& bench) {
@@ -107,9 +107,9 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
   const std::size_t outputs = c.queries * c.shape.query_heads * c.shape.head_dim;
   w.bytes = static_cast<double>(layer_bytes + outputs * (sizeof(Half) + sizeof(float)));
   w.macs = 2 * pairs * static_cast<double>(c.shape.query_heads * c.shape.head_dim);
-  w.bounds = {{bench.limits.Memory(Access::kRead, c.context.cold ? kCold : layer_bytes, c.threads),
-               w.bytes},
-              Arithmetic(bench.limits, c, w.macs)};
+  w.Bound(bench.limits.Memory(Access::kRead, c.context.cold ? kCold : layer_bytes, c.threads),
+          w.bytes);
+  w.Bound(Arithmetic(bench.limits, c), w.macs);
 
   const std::string key =
       fmt::format("k={},v={}/{}/{}", c.codecs.k, c.codecs.v, c.shape.name(), c.context.name);

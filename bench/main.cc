@@ -113,18 +113,11 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   std::ranges::sort(all, {}, &Times::call);
   const Times& times = all[all.size() / 2];
 
-  double ideal = times.reference;
-  std::string label = w.reference_name;
-  if (!w.reference) {
-    const Bound& binds = *std::ranges::max_element(w.bounds, {}, &Bound::seconds);
-    ideal = binds.seconds();
-    label = binds.limit.label();
-  }
   state.counters[kMedianSeconds] = times.call;
   state.counters["bytes_per_second"] = w.bytes / times.call;
   state.counters["mac_per_second"] = w.macs / times.call;
-  state.counters["limit_fraction"] = ideal / times.call;
-  state.SetLabel(w.note.empty() ? label : label + kNoteSeparator + w.note);
+  state.counters["limit_fraction"] = (w.reference ? times.reference : w.ideal) / times.call;
+  state.SetLabel(w.note.empty() ? w.limit : w.limit + kNoteSeparator + w.note);
 }
 
 // Every pair of codecs for every GQA group and head_dim of the table, into `path`.

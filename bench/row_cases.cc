@@ -128,7 +128,7 @@ Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Ben
   if (!w.skip.empty()) return w;
   w.bytes = static_cast<double>(tokens * token_bytes);
   const std::size_t hot_or_cold = size.cold ? kCold : size.bytes;
-  w.bounds = {{bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes}};
+  w.Bound(bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes);
   // No kernel here stores so; for the list of limits.
   if (size.cold) bench.limits.Memory(Access::kStreamCopy, kCold, 1);
   const auto data = bench.Data<RowSets>(
@@ -195,7 +195,7 @@ Workload PrepareAppend(const Shape& shape, Bench& bench) {
   w.bytes = static_cast<double>(2 * row * sizeof(Half) + BytesPerToken(plan));
   w.call = [shape, data] { AppendTokens(shape, *data); };
   w.reference = [shape, data] { CopyTokens(shape, *data); };
-  w.reference_name = "row-copy";
+  w.limit = "row-copy";
   return w;
 }
 

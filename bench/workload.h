@@ -31,24 +31,25 @@ inline constexpr Shape kShapes[] = {
 // Those that --quick keeps.
 inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;
 
-// Amount of work that a limit bounds from below: it takes at least amount / limit.per_second.
-struct Bound {
-  Limit limit;
-  double amount = 0.0;
-  double seconds() const { return amount / limit.per_second; }
-};
-
 // What is timed, on data that is ready.
 struct Workload {
   std::function<void()> call;
   std::size_t calls = 1;           // units of work in one call: the time reported is that of one
   double bytes = 0.0, macs = 0.0;  // of one unit: read and written, multiply-adds
-  std::vector<Bound> bounds;       // of one unit; the largest binds
-  // Or, instead of bounds: what to hold the call against, timed in turns with it.
+  // What to hold the call against: the seconds that a unit takes at least, or a function that is
+  // timed in turns with it; and a name for that: "dram-read 19.3 GB/s", "row-copy".
+  double ideal = 0.0;
   std::function<void()> reference;
-  std::string reference_name;  // "row-copy"
-  std::string note;            // to be said in the label
-  std::string skip;            // why it can't run here; else empty
+  std::string limit;
+  std::string note;  // to be said in the label
+  std::string skip;  // why it can't run here; else empty
+
+  // A unit is at least so much work of what `by` limits. The largest bound binds.
+  void Bound(const Limit& by, double amount) {
+    if (amount / by.per_second <= ideal) return;
+    ideal = amount / by.per_second;
+    limit = by.label();
+  }
 };
 
 // In how many copies to prepare data of this size, to be called upon in rotation: one, or, where it

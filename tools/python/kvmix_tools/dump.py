@@ -240,7 +240,3 @@ def main():
         text = str(error)
     progress('')
     sys.exit(f'kvmix-dump: error: {" ".join(text.split())}')
-
-
-if __name__ == '__main__':
-    main()
