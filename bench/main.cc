@@ -209,22 +209,17 @@ int Main(int argc, char** argv) {
       ->type_name("FILE");
   app.footer(kExamples);
   app.allow_extras();
-  if (const auto code = tools::Parse(&app, argc, argv)) return *code;
-  const kernels::Kernels* kernels = kernels::FindKernels(options.target);
-  if (kernels == nullptr)
-    Refuse("--target '{}': this machine and build have {}", options.target,
-           fmt::join(Targets(), ", "));
-  if (!options.wisdom.empty()) {
-    SaveWisdomFile(options);
-  } else {
+  return tools::RunProgram(&app, argc, argv, [&] {
+    const kernels::Kernels* kernels = kernels::FindKernels(options.target);
+    if (kernels == nullptr)
+      Refuse("--target '{}': this machine and build have {}", options.target,
+             fmt::join(Targets(), ", "));
+    if (!options.wisdom.empty()) return SaveWisdomFile(options);
     RunBenchmarks(options, *kernels, app.remaining());
-  }
-  return 0;
+  });
 }
 
 }  // namespace
 }  // namespace kvmix::bench
 
-int main(int argc, char** argv) {
-  return kvmix::tools::RunProgram(kvmix::bench::kProgram, kvmix::bench::Main, argc, argv);
-}
+int main(int argc, char** argv) { return kvmix::bench::Main(argc, argv); }

@@ -5,8 +5,11 @@
 #include <CLI/CLI.hpp>
 
 #include <chrono>
+#include <functional>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace kvmix::tools {
 namespace {
@@ -38,36 +41,50 @@ TEST(ProgressBar, SaysHowManyLayersAreDone) {
   EXPECT_EQ(GetCapturedStderr(), "measuring: 12 of 28 layers, 3 min\n");
 }
 
-TEST(Fail, IsOneLine) {
-  CaptureStderr();
-  EXPECT_EQ(Fail("program", "one\ntwo"), 1);
-  EXPECT_EQ(GetCapturedStderr(), "program: error: one two\n");
-}
-
-TEST(Parse, SaysWhatIsWrongInOneLine) {
+// The exit code of a program with an option --number, and what it said on stderr.
+std::pair<int, std::string> RunWith(std::vector<const char*> arguments,
+                                    const std::function<void(int)>& run) {
   CLI::App app("An app.", "program");
   int number = 0;
   app.add_option("--number", number);
-  const char* good[] = {"program", "--number", "3"};
-  EXPECT_FALSE(Parse(&app, 3, const_cast<char**>(good)));
-  EXPECT_EQ(number, 3);
-  const char* wrong[] = {"program", "--number", "x"};
+  arguments.insert(arguments.begin(), "program");
   CaptureStderr();
-  EXPECT_EQ(Parse(&app, 3, const_cast<char**>(wrong)), 1);
-  const std::string line = GetCapturedStderr();
+  const int code = RunProgram(&app, static_cast<int>(arguments.size()),
+                              const_cast<char**>(arguments.data()), [&] { run(number); });
+  return {code, GetCapturedStderr()};
+}
+
+TEST(RunProgram, RunsWithWhatTheCommandLineSays) {
+  int found = 0;
+  EXPECT_EQ(RunWith({"--number", "3"}, [&](int number) { found = number; }),
+            std::pair(0, std::string()));
+  EXPECT_EQ(found, 3);
+}
+
+TEST(RunProgram, AnswersHelpWithoutRunning) {
+  ::testing::internal::CaptureStdout();
+  EXPECT_EQ(RunWith({"--help"}, [](int) { FAIL(); }), std::pair(0, std::string()));
+  EXPECT_NE(::testing::internal::GetCapturedStdout().find("--number"), std::string::npos);
+}
+
+TEST(RunProgram, SaysWhatIsWrongInOneLine) {
+  const auto [code, line] = RunWith({"--number", "x"}, [](int) { FAIL(); });
+  EXPECT_EQ(code, 1);
   EXPECT_TRUE(line.starts_with("program: error: ")) << line;
   EXPECT_EQ(line.find('\n'), line.size() - 1) << line;
 }
 
 TEST(RunProgram, TurnsAnExceptionIntoALine) {
-  EXPECT_EQ(RunProgram(
-                "program", [](int argc, char**) { return argc; }, 5, nullptr),
-            5);
-  CaptureStderr();
-  EXPECT_EQ(RunProgram(
-                "program", [](int, char**) -> int { throw std::bad_alloc(); }, 0, nullptr),
-            1);
-  EXPECT_EQ(GetCapturedStderr(), "program: error: std::bad_alloc\n");
+  EXPECT_EQ(RunWith({}, [](int) { throw std::bad_alloc(); }),
+            std::pair(1, std::string("program: error: std::bad_alloc\n")));
+  EXPECT_EQ(RunWith({}, [](int) { Refuse("{}\ntwo", "one"); }),
+            std::pair(1, std::string("program: error: one two\n")));
+}
+
+TEST(Require, GivesTheValueOrSaysWhyThereIsNone) {
+  EXPECT_EQ(Require(Result<int>(3)), 3);
+  EXPECT_EQ(RunWith({}, [](int) { Require(Result<int>(Status(ErrorCode::kIo, "x: gone {}"))); }),
+            std::pair(1, std::string("program: error: x: gone {}\n")));
 }
 
 }  // namespace

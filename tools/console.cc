@@ -10,24 +10,17 @@
 
 namespace kvmix::tools {
 
-int Fail(const std::string& program, const std::string& message) {
-  std::string line = message;
-  std::replace(line.begin(), line.end(), '\n', ' ');
-  std::fputs(fmt::format("{}: error: {}\n", program, line).c_str(), stderr);
-  return 1;
-}
-
-std::optional<int> Parse(CLI::App* app, int argc, char** argv) try {
+int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>& run) try {
   app->parse(argc, argv);
-  return std::nullopt;
-} catch (const CLI::ParseError& e) {
-  return e.get_exit_code() == 0 ? app->exit(e) : Fail(app->get_name(), e.what());
-}
-
-int RunProgram(const std::string& program, int (*main)(int, char**), int argc, char** argv) try {
-  return main(argc, argv);
+  run();
+  return 0;
+} catch (const CLI::Success& e) {
+  return app->exit(e);
 } catch (const std::exception& e) {
-  return Fail(program, e.what());
+  std::string message = e.what();
+  std::ranges::replace(message, '\n', ' ');
+  std::fputs(fmt::format("{}: error: {}\n", app->get_name(), message).c_str(), stderr);
+  return 1;
 }
 
 void Print(const std::string& text) {

@@ -4,7 +4,7 @@
 
 #include <chrono>
 #include <cstddef>
-#include <optional>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -35,15 +35,9 @@ T Require(Result<T> result) {
   return std::move(*result);
 }
 
-// "PROGRAM: error: MESSAGE", one line on stderr; returns 1, the exit code of a program that failed.
-int Fail(const std::string& program, const std::string& message);
-
-// Reads the command line. Where the program ends with that (--help, a wrong argument): its exit
-// code.
-std::optional<int> Parse(CLI::App* app, int argc, char** argv);
-
-// What main(argc, argv) returns; Fail's where it throws.
-int RunProgram(const std::string& program, int (*main)(int, char**), int argc, char** argv);
+// What main() returns: reads the command line, then runs the program. --help is answered; whatever
+// goes wrong is one line on stderr, "PROGRAM: error: MESSAGE", and the exit code 1.
+int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>& run);
 
 // Writes a program's result to stdout, all of it.
 void Print(const std::string& text);

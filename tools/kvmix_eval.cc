@@ -19,7 +19,6 @@
 namespace kvmix::tools {
 namespace {
 
-constexpr const char* kProgram = "kvmix-eval";
 constexpr std::size_t kAttentionTokens = 4096;  // the study's
 
 struct Options {
@@ -240,7 +239,7 @@ void AddDumpOptions(CLI::App* app, Options* o) {
 
 int Main(int argc, char** argv) {
   Options o;
-  CLI::App app("The KV quantization study on any dump: CSV on the standard output.", kProgram);
+  CLI::App app("The KV quantization study on any dump: CSV on the standard output.", "kvmix-eval");
   app.require_subcommand(1);
   CLI::App* quant = app.add_subcommand(
       "quant",
@@ -272,14 +271,12 @@ int Main(int argc, char** argv) {
       "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ "
       "--plan plan.json --kv-heads 2 --query-heads 14 --head-dim 64 --prompt-tokens 512,512\n"
       "  kvmix-eval size --layers 24 --kv-heads 2 --head-dim 64 --tokens 4096,32768");
-  if (const auto code = Parse(&app, argc, argv)) return *code;
-  Print(*quant ? Quant(o) : *attention ? Attention(o) : Size(o));
-  return 0;
+  return RunProgram(&app, argc, argv, [&] {
+    Print(*quant ? Quant(o) : *attention ? Attention(o) : Size(o));
+  });
 }
 
 }  // namespace
 }  // namespace kvmix::tools
 
-int main(int argc, char** argv) {
-  return kvmix::tools::RunProgram(kvmix::tools::kProgram, kvmix::tools::Main, argc, argv);
-}
+int main(int argc, char** argv) { return kvmix::tools::Main(argc, argv); }

@@ -22,7 +22,6 @@
 namespace kvmix::tools {
 namespace {
 
-constexpr const char* kProgram = "kvmix-tune";
 constexpr const char* kDefaultPlan = "plan.json";
 constexpr double kSpeedSeconds = 0.5;
 
@@ -190,14 +189,7 @@ TuneReport Tune(const Options& o) {
   return report;
 }
 
-int Main(int argc, char** argv) {
-  Options o;
-  CLI::App app(
-      "Chooses how every KV head's K and V is stored: the least damage to attention within a "
-      "budget of bytes.",
-      kProgram);
-  AddOptions(&app, &o);
-  if (const auto code = Parse(&app, argc, argv)) return *code;
+void Run(Options o) {
   if (!o.constraints.budget && !o.constraints.min_cosine)
     Refuse("nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
   if (o.max_ms) o.constraints.max_decode_ns = *o.max_ms * 1e6;
@@ -215,12 +207,19 @@ int Main(int argc, char** argv) {
   if (!o.output.empty()) Require(SavePlan(report.choice.plan, o.output));
   Print(o.json ? ReportJson(report)
                : ReportText(report) + fmt::format("\nplan written to {}\n", o.output));
-  return 0;
+}
+
+int Main(int argc, char** argv) {
+  Options o;
+  CLI::App app(
+      "Chooses how every KV head's K and V is stored: the least damage to attention within a "
+      "budget of bytes.",
+      "kvmix-tune");
+  AddOptions(&app, &o);
+  return RunProgram(&app, argc, argv, [&] { Run(o); });
 }
 
 }  // namespace
 }  // namespace kvmix::tools
 
-int main(int argc, char** argv) {
-  return kvmix::tools::RunProgram(kvmix::tools::kProgram, kvmix::tools::Main, argc, argv);
-}
+int main(int argc, char** argv) { return kvmix::tools::Main(argc, argv); }
