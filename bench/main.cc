@@ -222,4 +222,5 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvmix::bench
 
+// All but the options' definition runs in RunProgram(). NOLINTNEXTLINE(bugprone-exception-escape)
 int main(int argc, char** argv) { return kvmix::bench::Main(argc, argv); }

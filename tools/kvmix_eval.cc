@@ -279,4 +279,5 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvmix::tools
 
+// All but the options' definition runs in RunProgram(). NOLINTNEXTLINE(bugprone-exception-escape)
 int main(int argc, char** argv) { return kvmix::tools::Main(argc, argv); }
