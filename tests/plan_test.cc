@@ -308,12 +308,13 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/version", {0, 9}, "version: expected major version 1, found 0"},
       {"/version", {1}, "version: expected [major, minor], found 1 numbers"},
       {"/version", "1.0", "version: expected an array, found \"1.0\""},
-      {"/version", {1, "0"}, "version[1]: expected a whole number, found \"0\""},
-      {"/version", {-1, 0}, "version[0]: expected a whole number, found -1"},
+      {"/version", {1, "0"}, "version[1]: expected a whole number below 2^64, found \"0\""},
+      {"/version", {-1, 0}, "version[0]: expected a whole number below 2^64, found -1"},
       {"/geometry", removed, "geometry: expected a value, found none"},
       {"/geometry", {1, 2}, "geometry: expected an object, found an array"},
-      {"/geometry/layers", nullptr, "geometry.layers: expected a whole number, found null"},
-      {"/geometry/layers", 3.5, "geometry.layers: expected a whole number, found 3.5"},
+      {"/geometry/layers", nullptr,
+       "geometry.layers: expected a whole number below 2^64, found null"},
+      {"/geometry/layers", 3.5, "geometry.layers: expected a whole number below 2^64, found 3.5"},
       {"/geometry/layers", 4, "codecs: expected 4 layers, found 3"},
       {"/geometry/layers", std::uint64_t{1} << 63,
        "codecs: expected 9223372036854775808 layers, found 3"},
@@ -353,7 +354,7 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/codecs/0/1/k_mean/3", "NaN", "codecs[0][1].k_mean[3]: expected a number, found \"NaN\""},
       {"/provenance", 5, "provenance: expected an object, found 5"},
       {"/provenance/calibration_tokens", -1,
-       "provenance.calibration_tokens: expected a whole number, found -1"},
+       "provenance.calibration_tokens: expected a whole number below 2^64, found -1"},
       {"/accuracy/holdout/mean_nmse", nullptr,
        "accuracy.holdout.mean_nmse: expected a number, found null"},
   };
@@ -392,7 +393,7 @@ TEST(PlanFile, RefusesBadText) {
   ExpectRefused(replaced("\"v_scale\": ", "\"v_scale\": 1e999, \"w\": "), ErrorCode::kCorrupt,
                 "expected JSON");
   ExpectRefused(replaced("\"kv_heads\": 2", "\"layers\": 3"), ErrorCode::kCorrupt,
-                "found the key \"layers\" twice");
+                "found the key \"geometry.layers\" twice");
   ExpectRefused(replaced("\"codecs\"", "\"version\": [1, 0], \"codecs\""), ErrorCode::kCorrupt,
                 "found the key \"version\" twice");
   ExpectRefused(std::string(1'000'000, '['), ErrorCode::kCorrupt, "found nesting deeper than 16");

@@ -27,37 +27,52 @@ class Strictness {
     if (event == json::parse_event_t::object_start || event == json::parse_event_t::array_start) {
       if (depth >= kMaxDepth)
         throw std::runtime_error(fmt::format("nesting deeper than {}", kMaxDepth));
-      keys_.resize(static_cast<std::size_t>(depth) + 1);
-      keys_.emplace_back();  // of the object that begins here
+      levels_.resize(static_cast<std::size_t>(depth) + 1);
+      levels_.emplace_back();  // of the object that begins here
     } else if (event == json::parse_event_t::key) {
-      const auto& key = value.get_ref<const std::string&>();
-      if (!keys_[static_cast<std::size_t>(depth)].insert(key).second)
-        throw std::runtime_error("the key " + Quoted(key) + " twice");
+      levels_.resize(static_cast<std::size_t>(depth) + 1);  // what was inside is closed
+      Level& level = levels_.back();
+      level.last = value.get<std::string>();
+      if (!level.keys.insert(level.last).second)
+        throw std::runtime_error("the key " + Quoted(Way()) + " twice");
     }
     return true;
   }
 
  private:
-  std::vector<std::set<std::string>> keys_;  // of the open objects, by depth
+  struct Level {
+    std::set<std::string> keys;
+    std::string last;
+  };
+
+  std::string Way() const {
+    std::string way;
+    for (const Level& level : levels_) {
+      if (!level.last.empty()) way += (way.empty() ? "" : ".") + level.last;
+    }
+    return way;
+  }
+
+  std::vector<Level> levels_;  // the open objects, by depth
 };
 
 }  // namespace
 
-Result<json> LoadJson(const std::string& path) try {
+Result<json> ParseJson(std::string_view text, const std::string& path, std::string_view what) try {
+  // nlohmann::json takes a zero byte as the end of the text and would not look at what follows.
+  if (text.find('\0') != text.npos) throw std::runtime_error("a zero byte");
+  return json::parse(text.begin(), text.end(), Strictness());
+} catch (const std::exception& e) {
+  return FileError(ErrorCode::kCorrupt, path, what, "JSON", OneLine(e.what()));
+}
+
+Result<json> LoadJson(const std::string& path) {
   const Result<MappedFile> file = MappedFile::Open(path);
   if (!file.ok()) return file.status();
   const std::string_view text = file->bytes();
-  if (text.size() > kMaxFileBytes) {
-    return FileError(ErrorCode::kCorrupt, path, "",
-                     fmt::format("at most {} bytes of JSON", kMaxFileBytes),
-                     fmt::format("{}", text.size()));
-  }
-  // nlohmann::json takes a zero byte as the end of the text and would not look at what follows.
-  if (text.find('\0') != text.npos)
-    return FileError(ErrorCode::kCorrupt, path, "", "JSON", "a zero byte");
-  return json::parse(text.begin(), text.end(), Strictness());
-} catch (const std::exception& e) {
-  return FileError(ErrorCode::kCorrupt, path, "", "JSON", OneLine(e.what()));
+  if (text.size() <= kMaxFileBytes) return ParseJson(text, path, "");
+  return FileError(ErrorCode::kCorrupt, path, "",
+                   fmt::format("at most {} bytes of JSON", kMaxFileBytes), text.size());
 }
 
 std::string JsonText(std::string_view text) {
@@ -68,10 +83,19 @@ bool JsonView::has(const std::string& key) const {
   return value_ != nullptr && value_->is_object() && value_->contains(key);
 }
 
+std::vector<std::string> JsonView::keys() const {
+  std::vector<std::string> keys;
+  if (value_ == nullptr || !value_->is_object())
+    WrongType("an object");
+  else
+    for (const auto& [key, value] : value_->items()) keys.push_back(key);
+  return keys;
+}
+
 JsonView JsonView::operator[](const std::string& key) const {
-  const std::string where = where_.empty() ? key : where_ + '.' + key;
-  if (has(key)) return JsonView(*this, &*value_->find(key), where);
-  const JsonView missing(*this, nullptr, where);
+  std::string where = where_.empty() ? key : where_ + '.' + key;
+  if (has(key)) return JsonView(*this, &*value_->find(key), std::move(where));
+  JsonView missing(*this, nullptr, std::move(where));
   if (value_ != nullptr && value_->is_object())
     missing.Fail(ErrorCode::kCorrupt, "a value", "none");
   else
@@ -89,23 +113,20 @@ JsonView JsonView::operator[](std::size_t i) const {
   return JsonView(*this, &(*value_)[i], fmt::format("{}[{}]", where_, i));
 }
 
-std::string JsonView::Text() const {
-  if (value_ != nullptr && value_->is_string()) return value_->get<std::string>();
-  WrongType("a string");
-  return {};
+template <class T>
+T JsonView::Get(bool (json::*has_type)() const noexcept, const char* expected) const {
+  if (value_ != nullptr && (value_->*has_type)()) return value_->get<T>();
+  WrongType(expected);
+  return T();
 }
+
+std::string JsonView::Text() const { return Get<std::string>(&json::is_string, "a string"); }
 
 std::size_t JsonView::Count() const {
-  if (value_ != nullptr && value_->is_number_unsigned()) return value_->get<std::size_t>();
-  WrongType("a whole number");
-  return 0;
+  return Get<std::size_t>(&json::is_number_unsigned, "a whole number below 2^64");
 }
 
-double JsonView::Number() const {
-  if (value_ != nullptr && value_->is_number()) return value_->get<double>();
-  WrongType("a number");
-  return 0.0;
-}
+double JsonView::Number() const { return Get<double>(&json::is_number, "a number"); }
 
 float JsonView::Float() const {
   const double number = Number();
@@ -123,11 +144,10 @@ void JsonView::WrongType(std::string_view expected) const {
   if (value_ == nullptr) return;  // the error that led here is there already
   if (value_->is_string())
     return Fail(ErrorCode::kCorrupt, expected, Quoted(value_->get_ref<const std::string&>()));
-  const bool is_short = value_->is_primitive();
   Fail(ErrorCode::kCorrupt, expected,
-       is_short             ? value_->dump()
-       : value_->is_array() ? "an array"
-                            : "an object");
+       value_->is_primitive() ? value_->dump()
+       : value_->is_array()   ? "an array"
+                              : "an object");
 }
 
 void CheckVersion(const JsonView& root, std::string_view format, std::size_t major) {

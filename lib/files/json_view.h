@@ -7,12 +7,18 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "kvmix/status.h"
 
 namespace kvmix::internal {
 
-// Refuses a file of more than 64 MB, malformed text, nesting deeper than 16 and keys given twice.
+// Refuses malformed text, nesting deeper than 16 and keys given twice. `path` and `what`, a part of
+// the file or "", are for messages.
+Result<nlohmann::json> ParseJson(std::string_view text, const std::string& path,
+                                 std::string_view what);
+// A whole file, of at most 64 MB.
 Result<nlohmann::json> LoadJson(const std::string& path);
 
 // A string as JSON, with its quotes, for text that is written by hand. Bytes that are no UTF-8
@@ -30,12 +36,13 @@ class JsonView {
       : value_(&document), path_(&path), status_(status) {}
 
   bool has(const std::string& key) const;             // false if this is no object
+  std::vector<std::string> keys() const;              // of an object
   JsonView operator[](const std::string& key) const;  // an error if it is missing
   std::size_t size() const;                           // of an array
   JsonView operator[](std::size_t i) const;           // i < size()
 
   std::string Text() const;
-  std::size_t Count() const;  // a whole number >= 0
+  std::size_t Count() const;  // a whole number from 0 to 2^64 - 1
   double Number() const;
   float Float() const;  // a number within float's range
 
@@ -44,6 +51,8 @@ class JsonView {
  private:
   JsonView(const JsonView& parent, const nlohmann::json* value, std::string where)
       : value_(value), path_(parent.path_), status_(parent.status_), where_(std::move(where)) {}
+  template <class T>
+  T Get(bool (nlohmann::json::*has_type)() const noexcept, const char* expected) const;
   void WrongType(std::string_view expected) const;
 
   const nlohmann::json* value_;  // null after an error

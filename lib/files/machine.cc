@@ -65,7 +65,8 @@ std::uint64_t LeastLimit(const std::string& root, const std::string& controller,
     if (controllers.find("," + controller + ",") != controllers.npos) mounts = {"/" + controller};
     for (const std::string& mount : mounts) {
       for (fs::path group = line.substr(second + 1);; group = group.parent_path()) {
-        least = std::min(least, limit(root + "/sys/fs/cgroup" + mount + group.string()));
+        least = std::min(least,
+                         limit(fmt::format("{}/sys/fs/cgroup{}{}", root, mount, group.string())));
         if (!group.has_relative_path()) break;
       }
     }
@@ -80,8 +81,15 @@ int Quota(const std::string& root) {
   return static_cast<int>(std::min<std::uint64_t>(LeastLimit(root, "cpu", CpuLimit), kMaxThreads));
 }
 
-// Bytes of the cache of data at `level` of the first CPU; 0 where /sys does not say.
-std::size_t CacheBytes(const std::string& root, int level) {
+// What the C library knows, if it knows such things at all.
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+constexpr int kKnown[] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
+#else
+constexpr int kKnown[] = {-1, -1, -1};
+#endif
+
+// Bytes of the cache of data at `level` of the first CPU; `usual` where nobody knows.
+std::size_t CacheBytes(const std::string& root, int level, std::size_t usual) {
   for (int index = 0; index < 8; ++index) {
     const std::string folder =
         fmt::format("{}/sys/devices/system/cpu/cpu0/cache/index{}/", root, index);
@@ -93,13 +101,8 @@ std::size_t CacheBytes(const std::string& root, int level) {
     std::ifstream(folder + "size") >> kib;
     if (found == level && type != "Instruction" && kib != 0) return kib << 10;
   }
-  return 0;
-}
-
-// What the C library knows, if it knows such things at all.
-[[maybe_unused]] std::size_t Known(int name) {
-  const long bytes = sysconf(name);
-  return bytes > 0 ? static_cast<std::size_t>(bytes) : 0;
+  const long known = sysconf(kKnown[level - 1]);
+  return known > 0 ? static_cast<std::size_t>(known) : usual;
 }
 
 }  // namespace
@@ -110,7 +113,7 @@ std::string CpuName(const std::string& root) {
   for (std::string line; std::getline(cpuinfo, line);) {
     const std::size_t colon = line.find(": ");
     if (colon == line.npos) continue;
-    const std::string value = line.substr(colon + 2);
+    std::string value = line.substr(colon + 2);
     if (line.starts_with("model name")) return value;
     if (line.starts_with("CPU implementer")) implementer = value;
     if (line.starts_with("CPU part")) part = value;
@@ -129,15 +132,9 @@ std::size_t MemoryBytes(const std::string& root) {
 }
 
 CacheSizes Caches(const std::string& root) {
-  CacheSizes sizes{CacheBytes(root, 1), CacheBytes(root, 2), CacheBytes(root, 3)};
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-  if (sizes.l1 == 0) sizes.l1 = Known(_SC_LEVEL1_DCACHE_SIZE);
-  if (sizes.l2 == 0) sizes.l2 = Known(_SC_LEVEL2_CACHE_SIZE);
-  if (sizes.last == 0) sizes.last = Known(_SC_LEVEL3_CACHE_SIZE);
-#endif
-  if (sizes.l1 == 0) sizes.l1 = std::size_t{32} << 10;
-  if (sizes.l2 == 0) sizes.l2 = std::size_t{512} << 10;
-  if (sizes.last == 0) sizes.last = std::size_t{32} << 20;
+  CacheSizes sizes{CacheBytes(root, 1, std::size_t{32} << 10),
+                   CacheBytes(root, 2, std::size_t{512} << 10),
+                   CacheBytes(root, 3, std::size_t{32} << 20)};
   sizes.last = std::max(sizes.last, sizes.l2);
   return sizes;
 }
