@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
+
+#include "lib/files/file.h"
 
 namespace kvmix {
 namespace {
@@ -45,48 +48,45 @@ constexpr std::array kSteps = {
 
 constexpr float kLargestFactor = 0x1p32f;
 
-const StorageRow* Find(Storage storage) {
-  const auto it =
-      std::ranges::find_if(kStorages, [&](const auto& row) { return row.storage == storage; });
-  return it == kStorages.end() ? nullptr : &*it;
+// The row of a table whose `member` is `value`; null if there is none.
+template <class Table, class Row, class Value>
+const Row* Find(const Table& table, Value Row::*member, Value value) {
+  const auto it = std::ranges::find(table, value, member);
+  return it == table.end() ? nullptr : &*it;
 }
-
-const ScaleRow* Find(Scale scale) {
-  const auto it =
-      std::ranges::find_if(kScales, [&](const auto& row) { return row.scale == scale; });
-  return it == kScales.end() ? nullptr : &*it;
-}
+const StorageRow* Find(Storage storage) { return Find(kStorages, &StorageRow::storage, storage); }
+const ScaleRow* Find(Scale scale) { return Find(kScales, &ScaleRow::scale, scale); }
 
 bool Exists(const CodecKind& kind) {
   const StorageRow* storage = Find(kind.storage);
-  const ScaleRow* scale = Find(kind.scale);
-  if (storage == nullptr || scale == nullptr || kind.rounding != Rounding::kNearest) return false;
+  if (storage == nullptr || Find(kind.scale) == nullptr || kind.rounding != Rounding::kNearest)
+    return false;
   const bool plain = std::ranges::none_of(kSteps, [&](const auto& row) { return kind.*row.step; });
   return storage->codes == (kind.scale != Scale::kNone) && (storage->codes || plain);
 }
 
-Status Invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
+template <class... Args>
+Status Invalid(fmt::format_string<Args...> message, Args&&... args) {
+  return internal::Error(ErrorCode::kInvalidArgument, message, std::forward<Args>(args)...);
+}
 
 Status CheckVector(std::span<const float> vector, bool wanted, std::size_t head_dim,
                    std::string_view what, bool (*valid)(float)) {
   const std::size_t expected = wanted ? head_dim : 0;
-  if (vector.size() != expected) {
-    return Invalid(
-        fmt::format("expected a {} of {} channels, found {}", what, expected, vector.size()));
-  }
+  if (vector.size() != expected)
+    return Invalid("expected a {} of {} channels, found {}", what, expected, vector.size());
   const auto bad = std::ranges::find_if_not(vector, valid);
   if (bad == vector.end()) return {};
-  return Invalid(fmt::format("expected a {} of finite numbers in its range, found {} in channel {}",
-                             what, *bad, bad - vector.begin()));
+  return Invalid("expected a {} of finite numbers in its range, found {} in channel {}", what, *bad,
+                 bad - vector.begin());
 }
 
-// All values of a table's names, for an error.
+// All names of a table, for an error.
 template <class Table>
 std::string Names(const Table& table) {
   std::string names;
   for (const auto& row : table) {
-    if (row.name.empty()) continue;
-    names += (names.empty() ? "" : ", ") + std::string(row.name);
+    if (!row.name.empty()) names += (names.empty() ? "" : ", ") + std::string(row.name);
   }
   return names;
 }
@@ -102,26 +102,17 @@ std::string ToString(const CodecKind& kind) {
 }
 
 Result<CodecKind> ParseCodecKind(std::string_view name) {
-  CodecKind kind;
-  const std::size_t plus = std::min(name.find('+'), name.size());
-  std::string_view steps = name.substr(plus);
-  for (const StepRow& row : kSteps) {
-    kind.*row.step = steps.starts_with(row.name);
-    if (kind.*row.step) steps.remove_prefix(row.name.size());
-  }
   for (const StorageRow& storage : kStorages) {
     for (const ScaleRow& scale : kScales) {
-      if (name.substr(0, plus) != std::string(storage.name) + std::string(scale.name)) continue;
-      kind.storage = storage.storage;
-      kind.scale = scale.scale;
-      if (steps.empty() && Exists(kind)) return kind;
+      CodecKind kind{.storage = storage.storage, .scale = scale.scale};
+      for (const StepRow& row : kSteps) kind.*row.step = name.find(row.name) != name.npos;
+      if (Exists(kind) && ToString(kind) == name) return kind;
     }
   }
   return Invalid(
-      fmt::format("codec: expected a storage ({}), but for f16 a scale ({}) and, in this order, "
-                  "any of {}; found "
-                  "\"{}\"",
-                  Names(kStorages), Names(kScales), Names(kSteps), name));
+      "codec: expected a storage ({}), but for f16 a scale ({}) and, in this order, any of {}; "
+      "found \"{}\"",
+      Names(kStorages), Names(kScales), Names(kSteps), name);
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
@@ -132,11 +123,13 @@ std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
 }
 
 std::span<const float> HeadCodec::mean() const {
-  return vectors != nullptr ? std::span<const float>(vectors->mean) : std::span<const float>();
+  if (vectors == nullptr) return {};
+  return vectors->mean;
 }
 
 std::span<const float> HeadCodec::factor() const {
-  return vectors != nullptr ? std::span<const float>(vectors->factor) : std::span<const float>();
+  if (vectors == nullptr) return {};
+  return vectors->factor;
 }
 
 bool HeadCodec::operator==(const HeadCodec& other) const {
@@ -147,18 +140,15 @@ bool HeadCodec::operator==(const HeadCodec& other) const {
 Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
   if (!Exists(codec.kind)) {
     return Invalid(
-        "expected a codec that exists, found a storage with a scale or with steps that it "
-        "cannot have");
+        "expected a codec that exists, found a storage with a scale or with steps that it cannot "
+        "have");
   }
   const float scale = codec.head_scale;
-  if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale))) {
-    return Invalid(fmt::format("expected a scale above 0, found {}", scale));
-  }
-  if (Status s = CheckVector(codec.mean(), codec.kind.centre, head_dim, "mean",
-                             [](float x) { return std::isfinite(x); });
-      !s.ok()) {
-    return s;
-  }
+  if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale)))
+    return Invalid("expected a scale above 0, found {}", scale);
+  Status mean = CheckVector(codec.mean(), codec.kind.centre, head_dim, "mean",
+                            [](float x) { return std::isfinite(x); });
+  if (!mean.ok()) return mean;
   return CheckVector(codec.factor(), codec.kind.fold, head_dim, "factor",
                      [](float x) { return x >= 1.0f / kLargestFactor && x <= kLargestFactor; });
 }

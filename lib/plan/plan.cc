@@ -1,29 +1,29 @@
 // Geometries and plans: checks and sizes.
 #include "kvmix/plan.h"
 
-#include <fmt/format.h>
+#include <tuple>
+
+#include "lib/files/file.h"
 
 namespace kvmix {
 
+using internal::Error;
+
 Status CheckGeometry(const Geometry& g) {
-  struct Bounded {
-    const char* name;
-    std::size_t value, most;
-  };
-  for (const auto& [name, value, most] :
-       {Bounded{"layers", g.layers, kMaxCount}, Bounded{"kv_heads", g.kv_heads, kMaxCount},
-        Bounded{"query_heads", g.query_heads, kMaxCount},
-        Bounded{"head_dim", g.head_dim, kMaxHeadDim}}) {
+  const std::tuple<const char*, std::size_t, std::size_t> numbers[] = {
+      {"layers", g.layers, kMaxCount},
+      {"kv_heads", g.kv_heads, kMaxCount},
+      {"query_heads", g.query_heads, kMaxCount},
+      {"head_dim", g.head_dim, kMaxHeadDim}};
+  for (const auto& [name, value, most] : numbers) {
     if (value == 0 || value > most)
-      return Status(ErrorCode::kInvalidArgument,
-                    fmt::format("{}: expected 1 to {}, found {}", name, most, value));
+      return Error(ErrorCode::kInvalidArgument, "{}: expected 1 to {}, found {}", name, most,
+                   value);
   }
-  if (g.query_heads % g.kv_heads != 0) {
-    return Status(ErrorCode::kInvalidArgument,
-                  fmt::format("query_heads: expected a multiple of the {} KV heads, found {}",
-                              g.kv_heads, g.query_heads));
-  }
-  return {};
+  if (g.query_heads % g.kv_heads == 0) return {};
+  return Error(ErrorCode::kInvalidArgument,
+               "query_heads: expected a multiple of the {} KV heads, found {}", g.kv_heads,
+               g.query_heads);
 }
 
 std::string ToString(const Geometry& g) {
@@ -32,13 +32,9 @@ std::string ToString(const Geometry& g) {
 }
 
 Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v) {
-  Plan plan;
-  plan.geometry = geometry;
-  plan.codecs.reserve(geometry.layers * geometry.kv_heads * 2);
-  for (std::size_t i = 0; i < geometry.layers * geometry.kv_heads; ++i) {
-    plan.codecs.push_back(k);
-    plan.codecs.push_back(v);
-  }
+  Plan plan{geometry, {}, {}};
+  for (std::size_t i = 0; i < geometry.layers * geometry.kv_heads; ++i)
+    plan.codecs.insert(plan.codecs.end(), {k, v});
   return plan;
 }
 
@@ -46,16 +42,13 @@ Status CheckPlan(const Plan& plan) {
   const Geometry& g = plan.geometry;
   if (Status s = CheckGeometry(g); !s.ok()) return s;
   const std::size_t expected = g.layers * g.kv_heads * 2;
-  if (plan.codecs.size() != expected) {
-    return Status(ErrorCode::kInvalidArgument,
-                  fmt::format("codecs: expected {} ({}), found {}", expected, ToString(g),
-                              plan.codecs.size()));
-  }
+  if (plan.codecs.size() != expected)
+    return Error(ErrorCode::kInvalidArgument, "codecs: expected {} ({}), found {}", expected,
+                 ToString(g), plan.codecs.size());
   for (std::size_t i = 0; i < expected; ++i) {
-    if (Status s = CheckCodec(plan.codecs[i], g.head_dim); !s.ok()) {
-      return Status(s.code(), fmt::format("layer {}, KV head {}, {}: {}", i / 2 / g.kv_heads,
-                                          i / 2 % g.kv_heads, i % 2 == 0 ? "K" : "V", s.message()));
-    }
+    if (Status s = CheckCodec(plan.codecs[i], g.head_dim); !s.ok())
+      return Error(s.code(), "layer {}, KV head {}, {}: {}", i / 2 / g.kv_heads, i / 2 % g.kv_heads,
+                   i % 2 == 0 ? "K" : "V", s.message());
   }
   return {};
 }
@@ -78,8 +71,8 @@ double SavedFraction(const Plan& plan) {
 
 Status CheckGeometryMatches(const Plan& plan, const Geometry& geometry) {
   if (plan.geometry == geometry) return {};
-  return Status(ErrorCode::kMismatch, fmt::format("plan: expected {}, found {}", ToString(geometry),
-                                                  ToString(plan.geometry)));
+  return Error(ErrorCode::kMismatch, "plan: expected {}, found {}", ToString(geometry),
+               ToString(plan.geometry));
 }
 
 }  // namespace kvmix

@@ -9,14 +9,15 @@
 // Sizes are for people, and computed again on loading. Provenance and accuracy may be missing. A
 // newer minor version may add fields, which are ignored here; 1.1 added the steps fold and
 // hadamard.
-#include <fmt/format.h>
-
+#include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include <fmt/format.h>
 
 #include "kvmix/plan.h"
 #include "lib/files/file.h"
@@ -24,6 +25,7 @@
 
 namespace kvmix {
 
+using internal::Error;
 using internal::FileError;
 using internal::JsonText;
 using internal::JsonView;
@@ -33,89 +35,82 @@ namespace {
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
 constexpr std::size_t kMinor = 1;
-constexpr std::string_view kTensorKeys[] = {"k", "v"};
+constexpr const char* kTensorKeys[] = {"k", "v"};
+
+constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
+    {"worst_cosine", &Fidelity::worst_cosine},
+    {"mean_cosine", &Fidelity::mean_cosine},
+    {"worst_nmse", &Fidelity::worst_nmse},
+    {"mean_nmse", &Fidelity::mean_nmse}};
 
 // ---- writing
 // By hand: a head is one line, and a float has the nine digits that give it back exactly.
 
-void AppendVector(std::span<const float> vector, std::string_view key, std::string_view name,
-                  std::string* out) {
-  if (vector.empty()) return;
-  const auto to = std::back_inserter(*out);
-  fmt::format_to(to, ", \"{}_{}\": [", key, name);
-  for (std::size_t c = 0; c < vector.size(); ++c) {
-    fmt::format_to(to, "{}{:.9g}", c == 0 ? "" : ", ", vector[c]);
-  }
-  *out += ']';
+std::string VectorText(std::span<const float> vector, std::string_view key, std::string_view name) {
+  if (vector.empty()) return "";
+  return fmt::format(", \"{}_{}\": [{:.9g}]", key, name, fmt::join(vector, ", "));
 }
 
-void AppendCodec(const HeadCodec& codec, std::string_view key, std::string* out) {
-  const auto to = std::back_inserter(*out);
-  fmt::format_to(to, "\"{}\": \"{}\"", key, ToString(codec.kind));
-  if (codec.kind.scale == Scale::kHead) {
-    fmt::format_to(to, ", \"{}_scale\": {:.9g}", key, codec.head_scale);
-  }
-  AppendVector(codec.mean(), key, "mean", out);
-  AppendVector(codec.factor(), key, "factor", out);
+std::string CodecText(const HeadCodec& codec, std::string_view key) {
+  std::string text = fmt::format("\"{}\": \"{}\"", key, ToString(codec.kind));
+  if (codec.kind.scale == Scale::kHead)
+    text += fmt::format(", \"{}_scale\": {:.9g}", key, codec.head_scale);
+  return text + VectorText(codec.mean(), key, "mean") + VectorText(codec.factor(), key, "factor");
 }
 
 std::string CodecsText(const Plan& plan) {
-  std::string out = "  \"codecs\": [\n";
-  const Geometry& g = plan.geometry;
-  for (std::size_t layer = 0; layer < g.layers; ++layer) {
-    for (std::size_t head = 0; head < g.kv_heads; ++head) {
-      out += head == 0 ? "    [{" : "     {";
-      AppendCodec(plan.codec(layer, head, Tensor::kK), kTensorKeys[0], &out);
-      out += ", ";
-      AppendCodec(plan.codec(layer, head, Tensor::kV), kTensorKeys[1], &out);
-      out += head + 1 < g.kv_heads ? "},\n" : "}]";
+  std::vector<std::string> layers;
+  for (std::size_t layer = 0; layer < plan.geometry.layers; ++layer) {
+    std::vector<std::string> heads;
+    for (std::size_t head = 0; head < plan.geometry.kv_heads; ++head) {
+      heads.push_back(fmt::format("{{{}, {}}}", CodecText(plan.codec(layer, head, Tensor::kK), "k"),
+                                  CodecText(plan.codec(layer, head, Tensor::kV), "v")));
     }
-    out += layer + 1 < g.layers ? ",\n" : "\n";
+    layers.push_back(fmt::format("    [{}]", fmt::join(heads, ",\n     ")));
   }
-  return out + "  ]\n";
+  return fmt::format("{}", fmt::join(layers, ",\n"));
 }
 
-std::string FidelityText(const Fidelity& f) {
-  return fmt::format(R"({{"worst_cosine": {}, "mean_cosine": {}, "worst_nmse": {}, )"
-                     R"("mean_nmse": {}, "worst_layer": {}, "worst_query_head": {}}})",
-                     f.worst_cosine, f.mean_cosine, f.worst_nmse, f.mean_nmse, f.worst_layer,
-                     f.worst_query_head);
+std::string FidelityText(const Fidelity& f, std::string_view name) {
+  std::string text = fmt::format("\n    \"{}\": {{", name);
+  for (const auto& [key, error] : kErrors) text += fmt::format("\"{}\": {}, ", key, f.*error);
+  return text + fmt::format("\"worst_layer\": {}, \"worst_query_head\": {}}}", f.worst_layer,
+                            f.worst_query_head);
 }
 
 // Only what was measured.
 std::string AccuracyText(const Provenance& p) {
-  std::string out;
-  if (p.calibration_tokens > 0) out += "\n    \"calibration\": " + FidelityText(p.on_calibration);
-  if (p.holdout_tokens > 0)
-    out += std::string(out.empty() ? "" : ",") + "\n    \"holdout\": " + FidelityText(p.on_holdout);
-  return "  \"accuracy\": {" + out + (out.empty() ? "},\n" : "\n  },\n");
+  std::vector<std::string> measured;
+  if (p.calibration_tokens > 0) measured.push_back(FidelityText(p.on_calibration, "calibration"));
+  if (p.holdout_tokens > 0) measured.push_back(FidelityText(p.on_holdout, "holdout"));
+  return fmt::format("{{{}{}}}", fmt::join(measured, ","), measured.empty() ? "" : "\n  ");
 }
 
 std::string PlanText(const Plan& plan) {
   const Geometry& g = plan.geometry;
   const Provenance& p = plan.provenance;
-  std::string out =
-      fmt::format("{{\n  \"format\": \"{}\",\n  \"version\": [{}, {}],\n", kFormat, kMajor, kMinor);
-  const auto to = std::back_inserter(out);
-  fmt::format_to(to,
-                 "  \"geometry\": {{\"layers\": {}, \"kv_heads\": {}, \"query_heads\": {}, "
-                 "\"head_dim\": {}}},\n",
-                 g.layers, g.kv_heads, g.query_heads, g.head_dim);
-  fmt::format_to(to, "  \"bytes_per_token\": {},\n  \"saved_fraction\": {},\n", BytesPerToken(plan),
-                 SavedFraction(plan));
-  fmt::format_to(to,
-                 "  \"provenance\": {{\"model\": {}, \"calibration\": {}, \"calibration_tokens\": "
-                 "{}, \"longest_prompt\": {}, ",
-                 JsonText(p.model), JsonText(p.calibration), p.calibration_tokens,
-                 p.longest_prompt);
-  fmt::format_to(to, "\"holdout\": {}, \"holdout_tokens\": {}}},\n", JsonText(p.holdout),
-                 p.holdout_tokens);
-  return out + AccuracyText(p) + CodecsText(plan) + "}\n";
+  return fmt::format(
+      R"({{
+  "format": "{}",
+  "version": [{}, {}],
+  "geometry": {{"layers": {}, "kv_heads": {}, "query_heads": {}, "head_dim": {}}},
+  "bytes_per_token": {},
+  "saved_fraction": {},
+  "provenance": {{"model": {}, "calibration": {}, "calibration_tokens": {}, "longest_prompt": {}, )"
+      R"("holdout": {}, "holdout_tokens": {}}},
+  "accuracy": {},
+  "codecs": [
+{}
+  ]
+}}
+)",
+      kFormat, kMajor, kMinor, g.layers, g.kv_heads, g.query_heads, g.head_dim, BytesPerToken(plan),
+      SavedFraction(plan), JsonText(p.model), JsonText(p.calibration), p.calibration_tokens,
+      p.longest_prompt, JsonText(p.holdout), p.holdout_tokens, AccuracyText(p), CodecsText(plan));
 }
 
 bool IsFinite(const Fidelity& f) {
-  return std::isfinite(f.worst_cosine) && std::isfinite(f.mean_cosine) &&
-         std::isfinite(f.worst_nmse) && std::isfinite(f.mean_nmse);
+  return std::ranges::all_of(kErrors, [&](auto& error) { return std::isfinite(f.*error.second); });
 }
 
 // ---- reading
@@ -134,14 +129,13 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
     head[key].Fail(ErrorCode::kCorrupt, "a codec that this version knows", internal::Quoted(name));
     return {};
   }
-  HeadCodec codec{*kind, 0.0f, nullptr};
+  HeadCodec codec{*kind};
   if (kind->scale == Scale::kHead) codec.head_scale = head[key + "_scale"].Float();
   CodecVectors vectors;
   if (kind->centre) vectors.mean = ReadVector(head[key + "_mean"]);
   if (kind->fold) vectors.factor = ReadVector(head[key + "_factor"]);
-  if (vectors != CodecVectors()) {
+  if (kind->centre || kind->fold)
     codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
-  }
   return codec;
 }
 
@@ -159,18 +153,20 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Geometry& geomet
     const JsonView heads = layers[layer];
     if (!check_size(heads, geometry.kv_heads, "KV heads")) return codecs;
     for (std::size_t head = 0; head < geometry.kv_heads; ++head) {
-      for (const std::string_view key : kTensorKeys)
-        codecs.push_back(ReadCodec(heads[head], std::string(key)));
+      for (const char* key : kTensorKeys) codecs.push_back(ReadCodec(heads[head], key));
     }
   }
   return codecs;
 }
 
 Fidelity ReadFidelity(const JsonView& accuracy, const std::string& key) {
-  if (!accuracy.has(key)) return {};
+  Fidelity fidelity;
+  if (!accuracy.has(key)) return fidelity;
   const JsonView f = accuracy[key];
-  return {f["worst_cosine"].Number(), f["mean_cosine"].Number(), f["worst_nmse"].Number(),
-          f["mean_nmse"].Number(),    f["worst_layer"].Count(),  f["worst_query_head"].Count()};
+  for (const auto& [name, error] : kErrors) fidelity.*error = f[name].Number();
+  fidelity.worst_layer = f["worst_layer"].Count();
+  fidelity.worst_query_head = f["worst_query_head"].Count();
+  return fidelity;
 }
 
 Provenance ReadProvenance(const JsonView& root) {
@@ -194,7 +190,7 @@ Provenance ReadProvenance(const JsonView& root) {
 }  // namespace
 
 Status SavePlan(const Plan& plan, const std::string& path) {
-  if (Status s = CheckPlan(plan); !s.ok()) return Status(s.code(), path + ": " + s.message());
+  if (Status s = CheckPlan(plan); !s.ok()) return Error(s.code(), "{}: {}", path, s.message());
   if (!IsFinite(plan.provenance.on_calibration) || !IsFinite(plan.provenance.on_holdout)) {
     return FileError(ErrorCode::kInvalidArgument, path, "accuracy", "finite numbers", "NaN or Inf");
   }
@@ -217,7 +213,7 @@ Result<Plan> LoadPlan(const std::string& path) {
   plan.provenance = ReadProvenance(root);
   if (!status.ok()) return status;
   if (Status s = CheckPlan(plan); !s.ok())
-    return Status(ErrorCode::kCorrupt, path + ": " + s.message());
+    return Error(ErrorCode::kCorrupt, "{}: {}", path, s.message());
   return plan;
 }
 
