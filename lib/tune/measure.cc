@@ -1,12 +1,11 @@
 // The errors of every candidate on every head, and of whole plans, through the library's own cache
 // and attention.
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <cmath>
 #include <functional>
 #include <iterator>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #include <fmt/format.h>
@@ -19,6 +18,9 @@
 #include "lib/tune/calibrate.h"
 
 namespace kvmix {
+
+using internal::Error;
+
 namespace {
 
 // [query_heads] errors of a layer's outputs, [tokens, query_heads, head_dim]. Row after row with
@@ -46,60 +48,58 @@ std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
   return errors;
 }
 
-// Calls work(layer, threads for it) for every layer and returns the first layer's error. Layers run
-// side by side, which costs the least waiting, as long as the outputs that they hold stay small;
-// else one after the other with all threads.
+// Calls work(layer, threads for it) for every layer, once its numbers are known to be finite, and
+// returns the first layer's error. Layers run side by side, which costs the least waiting, as long
+// as the outputs that they hold stay small; else one after the other with all threads.
 constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
 
 Status ForLayers(std::size_t first, std::size_t last, const std::vector<const Dump*>& dumps,
                  const MeasureOptions& options,
                  const std::function<Status(std::size_t, const MeasureOptions&)>& work) {
   if (Status s = internal::CheckThreads(options.num_threads); !s.ok()) return s;
+  const std::size_t layers = last - first;
   std::size_t layer_bytes = 1;  // of an exact and an approximate output
   for (const Dump* dump : dumps) {
     const Geometry& g = dump->geometry();
     layer_bytes =
         std::max(layer_bytes, 2 * sizeof(float) * dump->tokens() * g.query_heads * g.head_dim);
   }
-  const std::size_t most = std::clamp<std::size_t>(kOutputBytes / layer_bytes, 1,
-                                                   std::max<std::size_t>(1, last - first));
+  const std::size_t most = std::max<std::size_t>(1, std::min(kOutputBytes / layer_bytes, layers));
   const int side_by_side = internal::ThreadsFor(options.num_threads, most);
   MeasureOptions within = options;
   if (side_by_side > 1) within.num_threads = 1;
-  std::vector<Status> results(last - first);
+  std::vector<Status> results(layers);
   std::mutex progress_mutex;
   std::size_t done = 0;
   std::atomic<bool> failed = false;
-  internal::RunParts(last - first, side_by_side, 1, [&](std::size_t i) {
+  internal::RunParts(layers, side_by_side, 1, [&](std::size_t i) {
     if (failed) return;
-    results[i] = work(first + i, within);
+    for (const Dump* dump : dumps) {
+      if (results[i].ok()) results[i] = dump->CheckFinite(first + i);
+    }
+    if (results[i].ok()) results[i] = work(first + i, within);
     for (const Dump* dump : dumps) dump->Release(first + i);
     if (!results[i].ok()) failed = true;
     const std::lock_guard lock(progress_mutex);
-    if (options.progress) options.progress(++done, last - first);
+    if (options.progress) options.progress(++done, layers);
   });
-  for (Status& s : results) {
-    if (!s.ok()) return std::move(s);
-  }
-  return {};
+  const auto bad = std::ranges::find_if_not(results, &Status::ok);
+  return bad == results.end() ? Status() : *bad;
 }
 
 Status CheckDumps(const std::vector<const Dump*>& dumps) {
-  if (dumps.empty()) return {ErrorCode::kInvalidArgument, "measuring needs at least one dump"};
+  if (dumps.empty()) return Error(ErrorCode::kInvalidArgument, "measuring needs at least one dump");
+  const Dump& first = *dumps[0];
   for (const Dump* dump : dumps) {
     if (!dump->has_q())
-      return {ErrorCode::kInvalidArgument,
-              fmt::format("{}: has no Q, which attention errors need", dump->path())};
-    if (dump->tokens() == 0)
-      return {ErrorCode::kInvalidArgument, fmt::format("{}: has no tokens", dump->path())};
-    if (dump->geometry() != dumps[0]->geometry())
-      return {ErrorCode::kMismatch,
-              fmt::format("{}: {}, but {} has {}", dump->path(), ToString(dump->geometry()),
-                          dumps[0]->path(), ToString(dumps[0]->geometry()))};
-    if (dump->attention_scale() != dumps[0]->attention_scale())
-      return {ErrorCode::kMismatch,
-              fmt::format("{}: attention scale {}, but {} has {}", dump->path(),
-                          dump->attention_scale(), dumps[0]->path(), dumps[0]->attention_scale())};
+      return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention errors need",
+                   dump->path());
+    if (dump->geometry() != first.geometry())
+      return Error(ErrorCode::kMismatch, "{}: {}, but {} has {}", dump->path(),
+                   ToString(dump->geometry()), first.path(), ToString(first.geometry()));
+    if (dump->attention_scale() != first.attention_scale())
+      return Error(ErrorCode::kMismatch, "{}: attention scale {}, but {} has {}", dump->path(),
+                   dump->attention_scale(), first.path(), first.attention_scale());
   }
   return {};
 }
@@ -163,31 +163,29 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
                   const MeasureOptions& options, std::vector<float>* out,
                   std::uint64_t* saturated) {
   if (!dump.has_q())
-    return {ErrorCode::kInvalidArgument,
-            fmt::format("{}: has no Q, which attention needs", dump.path())};
+    return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention needs", dump.path());
   Geometry one_layer = dump.geometry();
   one_layer.layers = 1;
-  const std::size_t q_row = one_layer.query_heads * one_layer.head_dim;
   const std::vector<std::size_t>& prompts = dump.prompt_tokens();
-  const std::size_t longest =
-      prompts.empty() ? 0 : *std::max_element(prompts.begin(), prompts.end());
-  Result<Cache> cache =
-      Cache::Create(one_layer, Plan{one_layer, codecs, {}}, longest, {options.target});
+  Result<Cache> cache = Cache::Create(one_layer, Plan{one_layer, codecs, {}},
+                                      std::ranges::max(prompts), {options.target});
   if (!cache.ok()) return cache.status();
   const AttendOptions attention{.attention_scale = dump.attention_scale()};
+  const std::size_t q_row = one_layer.query_heads * one_layer.head_dim;
   out->resize(dump.tokens() * q_row);
   std::size_t first = 0;
   for (const std::size_t tokens : prompts) {
-    if (Status s = cache->Truncate(0); !s.ok()) return s;
-    Status s = cache->Append(0, dump.k(layer).Tokens(first, tokens),
-                             dump.v(layer).Tokens(first, tokens), options.num_threads);
-    if (!s.ok()) return s;
-    s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * q_row,
-               attention, options.num_threads);
+    Status s = cache->Truncate(0);
+    if (s.ok())
+      s = cache->Append(0, dump.k(layer).Tokens(first, tokens), dump.v(layer).Tokens(first, tokens),
+                        options.num_threads);
+    if (s.ok())
+      s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * q_row,
+                 attention, options.num_threads);
     if (!s.ok()) return s;
     first += tokens;
   }
-  if (saturated) *saturated += cache->saturated();
+  if (saturated != nullptr) *saturated += cache->saturated();
   return {};
 }
 
@@ -195,23 +193,19 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
                                                 const MeasureOptions& options) {
   if (Status s = CheckPlan(plan); !s.ok()) return s;
   if (Status s = CheckGeometryMatches(plan, dump.geometry()); !s.ok())
-    return Status(s.code(), fmt::format("{}: {}", dump.path(), s.message()));
+    return Error(s.code(), "{}: {}", dump.path(), s.message());
   const Geometry& g = plan.geometry;
   std::vector<AttentionError> errors(g.layers * g.query_heads);
-  const auto measure = [&](std::size_t layer, const MeasureOptions& within) -> Status {
-    if (Status s = dump.CheckFinite(layer); !s.ok()) return s;
-    std::vector<float> exact, approximate;
+  const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
-    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(g.kv_heads * 2), within, &exact);
-        !s.ok())
-      return s;
-    if (Status s = AttendDump(dump, layer, std::vector<HeadCodec>(first, first + g.kv_heads * 2),
-                              within, &approximate);
-        !s.ok())
-      return s;
+    const std::vector<HeadCodec> codecs(first, first + g.kv_heads * 2), exact_codecs(codecs.size());
+    std::vector<float> exact, approximate;
+    Status s = AttendDump(dump, layer, exact_codecs, within, &exact);
+    if (s.ok()) s = AttendDump(dump, layer, codecs, within, &approximate);
+    if (!s.ok()) return s;
     std::ranges::copy(CompareLayer(exact, approximate, g, within),
                       errors.begin() + static_cast<std::ptrdiff_t>(layer * g.query_heads));
-    return {};
+    return s;
   };
   if (Status s = ForLayers(0, g.layers, {&dump}, options, measure); !s.ok()) return s;
   return errors;
@@ -220,28 +214,28 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
 Result<CandidateKinds> Candidates(const std::string& name) {
   const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
   if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
-  CandidateKinds kinds{{f16}, {f16}};
-  // With the steps of `like`, by scale.
-  const auto add = [&](std::vector<CodecKind>* to, CodecKind like) {
-    like.storage = Storage::kI8;
-    for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
-      like.scale = scale;
-      to->push_back(like);
+  std::vector<CodecKind> k_steps = {{}, {.centre = true}}, v_steps = {{}};
+  if (name == "all") {
+    k_steps.insert(k_steps.end(), {{.hadamard = true},
+                                   {.centre = true, .hadamard = true},
+                                   {.centre = true, .fold = true},
+                                   {.centre = true, .fold = true, .hadamard = true}});
+    v_steps.push_back({.hadamard = true});
+  } else if (name != "int8") {
+    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8 or all", name);
+  }
+  const auto with_scales = [&](const std::vector<CodecKind>& steps) {
+    std::vector<CodecKind> kinds = {f16};
+    for (CodecKind kind : steps) {
+      kind.storage = Storage::kI8;
+      for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
+        kind.scale = scale;
+        kinds.push_back(kind);
+      }
     }
+    return kinds;
   };
-  const CodecKind centre{.centre = true}, hadamard{.hadamard = true};
-  add(&kinds.k, {});
-  add(&kinds.v, {});
-  add(&kinds.k, centre);
-  if (name == "int8") return kinds;
-  add(&kinds.k, hadamard);
-  add(&kinds.k, {.centre = true, .hadamard = true});
-  add(&kinds.k, {.centre = true, .fold = true});
-  add(&kinds.k, {.centre = true, .fold = true, .hadamard = true});
-  add(&kinds.v, hadamard);
-  if (name == "all") return kinds;
-  return Status(ErrorCode::kInvalidArgument,
-                fmt::format("candidates '{}': expected seed, int8 or all", name));
+  return CandidateKinds{with_scales(k_steps), with_scales(v_steps)};
 }
 
 Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec) {
@@ -258,25 +252,21 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
                            const MeasureOptions& options) {
   if (Status s = CheckDumps(dumps); !s.ok()) return s;
   if (candidates.k.empty() || candidates.v.empty())
-    return Status(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
+    return Error(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
   ErrorTable table;
   table.geometry = dumps[0]->geometry();
   table.attention_scale = dumps[0]->attention_scale();
   table.model = dumps[0]->model();
   if (first_layer > last_layer || last_layer > table.geometry.layers)
-    return Status(ErrorCode::kInvalidArgument,
-                  fmt::format("layers {} to {}: {} has layers 0 to {}", first_layer, last_layer,
-                              dumps[0]->path(), table.geometry.layers));
+    return Error(ErrorCode::kInvalidArgument, "layers {} to {}: {} has layers 0 to {}", first_layer,
+                 last_layer, dumps[0]->path(), table.geometry.layers);
   for (const Dump* dump : dumps) {
     table.dumps.push_back(internal::FileName(dump->path()));
     table.tokens += dump->tokens();
-    for (const std::size_t tokens : dump->prompt_tokens())
-      table.longest_prompt = std::max(table.longest_prompt, tokens);
+    table.longest_prompt = std::max(table.longest_prompt, std::ranges::max(dump->prompt_tokens()));
   }
   std::vector<std::vector<HeadErrors>> layers(last_layer - first_layer);
   const auto measure = [&](std::size_t layer, const MeasureOptions& within) -> Status {
-    for (const Dump* dump : dumps)
-      if (Status s = dump->CheckFinite(layer); !s.ok()) return s;
     Result<std::vector<HeadErrors>> started = StartLayer(dumps, candidates, layer);
     if (!started.ok()) return started.status();
     std::vector<HeadErrors>& heads = layers[layer - first_layer];
@@ -287,40 +277,34 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
   };
   if (Status s = ForLayers(first_layer, last_layer, dumps, options, measure); !s.ok()) return s;
   for (std::vector<HeadErrors>& heads : layers)
-    table.heads.insert(table.heads.end(), std::make_move_iterator(heads.begin()),
-                       std::make_move_iterator(heads.end()));
+    std::ranges::move(heads, std::back_inserter(table.heads));
   return table;
 }
 
 Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b) {
-  const auto differ = [](const std::string& what, const auto& x, const auto& y) {
-    return Status(ErrorCode::kMismatch,
-                  fmt::format("error tables cannot be merged: {} '{}' against '{}'", what, x, y));
+  const auto origin = [](const ErrorTable& t) {
+    return std::vector<std::pair<const char*, std::string>>{
+        {"geometry", ToString(t.geometry)},
+        {"model", t.model},
+        {"dumps", fmt::format("{}", fmt::join(t.dumps, ","))},
+        {"tokens", fmt::format("{}", t.tokens)},
+        {"longest prompt", fmt::format("{}", t.longest_prompt)},
+        {"attention scale", fmt::format("{}", t.attention_scale)}};
   };
-  if (a.geometry != b.geometry)
-    return differ("geometry", ToString(a.geometry), ToString(b.geometry));
-  if (a.model != b.model) return differ("model", a.model, b.model);
-  if (a.dumps != b.dumps)
-    return differ("dumps", fmt::format("{}", fmt::join(a.dumps, ",")),
-                  fmt::format("{}", fmt::join(b.dumps, ",")));
-  if (a.tokens != b.tokens) return differ("tokens", a.tokens, b.tokens);
-  if (a.longest_prompt != b.longest_prompt)
-    return differ("longest prompt", a.longest_prompt, b.longest_prompt);
-  if (a.attention_scale != b.attention_scale)
-    return differ("attention scale", a.attention_scale, b.attention_scale);
-  const auto key = [](const HeadErrors& h) {
-    return std::array<std::size_t, 3>{h.layer, h.kv_head, static_cast<std::size_t>(h.tensor)};
-  };
+  const auto of_a = origin(a), of_b = origin(b);
+  for (std::size_t i = 0; i < of_a.size(); ++i) {
+    if (of_a[i] != of_b[i])
+      return Error(ErrorCode::kMismatch, "error tables cannot be merged: {} '{}' against '{}'",
+                   of_a[i].first, of_a[i].second, of_b[i].second);
+  }
+  const auto place = [](const HeadErrors& h) { return std::tuple(h.layer, h.kv_head, h.tensor); };
   ErrorTable merged = a;
   merged.heads.clear();
-  std::merge(a.heads.begin(), a.heads.end(), b.heads.begin(), b.heads.end(),
-             std::back_inserter(merged.heads),
-             [&](const HeadErrors& x, const HeadErrors& y) { return key(x) < key(y); });
-  for (std::size_t i = 1; i < merged.heads.size(); ++i)
-    if (key(merged.heads[i]) == key(merged.heads[i - 1]))
-      return Status(
-          ErrorCode::kMismatch,
-          fmt::format("error tables cannot be merged: layer {} is in both", merged.heads[i].layer));
+  std::ranges::merge(a.heads, b.heads, std::back_inserter(merged.heads), {}, place, place);
+  const auto twice = std::ranges::adjacent_find(merged.heads, {}, place);
+  if (twice != merged.heads.end())
+    return Error(ErrorCode::kMismatch, "error tables cannot be merged: layer {} is in both",
+                 twice->layer);
   return merged;
 }
 

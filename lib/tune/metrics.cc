@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace kvmix {
 namespace {
@@ -13,9 +14,7 @@ namespace {
 constexpr std::size_t kLanes = 8;
 
 double Sum(const std::array<double, kLanes>& lanes) {
-  double sum = 0.0;
-  for (double x : lanes) sum += x;
-  return sum;
+  return std::accumulate(lanes.begin(), lanes.end(), 0.0);
 }
 
 }  // namespace
