@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <functional>
-#include <memory>
+#include <tuple>
 #include <utility>
 
 #include <fmt/format.h>
@@ -36,19 +36,6 @@ struct Decode {
   Cache cache;
 };
 
-Status CheckSameMachine(const Wisdom& found, const std::string& path) {
-  const Wisdom here = ThisMachine();
-  const auto check = [&](const char* what, const std::string& expected, const std::string& value) {
-    return expected == value
-               ? Status()
-               : internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(expected),
-                                     internal::Quoted(value) + kAdvice);
-  };
-  if (Status s = check("cpu", here.cpu, found.cpu); !s.ok()) return s;
-  if (Status s = check("target", here.target, found.target); !s.ok()) return s;
-  return check("library_version", here.version, found.version);
-}
-
 }  // namespace
 
 std::string SpeedName(const CodecKind& kind) {
@@ -57,11 +44,11 @@ std::string SpeedName(const CodecKind& kind) {
 
 const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_codec,
                               std::size_t group, std::size_t head_dim, std::size_t context) const {
-  for (const HeadSpeed& s : speeds)
-    if (s.k_codec == k_codec && s.v_codec == v_codec && s.group == group &&
-        s.head_dim == head_dim && s.context == context)
-      return &s;
-  return nullptr;
+  const auto it = std::ranges::find_if(speeds, [&](const HeadSpeed& s) {
+    return std::tie(s.k_codec, s.v_codec, s.group, s.head_dim, s.context) ==
+           std::tie(k_codec, v_codec, group, head_dim, context);
+  });
+  return it == speeds.end() ? nullptr : &*it;
 }
 
 Wisdom ThisMachine(std::string_view target) {
@@ -89,7 +76,7 @@ Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
       path, json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
-Result<Wisdom> LoadWisdom(const std::string& path) {
+Result<Wisdom> LoadWisdom(const std::string& path, std::string_view target) {
   const Result<nlohmann::json> document = internal::LoadJson(path);
   if (!document.ok()) return document.status();
   Status status;
@@ -103,15 +90,22 @@ Result<Wisdom> LoadWisdom(const std::string& path) {
   const internal::JsonView speeds = root["speeds"];
   const std::size_t size = speeds.size();
   for (std::size_t i = 0; i < size; ++i) {
-    const internal::JsonView s = speeds[i], ns = s["decode_ns"];
+    const internal::JsonView s = speeds[i];
+    const double ns = s["decode_ns"].Number();
+    if (!(ns > 0.0))
+      s["decode_ns"].Fail(ErrorCode::kCorrupt, "a time above 0", fmt::format("{}", ns));
     wisdom.speeds.push_back({s["k"].Text(), s["v"].Text(), s["group"].Count(),
-                             s["head_dim"].Count(), s["context"].Count(), ns.Number()});
-    if (!(wisdom.speeds.back().decode_ns > 0.0))
-      ns.Fail(ErrorCode::kCorrupt, "a time above 0",
-              fmt::format("{}", wisdom.speeds.back().decode_ns));
+                             s["head_dim"].Count(), s["context"].Count(), ns});
   }
   if (!status.ok()) return status;
-  if (Status s = CheckSameMachine(wisdom, path); !s.ok()) return s;
+  const Wisdom here = ThisMachine(target);
+  for (const auto& [what, field] : {std::pair{"cpu", &Wisdom::cpu},
+                                    {"target", &Wisdom::target},
+                                    {"library_version", &Wisdom::version}}) {
+    if (wisdom.*field != here.*field)
+      return internal::FileError(ErrorCode::kMismatch, path, what, internal::Quoted(here.*field),
+                                 internal::Quoted(wisdom.*field) + kAdvice);
+  }
   return wisdom;
 }
 
@@ -122,15 +116,13 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   if (Status s = CheckGeometry(geometry); !s.ok()) return s;
   if (context == 0) return {ErrorCode::kInvalidArgument, "context 0: expected 1 or more tokens"};
   std::vector<Half> k_rows, v_rows;
-  const std::vector<Half> q = internal::RandomHalves(group * head_dim, 1);
-  std::vector<float> out(q.size());
-  std::vector<std::unique_ptr<Decode>> decodes;
-  for (const CodecKind& kk : k) {
-    for (const CodecKind& vk : v) {
-      const HeadCodec kc = CodecFor(kk), vc = CodecFor(vk);
+  std::vector<Decode> decodes;
+  for (const CodecKind& k_kind : k) {
+    for (const CodecKind& v_kind : v) {
+      const HeadCodec kc = CodecFor(k_kind), vc = CodecFor(v_kind);
       HeadSpeed speed{ToString(kc.kind), ToString(vc.kind), group, head_dim, context, 0.0};
-      const bool measuring = std::any_of(decodes.begin(), decodes.end(), [&](const auto& d) {
-        return d->speed.k_codec == speed.k_codec && d->speed.v_codec == speed.v_codec;
+      const bool measuring = std::ranges::any_of(decodes, [&](const Decode& d) {
+        return d.speed.k_codec == speed.k_codec && d.speed.v_codec == speed.v_codec;
       });
       if (measuring || wisdom->Find(speed.k_codec, speed.v_codec, group, head_dim, context))
         continue;
@@ -144,24 +136,27 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
       Status s = cache->Append(0, RowsView::F16(k_rows.data(), context, 1, head_dim),
                                RowsView::F16(v_rows.data(), context, 1, head_dim));
       if (!s.ok()) return s;
-      decodes.push_back(std::make_unique<Decode>(Decode{std::move(speed), std::move(*cache)}));
+      decodes.push_back({std::move(speed), std::move(*cache)});
     }
   }
+  if (decodes.empty()) return {};
   Status failed;
+  const std::vector<Half> q = internal::RandomHalves(group * head_dim, 1);
   const RowsView queries = RowsView::F16(q.data(), 1, group, head_dim);
-  const AttendOptions options{.residence = Residence::kMemory};
+  std::vector<float> out(q.size());
   std::vector<std::function<void()>> functions;
-  for (const auto& d : decodes) {
-    functions.push_back([&, cache = &d->cache] {
-      if (Status s = Attend(*cache, 0, queries, out.data(), options); !s.ok()) failed = s;
+  functions.reserve(decodes.size());
+  for (const Decode& d : decodes) {
+    functions.emplace_back([&] {
+      const AttendOptions options{.residence = Residence::kMemory};
+      if (Status s = Attend(d.cache, 0, queries, out.data(), options); !s.ok()) failed = s;
     });
   }
-  if (functions.empty()) return {};
   const std::vector<double> medians = internal::MedianSeconds(functions, seconds);
   if (!failed.ok()) return failed;
   for (std::size_t i = 0; i < decodes.size(); ++i) {
-    decodes[i]->speed.decode_ns = medians[i] * 1e9;
-    wisdom->speeds.push_back(std::move(decodes[i]->speed));
+    wisdom->speeds.push_back(std::move(decodes[i].speed));
+    wisdom->speeds.back().decode_ns = medians[i] * 1e9;
   }
   return {};
 }

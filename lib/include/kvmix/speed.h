@@ -41,10 +41,10 @@ struct KVMIX_API Wisdom {
 
 // An empty record for this machine, this library and a target, "" for the best.
 KVMIX_API Wisdom ThisMachine(std::string_view target = {});
-// JSON. A record of another CPU, target or library version is a kMismatch that names both; one in
-// the form of an older kvmix is a kVersion.
+// JSON. A record of another CPU or library version, or of another target than the one asked for (""
+// is the best), is a kMismatch that names both; one in the form of an older kvmix is a kVersion.
 KVMIX_API Status SaveWisdom(const Wisdom& wisdom, const std::string& path);
-KVMIX_API Result<Wisdom> LoadWisdom(const std::string& path);
+KVMIX_API Result<Wisdom> LoadWisdom(const std::string& path, std::string_view target = {});
 
 // Measures every pair of `k` and `v` kinds, as storage and scale alone, that `wisdom` does not hold
 // yet, and adds it. On wisdom's target; the tiles are read as those of a model are, from memory.
