@@ -306,7 +306,7 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/format", "kvmix-dump", "format: expected \"kvmix-plan\", found \"kvmix-dump\""},
       {"/format", removed, "format: expected a value, found none"},
       {"/version", {0, 9}, "version: expected major version 1, found 0"},
-      {"/version", {1}, "version: expected [major, minor], found 1 numbers"},
+      {"/version", {1}, "version: expected 2 numbers, [major, minor], found 1"},
       {"/version", "1.0", "version: expected an array, found \"1.0\""},
       {"/version", {1, "0"}, "version[1]: expected a whole number below 2^64, found \"0\""},
       {"/version", {-1, 0}, "version[0]: expected a whole number below 2^64, found -1"},

@@ -66,9 +66,8 @@ std::string OneLine(std::string_view text, std::size_t limit) {
 std::string Quoted(std::string_view text) { return '"' + OneLine(text, 60) + '"'; }
 
 std::string FileName(const std::string& path) {
-  const std::size_t end = path.find_last_not_of('/');
-  const std::size_t slash = path.find_last_of('/', end);
-  return path.substr(slash + 1, end - slash);  // npos + 1 is 0
+  const fs::path whole(path);
+  return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
 }
 
 Result<MappedFile> MappedFile::Open(const std::string& path) {

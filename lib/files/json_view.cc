@@ -113,6 +113,13 @@ JsonView JsonView::operator[](std::size_t i) const {
   return JsonView(*this, &(*value_)[i], fmt::format("{}[{}]", where_, i));
 }
 
+bool JsonView::HasSize(std::size_t expected, std::string_view of) const {
+  const std::size_t found = size();
+  if (found == expected) return true;
+  Fail(ErrorCode::kCorrupt, fmt::format("{} {}", expected, of), fmt::format("{}", found));
+  return false;
+}
+
 template <class T>
 T JsonView::Get(bool (json::*has_type)() const noexcept, const char* expected) const {
   if (value_ != nullptr && (value_->*has_type)()) return value_->get<T>();
@@ -136,6 +143,16 @@ float JsonView::Float() const {
   return 0.0f;
 }
 
+template <class T>
+std::vector<T> JsonView::All(T (JsonView::*get)() const) const {
+  std::vector<T> all(size());
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = ((*this)[i].*get)();
+  return all;
+}
+
+std::vector<std::size_t> JsonView::Counts() const { return All(&JsonView::Count); }
+std::vector<float> JsonView::Floats() const { return All(&JsonView::Float); }
+
 void JsonView::Fail(ErrorCode code, std::string_view expected, std::string_view found) const {
   if (status_->ok()) *status_ = FileError(code, *path_, OneLine(where_), expected, found);
 }
@@ -154,8 +171,7 @@ void CheckVersion(const JsonView& root, std::string_view format, std::size_t maj
   if (const std::string found = root["format"].Text(); found != format)
     root["format"].Fail(ErrorCode::kCorrupt, Quoted(format), Quoted(found));
   const JsonView version = root["version"];
-  if (const std::size_t size = version.size(); size != 2)
-    return version.Fail(ErrorCode::kCorrupt, "[major, minor]", fmt::format("{} numbers", size));
+  if (!version.HasSize(2, "numbers, [major, minor]")) return;
   const std::size_t found = version[0].Count();
   (void)version[1].Count();
   if (found != major)

@@ -35,16 +35,19 @@ class JsonView {
   JsonView(const nlohmann::json& document, const std::string& path, Status* status)
       : value_(&document), path_(&path), status_(status) {}
 
-  bool has(const std::string& key) const;             // false if this is no object
-  std::vector<std::string> keys() const;              // of an object
-  JsonView operator[](const std::string& key) const;  // an error if it is missing
-  std::size_t size() const;                           // of an array
-  JsonView operator[](std::size_t i) const;           // i < size()
+  bool has(const std::string& key) const;                         // false if this is no object
+  std::vector<std::string> keys() const;                          // of an object
+  JsonView operator[](const std::string& key) const;              // an error if it is missing
+  std::size_t size() const;                                       // of an array
+  JsonView operator[](std::size_t i) const;                       // i < size()
+  bool HasSize(std::size_t expected, std::string_view of) const;  // an error if not
 
   std::string Text() const;
   std::size_t Count() const;  // a whole number from 0 to 2^64 - 1
   double Number() const;
   float Float() const;  // a number within float's range
+  std::vector<std::size_t> Counts() const;
+  std::vector<float> Floats() const;
 
   void Fail(ErrorCode code, std::string_view expected, std::string_view found) const;
 
@@ -53,6 +56,8 @@ class JsonView {
       : value_(value), path_(parent.path_), status_(parent.status_), where_(std::move(where)) {}
   template <class T>
   T Get(bool (nlohmann::json::*has_type)() const noexcept, const char* expected) const;
+  template <class T>
+  std::vector<T> All(T (JsonView::*get)() const) const;
   void WrongType(std::string_view expected) const;
 
   const nlohmann::json* value_;  // null after an error

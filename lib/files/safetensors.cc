@@ -30,13 +30,6 @@ constexpr std::array kDtypes = {
     Dtype{"C64", 64},    Dtype{"F64", 64}, Dtype{"I64", 64},    Dtype{"U64", 64},
 };
 
-std::vector<std::uint64_t> Counts(const JsonView& array) {
-  std::vector<std::uint64_t> counts;
-  const std::size_t size = array.size();
-  for (std::size_t i = 0; i < size; ++i) counts.push_back(array[i].Count());
-  return counts;
-}
-
 // Bits of a tensor; nothing where they are 2^64 or more.
 std::optional<std::uint64_t> Bits(std::uint64_t bits, const std::vector<std::uint64_t>& shape) {
   for (const std::uint64_t size : shape) {
@@ -56,12 +49,12 @@ SafetensorsEntry ReadEntry(const JsonView& tensor, std::string_view buffer) {
     if (field != "dtype" && field != "shape" && field != "data_offsets")
       return fail("dtype, shape and data_offsets", Quoted(field));
   }
-  SafetensorsEntry entry{tensor["dtype"].Text(), Counts(tensor["shape"]), {}};
-  const std::vector<std::uint64_t> offsets = Counts(tensor["data_offsets"]);
+  SafetensorsEntry entry{tensor["dtype"].Text(), tensor["shape"].Counts(), {}};
+  if (!tensor["data_offsets"].HasSize(2, "numbers, begin and end")) return {};
+  const std::size_t begin = tensor["data_offsets"][0].Count();
+  const std::size_t end = tensor["data_offsets"][1].Count();
   const auto* dtype = std::ranges::find(kDtypes, entry.dtype, &Dtype::name);
   if (dtype == kDtypes.end()) return fail("a dtype of the format", Quoted(entry.dtype));
-  if (offsets.size() != 2) return fail("2 data_offsets", fmt::format("{}", offsets.size()));
-  const std::uint64_t begin = offsets[0], end = offsets[1];
   if (begin > end || end > buffer.size()) {
     return fail(fmt::format("data_offsets in order within the buffer of {} bytes", buffer.size()),
                 fmt::format("[{}, {}]", begin, end));

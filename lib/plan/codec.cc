@@ -1,11 +1,9 @@
 // Kinds and their names, from one table a field; sizes; checks.
 #include "kvmix/codec.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
-#include <array>
 #include <cmath>
+#include <iterator>
 #include <utility>
 
 #include "lib/files/file.h"
@@ -13,56 +11,37 @@
 namespace kvmix {
 namespace {
 
-struct StorageRow {
-  Storage storage;
+template <class T>
+struct Row {
+  T value;
   std::string_view name;
-  std::size_t bits;  // of a channel
-  bool codes;        // rather than numbers: has a scale, and steps before it
+  std::size_t size;
 };
-constexpr std::array kStorages = {
-    StorageRow{Storage::kF16, "f16", 16, false},
-    StorageRow{Storage::kI8, "i8", 8, true},
-};
-
-struct ScaleRow {
-  Scale scale;
-  std::string_view name;
-  std::size_t bytes;  // stored for each token
-};
-constexpr std::array kScales = {
-    ScaleRow{Scale::kNone, "", 0},
-    ScaleRow{Scale::kHead, "-head", 0},
-    ScaleRow{Scale::kToken, "-token", 4},
-    ScaleRow{Scale::kTokenBF16, "-token-bf16", 2},
-};
-
-struct StepRow {
-  bool CodecKind::*step;
-  std::string_view name;
-};
-constexpr std::array kSteps = {
-    StepRow{&CodecKind::centre, "+centre"},
-    StepRow{&CodecKind::fold, "+fold"},
-    StepRow{&CodecKind::hadamard, "+hadamard"},
-};
+constexpr Row<Storage> kStorages[] = {{Storage::kF16, "f16", 16}, {Storage::kI8, "i8", 8}};  // bits
+constexpr Row<Scale> kScales[] = {{Scale::kNone, "", 0},  // bytes beside every token's codes
+                                  {Scale::kHead, "-head", 0},
+                                  {Scale::kToken, "-token", 4},
+                                  {Scale::kTokenBF16, "-token-bf16", 2}};
+constexpr Row<bool CodecKind::*> kSteps[] = {{&CodecKind::centre, "+centre", 0},
+                                             {&CodecKind::fold, "+fold", 0},
+                                             {&CodecKind::hadamard, "+hadamard", 0}};
 
 constexpr float kLargestFactor = 0x1p32f;
 
-// The row of a table whose `member` is `value`; null if there is none.
-template <class Table, class Row, class Value>
-const Row* Find(const Table& table, Value Row::*member, Value value) {
-  const auto it = std::ranges::find(table, value, member);
-  return it == table.end() ? nullptr : &*it;
+// The row of a value; null for a value that is none of its enum's.
+template <class Table, class T>
+const Row<T>* Find(const Table& table, T value) {
+  const auto* row = std::ranges::find(table, value, &Row<T>::value);
+  return row == std::end(table) ? nullptr : row;
 }
-const StorageRow* Find(Storage storage) { return Find(kStorages, &StorageRow::storage, storage); }
-const ScaleRow* Find(Scale scale) { return Find(kScales, &ScaleRow::scale, scale); }
 
+// Codes have a scale, and maybe steps before it; numbers (f16) have neither.
 bool Exists(const CodecKind& kind) {
-  const StorageRow* storage = Find(kind.storage);
-  if (storage == nullptr || Find(kind.scale) == nullptr || kind.rounding != Rounding::kNearest)
+  if (Find(kStorages, kind.storage) == nullptr || Find(kScales, kind.scale) == nullptr ||
+      kind.rounding != Rounding::kNearest)
     return false;
-  const bool plain = std::ranges::none_of(kSteps, [&](const auto& row) { return kind.*row.step; });
-  return storage->codes == (kind.scale != Scale::kNone) && (storage->codes || plain);
+  if (kind.storage != Storage::kF16) return kind.scale != Scale::kNone;
+  return kind == CodecKind();
 }
 
 template <class... Args>
@@ -95,17 +74,17 @@ std::string Names(const Table& table) {
 
 std::string ToString(const CodecKind& kind) {
   if (!Exists(kind)) return "invalid";
-  std::string name(Find(kind.storage)->name);
-  name += Find(kind.scale)->name;
-  for (const StepRow& row : kSteps) name += kind.*row.step ? row.name : "";
+  std::string name(Find(kStorages, kind.storage)->name);
+  name += Find(kScales, kind.scale)->name;
+  for (const auto& step : kSteps) name += kind.*step.value ? step.name : "";
   return name;
 }
 
 Result<CodecKind> ParseCodecKind(std::string_view name) {
-  for (const StorageRow& storage : kStorages) {
-    for (const ScaleRow& scale : kScales) {
-      CodecKind kind{.storage = storage.storage, .scale = scale.scale};
-      for (const StepRow& row : kSteps) kind.*row.step = name.find(row.name) != name.npos;
+  for (const auto& storage : kStorages) {
+    for (const auto& scale : kScales) {
+      CodecKind kind{.storage = storage.value, .scale = scale.value};
+      for (const auto& step : kSteps) kind.*step.value = name.find(step.name) != name.npos;
       if (Exists(kind) && ToString(kind) == name) return kind;
     }
   }
@@ -116,10 +95,10 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
-  const StorageRow* storage = Find(kind.storage);
-  const ScaleRow* scale = Find(kind.scale);
+  const Row<Storage>* storage = Find(kStorages, kind.storage);
+  const Row<Scale>* scale = Find(kScales, kind.scale);
   if (storage == nullptr || scale == nullptr) return 0;
-  return (storage->bits * head_dim + 7) / 8 + scale->bytes;
+  return (storage->size * head_dim + 7) / 8 + scale->size;
 }
 
 std::span<const float> HeadCodec::mean() const {

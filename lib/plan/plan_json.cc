@@ -1,14 +1,5 @@
-// Plans as JSON:
-//   {"format": "kvmix-plan", "version": [1, 0],
-//    "geometry": {"layers": 24, "kv_heads": 2, "query_heads": 14, "head_dim": 64},
-//    "bytes_per_token": 6720, "saved_fraction": 0.45,
-//    "provenance": {"model": "...", ...},
-//    "accuracy": {"calibration": {...}, "holdout": {...}},
-//    "codecs": [[{"k": "i8-head+centre+fold", "k_scale": 0.1, "k_mean": [...], "k_factor": [...],
-//                 "v": "i8-token+hadamard"}, ...KV heads], ...layers]}
-// Sizes are for people, and computed again on loading. Provenance and accuracy may be missing. A
-// newer minor version may add fields, which are ignored here; 1.1 added the steps fold and
-// hadamard.
+// Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
+// minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -35,7 +26,6 @@ namespace {
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
 constexpr std::size_t kMinor = 1;
-constexpr const char* kTensorKeys[] = {"k", "v"};
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -115,13 +105,6 @@ bool IsFinite(const Fidelity& f) {
 
 // ---- reading
 
-std::vector<float> ReadVector(const JsonView& vector) {
-  std::vector<float> numbers;
-  const std::size_t channels = vector.size();
-  for (std::size_t c = 0; c < channels; ++c) numbers.push_back(vector[c].Float());
-  return numbers;
-}
-
 HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
   const std::string name = head[key].Text();
   const Result<CodecKind> kind = ParseCodecKind(name);
@@ -132,8 +115,8 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
   HeadCodec codec{*kind};
   if (kind->scale == Scale::kHead) codec.head_scale = head[key + "_scale"].Float();
   CodecVectors vectors;
-  if (kind->centre) vectors.mean = ReadVector(head[key + "_mean"]);
-  if (kind->fold) vectors.factor = ReadVector(head[key + "_factor"]);
+  if (kind->centre) vectors.mean = head[key + "_mean"].Floats();
+  if (kind->fold) vectors.factor = head[key + "_factor"].Floats();
   if (kind->centre || kind->fold)
     codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
   return codec;
@@ -142,18 +125,12 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
 // Memory grows with what the file holds, never with what its geometry claims.
 std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Geometry& geometry) {
   std::vector<HeadCodec> codecs;
-  const auto check_size = [](const JsonView& array, std::size_t expected, const char* of) {
-    const std::size_t found = array.size();
-    if (found != expected)
-      array.Fail(ErrorCode::kCorrupt, fmt::format("{} {}", expected, of), fmt::format("{}", found));
-    return found == expected;
-  };
-  if (!check_size(layers, geometry.layers, "layers")) return codecs;
+  if (!layers.HasSize(geometry.layers, "layers")) return codecs;
   for (std::size_t layer = 0; layer < geometry.layers; ++layer) {
     const JsonView heads = layers[layer];
-    if (!check_size(heads, geometry.kv_heads, "KV heads")) return codecs;
+    if (!heads.HasSize(geometry.kv_heads, "KV heads")) return codecs;
     for (std::size_t head = 0; head < geometry.kv_heads; ++head) {
-      for (const char* key : kTensorKeys) codecs.push_back(ReadCodec(heads[head], key));
+      for (const char* key : {"k", "v"}) codecs.push_back(ReadCodec(heads[head], key));
     }
   }
   return codecs;

@@ -6,8 +6,7 @@
 //
 // Each field of a CodecKind is one of these steps, so kinds compose:
 //   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is
-//   the
-//             same for all keys of a query, and softmax does not see it. V's mean goes on the
+//             the same for all keys of a query, and softmax does not see it. V's goes on the
 //             output.
 //   fold      a factor per channel. K's is folded into q, V's goes on the output.
 //   hadamard  R is the Hadamard matrix over sqrt(b), its own inverse, in blocks of b channels, the

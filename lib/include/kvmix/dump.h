@@ -2,8 +2,7 @@
 //
 // Two forms are read:
 // 1. safetensors: tensors `layers.N.k|v|q` of F16, BF16 or F32, [tokens, heads, head_dim] in C
-// order
-//    (or [1, heads, tokens, head_dim], as Hugging Face has them). Metadata (strings): format
+//    order, or [1, heads, tokens, head_dim], as Hugging Face has them. Metadata (strings): format
 //    `kvmix-dump-1`, model, corpus, layers, tokens, prompt_tokens (comma-separated lengths of the
 //    concatenated prompts), kv_heads, query_heads, head_dim, rope_theta, attention_scale. What
 //    safetensors' own reader refuses is refused. Metadata that are missing follow from the tensors

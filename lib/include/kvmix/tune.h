@@ -85,9 +85,9 @@ struct ErrorTable {
 };
 
 // Scales and means come from all `dumps` together (one model; their shapes must agree), errors are
-// measured on them all. Layers [first_layer, last_layer), side by side. NaN or
-// Inf, a dump without Q or without tokens is an error. Memory: a few times one layer's tensors for
-// every layer in work; layers whose outputs would take more than 1 GiB together wait their turn.
+// measured on them all. Layers [first_layer, last_layer), side by side. NaN or Inf, or a dump
+// without Q, is an error. Memory: a few times one layer's tensors for every layer in work; layers
+// whose outputs would take more than 1 GiB together wait their turn.
 KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps,
                                      const CandidateKinds& candidates, std::size_t first_layer,
                                      std::size_t last_layer, const MeasureOptions& options = {});
@@ -129,14 +129,13 @@ struct Choice {
 };
 
 // One choice of K and V codec per KV head, exact (multiple-choice knapsack), in three steps:
-//   1. worst: the least `w` such that some plan within the constraints has no query head with an
-//   NMSE above w.
-//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above w *
-//   worst_tolerance.
+//   1. worst: the least w such that some plan within the constraints has no query head with an NMSE
+//      above w.
+//   2. sum: S = the least sum of NMSE over all query heads among the plans with no head above
+//      w * worst_tolerance.
 //   3. time: of those plans the one that minimises sum + price * decode time. The price is
-//   (time_tolerance - 1) * S over all the time
-//      that could be saved at best, so that the sum is at most S * time_tolerance, and time decides
-//      where plans are about equally accurate.
+//      (time_tolerance - 1) * S over all the time that could be saved at best, so that the sum is
+//      at most S * time_tolerance, and time decides where plans are about equally accurate.
 // The NMSE of a query head is the sum of its K's and its V's; so is 1 - cosine.
 //
 // min_cosine without budget: the most bytes that can be saved, then the same. max_decode_ns: step 1
