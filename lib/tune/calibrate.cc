@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "kvmix/quantize.h"
 
@@ -18,8 +19,7 @@ HeadCalibration::HeadCalibration(const std::vector<const Dump*>& dumps, std::siz
   for (const Dump* dump : dumps) rows_.push_back(dump->head(layer, kv_head, tensor));
 }
 
-const std::vector<float>& HeadCalibration::Mean() {
-  if (!mean_.empty()) return mean_;
+std::vector<float> HeadCalibration::Mean() const {
   std::vector<double> sum(rows_[0].head_dim, 0.0);
   std::size_t tokens = 0;
   for (const RowsView& rows : rows_) {
@@ -28,16 +28,17 @@ const std::vector<float>& HeadCalibration::Mean() {
     }
     tokens += rows.tokens;
   }
-  for (const double x : sum) mean_.push_back(static_cast<float>(x / static_cast<double>(tokens)));
-  return mean_;
+  std::vector<float> mean;
+  for (const double x : sum) mean.push_back(static_cast<float>(x / static_cast<double>(tokens)));
+  return mean;
 }
 
-std::vector<float> HeadCalibration::Factor(bool centred) {
+std::vector<float> HeadCalibration::Factor(const std::vector<float>& mean) const {
   std::vector<float> range(rows_[0].head_dim, 0.0f);
   for (const RowsView& rows : rows_) {
     for (std::size_t t = 0; t < rows.tokens; ++t) {
       for (std::size_t c = 0; c < range.size(); ++c) {
-        const float y = rows.At(t, 0, c) - (centred ? Mean()[c] : 0.0f);
+        const float y = rows.At(t, 0, c) - (mean.empty() ? 0.0f : mean[c]);
         range[c] = std::max(range[c], std::fabs(y));
       }
     }
@@ -49,18 +50,18 @@ std::vector<float> HeadCalibration::Factor(bool centred) {
     x = std::sqrt(std::max(x, largest / (kLargestRatio * kLargestRatio)));
     sum_log += std::log(double{x});
   }
-  const double mean = std::exp(sum_log / static_cast<double>(range.size()));
-  for (float& x : range) x = static_cast<float>(x / mean);
+  const double middle = std::exp(sum_log / static_cast<double>(range.size()));
+  for (float& x : range) x = static_cast<float>(x / middle);
   return range;
 }
 
 std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(bool centre, bool fold) {
   std::shared_ptr<const CodecVectors>& vectors = vectors_[centre][fold];
-  if (vectors == nullptr && (centre || fold)) {
-    vectors = std::make_shared<const CodecVectors>(CodecVectors{
-        centre ? Mean() : std::vector<float>(), fold ? Factor(centre) : std::vector<float>()});
-  }
-  return vectors;
+  if (vectors != nullptr || !(centre || fold)) return vectors;
+  CodecVectors numbers;
+  if (centre) numbers.mean = fold ? Vectors(true, false)->mean : Mean();
+  if (fold) numbers.factor = Factor(numbers.mean);
+  return vectors = std::make_shared<const CodecVectors>(std::move(numbers));
 }
 
 HeadCodec HeadCalibration::Codec(const CodecKind& kind) {

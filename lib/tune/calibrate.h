@@ -23,12 +23,11 @@ class HeadCalibration {
   HeadCodec Codec(const CodecKind& kind);
 
  private:
-  const std::vector<float>& Mean();
-  std::vector<float> Factor(bool centred);
+  std::vector<float> Mean() const;
+  std::vector<float> Factor(const std::vector<float>& mean) const;  // empty: not centred
   std::shared_ptr<const CodecVectors> Vectors(bool centre, bool fold);
 
-  std::vector<RowsView> rows_;  // of each dump
-  std::vector<float> mean_;
+  std::vector<RowsView> rows_;                         // of each dump
   std::shared_ptr<const CodecVectors> vectors_[2][2];  // [centre][fold]
 };
 

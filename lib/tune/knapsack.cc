@@ -21,10 +21,8 @@ struct Step {
 std::vector<Step> Undominated(const std::vector<KnapsackOption>& options) {
   std::vector<std::size_t> order(options.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    return std::pair(options[a].bytes, options[a].cost) <
-           std::pair(options[b].bytes, options[b].cost);
-  });
+  std::ranges::stable_sort(
+      order, {}, [&](std::size_t i) { return std::pair(options[i].bytes, options[i].cost); });
   std::vector<Step> steps;
   for (const std::size_t i : order)
     if (steps.empty() || options[i].cost < steps.back().cost)
@@ -40,9 +38,7 @@ std::optional<std::vector<std::size_t>> SolveKnapsack(
   std::size_t smallest = 0, most_excess = 0, unit = 0;
   for (const std::vector<KnapsackOption>& options : groups) {
     if (options.empty()) return std::nullopt;
-    smallest += std::min_element(options.begin(), options.end(), [](const auto& a, const auto& b) {
-                  return a.bytes < b.bytes;
-                })->bytes;
+    smallest += std::ranges::min(options, {}, &KnapsackOption::bytes).bytes;
     steps.push_back(Undominated(options));
     KVMIX_CHECK(steps.back().size(), <=, std::numeric_limits<std::uint8_t>::max());
     most_excess += steps.back().back().excess;
