@@ -34,13 +34,6 @@ bool WriteAndClose(std::FILE* file, std::string_view text) {
   return std::fclose(file) == 0 && written;
 }
 
-Status WriteDirectly(const std::string& path, std::string_view text) {
-  std::FILE* file = std::fopen(path.c_str(), "we");
-  if (file == nullptr || !WriteAndClose(file, text))
-    return SystemError(path, "a file that can be written", errno);
-  return {};
-}
-
 // Creates a file of a name that nothing has yet.
 std::FILE* CreateBeside(const std::string& path, std::string* name) {
   static std::atomic<unsigned> counter{0};
@@ -110,7 +103,11 @@ Status WriteFileAtomically(const std::string& path, std::string_view text) {
   const fs::file_status now = fs::status(path, error);
   if (fs::is_directory(now))
     return FileError(ErrorCode::kIo, path, "", "a file to write to", "a folder");
-  if (fs::is_other(now)) return WriteDirectly(path, text);
+  if (fs::is_other(now)) {
+    std::FILE* file = std::fopen(path.c_str(), "we");
+    if (file != nullptr && WriteAndClose(file, text)) return {};
+    return SystemError(path, "a file that can be written", errno);
+  }
   std::string target = path;
   if (fs::exists(now)) target = fs::canonical(path, error).string();  // a link stays a link
   if (target.empty()) return SystemError(path, "a file that can be written", error.value());

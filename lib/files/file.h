@@ -28,9 +28,8 @@ std::string Quoted(std::string_view text);
 
 // "PATH: WHAT: expected EXPECTED, found FOUND" (without WHAT where it is empty). FOUND is whatever
 // fmt prints.
-template <class Found>
 Status FileError(ErrorCode code, const std::string& path, std::string_view what,
-                 std::string_view expected, const Found& found) {
+                 std::string_view expected, const auto& found) {
   return Error(code, "{}: {}{}expected {}, found {}", OneLine(path, 4096), what,
                what.empty() ? "" : ": ", expected, found);
 }

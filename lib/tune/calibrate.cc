@@ -19,30 +19,30 @@ HeadCalibration::HeadCalibration(const std::vector<const Dump*>& dumps, std::siz
   for (const Dump* dump : dumps) rows_.push_back(dump->head(layer, kv_head, tensor));
 }
 
-std::vector<float> HeadCalibration::Mean() const {
-  std::vector<double> sum(rows_[0].head_dim, 0.0);
-  std::size_t tokens = 0;
+template <class Visit>
+void HeadCalibration::ForNumbers(const Visit& visit) const {
   for (const RowsView& rows : rows_) {
     for (std::size_t t = 0; t < rows.tokens; ++t) {
-      for (std::size_t c = 0; c < sum.size(); ++c) sum[c] += rows.At(t, 0, c);
+      for (std::size_t c = 0; c < rows.head_dim; ++c) visit(c, rows.At(t, 0, c));
     }
-    tokens += rows.tokens;
   }
+}
+
+std::vector<float> HeadCalibration::Mean() const {
+  std::vector<double> sum(rows_[0].head_dim, 0.0);
+  ForNumbers([&](std::size_t c, float x) { sum[c] += x; });
+  double tokens = 0.0;
+  for (const RowsView& rows : rows_) tokens += static_cast<double>(rows.tokens);
   std::vector<float> mean;
-  for (const double x : sum) mean.push_back(static_cast<float>(x / static_cast<double>(tokens)));
+  for (const double x : sum) mean.push_back(static_cast<float>(x / tokens));
   return mean;
 }
 
 std::vector<float> HeadCalibration::Factor(const std::vector<float>& mean) const {
   std::vector<float> range(rows_[0].head_dim, 0.0f);
-  for (const RowsView& rows : rows_) {
-    for (std::size_t t = 0; t < rows.tokens; ++t) {
-      for (std::size_t c = 0; c < range.size(); ++c) {
-        const float y = rows.At(t, 0, c) - (mean.empty() ? 0.0f : mean[c]);
-        range[c] = std::max(range[c], std::fabs(y));
-      }
-    }
-  }
+  ForNumbers([&](std::size_t c, float x) {
+    range[c] = std::max(range[c], std::fabs(x - (mean.empty() ? 0.0f : mean[c])));
+  });
   const float largest = *std::ranges::max_element(range);
   if (!(largest > 0.0f)) return std::vector<float>(range.size(), 1.0f);
   double sum_log = 0.0;

@@ -23,6 +23,8 @@ class HeadCalibration {
   HeadCodec Codec(const CodecKind& kind);
 
  private:
+  template <class Visit>
+  void ForNumbers(const Visit& visit) const;  // visit(channel, number), token by token
   std::vector<float> Mean() const;
   std::vector<float> Factor(const std::vector<float>& mean) const;  // empty: not centred
   std::shared_ptr<const CodecVectors> Vectors(bool centre, bool fold);

@@ -77,19 +77,15 @@ constexpr std::pair<std::string_view, Dtype> kDtypes[] = {
 // Bits: signed, because every SIMD instruction set has that maximum.
 template <class Bits>
 std::size_t FindNonFinite(const void* numbers, std::size_t count, Bits infinity) {
-  constexpr std::size_t kBlock = 4096;
-  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
   const Bits* x = static_cast<const Bits*>(numbers);
-  const auto magnitude = [](Bits bits) { return static_cast<Bits>(bits & kMagnitude); };
-  for (std::size_t begin = 0; begin < count; begin += kBlock) {
-    const std::size_t end = std::min(count, begin + kBlock);
-    Bits largest = 0;
-    for (std::size_t i = begin; i < end; ++i) largest = std::max(largest, magnitude(x[i]));
-    if (largest < infinity) continue;
-    const auto is_bad = [&](Bits bits) { return magnitude(bits) >= infinity; };
-    return static_cast<std::size_t>(std::find_if(x + begin, x + end, is_bad) - x);
-  }
-  return count;
+  const auto magnitude = [](Bits bits) {
+    return static_cast<Bits>(bits & std::numeric_limits<Bits>::max());
+  };
+  Bits largest = 0;
+  for (std::size_t i = 0; i < count; ++i) largest = std::max(largest, magnitude(x[i]));
+  if (largest < infinity) return count;
+  const auto is_bad = [&](Bits bits) { return magnitude(bits) >= infinity; };
+  return static_cast<std::size_t>(std::find_if(x, x + count, is_bad) - x);
 }
 
 }  // namespace
@@ -118,9 +114,8 @@ struct Dump::Impl {
     return layers[layer][kind].rows;
   }
 
-  template <class FoundText>
   Status Fail(ErrorCode code, std::string_view what, std::string_view expected,
-              const FoundText& found) const {
+              const auto& found) const {
     return FileError(code, path, what, expected, found);
   }
 

@@ -105,30 +105,26 @@ Status CheckDumps(const std::vector<const Dump*>& dumps) {
 }
 
 // The entries of one layer, [kv_heads][K, V], candidates calibrated, errors still empty.
-Result<std::vector<HeadErrors>> StartLayer(const std::vector<const Dump*>& dumps,
-                                           const CandidateKinds& candidates, std::size_t layer) {
-  std::vector<HeadErrors> heads;
+Status StartLayer(const std::vector<const Dump*>& dumps, const CandidateKinds& candidates,
+                  std::size_t layer, std::vector<HeadErrors>* heads) {
   const Geometry& g = dumps[0]->geometry();
-  for (std::size_t h = 0; h < g.kv_heads; ++h) {
-    for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
-      HeadErrors head{layer, h, tensor, 0.0, {}};
-      internal::HeadCalibration calibration(dumps, layer, h, tensor);
-      for (const CodecKind& kind : tensor == Tensor::kK ? candidates.k : candidates.v) {
-        CandidateError candidate{
-            calibration.Codec(kind), std::vector<AttentionError>(g.group()), {}};
-        for (const Dump* dump : dumps) {
-          const Result<ErrorSums> values =
-              EncodingError(dump->head(layer, h, tensor), candidate.codec);
-          if (!values.ok()) return values.status();
-          candidate.values += *values;
-        }
-        head.max_abs = candidate.values.max_abs;
-        head.candidates.push_back(std::move(candidate));
+  for (std::size_t i = 0; i < g.kv_heads * 2; ++i) {
+    const Tensor tensor = static_cast<Tensor>(i % 2);
+    HeadErrors& head = heads->emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
+    internal::HeadCalibration calibration(dumps, layer, i / 2, tensor);
+    for (const CodecKind& kind : tensor == Tensor::kK ? candidates.k : candidates.v) {
+      CandidateError& candidate = head.candidates.emplace_back();
+      candidate.codec = calibration.Codec(kind);
+      candidate.queries.resize(g.group());
+      for (const Dump* dump : dumps) {
+        const auto values = EncodingError(dump->head(layer, i / 2, tensor), candidate.codec);
+        if (!values.ok()) return values.status();
+        candidate.values += *values;
       }
-      heads.push_back(std::move(head));
+      head.max_abs = candidate.values.max_abs;
     }
   }
-  return heads;
+  return {};
 }
 
 // Adds one dump's attention errors to a layer's entries. Heads do not see each other, so one
@@ -266,14 +262,12 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
     table.longest_prompt = std::max(table.longest_prompt, std::ranges::max(dump->prompt_tokens()));
   }
   std::vector<std::vector<HeadErrors>> layers(last_layer - first_layer);
-  const auto measure = [&](std::size_t layer, const MeasureOptions& within) -> Status {
-    Result<std::vector<HeadErrors>> started = StartLayer(dumps, candidates, layer);
-    if (!started.ok()) return started.status();
+  const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
     std::vector<HeadErrors>& heads = layers[layer - first_layer];
-    heads = std::move(*started);
+    Status s = StartLayer(dumps, candidates, layer, &heads);
     for (const Dump* dump : dumps)
-      if (Status s = AddAttentionErrors(*dump, layer, within, &heads); !s.ok()) return s;
-    return {};
+      if (s.ok()) s = AddAttentionErrors(*dump, layer, within, &heads);
+    return s;
   };
   if (Status s = ForLayers(first_layer, last_layer, dumps, options, measure); !s.ok()) return s;
   for (std::vector<HeadErrors>& heads : layers)

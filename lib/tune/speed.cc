@@ -30,12 +30,6 @@ HeadCodec CodecFor(const CodecKind& kind) {
           kind.scale == Scale::kHead ? internal::kHeadScale : 0.0f};
 }
 
-// One KV head's cache, full, and the decode of one token over it.
-struct Decode {
-  HeadSpeed speed;
-  Cache cache;
-};
-
 }  // namespace
 
 std::string SpeedName(const CodecKind& kind) {
@@ -116,16 +110,16 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   if (Status s = CheckGeometry(geometry); !s.ok()) return s;
   if (context == 0) return {ErrorCode::kInvalidArgument, "context 0: expected 1 or more tokens"};
   std::vector<Half> k_rows, v_rows;
-  std::vector<Decode> decodes;
+  Wisdom added;
+  std::vector<Cache> caches;  // one KV head each, full: of the speeds in `added`
   for (const CodecKind& k_kind : k) {
     for (const CodecKind& v_kind : v) {
       const HeadCodec kc = CodecFor(k_kind), vc = CodecFor(v_kind);
       HeadSpeed speed{ToString(kc.kind), ToString(vc.kind), group, head_dim, context, 0.0};
-      const bool measuring = std::ranges::any_of(decodes, [&](const Decode& d) {
-        return d.speed.k_codec == speed.k_codec && d.speed.v_codec == speed.v_codec;
-      });
-      if (measuring || wisdom->Find(speed.k_codec, speed.v_codec, group, head_dim, context))
-        continue;
+      const auto known = [&](const Wisdom& w) {
+        return w.Find(speed.k_codec, speed.v_codec, group, head_dim, context) != nullptr;
+      };
+      if (known(*wisdom) || known(added)) continue;
       Result<Cache> cache =
           Cache::Create(geometry, UniformPlan(geometry, kc, vc), context, {wisdom->target});
       if (!cache.ok()) return cache.status();
@@ -136,27 +130,28 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
       Status s = cache->Append(0, RowsView::F16(k_rows.data(), context, 1, head_dim),
                                RowsView::F16(v_rows.data(), context, 1, head_dim));
       if (!s.ok()) return s;
-      decodes.push_back({std::move(speed), std::move(*cache)});
+      caches.push_back(std::move(*cache));
+      added.speeds.push_back(std::move(speed));
     }
   }
-  if (decodes.empty()) return {};
+  if (caches.empty()) return {};
   Status failed;
   const std::vector<Half> q = internal::RandomHalves(group * head_dim, 1);
   const RowsView queries = RowsView::F16(q.data(), 1, group, head_dim);
   std::vector<float> out(q.size());
   std::vector<std::function<void()>> functions;
-  functions.reserve(decodes.size());
-  for (const Decode& d : decodes) {
+  functions.reserve(caches.size());
+  for (const Cache& cache : caches) {
     functions.emplace_back([&] {
       const AttendOptions options{.residence = Residence::kMemory};
-      if (Status s = Attend(d.cache, 0, queries, out.data(), options); !s.ok()) failed = s;
+      if (Status s = Attend(cache, 0, queries, out.data(), options); !s.ok()) failed = s;
     });
   }
   const std::vector<double> medians = internal::MedianSeconds(functions, seconds);
   if (!failed.ok()) return failed;
-  for (std::size_t i = 0; i < decodes.size(); ++i) {
-    wisdom->speeds.push_back(std::move(decodes[i].speed));
-    wisdom->speeds.back().decode_ns = medians[i] * 1e9;
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    added.speeds[i].decode_ns = medians[i] * 1e9;
+    wisdom->speeds.push_back(added.speeds[i]);
   }
   return {};
 }
