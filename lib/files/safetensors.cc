@@ -1,7 +1,7 @@
 #include "lib/files/safetensors.h"
 
 #include <algorithm>
-#include <array>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -18,17 +18,11 @@ namespace {
 constexpr std::size_t kLengthBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;
 
-struct Dtype {
-  std::string_view name;
-  std::uint64_t bits;
-};
-constexpr std::array kDtypes = {
-    Dtype{"BOOL", 8},    Dtype{"F4", 4},   Dtype{"F6_E2M3", 6}, Dtype{"F6_E3M2", 6},
-    Dtype{"U8", 8},      Dtype{"I8", 8},   Dtype{"F8_E5M2", 8}, Dtype{"F8_E4M3", 8},
-    Dtype{"F8_E8M0", 8}, Dtype{"I16", 16}, Dtype{"U16", 16},    Dtype{"F16", 16},
-    Dtype{"BF16", 16},   Dtype{"I32", 32}, Dtype{"U32", 32},    Dtype{"F32", 32},
-    Dtype{"C64", 64},    Dtype{"F64", 64}, Dtype{"I64", 64},    Dtype{"U64", 64},
-};
+constexpr std::pair<std::string_view, std::uint64_t> kDtypeBits[] = {
+    {"BOOL", 8}, {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8},
+    {"I8", 8},   {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"I16", 16},
+    {"U16", 16}, {"F16", 16},    {"BF16", 16},   {"I32", 32},    {"U32", 32},
+    {"F32", 32}, {"C64", 64},    {"F64", 64},    {"I64", 64},    {"U64", 64}};
 
 // Bits of a tensor; nothing where they are 2^64 or more.
 std::optional<std::uint64_t> Bits(std::uint64_t bits, const std::vector<std::uint64_t>& shape) {
@@ -53,13 +47,14 @@ SafetensorsEntry ReadEntry(const JsonView& tensor, std::string_view buffer) {
   if (!tensor["data_offsets"].HasSize(2, "numbers, begin and end")) return {};
   const std::size_t begin = tensor["data_offsets"][0].Count();
   const std::size_t end = tensor["data_offsets"][1].Count();
-  const auto* dtype = std::ranges::find(kDtypes, entry.dtype, &Dtype::name);
-  if (dtype == kDtypes.end()) return fail("a dtype of the format", Quoted(entry.dtype));
+  const auto* dtype =
+      std::ranges::find(kDtypeBits, entry.dtype, [](const auto& d) { return d.first; });
+  if (dtype == std::end(kDtypeBits)) return fail("a dtype of the format", Quoted(entry.dtype));
   if (begin > end || end > buffer.size()) {
     return fail(fmt::format("data_offsets in order within the buffer of {} bytes", buffer.size()),
                 fmt::format("[{}, {}]", begin, end));
   }
-  const std::optional<std::uint64_t> bits = Bits(dtype->bits, entry.shape);
+  const std::optional<std::uint64_t> bits = Bits(dtype->second, entry.shape);
   if (!bits) return fail("a shape whose bytes can be counted", "an overflow");
   if (*bits % 8 != 0) return fail("whole bytes", fmt::format("{} bits", *bits));
   if (end - begin != *bits / 8)
