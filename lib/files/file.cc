@@ -95,7 +95,8 @@ void ReleasePages(std::string_view bytes) {
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto first = reinterpret_cast<std::uintptr_t>(bytes.data());
   const auto begin = (first + page - 1) / page * page, end = (first + bytes.size()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  if (begin >= end) return;
+  madvise(const_cast<char*>(bytes.data()) + (begin - first), end - begin, MADV_DONTNEED);
 }
 
 Status WriteFileAtomically(const std::string& path, std::string_view text) {
