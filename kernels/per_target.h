@@ -26,8 +26,8 @@ inline std::size_t TargetIndex(std::int64_t target) {
   HWY_DISPATCH_TABLE(function)[::kvmix::kernels::TargetIndex(target)]
 #endif
 
-// Between a lambda's parameters and its body, inside per-target code: lambdas do not inherit the
-// target's attributes, and gcc does not inline those used more than once.
+// Stands between the parameters and the body of every lambda in per-target code: lambdas do not
+// inherit the target's attributes, and gcc does not inline those used more than once.
 #define KVMIX_LAMBDA HWY_ATTR __attribute__((always_inline))
 
 #endif  // KVMIX_KERNELS_PER_TARGET_H_

@@ -17,13 +17,11 @@
 #define KVMIX_KERNELS_PRODUCT_INL_H_
 #endif
 
-#include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "hwy/highway.h"
-#include "kernels/per_target.h"
 #include "kernels/storage-inl.h"
+#include "kernels/vectors-inl.h"
 
 // Before a loop: one copy of its body, so that one load instruction walks memory (see
 // kStreamVecs).
@@ -39,24 +37,6 @@ namespace kvmix::kernels::HWY_NAMESPACE {
 
 constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
 constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 4;
-
-// f(0), f(1), ... f(N - 1) with the number as a compile-time constant: arrays of vectors indexed by
-// it stay in registers.
-template <class F, std::size_t... I>
-HWY_INLINE void UnrollImpl(F&& f, std::index_sequence<I...>) {
-  (f(std::integral_constant<std::size_t, I>()), ...);
-}
-template <std::size_t N, class F>
-HWY_INLINE void Unroll(F&& f) {
-  UnrollImpl(f, std::make_index_sequence<N>());
-}
-
-template <typename T>
-HWY_INLINE T LoadScalar(const std::uint8_t* p) {
-  T t;
-  std::memcpy(&t, p, sizeof(T));
-  return t;
-}
 
 // An i32 vector that lives in a loop, as the compiler's own vector type. gcc keeps Highway's
 // __m256i and __m512i (of i64) as loop variables of that type, converts them to i32 and back in
@@ -198,8 +178,8 @@ template <class S>
 using VIntProduct = QuadProduct<S, false>;
 #else
 // A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
-// of a pair by itself; elsewhere (smlal, smlal2) two vectors of sums take turns and are added in
-// pairs at the end.
+// of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns and
+// are added in pairs at the end.
 template <class S>
 struct PairProduct {
   using Stored = S;
@@ -208,14 +188,6 @@ struct PairProduct {
   static constexpr bool kTwoSums = !HWY_ARCH_X86;
   static constexpr float kLargestQuery = 32767.0f;
   static constexpr float kLargestWeight = 32750.0f;  // with room for the error of Exp2
-#if HWY_ARCH_X86
-  using Sum = LoopI32;
-  static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum.Set(hn::Zero(DI32())); }
-  static HWY_INLINE void MulAdd(Sum& sum, VI16 tile, VI16 terms) {
-    sum.Set(hn::Add(sum.Get(), hn::WidenMulPairwiseAdd(DI32(), tile, terms)));
-  }
-  static HWY_INLINE VF ToFloat(const Sum& sum) { return hn::ConvertTo(DF(), sum.Get()); }
-#else
   struct Sum {
     LoopI32 a, b;
   };
@@ -231,7 +203,6 @@ struct PairProduct {
   static HWY_INLINE VF ToFloat(const Sum& sum) {
     return hn::ConvertTo(DF(), hn::RearrangeToOddPlusEven(sum.a.Get(), sum.b.Get()));
   }
-#endif
   static HWY_INLINE VI16 Terms(const std::uint8_t* at, std::size_t) {
     return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(at)));
   }

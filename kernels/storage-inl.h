@@ -12,33 +12,10 @@
 
 #include "hwy/highway.h"
 #include "kernels/formats.h"
-
-// Byte dot products of four terms in one instruction: vpdpbusd, which wants one operand unsigned,
-// or sdot (which Highway has in this NEON target only).
-#undef KVMIX_QUADS
-#undef KVMIX_UNSIGNED_QUADS
-#if HWY_ARCH_X86
-#define KVMIX_QUADS (HWY_TARGET <= HWY_AVX3_DL)
-#define KVMIX_UNSIGNED_QUADS KVMIX_QUADS
-#else
-#define KVMIX_QUADS (HWY_TARGET == HWY_NEON_BF16)
-#define KVMIX_UNSIGNED_QUADS 0
-#endif
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
-
-using DF = hn::ScalableTag<float>;
-using DI32 = hn::ScalableTag<std::int32_t>;
-using DI16 = hn::ScalableTag<std::int16_t>;
-using DI8 = hn::ScalableTag<std::int8_t>;
-using DU8 = hn::ScalableTag<std::uint8_t>;
-using VF = hn::Vec<DF>;
-using VI32 = hn::Vec<DI32>;
-using VI16 = hn::Vec<DI16>;
-
-constexpr std::size_t kLanes = hn::MaxLanes(DF());
 static_assert(kBlockTokens % kLanes == 0 && kLanes <= 16);
 
 HWY_INLINE constexpr std::size_t RoundUp(std::size_t n, std::size_t to) {

@@ -1,0 +1,68 @@
+// Per target: the vectors that every kernel is written in. What a kernel file looks like:
+// transform.cc.
+#if defined(KVMIX_KERNELS_VECTORS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVMIX_KERNELS_VECTORS_INL_H_
+#undef KVMIX_KERNELS_VECTORS_INL_H_
+#else
+#define KVMIX_KERNELS_VECTORS_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "hwy/highway.h"
+#include "kernels/per_target.h"
+
+// Byte dot products of four terms in one instruction: vpdpbusd, which wants one operand unsigned,
+// or sdot (which Highway has in this NEON target only).
+#undef KVMIX_QUADS
+#undef KVMIX_UNSIGNED_QUADS
+#if HWY_ARCH_X86
+#define KVMIX_QUADS (HWY_TARGET <= HWY_AVX3_DL)
+#define KVMIX_UNSIGNED_QUADS KVMIX_QUADS
+#else
+#define KVMIX_QUADS (HWY_TARGET == HWY_NEON_BF16)
+#define KVMIX_UNSIGNED_QUADS 0
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace kvmix::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::ScalableTag<float>;
+using DI32 = hn::ScalableTag<std::int32_t>;
+using DI16 = hn::ScalableTag<std::int16_t>;
+using DI8 = hn::ScalableTag<std::int8_t>;
+using DU8 = hn::ScalableTag<std::uint8_t>;
+using VF = hn::Vec<DF>;
+using VI32 = hn::Vec<DI32>;
+using VI16 = hn::Vec<DI16>;
+using VI8 = hn::Vec<DI8>;
+
+constexpr std::size_t kLanes = hn::MaxLanes(DF());  // numbers of f32 or i32 in a vector
+
+// f(0), f(1), ... f(N - 1) with the number as a compile-time constant: arrays of vectors indexed by
+// it stay in registers.
+template <class F, std::size_t... I>
+HWY_INLINE void UnrollImpl(F&& f, std::index_sequence<I...>) {
+  (f(std::integral_constant<std::size_t, I>()), ...);
+}
+template <std::size_t N, class F>
+HWY_INLINE void Unroll(F&& f) {
+  UnrollImpl(f, std::make_index_sequence<N>());
+}
+
+template <typename T>
+HWY_INLINE T LoadScalar(const std::uint8_t* p) {
+  T t;
+  std::memcpy(&t, p, sizeof(T));
+  return t;
+}
+
+}  // namespace kvmix::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
