@@ -3,8 +3,7 @@
 // Per token, eight rows at a time, so that one reduction, one conversion to f32 and three divisions
 // serve eight rows:
 //   1. absmax of each row, as an integer maximum over bits without their sign (of halves as they
-//   are,
-//      else of y as f32), so that NaN and Inf show up as large maxima
+//      are, else of y as f32), so that NaN and Inf show up as large maxima
 //   2. the eight maxima are transposed into one vector; scales and their inverses follow
 //   3. every row is read again (from L1), divided, rounded and packed, four f32 vectors into one
 //      vector of codes
@@ -33,13 +32,12 @@
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
-#include "kernels/per_target.h"
 #include "kernels/rows-inl.h"
 #include "kernels/transform-inl.h"
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
-namespace kvmix::kernels {
-namespace HWY_NAMESPACE {
+namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
 constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
@@ -47,49 +45,39 @@ constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr int kMaxCode = 127;
 constexpr std::size_t kLarge = std::size_t{256} << 10;  // bytes: not for L2
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
-template <class IO>
-HWY_INLINE void Put(IO io, F32 v, float* to) {
-  io.Store(v, DF32(), to);
-}
-template <class IO>
-HWY_INLINE void Put(IO io, F32 v, std::uint16_t* to) {
-  io.Store(hn::BitCast(DU16(), hn::DemoteTo(hn::Rebind<hwy::float16_t, DF32>(), v)), DU16(), to);
-}
-
-template <class X>
-HWY_INLINE void ToFloats(const typename X::T* HWY_RESTRICT x, std::size_t n,
-                         float* HWY_RESTRICT out) {
-  ForVectors<Tail::kPartial>(0, n, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
-    Put(io, X::Load(io, x + i), out + i);
-  });
+// f(IO()): whether it writes `tokens` rows of T past the caches, in vectors of that many lanes. An
+// output of 256 KiB and its input leave L2 before they are read again, and a store through the
+// caches first reads the line from DRAM: dequantizing there is 2.3 times as fast without (Granite
+// Rapids). Half vectors of 128-bit targets have no such store.
+template <class T, class F>
+HWY_INLINE void WithStores(const T* out, std::size_t stride, std::size_t tokens, std::size_t dim,
+                           std::size_t lanes, const F& f) {
+  const std::size_t vector = lanes * sizeof(T);
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
+  if (vector >= 16 && aligned && tokens * dim * sizeof(T) >= kLarge) {
+    f(Streamed());
+    hwy::FlushStream();
+  } else {
+    f(Whole());
+  }
 }
 
-HWY_INLINE void FiniteHalves(const std::uint16_t* HWY_RESTRICT x, std::size_t n,
-                             std::uint16_t* HWY_RESTRICT out) {
-  const hn::ScalableTag<std::uint16_t> d;
-  ForVectors<Tail::kPartial>(0, n, hn::Lanes(d), [&](auto io, std::size_t i) KVMIX_LAMBDA {
-    io.Store(Finite(d, io.Load(d, x + i)), d, out + i);
-  });
-}
+// ---- one row
 
 // y / scale for one scale, fit to be rounded to an integer: the top of this file says how.
 struct Product {
-  F32 inverse;
+  VF inverse;
 
-  HWY_INLINE F32 operator()(F32 y) const { return hn::Mul(y, inverse); }
+  HWY_INLINE VF operator()(VF y) const { return hn::Mul(y, inverse); }
 };
 struct Quotient {
-  F32 scale, inverse;
+  VF scale, inverse;
 
-  HWY_INLINE F32 operator()(F32 y) const {
+  HWY_INLINE VF operator()(VF y) const {
 #if HWY_NATIVE_FMA
-    const F32 q = hn::Mul(y, inverse);
-    const F32 r = hn::NegMulAdd(q, scale, y);
+    const VF q = hn::Mul(y, inverse);
+    const VF r = hn::NegMulAdd(q, scale, y);
     return hn::MulAdd(r, inverse, q);
 #else
     return hn::Div(y, scale);
@@ -102,21 +90,19 @@ HWY_INLINE bool FewBits(float scale) {
   return (hwy::BitCastScalar<std::uint32_t>(scale) & 0x7FFFFu) == 0;
 }
 
-template <class Out = Whole, class Rows, class Divide>
+template <class IO = Whole, class Rows, class Divide>
 HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Divide& divide,
                             std::int8_t* HWY_RESTRICT codes) {
   const auto code = [&](auto io, std::size_t i)
                         KVMIX_LAMBDA { return Nearest(divide(y.Load(io, i))); };
-  const std::size_t lanes = hn::Lanes(DF32());
   std::size_t i = 0;
-  for (; i + 4 * lanes <= dim; i += 4 * lanes) {
-    const I32 a = code(Whole(), i), b = code(Whole(), i + lanes), c = code(Whole(), i + 2 * lanes),
-              d = code(Whole(), i + 3 * lanes);
-    Out().Store(Pack(a, b, c, d), DI8(), codes + i);
+  for (; i + 4 * kLanes <= dim; i += 4 * kLanes) {
+    const VI32 a = code(Whole(), i), b = code(Whole(), i + kLanes),
+               c = code(Whole(), i + 2 * kLanes), d = code(Whole(), i + 3 * kLanes);
+    IO().Store(Pack(a, b, c, d), DI8(), codes + i);
   }
-  const hn::Rebind<std::int8_t, DF32> d8;
-  ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA {
-    io.Store(hn::DemoteTo(d8, code(io, k)), d8, codes + k);
+  ForVectors<Tail::kOverlap>(i, dim, [&](auto io, std::size_t k) KVMIX_LAMBDA {
+    io.Store(hn::DemoteTo(DCodes(), code(io, k)), DCodes(), codes + k);
   });
 }
 
@@ -124,28 +110,28 @@ HWY_INLINE void QuantizeRow(const Rows& y, std::size_t dim, const Divide& divide
 template <class X>
 std::uint64_t CarefulRow(const CarefulRows<X>& y, std::size_t dim, float scale,
                          std::int8_t* HWY_RESTRICT codes) {
-  const hn::Rebind<std::int8_t, DF32> d8;
-  const I32 limit = hn::Set(DI32(), kMaxCode);
-  const F32 divisor = hn::Set(DF32(), scale),
-            bound = hn::Set(DF32(), HWY_MIN(129.0f * scale, kLargest));  // beyond: clamped anyway
+  const VI32 limit = hn::Set(DI32(), kMaxCode);
+  const VF divisor = hn::Set(DF(), scale),
+           bound = hn::Set(DF(), HWY_MIN(129.0f * scale, kLargest));  // beyond: clamped anyway
   std::uint64_t clamped = 0;
-  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
-    const F32 cut = hn::Max(hn::Min(y.Load(io, i), bound), hn::Neg(bound));
-    const I32 code = Nearest(hn::Div(cut, divisor));
+  ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+    const VI32 code = Nearest(hn::Div(Clamp(y.Load(io, i), bound), divisor));
     clamped += hn::CountTrue(DI32(), hn::Gt(hn::Abs(code), limit));
-    io.Store(hn::DemoteTo(d8, hn::Max(hn::Min(code, limit), hn::Neg(limit))), d8, codes + i);
+    io.Store(hn::DemoteTo(DCodes(), Clamp(code, limit)), DCodes(), codes + i);
   });
   return clamped;
 }
 
 template <class X>
 float CarefulAbsMax(const CarefulRows<X>& y, std::size_t dim) {
-  F32 max = hn::Zero(DF32());
-  ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
+  VF max = hn::Zero(DF());
+  ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
     max = hn::Max(max, hn::Abs(y.Load(io, i)));
   });
-  return hn::ReduceMax(DF32(), max);
+  return hn::ReduceMax(DF(), max);
 }
+
+// ---- a scale per token
 
 struct GroupScales {
   alignas(32) float absmax[kGroup];
@@ -166,22 +152,20 @@ HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
   const hn::RebindToUnsigned<decltype(d)> du;
   s.careful = false;
   for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
-    const auto absmax = hn::Load(d, s.absmax + i);
+    const auto one = hn::Set(d, 1.0f), absmax = hn::Load(d, s.absmax + i);
     auto bits = hn::BitCast(du, hn::Div(absmax, hn::Set(d, 127.0f)));
     if (bf16) bits = hn::AndNot(hn::Set(du, 0xFFFFu), hn::Add(bits, hn::Set(du, 0xFFFFu)));
-    const auto zero = hn::Lt(
-        absmax,
-        hn::Set(d, kSmallest));  // clang compares halves one by one if it is told to compare with 0
+    // Not `== 0`: clang would compare halves one by one.
+    const auto zero = hn::Lt(absmax, hn::Set(d, kSmallest));
     const auto scale = hn::IfThenZeroElse(zero, hn::BitCast(d, bits));
-    const auto divisor = hn::IfThenElse(zero, hn::Set(d, 1.0f), scale);
-    hn::Store(scale, d, s.scale + i);
-    hn::Store(divisor, d, s.divisor + i);
-    const auto inverse = hn::Div(hn::Set(d, 1.0f), divisor);
-    hn::Store(inverse, d, s.inverse + i);
+    const auto divisor = hn::IfThenElse(zero, one, scale), inverse = hn::Div(one, divisor);
     const auto half_rounds_up =
         hn::Ge(hn::Div(hn::Mul(absmax, hn::Set(d, 0.5f)), divisor), hn::Set(d, 63.5f));
     const auto moved =
         hn::IfThenElse(half_rounds_up, hn::Set(d, 1.0f + 0x1p-21f), hn::Set(d, 1.0f - 0x1p-21f));
+    hn::Store(scale, d, s.scale + i);
+    hn::Store(divisor, d, s.divisor + i);
+    hn::Store(inverse, d, s.inverse + i);
     hn::Store(hn::Mul(inverse, moved), d, s.product + i);
     const auto normal =
         hn::And(hn::Le(absmax, hn::Set(d, kLargest)), hn::Ge(absmax, hn::Set(d, kSafe)));
@@ -189,12 +173,12 @@ HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
   }
 }
 
-// Scales of rows t .. t + kRows.
-template <class Rows, std::size_t kRows>
-HWY_INLINE void ScaleGroup(const Source<typename Rows::Numbers>& in, std::size_t t, bool bf16,
-                           GroupScales& s) {
-  GroupAbsMax<Rows, kRows>(in, t, s.absmax);
+// The scales of eight rows of the same absmax.
+HWY_INLINE GroupScales SameScales(bool bf16, float absmax) {
+  GroupScales s;
+  std::fill_n(s.absmax, kGroup, absmax);
   MakeScales(bf16, s);
+  return s;
 }
 
 // Codes of many rows, `stride` bytes apart.
@@ -204,34 +188,49 @@ struct CodeRows {
   HWY_INLINE std::int8_t* row(std::size_t t) const { return codes + t * stride; }
 };
 
+// absmax and scales of the group of rows from t on: eight, or what is left (the others count as 0).
+template <class Rows>
+HWY_INLINE void ScaleGroup(const Source<typename Rows::Numbers>& in, std::size_t t, bool bf16,
+                           GroupScales& s) {
+  const typename Rows::DMax d;
+  constexpr std::size_t kStep = hn::MaxLanes(d);
+  HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kGroup * kStep];
+  for (std::size_t r = 0; r < kGroup; ++r) {
+    auto own = hn::Zero(d);
+    if (HWY_LIKELY(t + r < in.count)) own = Rows(in, t + r).Max(in.dim, own);
+    hn::Store(own, d, max + r * kStep);
+  }
+  Rows::Reduce(max, s.absmax);
+  MakeScales(bf16, s);
+}
+
 // Their codes.
-template <class Rows, std::size_t kRows>
+template <class Rows>
 HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::size_t t, bool bf16,
-                              bool large, const GroupScales& s, CodeRows out,
-                              float* HWY_RESTRICT scales) {
+                              const GroupScales& s, CodeRows out, float* HWY_RESTRICT scales) {
   const RowPrefetcher prefetch_x(in.x, in.stride_bytes, in.dim * sizeof(*in.x)),
       prefetch_codes(out.codes, out.stride, in.dim);
-  for (std::size_t r = 0; r < kRows; ++r) {
+  const bool large = in.count * in.dim * sizeof(*in.x) >= kLarge;
+  const std::size_t rows = HWY_MIN(kGroup, in.count - t);
+  for (std::size_t r = 0; r < rows; ++r) {
     if (large) {
       prefetch_x(t + kGroup + r);
       prefetch_codes(t + r);
     }
     const Rows y(in, t + r);
     if (Rows::kHalves && !bf16 && !FewBits(s.divisor[r])) {
-      QuantizeRow(y, in.dim, Product{hn::Set(DF32(), s.product[r])}, out.row(t + r));
+      QuantizeRow(y, in.dim, Product{hn::Set(DF(), s.product[r])}, out.row(t + r));
     } else {
-      QuantizeRow(y, in.dim, Quotient{hn::Set(DF32(), s.divisor[r]), hn::Set(DF32(), s.inverse[r])},
-                  out.row(t + r));
+      const Quotient quotient{hn::Set(DF(), s.divisor[r]), hn::Set(DF(), s.inverse[r])};
+      QuantizeRow(y, in.dim, quotient, out.row(t + r));
     }
     scales[t + r] = s.scale[r];
   }
   if (HWY_LIKELY(!s.careful)) return;
-  for (std::size_t r = 0; r < kRows; ++r) {
+  for (std::size_t r = 0; r < rows; ++r) {
     if (!IsCareful(s.absmax[r])) continue;
     const CarefulRows y(in, t + r);
-    GroupScales same;
-    std::fill_n(same.absmax, kGroup, CarefulAbsMax(y, in.dim));
-    MakeScales(bf16, same);
+    const GroupScales same = SameScales(bf16, CarefulAbsMax(y, in.dim));
     CarefulRow(y, in.dim, same.divisor[0], out.row(t + r));
     scales[t + r] = same.scale[0];
   }
@@ -242,43 +241,39 @@ HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::siz
 template <class Rows, std::size_t kDim>
 void PerTokenRows(Source<typename Rows::Numbers> in, bool bf16, CodeRows out, float* scales) {
   if constexpr (kDim != 0) in.dim = kDim;
+  if (in.count == 0) return;
   // The next group's scales are on their way while this group's codes are made: their long chain of
   // latencies is hidden.
   GroupScales s[2];
-  const bool large = in.count * in.dim * sizeof(*in.x) >= kLarge;
-  const std::size_t groups = in.count / kGroup;
-  if (groups > 0) ScaleGroup<Rows, kGroup>(in, 0, bf16, s[0]);
-  for (std::size_t g = 0; g < groups; ++g) {
-    if (g + 1 < groups) ScaleGroup<Rows, kGroup>(in, (g + 1) * kGroup, bf16, s[(g + 1) % 2]);
-    QuantizeGroup<Rows, kGroup>(in, g * kGroup, bf16, large, s[g % 2], out, scales);
-  }
-  for (std::size_t t = groups * kGroup; t < in.count; ++t) {
-    ScaleGroup<Rows, 1>(in, t, bf16, s[0]);
-    QuantizeGroup<Rows, 1>(in, t, bf16, large, s[0], out, scales);
+  ScaleGroup<Rows>(in, 0, bf16, s[0]);
+  for (std::size_t t = 0; t < in.count; t += kGroup) {
+    const std::size_t next = t + kGroup;
+    if (next < in.count) ScaleGroup<Rows>(in, next, bf16, s[next / kGroup % 2]);
+    QuantizeGroup<Rows>(in, t, bf16, s[t / kGroup % 2], out, scales);
   }
 }
 
-// f(Rows(), kDim) with the rows' class, and with their length where that is worth a copy of the
-// code.
+template <class T>
+struct Type {};
+
+// f(Type<Rows>(), kDim): the length where that is worth a copy of the code.
+template <class Rows, bool kCopies, class F>
+HWY_INLINE decltype(auto) WithDim(std::size_t dim, const F& f) {
+  if constexpr (kCopies) {
+    if (dim == 64) return f(Type<Rows>(), std::integral_constant<std::size_t, 64>());
+    if (dim == 128) return f(Type<Rows>(), std::integral_constant<std::size_t, 128>());
+  }
+  return f(Type<Rows>(), std::integral_constant<std::size_t, 0>());
+}
 template <class X, class F>
 HWY_INLINE decltype(auto) WithRows(const Source<X>& in, const F& f) {
-  using Plain = std::conditional_t<std::is_same_v<X, Halves>, PlainHalves, FloatRows<X, false>>;
-  using Any = std::integral_constant<std::size_t, 0>;
-  if (in.mean != nullptr) {
-    if constexpr (std::is_same_v<X, Halves>) {
-      if (in.dim == 64)
-        return f(Type<FloatRows<X, true>>(), std::integral_constant<std::size_t, 64>());
-      if (in.dim == 128)
-        return f(Type<FloatRows<X, true>>(), std::integral_constant<std::size_t, 128>());
-    }
-    return f(Type<FloatRows<X, true>>(), Any());
-  }
-  if constexpr (!std::is_same_v<X, BFloats>) {
-    if (in.dim == 64) return f(Type<Plain>(), std::integral_constant<std::size_t, 64>());
-    if (in.dim == 128) return f(Type<Plain>(), std::integral_constant<std::size_t, 128>());
-  }
-  return f(Type<Plain>(), Any());
+  constexpr bool kHalves = std::is_same_v<X, Halves>, kFloats = std::is_same_v<X, Floats>;
+  using Plain = std::conditional_t<kHalves, PlainHalves, FloatRows<X, false>>;
+  if (in.mean != nullptr) return WithDim<FloatRows<X, true>, kHalves>(in.dim, f);
+  return WithDim < Plain, kHalves || kFloats > (in.dim, f);
 }
+
+// ---- a scale per head
 
 template <class Rows, std::size_t kDim>
 float AbsMaxRows(Source<typename Rows::Numbers> in) {
@@ -298,20 +293,7 @@ float AbsMaxRows(Source<typename Rows::Numbers> in) {
   return careful;
 }
 
-// Whether rows of T are written past the caches, in vectors of that many lanes. An output of 256
-// KiB and its input leave L2 before they are read again, and a store through the caches first reads
-// the line from DRAM: dequantizing there is 2.3 times as fast without (Granite Rapids). Half
-// vectors of 128-bit targets have no such store.
-template <class T>
-bool Streams(const T* out, std::size_t stride, std::size_t tokens, std::size_t dim,
-             std::size_t lanes) {
-  const std::size_t vector = lanes * sizeof(T);
-  const bool aligned =
-      reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
-  return vector >= 16 && aligned && tokens * dim * sizeof(T) >= kLarge;
-}
-
-template <class Out, class Rows, std::size_t kDim, class Divide>
+template <class IO, class Rows, std::size_t kDim, class Divide>
 std::uint64_t PerHeadRows(Source<typename Rows::Numbers> in, float scale, Divide divide,
                           CodeRows out) {
   if constexpr (kDim != 0) in.dim = kDim;
@@ -324,11 +306,11 @@ std::uint64_t PerHeadRows(Source<typename Rows::Numbers> in, float scale, Divide
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < in.count; ++t) {
     Rows y(in, t);
-    if constexpr (std::is_same_v<Out, Whole>) prefetch(t);
+    if constexpr (std::is_same_v<IO, Whole>) prefetch(t);
     if (HWY_LIKELY(hn::AllTrue(d, hn::Le(y.Max(in.dim, hn::Zero(d)), limit)))) {
       // Load again: clang 14 keeps the bits, and takes them apart half by half to convert them.
       asm("" : "+r"(y.x));
-      QuantizeRow<Out>(y, in.dim, divide, out.row(t));
+      QuantizeRow<IO>(y, in.dim, divide, out.row(t));
     } else {
       clamped += CarefulRow(CarefulRows(in, t), in.dim, scale, out.row(t));
     }
@@ -336,211 +318,167 @@ std::uint64_t PerHeadRows(Source<typename Rows::Numbers> in, float scale, Divide
   return clamped;
 }
 
-template <class Rows, std::size_t kDim, class Divide>
-std::uint64_t PerHeadTo(const Source<typename Rows::Numbers>& in, float scale, Divide divide,
-                        CodeRows out) {
-  if (!Streams(out.codes, out.stride, in.count, in.dim, hn::MaxLanes(DI8()))) {
-    return PerHeadRows<Whole, Rows, kDim>(in, scale, divide, out);
+template <class X>
+std::uint64_t PerHead(const Source<X>& in, float scale, CodeRows out) {
+  std::uint64_t clamped = 0;
+  if (!(scale > 0.0f && scale <= kLargest)) {
+    // The scale of a head of zeros: whatever is not one is lost.
+    for (std::size_t t = 0; t < in.count; ++t) {
+      clamped += CarefulRow(CarefulRows(in, t), in.dim, kSmallest / kMaxCode, out.row(t));
+      std::memset(out.row(t), 0, in.dim);
+    }
+    return clamped;
   }
-  const std::uint64_t clamped = PerHeadRows<Streamed, Rows, kDim>(in, scale, divide, out);
-  hwy::FlushStream();
+  WithRows(in, [&]<class Rows>(Type<Rows>, auto dim) KVMIX_LAMBDA {
+    const auto encode = [&](auto known_dim, auto divide) KVMIX_LAMBDA {
+      WithStores(out.codes, out.stride, in.count, in.dim, hn::MaxLanes(DI8()),
+                 [&](auto io) KVMIX_LAMBDA {
+                   clamped = PerHeadRows<decltype(io), Rows, known_dim>(in, scale, divide, out);
+                 });
+    };
+    if constexpr (Rows::kHalves) {
+      // Most likely the scale is the one of some half.
+      const GroupScales same = SameScales(false, HalfFloat(HalfBits(127.0f * scale)));
+      if (same.scale[0] == scale && !FewBits(scale))
+        return encode(dim, Product{hn::Set(DF(), same.product[0])});
+    }
+    encode(std::integral_constant<std::size_t, 0>(),
+           Quotient{hn::Set(DF(), scale), hn::Set(DF(), 1.0f / scale)});
+  });
   return clamped;
 }
 
-template <class X>
-std::uint64_t PerHead(const Source<X>& in, float scale, CodeRows out) {
-  if (!(scale > 0.0f && scale <= kLargest)) {
-    // The scale of a head of zeros: whatever is not one is lost.
-    std::uint64_t lost = 0;
-    for (std::size_t t = 0; t < in.count; ++t) {
-      lost += CarefulRow(CarefulRows(in, t), in.dim, kSmallest / kMaxCode, out.row(t));
-      std::memset(out.row(t), 0, in.dim);
-    }
-    return lost;
-  }
-  return WithRows(in, [&](auto rows, auto dim) HWY_ATTR {
-    using Rows = typename decltype(rows)::type;
-    if constexpr (Rows::kHalves) {
-      // Most likely the scale is the one of some half.
-      GroupScales s;
-      std::fill_n(s.absmax, kGroup, HalfFloat(HalfBits(127.0f * scale)));
-      MakeScales(false, s);
-      if (s.scale[0] == scale && !FewBits(scale)) {
-        return PerHeadTo<Rows, dim>(in, scale, Product{hn::Set(DF32(), s.product[0])}, out);
+// ---- encode
+
+// body(first row, y of these rows as a Source): all rows as they come, or groups of rows that were
+// transformed. There larger numbers than 2^64 are cut, so that nothing overflows.
+template <class Body>
+HWY_INLINE void TransformRows(const RowsIn& rows, const Transform& transform, const Body& body) {
+  WithDtype(rows.dtype, [&]<class X>(X) KVMIX_LAMBDA {
+    const Source<X> in(rows, transform.mean, transform.row_stride);
+    if (!transform.rotates_or_folds()) return body(0, in);
+    HWY_ALIGN float y[kGroup * kMaxDim];
+    for (std::size_t first = 0; first < in.count; first += kGroup) {
+      const std::size_t count = HWY_MIN(kGroup, in.count - first);
+      for (std::size_t r = 0; r < count; ++r) {
+        const CarefulRows x(in, first + r, 0x1p64f);
+        float* to = y + r * in.dim;
+        ForVectors(0, in.dim,
+                   [&](auto io, std::size_t i) KVMIX_LAMBDA { Put(io, x.Load(io, i), to + i); });
+        const Transform own = transform.From(first + r);
+        TransformRow(to, in.dim, own.inv_factor, nullptr, own.hadamard);
       }
+      const RowsIn as_f32{y, Dtype::kF32, static_cast<std::ptrdiff_t>(in.dim), count, in.dim};
+      body(first, Source<Floats>(as_f32));
     }
-    const Quotient quotient{hn::Set(DF32(), scale), hn::Set(DF32(), 1.0f / scale)};
-    return PerHeadTo<Rows, 0>(in, scale, quotient, out);
   });
 }
-
-// ---- encode
 
 // Codes beyond what the format holds are counted. Those of a token's own scale never are.
 template <class X>
 std::uint64_t EncodeI8(const Source<X>& in, const RowFormat& format, CodeRows out, float* scales) {
   if (format.scale == ScaleStore::kConstant) return PerHead(in, format.constant, out);
-  WithRows(in, [&](auto rows, auto dim) HWY_ATTR {
-    using Rows = typename decltype(rows)::type;
+  WithRows(in, [&]<class Rows>(Type<Rows>, auto dim) KVMIX_LAMBDA {
     PerTokenRows<Rows, dim>(in, format.scale == ScaleStore::kBF16, out, scales);
   });
   return 0;
 }
 
-std::uint64_t EncodeF16(const EncodeTask& t) {
+template <class X>
+std::uint64_t EncodeF16(const Source<X>& in, std::uint8_t* rows, std::size_t row_stride) {
   std::uint64_t clamped = 0;
-  WithDtype(t.in.dtype, [&](auto x) HWY_ATTR {
-    using X = decltype(x);
-    const Source<X> in(t.in, nullptr, 0);
-    for (std::size_t r = 0; r < in.count; ++r) {
-      std::uint16_t* to = reinterpret_cast<std::uint16_t*>(t.rows + r * t.row_stride);
-      if constexpr (std::is_same_v<X, Halves>) {
-        FiniteHalves(in.row(r), in.dim, to);
-      } else {
-        ForVectors<Tail::kPartial>(
-            0, in.dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
-              const F32 value = X::LoadFinite(io, in.row(r) + i), most = hn::Set(DF32(), 65504.0f);
-              clamped += hn::CountTrue(DF32(), hn::Ge(hn::Abs(value), hn::Set(DF32(), 65520.0f)));
-              Put(io, hn::Max(hn::Min(value, most), hn::Neg(most)), to + i);
-            });
-      }
+  for (std::size_t r = 0; r < in.count; ++r) {
+    const typename X::T* x = in.row(r);
+    std::uint16_t* to = reinterpret_cast<std::uint16_t*>(rows + r * row_stride);
+    if constexpr (std::is_same_v<X, Halves>) {
+      const hn::ScalableTag<std::uint16_t> d;
+      ForVectors<Tail::kPartial, 2 * kLanes>(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+        io.Store(FiniteHalves(d, io.Load(d, x + i)), d, to + i);
+      });
+    } else {
+      ForVectors(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+        const VF value = LoadFinite<X>(io, x + i);
+        clamped += hn::CountTrue(DF(), hn::Ge(hn::Abs(value), hn::Set(DF(), 65520.0f)));
+        Put(io, Clamp(value, hn::Set(DF(), kLargestHalf)), to + i);
+      });
     }
-  });
+  }
   return clamped;
 }
 
-// y of rows [first, first + count) as f32, dim apart. Larger numbers than 2^64 are cut, so that
-// nothing overflows.
-void TransformRows(const RowsIn& rows, const Transform& transform, std::size_t first,
-                   std::size_t count, float* y) {
-  const F32 most = hn::Set(DF32(), 0x1p64f);
-  WithDtype(rows.dtype, [&](auto x) HWY_ATTR {
-    using X = decltype(x);
-    const Source<X> in(rows, nullptr, 0);
-    for (std::size_t r = first; r < first + count; ++r, y += in.dim) {
-      const Transform own = transform.From(r);
-      ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()),
-                                 [&](auto io, std::size_t i) KVMIX_LAMBDA {
-                                   F32 value = X::LoadFinite(io, in.row(r) + i);
-                                   if (own.mean != nullptr)
-                                     value = hn::Sub(value, io.Load(DF32(), own.mean + i));
-                                   value = hn::Max(hn::Min(value, most), hn::Neg(most));
-                                   Put(io, value, y + i);
-                                 });
-      FactorThenRotate(y, in.dim, own.inv_factor, own.hadamard);
+std::uint64_t Encode(const EncodeTask& t) {
+  std::uint64_t clamped = 0;
+  TransformRows(t.in, t.transform, [&](std::size_t first, const auto& y) KVMIX_LAMBDA {
+    std::uint8_t* rows = t.rows + first * t.row_stride;
+    if (t.format.storage == Storage::kF16) {
+      clamped += EncodeF16(y, rows, t.row_stride);
+    } else {
+      clamped += EncodeI8(y, t.format, {reinterpret_cast<std::int8_t*>(rows), t.row_stride},
+                          t.scales != nullptr ? t.scales + first : nullptr);
     }
   });
-}
-
-// body(first row, their y) for groups of rows.
-template <class Body>
-HWY_INLINE void ForTransformed(const RowsIn& rows, const Transform& transform, const Body& body) {
-  HWY_ALIGN float y[kGroup * kMaxDim];
-  for (std::size_t first = 0; first < rows.count; first += kGroup) {
-    const std::size_t count = HWY_MIN(kGroup, rows.count - first);
-    TransformRows(rows, transform, first, count, y);
-    const RowsIn as_f32{y, Dtype::kF32, static_cast<std::ptrdiff_t>(rows.dim), count, rows.dim};
-    body(first, Source<Floats>(as_f32, nullptr, 0));
-  }
-}
-
-std::uint64_t Encode(const EncodeTask& t) {
-  if (t.format.storage == Storage::kF16) return EncodeF16(t);
-  std::uint64_t clamped = 0;
-  const CodeRows out{reinterpret_cast<std::int8_t*>(t.rows), t.row_stride};
-  if (t.transform.rotates_or_folds()) {
-    ForTransformed(t.in, t.transform, [&](std::size_t first, const Source<Floats>& y) HWY_ATTR {
-      clamped += EncodeI8(y, t.format, {out.row(first), out.stride},
-                          t.scales != nullptr ? t.scales + first : nullptr);
-    });
-  } else {
-    WithDtype(t.in.dtype, [&](auto x) HWY_ATTR {
-      const Source<decltype(x)> in(t.in, t.transform.mean, t.transform.row_stride);
-      clamped = EncodeI8(in, t.format, out, t.scales);
-    });
-  }
   return clamped;
 }
 
 float HeadScale(const RowsIn& rows, const Transform& transform) {
   float absmax = 0.0f;
-  const auto add = [&](const auto& in) HWY_ATTR {
-    const float own = WithRows(in, [&](auto kind, auto dim) HWY_ATTR {
-      return AbsMaxRows<typename decltype(kind)::type, dim>(in);
-    });
+  TransformRows(rows, transform, [&](std::size_t, const auto& y) KVMIX_LAMBDA {
+    const float own = WithRows(
+        y, [&]<class Rows>(Type<Rows>, auto dim) KVMIX_LAMBDA { return AbsMaxRows<Rows, dim>(y); });
     absmax = HWY_MAX(absmax, own);
-  };
-  if (transform.rotates_or_folds()) {
-    ForTransformed(rows, transform, [&](std::size_t, const Source<Floats>& y) HWY_ATTR { add(y); });
-  } else {
-    WithDtype(rows.dtype, [&](auto x) HWY_ATTR {
-      add(Source<decltype(x)>(rows, transform.mean, transform.row_stride));
-    });
-  }
+  });
   return absmax < kSmallest ? 0.0f : absmax / 127.0f;
 }
 
 // ---- decode
 
-// mean + scale * code, each rounded; mean may be null. Rows of a task that neither rotates nor
-// folds.
-struct I8Row {
-  const std::int8_t* HWY_RESTRICT codes;
-  const float* HWY_RESTRICT mean;
-  F32 scale;
-
-  template <bool kMean, class IO>
-  HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    const hn::Rebind<std::int8_t, DF32> d8;
-    const I32 code = hn::PromoteTo(DI32(), io.Load(d8, codes + i));
-    const F32 y = hn::Mul(hn::ConvertTo(DF32(), code), scale);
-    if constexpr (kMean) return hn::Add(y, io.Load(DF32(), mean + i));
-    return y;
-  }
-};
-
-HWY_INLINE I8Row I8RowOf(const CodedRows& in, const float* mean, std::size_t r) {
-  const float scale = in.scales != nullptr ? in.scales[r] : in.format.constant;
-  return {reinterpret_cast<const std::int8_t*>(in.rows + r * in.row_stride), mean,
-          hn::Set(DF32(), scale)};
+template <class X, class Out>
+HWY_INLINE void ConvertRow(const typename X::T* HWY_RESTRICT x, std::size_t dim,
+                           Out* HWY_RESTRICT to) {
+  ForVectors(0, dim,
+             [&](auto io, std::size_t i) KVMIX_LAMBDA { Put(io, X::Load(io, x + i), to + i); });
 }
 
+// mean + scale * code, each rounded: row r, if nothing was rotated or folded.
 template <bool kMean, class IO, class Out>
-HWY_INLINE void DecodeI8Row(const I8Row& row, std::size_t dim, Out* HWY_RESTRICT to) {
-  const std::size_t lanes = hn::Lanes(DF32());
+HWY_INLINE void DecodeI8Row(const CodedRows& in, std::size_t r, Out* HWY_RESTRICT to) {
+  const std::size_t dim = in.format.dim;
+  const std::int8_t* HWY_RESTRICT codes =
+      reinterpret_cast<const std::int8_t*>(in.rows + r * in.row_stride);
+  const float* HWY_RESTRICT mean = in.transform.From(r).mean;
+  const VF scale = hn::Set(DF(), in.scales != nullptr ? in.scales[r] : in.format.constant);
+  const auto decode = [&](auto io, std::size_t i) KVMIX_LAMBDA {
+    const VI32 code = hn::PromoteTo(DI32(), io.Load(DCodes(), codes + i));
+    VF y = hn::Mul(hn::ConvertTo(DF(), code), scale);
+    if constexpr (kMean) y = hn::Add(y, io.Load(DF(), mean + i));
+    Put(io, y, to + i);
+  };
   std::size_t i = 0;
-  for (; i + 4 * lanes <= dim; i += 4 * lanes) {
-    for (std::size_t k = i; k < i + 4 * lanes; k += lanes)
-      Put(IO(), row.template Load<kMean>(Whole(), k), to + k);
-  }
-  ForVectors<Tail::kOverlap>(i, dim, lanes, [&](auto io, std::size_t k) KVMIX_LAMBDA {
-    Put(io, row.template Load<kMean>(io, k), to + k);
-  });
+  for (; i + 4 * kLanes <= dim; i += 4 * kLanes)
+    Unroll<4>([&](auto v) KVMIX_LAMBDA { decode(IO(), i + v * kLanes); });
+  ForVectors<Tail::kOverlap>(i, dim, decode);
 }
 
 template <bool kMean, class IO, class Out>
 void DecodeI8Rows(const CodedRows& in, Out* out, std::size_t out_stride) {
-  for (std::size_t r = 0; r < in.count; ++r) {
-    const I8Row row = I8RowOf(in, in.transform.From(r).mean, r);
-    DecodeI8Row<kMean, IO>(row, in.format.dim, out + r * out_stride);
-  }
+  for (std::size_t r = 0; r < in.count; ++r) DecodeI8Row<kMean, IO>(in, r, out + r * out_stride);
 }
 
 // One row, whatever the format, to f32.
 void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
   const std::size_t dim = in.format.dim;
-  const Transform transform = in.transform.From(r);
+  const Transform own = in.transform.From(r);
   if (in.format.storage == Storage::kF16) {
-    ToFloats<Halves>(reinterpret_cast<const std::uint16_t*>(in.rows + r * in.row_stride), dim, to);
-  } else if (!transform.rotates_or_folds() && transform.mean != nullptr) {
-    DecodeI8Row<true, Whole>(I8RowOf(in, transform.mean, r), dim, to);
+    ConvertRow<Halves>(reinterpret_cast<const std::uint16_t*>(in.rows + r * in.row_stride), dim,
+                       to);
+  } else if (!own.rotates_or_folds() && own.mean != nullptr) {
+    DecodeI8Row<true, Whole>(in, r, to);
   } else {
-    DecodeI8Row<false, Whole>(I8RowOf(in, nullptr, r), dim, to);
-    RotateThenFactor(to, dim, transform.factor, transform.hadamard);
-    if (transform.mean == nullptr) return;
-    ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
-      const F32 mean = io.Load(DF32(), transform.mean + i);
-      Put(io, hn::Add(io.Load(DF32(), to + i), mean), to + i);
+    DecodeI8Row<false, Whole>(in, r, to);
+    TransformRow(to, dim, nullptr, own.factor, own.hadamard);
+    if (own.mean == nullptr) return;
+    ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+      Put(io, hn::Add(io.Load(DF(), to + i), io.Load(DF(), own.mean + i)), to + i);
     });
   }
 }
@@ -552,60 +490,49 @@ void Decode(const CodedRows& in, Out* out, std::size_t out_stride) {
     HWY_ALIGN float row[kMaxDim];
     for (std::size_t r = 0; r < in.count; ++r) {
       DecodeRow(in, r, row);
-      ForVectors<Tail::kPartial>(0, dim, hn::Lanes(DF32()),
-                                 [&](auto io, std::size_t i) KVMIX_LAMBDA {
-                                   Put(io, io.Load(DF32(), row + i), out + r * out_stride + i);
-                                 });
+      ConvertRow<Floats>(row, dim, out + r * out_stride);
     }
     return;
   }
-  const bool mean = in.transform.mean != nullptr;
-  if (Streams(out, out_stride, in.count, dim, hn::MaxLanes(DF32()))) {
-    (mean ? DecodeI8Rows<true, Streamed, Out> : DecodeI8Rows<false, Streamed, Out>)(in, out,
-                                                                                    out_stride);
-    hwy::FlushStream();
-  } else {
-    (mean ? DecodeI8Rows<true, Whole, Out> : DecodeI8Rows<false, Whole, Out>)(in, out, out_stride);
-  }
+  WithStores(out, out_stride, in.count, dim, kLanes, [&]<class IO>(IO) KVMIX_LAMBDA {
+    const bool mean = in.transform.mean != nullptr;
+    (mean ? DecodeI8Rows<true, IO, Out> : DecodeI8Rows<false, IO, Out>)(in, out, out_stride);
+  });
 }
 
 RowErrors Errors(const CodedRows& coded, const RowsIn& x) {
   HWY_ALIGN float decoded[kMaxDim];
-  F32 max_error = hn::Zero(DF32()), max_abs = hn::Zero(DF32());
+  VF max_error = hn::Zero(DF()), max_abs = hn::Zero(DF());
   RowErrors errors{};
-  WithDtype(x.dtype, [&](auto numbers) HWY_ATTR {
-    using X = decltype(numbers);
-    const Source<X> in(x, nullptr, 0);
+  WithDtype(x.dtype, [&]<class X>(X) KVMIX_LAMBDA {
+    const Source<X> in(x);
     const RowPrefetcher prefetch_x(in.x, in.stride_bytes, in.dim * sizeof(*in.x)),
         prefetch_rows(coded.rows, coded.row_stride, RowBytes(coded.format));
     for (std::size_t r = 0; r < in.count; ++r) {
       prefetch_x(r);
       prefetch_rows(r);
       DecodeRow(coded, r, decoded);
-      F32 sum = hn::Zero(DF32());
-      ForVectors<Tail::kPartial>(0, in.dim, hn::Lanes(DF32()),
-                                 [&](auto io, std::size_t i) KVMIX_LAMBDA {
-                                   const F32 value = X::LoadFinite(io, in.row(r) + i);
-                                   const F32 error = hn::Sub(io.Load(DF32(), decoded + i), value);
-                                   sum = hn::MulAdd(error, error, sum);
-                                   max_error = hn::Max(max_error, hn::Abs(error));
-                                   max_abs = hn::Max(max_abs, hn::Abs(value));
-                                 });
-      errors.sum_squared_error += static_cast<double>(hn::ReduceSum(DF32(), sum));
+      VF sum = hn::Zero(DF());
+      ForVectors(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+        const VF value = LoadFinite<X>(io, in.row(r) + i);
+        const VF error = hn::Sub(io.Load(DF(), decoded + i), value);
+        sum = hn::MulAdd(error, error, sum);
+        max_error = hn::Max(max_error, hn::Abs(error));
+        max_abs = hn::Max(max_abs, hn::Abs(value));
+      });
+      errors.sum_squared_error += static_cast<double>(hn::ReduceSum(DF(), sum));
     }
   });
-  errors.max_error = static_cast<double>(hn::ReduceMax(DF32(), max_error));
-  errors.max_abs = static_cast<double>(hn::ReduceMax(DF32(), max_abs));
+  errors.max_error = static_cast<double>(hn::ReduceMax(DF(), max_error));
+  errors.max_abs = static_cast<double>(hn::ReduceMax(DF(), max_abs));
   return errors;
 }
 
-void ToFloat(const RowsIn& in, float* out, std::size_t out_stride) {
-  WithDtype(in.dtype, [&](auto x) HWY_ATTR {
-    using X = decltype(x);
-    const Source<X> source(in, nullptr, 0);
-    for (std::size_t r = 0; r < in.count; ++r) {
-      ToFloats<X>(source.row(r), in.dim, out + r * out_stride);
-    }
+void ToFloat(const RowsIn& rows, float* out, std::size_t out_stride) {
+  WithDtype(rows.dtype, [&]<class X>(X) KVMIX_LAMBDA {
+    const Source<X> in(rows);
+    for (std::size_t r = 0; r < in.count; ++r)
+      ConvertRow<X>(in.row(r), in.dim, out + r * out_stride);
   });
 }
 
@@ -615,8 +542,7 @@ EncodeKernels EncodeTable() {
   return {&Encode, &Decode<float>, &Decode<std::uint16_t>, &Errors, &HeadScale, &ToFloat};
 }
 
-}  // namespace HWY_NAMESPACE
-}  // namespace kvmix::kernels
+}  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE

@@ -12,26 +12,18 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
-#include "kernels/per_target.h"
 #include "kernels/rows.h"
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
-namespace kvmix::kernels {
-namespace HWY_NAMESPACE {
-namespace {
+namespace kvmix::kernels::HWY_NAMESPACE {
 
-namespace hn = hwy::HWY_NAMESPACE;
-
-using DF32 = hn::ScalableTag<float>;
-using DI32 = hn::ScalableTag<std::int32_t>;
-using DI16 = hn::ScalableTag<std::int16_t>;
-using DI8 = hn::ScalableTag<std::int8_t>;
-using DU16 = hn::Rebind<std::uint16_t, DF32>;  // as many lanes as DF32
-using F32 = hn::Vec<DF32>;
-using I32 = hn::Vec<DI32>;
+using DHalves = hn::Rebind<std::uint16_t, DF>;  // kLanes of them
+using DCodes = hn::Rebind<std::int8_t, DF>;
 
 constexpr std::size_t kGroup = 8;  // rows whose maxima are reduced together
 constexpr float kLargest = 3.4028234e38f;
+constexpr float kLargestHalf = 65504.0f;
 
 // How a loop's body reads and writes: a whole vector, or its first n lanes (the others read as 0).
 struct Whole {
@@ -68,18 +60,19 @@ struct First {
 enum class Tail { kOverlap, kPartial };
 
 // body(io, i) for the vectors of [begin, dim).
-template <Tail kTail, class Body>
-HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, std::size_t lanes,
-                           const Body& body) {
+template <Tail kTail = Tail::kPartial, std::size_t kStep = kLanes, class Body>
+HWY_INLINE void ForVectors(std::size_t begin, std::size_t dim, const Body& body) {
   std::size_t i = begin;
-  for (; i + lanes <= dim; i += lanes) body(Whole(), i);
+  for (; i + kStep <= dim; i += kStep) body(Whole(), i);
   if (i == dim) return;
-  if (kTail == Tail::kOverlap && dim >= lanes) {
-    body(Whole(), dim - lanes);
+  if (kTail == Tail::kOverlap && dim >= kStep) {
+    body(Whole(), dim - kStep);
   } else {
     body(First{dim - i}, i);
   }
 }
+
+// ---- numbers
 
 // Single numbers: to the nearest half's bits, and back.
 HWY_INLINE std::uint16_t HalfBits(float x) {
@@ -90,7 +83,7 @@ HWY_INLINE float HalfFloat(std::uint16_t bits) {
 }
 
 template <class D>
-HWY_INLINE hn::Vec<D> ToFloat(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves) {
+HWY_INLINE hn::Vec<D> FromHalves(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves) {
   const auto x = hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), halves));
 #if HWY_ARCH_X86 && HWY_TARGET >= HWY_SSE4
   // Without F16C Highway takes infinity for 65536, NaN for what follows: give them an f32's
@@ -102,9 +95,9 @@ HWY_INLINE hn::Vec<D> ToFloat(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves)
 #endif
 }
 
-// NaN -> 0, infinities -> the largest half.
+// Bits of halves: NaN -> 0, infinities -> the largest half.
 template <class D>
-HWY_INLINE hn::Vec<D> Finite(D d, hn::Vec<D> halves) {
+HWY_INLINE hn::Vec<D> FiniteHalves(D d, hn::Vec<D> halves) {
   const hn::RebindToSigned<D> di;  // signed: SSE2 compares nothing else
   const auto bits = hn::BitCast(di, halves);
   const auto magnitude = hn::And(bits, hn::Set(di, 0x7FFF));
@@ -112,8 +105,24 @@ HWY_INLINE hn::Vec<D> Finite(D d, hn::Vec<D> halves) {
   return hn::BitCast(d, hn::IfThenZeroElse(hn::Gt(magnitude, hn::Set(di, 0x7C00)), finite));
 }
 
+template <class IO>
+HWY_INLINE void Put(IO io, VF v, float* to) {
+  io.Store(v, DF(), to);
+}
+template <class IO>
+HWY_INLINE void Put(IO io, VF v, std::uint16_t* to) {
+  const hn::Rebind<hwy::float16_t, DF> d;
+  io.Store(hn::BitCast(DHalves(), hn::DemoteTo(d, v)), DHalves(), to);
+}
+
+// x, but not beyond +-most. x: f32 or i32.
+template <class V>
+HWY_INLINE V Clamp(V x, V most) {
+  return hn::Max(hn::Min(x, most), hn::Neg(most));
+}
+
 // Rounds to nearest even what lies in an integer's range.
-HWY_INLINE I32 Nearest(F32 x) {
+HWY_INLINE VI32 Nearest(VF x) {
 #if HWY_ARCH_X86
   return hn::NearestIntInRange(DI32(), x);  // one instruction; NearestInt saturates, in several
 #else
@@ -130,10 +139,9 @@ constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
 }
 
 // Four vectors of small integers as one vector of bytes, in order.
-HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
-  const auto ab = hn::ReorderDemote2To(DI16(), a, b);
-  const auto cd = hn::ReorderDemote2To(DI16(), c, d);
-  const auto abcd = hn::ReorderDemote2To(DI8(), ab, cd);
+HWY_INLINE VI8 Pack(VI32 a, VI32 b, VI32 c, VI32 d) {
+  const VI16 ab = hn::ReorderDemote2To(DI16(), a, b), cd = hn::ReorderDemote2To(DI16(), c, d);
+  const VI8 abcd = hn::ReorderDemote2To(DI8(), ab, cd);
   // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of
   // d, four bytes each.
   constexpr std::size_t kBlocks = hn::MaxLanes(DI8()) / 16;
@@ -146,8 +154,8 @@ HWY_INLINE hn::Vec<DI8> Pack(I32 a, I32 b, I32 c, I32 d) {
   }
 }
 
-// Lane-wise max of a and b, halved: each pair of lanes of type T of the result comes from a, then
-// b.
+// Lane-wise max of a and b, halved: pairs of lanes of type T of the result come from a and b in
+// turns.
 template <class T, class D>
 HWY_INLINE hn::Vec<D> PairMax(D d, hn::Vec<D> a, hn::Vec<D> b) {
   const hn::Repartition<T, D> dt;
@@ -167,48 +175,40 @@ HWY_INLINE void StoreBlockMax(D d, hn::Vec<D> v, hn::TFromD<D>* to) {
   }
 }
 
-// The types that rows come in. Load: as they are. LoadFinite: NaN as 0, infinities as +-65504.
+// ---- rows
+
+// The types that rows come in.
 struct Halves {
   using T = std::uint16_t;
   template <class IO>
-  static HWY_INLINE F32 Load(IO io, const T* p) {
-    return ToFloat(DF32(), io.Load(DU16(), p));
-  }
-  template <class IO>
-  static HWY_INLINE F32 LoadFinite(IO io, const T* p) {
-    return ToFloat(DF32(), Finite(DU16(), io.Load(DU16(), p)));
+  static HWY_INLINE VF Load(IO io, const T* p) {
+    return FromHalves(DF(), io.Load(DHalves(), p));
   }
 };
 struct Floats {
   using T = float;
   template <class IO>
-  static HWY_INLINE F32 Load(IO io, const T* p) {
-    return io.Load(DF32(), p);
-  }
-  template <class IO>
-  static HWY_INLINE F32 LoadFinite(IO io, const T* p) {
-    return Finite(Load(io, p));
-  }
-  static HWY_INLINE F32 Finite(F32 x) {
-    const DF32 d;
-    const F32 bound = hn::CopySign(hn::Set(d, 65504.0f), x);
-    return hn::IfThenZeroElse(hn::IsNaN(x), hn::IfThenElse(hn::IsInf(x), bound, x));
+  static HWY_INLINE VF Load(IO io, const T* p) {
+    return io.Load(DF(), p);
   }
 };
 struct BFloats {
   using T = std::uint16_t;
   template <class IO>
-  static HWY_INLINE F32 Load(IO io, const T* p) {
-    const hn::RebindToUnsigned<DF32> du;
-    return hn::BitCast(DF32(), hn::ShiftLeft<16>(hn::PromoteTo(du, io.Load(DU16(), p))));
-  }
-  template <class IO>
-  static HWY_INLINE F32 LoadFinite(IO io, const T* p) {
-    return Floats::Finite(Load(io, p));
+  static HWY_INLINE VF Load(IO io, const T* p) {
+    const hn::RebindToUnsigned<DF> du;
+    return hn::BitCast(DF(), hn::ShiftLeft<16>(hn::PromoteTo(du, io.Load(DHalves(), p))));
   }
 };
 
-// f(Numbers()) with the struct of a dtype.
+// NaN as 0, infinities as +-65504.
+template <class X, class IO>
+HWY_INLINE VF LoadFinite(IO io, const typename X::T* p) {
+  const VF x = X::Load(io, p), bound = hn::CopySign(hn::Set(DF(), kLargestHalf), x);
+  return hn::IfThenZeroElse(hn::IsNaN(x), hn::IfThenElse(hn::IsInf(x), bound, x));
+}
+
+// f(X()) with the struct of a dtype.
 template <class F>
 HWY_INLINE decltype(auto) WithDtype(Dtype dtype, const F& f) {
   switch (dtype) {
@@ -223,16 +223,16 @@ HWY_INLINE decltype(auto) WithDtype(Dtype dtype, const F& f) {
 
 // Typed rows x, and the means that are subtracted from them: row r's mean at mean + r *
 // mean_stride, or null.
-template <class Numbers>
+template <class X>
 struct Source {
-  using T = typename Numbers::T;
+  using T = typename X::T;
   const T* x;
   std::size_t stride_bytes;  // modulo 2^64, as strides may be negative
   std::size_t count, dim;
   const float* mean;
   std::size_t mean_stride;
 
-  Source(const RowsIn& in, const float* m, std::size_t m_stride)
+  explicit Source(const RowsIn& in, const float* m = nullptr, std::size_t m_stride = 0)
       : x(static_cast<const T*>(in.x)),
         stride_bytes(static_cast<std::size_t>(in.stride) * sizeof(T)),
         count(in.count),
@@ -256,34 +256,34 @@ struct PlainHalves {
   HWY_INLINE PlainHalves(const Source<Halves>& in, std::size_t t) : x(in.row(t)) {}
 
   template <class IO>
-  HWY_INLINE F32 Load(IO io, std::size_t i) const {
+  HWY_INLINE VF Load(IO io, std::size_t i) const {
     return Halves::Load(io, x + i);
   }
 
-  HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
+  HWY_INLINE VI16 Max(std::size_t dim, VI16 max) const {
     const hn::RebindToUnsigned<DMax> du;
-    const auto magnitude = hn::Set(DMax(), 0x7FFF);
-    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
+    const VI16 magnitude = hn::Set(DMax(), 0x7FFF);
+    ForVectors<Tail::kOverlap, 2 * kLanes>(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
       max = hn::Max(max, hn::And(magnitude, hn::BitCast(DMax(), io.Load(du, x + i))));
     });
     return max;
   }
 
-  // The eight rows' absmax, from vectors of their maxima.
-  template <class Maxima>
-  static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
-    const auto pair = [&](std::size_t r)
-                          KVMIX_LAMBDA { return PairMax<std::int16_t>(DMax(), v(r), v(r + 1)); };
-    const auto low = PairMax<std::int32_t>(DMax(), pair(0), pair(2)),
+  // The eight rows' absmax, from vectors of their maxima one behind the other.
+  static HWY_INLINE void Reduce(const std::int16_t* max, float* HWY_RESTRICT absmax) {
+    const auto pair = [&](std::size_t r) KVMIX_LAMBDA {
+      const std::int16_t* at = max + r * 2 * kLanes;
+      return PairMax<std::int16_t>(DMax(), hn::Load(DMax(), at), hn::Load(DMax(), at + 2 * kLanes));
+    };
+    const VI16 low = PairMax<std::int32_t>(DMax(), pair(0), pair(2)),
                high = PairMax<std::int32_t>(DMax(), pair(4), pair(6));
-    alignas(16) std::int16_t bits[kGroup];
-    StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), low, high), bits);
+    alignas(16) std::uint16_t bits[kGroup];
+    StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), low, high),
+                  reinterpret_cast<std::int16_t*>(bits));
     const hn::CappedTag<float, kGroup> d;
-    const hn::Rebind<std::int16_t, decltype(d)> d16;
-    const hn::RebindToUnsigned<decltype(d16)> du16;
-    for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
-      hn::Store(ToFloat(d, hn::BitCast(du16, hn::LoadU(d16, bits + i))), d, absmax + i);
-    }
+    const hn::Rebind<std::uint16_t, decltype(d)> d16;
+    for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d))
+      hn::Store(FromHalves(d, hn::LoadU(d16, bits + i)), d, absmax + i);
   }
 
   static HWY_INLINE float Value(std::int16_t max) {
@@ -292,7 +292,7 @@ struct PlainHalves {
 
   // The largest maximum of a row within `limit`.
   static HWY_INLINE std::int16_t Bits(float limit) {
-    if (limit >= 65504.0f) return 0x7BFF;
+    if (limit >= kLargestHalf) return 0x7BFF;
     const std::int16_t nearest = static_cast<std::int16_t>(HalfBits(limit));
     return static_cast<std::int16_t>(nearest - (Value(nearest) > limit));
   }
@@ -312,22 +312,23 @@ struct FloatRows {
       : x(in.row(t)), mean(kMean ? in.mean + t * in.mean_stride : nullptr) {}
 
   template <class IO>
-  HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    if constexpr (kMean) return hn::Sub(X::Load(io, x + i), io.Load(DF32(), mean + i));
+  HWY_INLINE VF Load(IO io, std::size_t i) const {
+    if constexpr (kMean) return hn::Sub(X::Load(io, x + i), io.Load(DF(), mean + i));
     return X::Load(io, x + i);
   }
 
-  HWY_INLINE hn::Vec<DMax> Max(std::size_t dim, hn::Vec<DMax> max) const {
-    ForVectors<Tail::kOverlap>(0, dim, hn::Lanes(DMax()), [&](auto io, std::size_t i) KVMIX_LAMBDA {
+  HWY_INLINE VI32 Max(std::size_t dim, VI32 max) const {
+    ForVectors<Tail::kOverlap>(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
       max = hn::Max(max, hn::BitCast(DMax(), hn::Abs(Load(io, i))));
     });
     return max;
   }
 
-  template <class Maxima>
-  static HWY_INLINE void Reduce(const Maxima& v, float* HWY_RESTRICT absmax) {
-    const auto pair = [&](std::size_t r)
-                          KVMIX_LAMBDA { return PairMax<std::int32_t>(DMax(), v(r), v(r + 1)); };
+  static HWY_INLINE void Reduce(const std::int32_t* max, float* HWY_RESTRICT absmax) {
+    const auto pair = [&](std::size_t r) KVMIX_LAMBDA {
+      const std::int32_t* at = max + r * kLanes;
+      return PairMax<std::int32_t>(DMax(), hn::Load(DMax(), at), hn::Load(DMax(), at + kLanes));
+    };
     alignas(16) std::int32_t bits[kGroup];
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(0), pair(2)), bits);
     StoreBlockMax(DMax(), PairMax<std::int64_t>(DMax(), pair(4), pair(6)), bits + kGroup / 2);
@@ -340,22 +341,24 @@ struct FloatRows {
   }
 };
 
-// y = x - mean (mean may be null), finite whatever x is. Only loads: for rare rows.
+// y = x - mean (mean may be null), finite whatever x is, and not beyond +-most (a difference of
+// huge numbers may be infinite). Only loads.
 template <class X>
 struct CarefulRows {
   const typename X::T* HWY_RESTRICT x;
   const float* HWY_RESTRICT mean;
+  VF most;
 
-  HWY_INLINE CarefulRows(const Source<X>& in, std::size_t t)
-      : x(in.row(t)), mean(in.mean != nullptr ? in.mean + t * in.mean_stride : nullptr) {}
+  HWY_INLINE CarefulRows(const Source<X>& in, std::size_t t, float largest = kLargest)
+      : x(in.row(t)),
+        mean(in.mean != nullptr ? in.mean + t * in.mean_stride : nullptr),
+        most(hn::Set(DF(), largest)) {}
 
   template <class IO>
-  HWY_INLINE F32 Load(IO io, std::size_t i) const {
-    const F32 finite = X::LoadFinite(io, x + i);
-    if (mean == nullptr) return finite;
-    const F32 largest = hn::Set(DF32(), kLargest);  // a difference of huge numbers may be infinite
-    const F32 y = hn::Sub(finite, io.Load(DF32(), mean + i));
-    return hn::Max(hn::Min(y, largest), hn::Neg(largest));
+  HWY_INLINE VF Load(IO io, std::size_t i) const {
+    VF y = LoadFinite<X>(io, x + i);
+    if (mean != nullptr) y = hn::Sub(y, io.Load(DF(), mean + i));
+    return Clamp(y, most);
   }
 };
 
@@ -379,22 +382,7 @@ class RowPrefetcher {
   std::size_t stride_, bytes_, ahead_;
 };
 
-// absmax of kRows rows (1 or kGroup) from row t on; room for kGroup.
-template <class Rows, std::size_t kRows>
-HWY_INLINE void GroupAbsMax(const Source<typename Rows::Numbers>& in, std::size_t t,
-                            float* HWY_RESTRICT absmax) {
-  const typename Rows::DMax d;
-  constexpr std::size_t kLanes = hn::MaxLanes(d);
-  HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kRows * kLanes];
-  for (std::size_t r = 0; r < kRows; ++r)
-    hn::Store(Rows(in, t + r).Max(in.dim, hn::Zero(d)), d, max + r * kLanes);
-  Rows::Reduce([&](std::size_t r) KVMIX_LAMBDA { return hn::Load(d, max + r % kRows * kLanes); },
-               absmax);
-}
-
-}  // namespace
-}  // namespace HWY_NAMESPACE
-}  // namespace kvmix::kernels
+}  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
-#endif  // KVMIX_KERNELS_ROWS_INL_H_
+#endif  // per-target include guard

@@ -6,26 +6,24 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
-#include "kernels/per_target.h"
 #include "kernels/transform-inl.h"
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
-void Prepare(float* x, std::size_t stride, std::size_t count, std::size_t dim, const float* factor,
-             bool hadamard) {
-  for (std::size_t r = 0; r < count; ++r) FactorThenRotate(x + r * stride, dim, factor, hadamard);
-}
-
-void Restore(float* x, std::size_t stride, std::size_t count, std::size_t dim, const float* factor,
-             bool hadamard) {
-  for (std::size_t r = 0; r < count; ++r) RotateThenFactor(x + r * stride, dim, factor, hadamard);
+template <bool kFactorFirst>
+void TransformRows(float* x, std::size_t stride, std::size_t count, std::size_t dim,
+                   const float* factor, bool hadamard) {
+  for (std::size_t r = 0; r < count; ++r)
+    TransformRow(x + r * stride, dim, kFactorFirst ? factor : nullptr,
+                 kFactorFirst ? nullptr : factor, hadamard);
 }
 
 }  // namespace
 
-TransformKernels TransformTable() { return {&Prepare, &Restore}; }
+TransformKernels TransformTable() { return {&TransformRows<true>, &TransformRows<false>}; }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
