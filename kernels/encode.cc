@@ -188,31 +188,28 @@ struct CodeRows {
   HWY_INLINE std::int8_t* row(std::size_t t) const { return codes + t * stride; }
 };
 
-// absmax and scales of the group of rows from t on: eight, or what is left (the others count as 0).
-template <class Rows>
+// absmax and scales of the kRows rows (1 or kGroup) from t on.
+template <class Rows, std::size_t kRows>
 HWY_INLINE void ScaleGroup(const Source<typename Rows::Numbers>& in, std::size_t t, bool bf16,
                            GroupScales& s) {
   const typename Rows::DMax d;
   constexpr std::size_t kStep = hn::MaxLanes(d);
-  HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kGroup * kStep];
-  for (std::size_t r = 0; r < kGroup; ++r) {
-    auto own = hn::Zero(d);
-    if (HWY_LIKELY(t + r < in.count)) own = Rows(in, t + r).Max(in.dim, own);
-    hn::Store(own, d, max + r * kStep);
-  }
-  Rows::Reduce(max, s.absmax);
+  HWY_ALIGN hn::TFromD<typename Rows::DMax> max[kRows * kStep];
+  for (std::size_t r = 0; r < kRows; ++r)
+    hn::Store(Rows(in, t + r).Max(in.dim, hn::Zero(d)), d, max + r * kStep);
+  Rows::Reduce([&](std::size_t r) KVMIX_LAMBDA { return hn::Load(d, max + r % kRows * kStep); },
+               s.absmax);
   MakeScales(bf16, s);
 }
 
 // Their codes.
-template <class Rows>
+template <class Rows, std::size_t kRows>
 HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::size_t t, bool bf16,
-                              const GroupScales& s, CodeRows out, float* HWY_RESTRICT scales) {
+                              bool large, const GroupScales& s, CodeRows out,
+                              float* HWY_RESTRICT scales) {
   const RowPrefetcher prefetch_x(in.x, in.stride_bytes, in.dim * sizeof(*in.x)),
       prefetch_codes(out.codes, out.stride, in.dim);
-  const bool large = in.count * in.dim * sizeof(*in.x) >= kLarge;
-  const std::size_t rows = HWY_MIN(kGroup, in.count - t);
-  for (std::size_t r = 0; r < rows; ++r) {
+  for (std::size_t r = 0; r < kRows; ++r) {
     if (large) {
       prefetch_x(t + kGroup + r);
       prefetch_codes(t + r);
@@ -227,7 +224,7 @@ HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::siz
     scales[t + r] = s.scale[r];
   }
   if (HWY_LIKELY(!s.careful)) return;
-  for (std::size_t r = 0; r < rows; ++r) {
+  for (std::size_t r = 0; r < kRows; ++r) {
     if (!IsCareful(s.absmax[r])) continue;
     const CarefulRows y(in, t + r);
     const GroupScales same = SameScales(bf16, CarefulAbsMax(y, in.dim));
@@ -241,15 +238,19 @@ HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::siz
 template <class Rows, std::size_t kDim>
 void PerTokenRows(Source<typename Rows::Numbers> in, bool bf16, CodeRows out, float* scales) {
   if constexpr (kDim != 0) in.dim = kDim;
-  if (in.count == 0) return;
+  const bool large = in.count * in.dim * sizeof(*in.x) >= kLarge;
+  const std::size_t groups = in.count / kGroup;
   // The next group's scales are on their way while this group's codes are made: their long chain of
   // latencies is hidden.
   GroupScales s[2];
-  ScaleGroup<Rows>(in, 0, bf16, s[0]);
-  for (std::size_t t = 0; t < in.count; t += kGroup) {
-    const std::size_t next = t + kGroup;
-    if (next < in.count) ScaleGroup<Rows>(in, next, bf16, s[next / kGroup % 2]);
-    QuantizeGroup<Rows>(in, t, bf16, s[t / kGroup % 2], out, scales);
+  if (groups > 0) ScaleGroup<Rows, kGroup>(in, 0, bf16, s[0]);
+  for (std::size_t g = 0; g < groups; ++g) {
+    if (g + 1 < groups) ScaleGroup<Rows, kGroup>(in, (g + 1) * kGroup, bf16, s[(g + 1) % 2]);
+    QuantizeGroup<Rows, kGroup>(in, g * kGroup, bf16, large, s[g % 2], out, scales);
+  }
+  for (std::size_t t = groups * kGroup; t < in.count; ++t) {
+    ScaleGroup<Rows, 1>(in, t, bf16, s[0]);
+    QuantizeGroup<Rows, 1>(in, t, bf16, large, s[0], out, scales);
   }
 }
 
@@ -384,38 +385,37 @@ std::uint64_t EncodeI8(const Source<X>& in, const RowFormat& format, CodeRows ou
   return 0;
 }
 
-template <class X>
-std::uint64_t EncodeF16(const Source<X>& in, std::uint8_t* rows, std::size_t row_stride) {
+std::uint64_t EncodeF16(const EncodeTask& t) {
   std::uint64_t clamped = 0;
-  for (std::size_t r = 0; r < in.count; ++r) {
-    const typename X::T* x = in.row(r);
-    std::uint16_t* to = reinterpret_cast<std::uint16_t*>(rows + r * row_stride);
-    if constexpr (std::is_same_v<X, Halves>) {
-      const hn::ScalableTag<std::uint16_t> d;
-      ForVectors<Tail::kPartial, 2 * kLanes>(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
-        io.Store(FiniteHalves(d, io.Load(d, x + i)), d, to + i);
-      });
-    } else {
-      ForVectors(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
-        const VF value = LoadFinite<X>(io, x + i);
-        clamped += hn::CountTrue(DF(), hn::Ge(hn::Abs(value), hn::Set(DF(), 65520.0f)));
-        Put(io, Clamp(value, hn::Set(DF(), kLargestHalf)), to + i);
-      });
+  WithDtype(t.in.dtype, [&]<class X>(X) KVMIX_LAMBDA {
+    const Source<X> in(t.in);
+    for (std::size_t r = 0; r < in.count; ++r) {
+      const auto* x = in.row(r);
+      std::uint16_t* to = reinterpret_cast<std::uint16_t*>(t.rows + r * t.row_stride);
+      if constexpr (std::is_same_v<X, Halves>) {
+        const hn::ScalableTag<std::uint16_t> d;
+        ForVectors<Tail::kPartial, 2 * kLanes>(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+          io.Store(FiniteHalves(d, io.Load(d, x + i)), d, to + i);
+        });
+      } else {
+        ForVectors(0, in.dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
+          const VF value = LoadFinite<X>(io, x + i);
+          clamped += hn::CountTrue(DF(), hn::Ge(hn::Abs(value), hn::Set(DF(), 65520.0f)));
+          Put(io, Clamp(value, hn::Set(DF(), kLargestHalf)), to + i);
+        });
+      }
     }
-  }
+  });
   return clamped;
 }
 
 std::uint64_t Encode(const EncodeTask& t) {
+  if (t.format.storage == Storage::kF16) return EncodeF16(t);
   std::uint64_t clamped = 0;
+  const CodeRows out{reinterpret_cast<std::int8_t*>(t.rows), t.row_stride};
   TransformRows(t.in, t.transform, [&](std::size_t first, const auto& y) KVMIX_LAMBDA {
-    std::uint8_t* rows = t.rows + first * t.row_stride;
-    if (t.format.storage == Storage::kF16) {
-      clamped += EncodeF16(y, rows, t.row_stride);
-    } else {
-      clamped += EncodeI8(y, t.format, {reinterpret_cast<std::int8_t*>(rows), t.row_stride},
-                          t.scales != nullptr ? t.scales + first : nullptr);
-    }
+    clamped += EncodeI8(y, t.format, {out.row(first), out.stride},
+                        t.scales != nullptr ? t.scales + first : nullptr);
   });
   return clamped;
 }

@@ -10,19 +10,16 @@
 namespace kvmix::kernels {
 
 struct ProbeKernels {
-  // Memory: n bytes, a multiple of 1024, 64-byte aligned. The returned number keeps the loads
-  // alive.
-  std::uint64_t (*read)(const std::uint8_t* from, std::size_t n);  // plain loads, unrolled
-  std::uint64_t (*read_prefetch)(const std::uint8_t* from,
-                                 std::size_t n);  // with a software prefetch into L2
+  // Memory: n bytes, a multiple of 1024, 64-byte aligned. What is returned keeps the loads alive.
+  std::uint64_t (*read)(const std::uint8_t* from, std::size_t n);
+  std::uint64_t (*read_prefetch)(const std::uint8_t* from, std::size_t n);  // into L2
   void (*copy)(const std::uint8_t* from, std::size_t n, std::uint8_t* to);
-  void (*copy_stream)(const std::uint8_t* from, std::size_t n,
-                      std::uint8_t* to);  // non-temporal stores
+  void (*copy_stream)(const std::uint8_t* from, std::size_t n, std::uint8_t* to);  // non-temporal
   // Arithmetic on registers: `rounds` rounds; each returns the multiply-adds done.
   double (*fma_f32)(std::size_t rounds);
   double (*widening_i16)(std::size_t rounds);  // i16 x i16 pairs -> i32, accumulated
-  double (*dot_u8i8)(
-      std::size_t rounds);  // u8 x i8 quads -> i32; null where the target has no instruction for it
+  // u8 x i8 quads -> i32; null where the target has no instruction for it.
+  double (*dot_u8i8)(std::size_t rounds);
 };
 
 // Of a target that AllKernels() lists, by its name.

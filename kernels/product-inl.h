@@ -178,8 +178,8 @@ template <class S>
 using VIntProduct = QuadProduct<S, false>;
 #else
 // A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
-// of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns and
-// are added in pairs at the end.
+// of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns
+// and are added in pairs at the end.
 template <class S>
 struct PairProduct {
   using Stored = S;

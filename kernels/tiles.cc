@@ -10,8 +10,8 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
-#include "kernels/per_target.h"
 #include "kernels/storage-inl.h"
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
@@ -23,43 +23,35 @@ std::size_t ScaleBytes(ScaleStore s) {
 
 void LayOut(BlockFormat& f) {
   std::size_t at = 0;
-  const auto place = [&at](TileFormat& t, std::size_t code_bytes) {
+  const auto place = [&](TileFormat& t, std::size_t code_bytes) KVMIX_LAMBDA {
     t.codes_offset = at;
     at = t.scales_offset = RoundUp(at + code_bytes, 64);
     at = RoundUp(at + ScaleBytes(t.row.scale), 64);
   };
-  place(f.k, WithStorage(f.k.row.storage, [&](auto s) {
+  place(f.k, WithStorage(f.k.row.storage, [&](auto s) KVMIX_LAMBDA {
           return kBlockTokens / kLanes * KTileBytes<decltype(s)>(f.k.row.dim);
         }));
-  place(f.v, WithStorage(f.v.row.storage, [&](auto s) {
+  place(f.v, WithStorage(f.v.row.storage, [&](auto s) KVMIX_LAMBDA {
           return RoundUp(f.v.row.dim, kLanes) / kLanes * kVTileBytes<decltype(s)>;
         }));
   f.block_bytes = at;
 }
 
-// `token`: in its block.
+// `token`: in its block. A bf16 scale is the upper half of an f32: the encoder rounded it.
 void StoreScale(const TileFormat& f, std::uint8_t* block, std::size_t token, float scale) {
-  if (f.row.scale == ScaleStore::kF32) {
-    std::memcpy(block + f.scales_offset + 4 * token, &scale, 4);
-  } else if (f.row.scale == ScaleStore::kBF16) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &scale, 4);
-    const std::uint16_t upper = static_cast<std::uint16_t>(bits >> 16);  // the encoder rounded it
-    std::memcpy(block + f.scales_offset + 2 * token, &upper, 2);
-  }
+  std::uint8_t* scales = block + f.scales_offset;
+  const std::uint32_t bits = hwy::BitCastScalar<std::uint32_t>(scale);
+  const std::uint16_t upper = static_cast<std::uint16_t>(bits >> 16);
+  if (f.row.scale == ScaleStore::kF32) std::memcpy(scales + 4 * token, &bits, 4);
+  if (f.row.scale == ScaleStore::kBF16) std::memcpy(scales + 2 * token, &upper, 2);
 }
 
 float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t token) {
-  float scale = f.row.constant;
-  if (f.row.scale == ScaleStore::kF32) {
-    std::memcpy(&scale, block + f.scales_offset + 4 * token, 4);
-  } else if (f.row.scale == ScaleStore::kBF16) {
-    std::uint16_t upper;
-    std::memcpy(&upper, block + f.scales_offset + 2 * token, 2);
-    const std::uint32_t bits = std::uint32_t{upper} << 16;
-    std::memcpy(&scale, &bits, 4);
-  }
-  return scale;
+  const std::uint8_t* scales = block + f.scales_offset;
+  if (f.row.scale == ScaleStore::kConstant) return f.row.constant;
+  if (f.row.scale == ScaleStore::kF32) return LoadScalar<float>(scales + 4 * token);
+  const std::uint32_t upper = LoadScalar<std::uint16_t>(scales + 2 * token);
+  return hwy::BitCastScalar<float>(upper << 16);
 }
 
 // The first word of K's row `token` of a block; the following ones are kLanes words apart.
@@ -80,19 +72,15 @@ HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t row_bytes, std::ui
   using Word = typename S::Word;
   constexpr Word kFlips =
       static_cast<Word>(static_cast<Word>(~Word{0}) / 0xFF * std::uint32_t{S::kFlipK});
-  std::size_t i = 0;
-  for (; i + sizeof(Word) <= row_bytes; i += sizeof(Word)) {
-    Word word;
-    std::memcpy(&word, row + i, sizeof(Word));
-    word ^= kFlips;
-    std::memcpy(to + i * kLanes, &word, sizeof(Word));
-  }
-  if (i < row_bytes) {
+  const auto scatter = [&](std::size_t i, std::size_t bytes) KVMIX_LAMBDA {
     Word word = 0;
-    std::memcpy(&word, row + i, row_bytes - i);
+    std::memcpy(&word, row + i, bytes);
     word ^= kFlips;
     std::memcpy(to + i * kLanes, &word, sizeof(Word));
-  }
+  };
+  std::size_t i = 0;
+  for (; i + sizeof(Word) <= row_bytes; i += sizeof(Word)) scatter(i, sizeof(Word));
+  if (i < row_bytes) scatter(i, row_bytes - i);
 }
 
 template <class S>
@@ -116,7 +104,7 @@ HWY_INLINE void MergeV(const std::uint8_t* row, std::size_t dim, std::size_t sub
   const int shift = static_cast<int>(8 * sizeof(Code) * sub);
   const Word own = static_cast<Word>(static_cast<Word>(static_cast<Code>(~Code{0})) << shift);
   const auto keep = hn::Set(dw, static_cast<Word>(~own));
-  const auto merge = [&](auto values, std::uint8_t* at) HWY_ATTR {
+  const auto merge = [&](auto values, std::uint8_t* at) KVMIX_LAMBDA {
     Word* words = reinterpret_cast<Word*>(at);
     if constexpr (sizeof(Word) == sizeof(Code)) {
       hn::StoreU(values, dw, words);
@@ -144,62 +132,51 @@ HWY_INLINE void SplitV(const std::uint8_t* from, std::size_t dim, std::size_t su
 template <typename Byte, class Body>
 HWY_INLINE void ForRows(const TileFormat& f, Byte* const* blocks, std::size_t token,
                         std::size_t count, const Body& body) {
-  WithStorage(f.row.storage, [&](auto s) HWY_ATTR {
+  WithStorage(f.row.storage, [&](auto s) KVMIX_LAMBDA {
     for (std::size_t r = 0; r < count; ++r) {
       body(s, blocks[(token + r) / kBlockTokens], (token + r) % kBlockTokens, r);
     }
   });
 }
 
-void StoreK(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
-            std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
-            const float* scales) {
-  const TileFormat& f = format.k;
+constexpr auto kK = &BlockFormat::k, kV = &BlockFormat::v;
+
+template <TileFormat BlockFormat::*kTensor>
+void Store(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
+           std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
+           const float* scales) {
+  const TileFormat& f = format.*kTensor;
   ForRows(f, blocks, token, count,
-          [&](auto s, std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
-            using S = decltype(s);
-            ScatterK<S>(rows + r * row_stride, RowBytes(f.row), KRow<S>(f, block, t));
+          [&]<class S>(S, std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
+            const std::uint8_t* row = rows + r * row_stride;
+            if constexpr (kTensor == kK) {
+              ScatterK<S>(row, RowBytes(f.row), KRow<S>(f, block, t));
+            } else {
+              MergeV<S>(row, f.row.dim, t % S::kWidth, VRow<S>(f, block, t));
+            }
             if (scales != nullptr) StoreScale(f, block, t, scales[r]);
           });
 }
 
-void StoreV(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
-            std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
-            const float* scales) {
-  const TileFormat& f = format.v;
+template <TileFormat BlockFormat::*kTensor>
+void Load(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
+          std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales) {
+  const TileFormat& f = format.*kTensor;
   ForRows(f, blocks, token, count,
-          [&](auto s, std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
-            using S = decltype(s);
-            MergeV<S>(rows + r * row_stride, f.row.dim, t % S::kWidth, VRow<S>(f, block, t));
-            if (scales != nullptr) StoreScale(f, block, t, scales[r]);
-          });
-}
-
-void LoadK(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
-           std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales) {
-  const TileFormat& f = format.k;
-  ForRows(f, blocks, token, count,
-          [&](auto s, const std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
-            using S = decltype(s);
-            GatherK<S>(KRow<S>(f, block, t), RowBytes(f.row), rows + r * row_stride);
-            if (scales != nullptr) scales[r] = LoadScale(f, block, t);
-          });
-}
-
-void LoadV(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
-           std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales) {
-  const TileFormat& f = format.v;
-  ForRows(f, blocks, token, count,
-          [&](auto s, const std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
-            using S = decltype(s);
-            SplitV<S>(VRow<S>(f, block, t), f.row.dim, t % S::kWidth, rows + r * row_stride);
+          [&]<class S>(S, const std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
+            std::uint8_t* row = rows + r * row_stride;
+            if constexpr (kTensor == kK) {
+              GatherK<S>(KRow<S>(f, block, t), RowBytes(f.row), row);
+            } else {
+              SplitV<S>(VRow<S>(f, block, t), f.row.dim, t % S::kWidth, row);
+            }
             if (scales != nullptr) scales[r] = LoadScale(f, block, t);
           });
 }
 
 }  // namespace
 
-TileKernels TileTable() { return {&LayOut, &StoreK, &StoreV, &LoadK, &LoadV}; }
+TileKernels TileTable() { return {&LayOut, &Store<kK>, &Store<kV>, &Load<kK>, &Load<kV>}; }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
