@@ -1,7 +1,5 @@
-// Rows -> int8 codes or halves, and back.
-//
-// Per token, eight rows at a time, so that one reduction, one conversion to f32 and three divisions
-// serve eight rows:
+// Rows -> int8 codes or halves, and back. Per token, eight rows at a time, which one reduction, one
+// conversion to f32 and three divisions serve:
 //   1. absmax of each row, as an integer maximum over bits without their sign (of halves as they
 //      are, else of y as f32), so that NaN and Inf show up as large maxima
 //   2. the eight maxima are transposed into one vector; scales and their inverses follow
@@ -68,12 +66,10 @@ HWY_INLINE void WithStores(const T* out, std::size_t stride, std::size_t tokens,
 // y / scale for one scale, fit to be rounded to an integer: the top of this file says how.
 struct Product {
   VF inverse;
-
   HWY_INLINE VF operator()(VF y) const { return hn::Mul(y, inverse); }
 };
 struct Quotient {
   VF scale, inverse;
-
   HWY_INLINE VF operator()(VF y) const {
 #if HWY_NATIVE_FMA
     const VF q = hn::Mul(y, inverse);
@@ -139,18 +135,14 @@ struct GroupScales {
   alignas(32) float divisor[kGroup];  // the scale, or 1 where it is 0
   alignas(32) float inverse[kGroup];  // of the divisor
   alignas(32) float product[kGroup];  // the inverse, moved for Product
-  bool careful;                       // for some row
+  std::uint64_t careful;              // bit r: row r is one for CarefulRow
 };
-
-HWY_INLINE bool IsCareful(float absmax) {
-  return !(absmax < kSmallest || (absmax >= kSafe && absmax <= kLargest));
-}
 
 // From s.absmax: all the rest.
 HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
   const hn::CappedTag<float, kGroup> d;
   const hn::RebindToUnsigned<decltype(d)> du;
-  s.careful = false;
+  s.careful = 0;
   for (std::size_t i = 0; i < kGroup; i += hn::Lanes(d)) {
     const auto one = hn::Set(d, 1.0f), absmax = hn::Load(d, s.absmax + i);
     auto bits = hn::BitCast(du, hn::Div(absmax, hn::Set(d, 127.0f)));
@@ -169,7 +161,7 @@ HWY_INLINE void MakeScales(bool bf16, GroupScales& s) {
     hn::Store(hn::Mul(inverse, moved), d, s.product + i);
     const auto normal =
         hn::And(hn::Le(absmax, hn::Set(d, kLargest)), hn::Ge(absmax, hn::Set(d, kSafe)));
-    s.careful |= !hn::AllTrue(d, hn::Or(normal, zero));
+    s.careful |= hn::BitsFromMask(d, hn::Not(hn::Or(normal, zero))) << i;
   }
 }
 
@@ -223,9 +215,9 @@ HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::siz
     }
     scales[t + r] = s.scale[r];
   }
-  if (HWY_LIKELY(!s.careful)) return;
+  if (HWY_LIKELY(s.careful == 0)) return;
   for (std::size_t r = 0; r < kRows; ++r) {
-    if (!IsCareful(s.absmax[r])) continue;
+    if ((s.careful >> r & 1) == 0) continue;
     const CarefulRows y(in, t + r);
     const GroupScales same = SameScales(bf16, CarefulAbsMax(y, in.dim));
     CarefulRow(y, in.dim, same.divisor[0], out.row(t + r));
@@ -233,15 +225,14 @@ HWY_INLINE void QuantizeGroup(const Source<typename Rows::Numbers>& in, std::siz
   }
 }
 
-// kDim, here and below: the number of channels, if not 0. Loops of known length have no branches to
-// mispredict: up to 1.7 times as fast.
+// kDim: the number of channels, if not 0. Loops of known length have no branches to mispredict: up
+// to 1.7 times as fast.
 template <class Rows, std::size_t kDim>
 void PerTokenRows(Source<typename Rows::Numbers> in, bool bf16, CodeRows out, float* scales) {
   if constexpr (kDim != 0) in.dim = kDim;
   const bool large = in.count * in.dim * sizeof(*in.x) >= kLarge;
   const std::size_t groups = in.count / kGroup;
-  // The next group's scales are on their way while this group's codes are made: their long chain of
-  // latencies is hidden.
+  // The next group's scales, a long chain of latencies, hide behind this group's codes.
   GroupScales s[2];
   if (groups > 0) ScaleGroup<Rows, kGroup>(in, 0, bf16, s[0]);
   for (std::size_t g = 0; g < groups; ++g) {
@@ -299,8 +290,7 @@ std::uint64_t PerHeadRows(Source<typename Rows::Numbers> in, float scale, Divide
                           CodeRows out) {
   if constexpr (kDim != 0) in.dim = kDim;
   const typename Rows::DMax d;
-  // Nothing within 127.25 scales rounds beyond 127. Scales that Quotient cannot take let only zeros
-  // pass.
+  // Within 127.25 scales nothing rounds beyond 127. Of scales not for Quotient only zeros pass.
   const bool safe = scale >= kSafe && scale <= kLargest / 128.0f;
   const auto limit = hn::Set(d, Rows::Bits(safe ? 127.25f * scale : 0.0f));
   const RowPrefetcher prefetch(out.codes, out.stride, in.dim);
@@ -440,7 +430,7 @@ HWY_INLINE void ConvertRow(const typename X::T* HWY_RESTRICT x, std::size_t dim,
 }
 
 // mean + scale * code, each rounded: row r, if nothing was rotated or folded.
-template <bool kMean, class IO, class Out>
+template <bool kMean, class IO = Whole, class Out>
 HWY_INLINE void DecodeI8Row(const CodedRows& in, std::size_t r, Out* HWY_RESTRICT to) {
   const std::size_t dim = in.format.dim;
   const std::int8_t* HWY_RESTRICT codes =
@@ -472,9 +462,9 @@ void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
     ConvertRow<Halves>(reinterpret_cast<const std::uint16_t*>(in.rows + r * in.row_stride), dim,
                        to);
   } else if (!own.rotates_or_folds() && own.mean != nullptr) {
-    DecodeI8Row<true, Whole>(in, r, to);
+    DecodeI8Row<true>(in, r, to);
   } else {
-    DecodeI8Row<false, Whole>(in, r, to);
+    DecodeI8Row<false>(in, r, to);
     TransformRow(to, dim, nullptr, own.factor, own.hadamard);
     if (own.mean == nullptr) return;
     ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {

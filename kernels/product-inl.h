@@ -3,13 +3,11 @@
 //
 //   sum[r][lane] = sum over terms of row[r][term] * tile[term][lane]
 //
-// A product is a struct of a few one-liners: how a row (of q, or of softmax weights) becomes terms,
-// how terms are broadcast, and how they and the codes of a storage are multiplied and added.
-// Multiply() walks the tile once for up to kMaxRows rows and kVecs tile vectors. All sums are in
-// registers: 4 rows x 2 vectors x 2 limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32
-// registers; 4 x 2 sums are 8 of AVX2's 16. That leaves gcc and clang room for the tile and a row.
-// One or two rows take more vectors where these are short: enough independent sums hide the latency
-// (4 or 5 cycles at two a cycle).
+// A product is a struct: how a row (of q, or of softmax weights) becomes terms, how these are
+// broadcast, multiplied by the codes of a storage and added. Multiply() walks the tile once for up
+// to kMaxRows rows and kVecs tile vectors, with all sums in registers: 4 rows x 2 vectors x 2
+// limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32; 4 x 2 are 8 of AVX2's 16. One or two
+// rows take more vectors where these are short, to hide the latency (4 or 5 cycles at two a cycle).
 #if defined(KVMIX_KERNELS_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_PRODUCT_INL_H_
 #undef KVMIX_KERNELS_PRODUCT_INL_H_
@@ -58,8 +56,7 @@ struct RowInfo {
   std::int32_t start_high, start_low;  // first values of the sums (what undoes K's flipped sign)
 };
 
-// Softmax weights become terms kWeightVecs vectors of tokens at a time: 64 bytes of a limb on
-// AVX-512.
+// Vectors of tokens whose weights become terms at a time: 64 bytes of a limb on AVX-512.
 constexpr std::size_t kWeightVecs = 4;
 using WeightVectors = VF[kWeightVecs];
 
@@ -99,8 +96,8 @@ struct FloatProduct {
 // of low for a step. vpdpbusd: in QK the tile is the unsigned operand (code ^ 0x80; RowInfo's start
 // is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned. sdot: all are
 // signed.
-template <class S, bool kTileUnsigned>
-struct QuadProduct {
+template <class S, bool kOfK>
+struct IntProduct {
   using Stored = S;
   static constexpr bool kFixedPoint = true;
   static constexpr std::size_t kTermBytes = 8;
@@ -127,7 +124,7 @@ struct QuadProduct {
     return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DI8(), tile), hn::BitCast(DI8(), limb),
                                       sum);
 #else
-    const VI32 u = kTileUnsigned ? tile : limb, i = kTileUnsigned ? limb : tile;
+    const VI32 u = kOfK ? tile : limb, i = kOfK ? limb : tile;
     return hn::SumOfMulQuadAccumulate(DI32(), hn::BitCast(DU8(), u), hn::BitCast(DI8(), i), sum);
 #endif
   }
@@ -172,16 +169,12 @@ struct QuadProduct {
                row + kBlockTokens + token);
   }
 };
-template <class S>
-using KIntProduct = QuadProduct<S, true>;
-template <class S>
-using VIntProduct = QuadProduct<S, false>;
 #else
 // A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
 // of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns
 // and are added in pairs at the end.
-template <class S>
-struct PairProduct {
+template <class S, bool>
+struct IntProduct {
   using Stored = S;
   static constexpr bool kFixedPoint = true;
   static constexpr std::size_t kTermBytes = 4;
@@ -226,17 +219,13 @@ struct PairProduct {
     hn::StoreU(pair(std::integral_constant<std::size_t, 2>()), d16, to + 2 * kLanes);
   }
 };
-template <class S>
-using KIntProduct = PairProduct<S>;
-template <class S>
-using VIntProduct = PairProduct<S>;
 #endif
 
 // The products of a storage as K and as V.
 template <class S>
-using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, KIntProduct<S>>;
+using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, IntProduct<S, true>>;
 template <class S>
-using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, VIntProduct<S>>;
+using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, IntProduct<S, false>>;
 
 // Most rows of a turn: as many as share a tile vector's load (f16: and its conversion) in
 // registers. Eight rows with two sums leave room for one tile vector only, and their broadcast
@@ -252,19 +241,18 @@ template <class P, std::size_t kRows>
 constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                               ? 1
                                  : kVectorBytes<typename P::Stored> < 64 && kRows <= 2 ? 4
                                                                                        : 2;
-// Where the tile comes from memory: one cache line a step, so that one load instruction walks
-// memory from front to end. On Granite Rapids, whose prefetchers follow instructions, that reads a
-// cold cache at 0.92-0.97 of DRAM's speed; two lines a step read it at 0.70-0.83.
+// Where the tile comes from memory, one cache line a step: one load instruction then walks it from
+// front to end, at 0.92-0.97 of DRAM's speed on Granite Rapids, whose prefetchers follow
+// instructions; two lines a step read it at 0.70-0.83.
 template <class P, std::size_t kRows>
 constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
                                             64 / kVectorBytes<typename P::Stored>);
 
-// Fetches the next block into L2 while this one is read: the first turn of rows would else wait for
-// memory; the others find the block in L2 anyway, and fetch their share. Not into L1, which would
-// hold its few miss buffers for longer. Even so these buffers bind: lines must be asked for once
-// and at an even pace, a line for a line that is read, and those of the scales, which are read
-// aside, in softmax's steps. (Bursts in softmax that asked for some lines twice cost 5-15 % of a
-// cold decode on Granite Rapids.)
+// Fetches the next block into L2 while this one is read; each turn fetches a share. Not into L1,
+// which would hold its few miss buffers for longer. They bind even so: lines must be asked for once
+// and at an even pace, a line for a line that is read; the scales' lines in softmax's steps.
+// (Bursts in softmax that asked for some lines twice cost 5-15 % of a cold decode on Granite
+// Rapids.)
 struct Prefetcher {
   const std::uint8_t* next;
   std::size_t turns;  // that share in fetching; 0: this turn fetches nothing

@@ -87,8 +87,7 @@ template <class D>
 HWY_INLINE hn::Vec<D> FromHalves(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> halves) {
   const auto x = hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), halves));
 #if HWY_ARCH_X86 && HWY_TARGET >= HWY_SSE4
-  // Without F16C Highway takes infinity for 65536, NaN for what follows: give them an f32's
-  // exponent.
+  // Without F16C Highway takes infinity for 65536, NaN for what follows: set the exponent.
   const auto infinity = hn::BitCast(d, hn::Set(hn::RebindToSigned<D>(), 0x7F800000));
   return hn::Or(x, hn::IfThenElseZero(hn::Ge(hn::Abs(x), hn::Set(d, 65536.0f)), infinity));
 #else
@@ -143,8 +142,7 @@ constexpr std::array<std::int32_t, 4 * kBlocks> PackedOrder() {
 HWY_INLINE VI8 Pack(VI32 a, VI32 b, VI32 c, VI32 d) {
   const VI16 ab = hn::ReorderDemote2To(DI16(), a, b), cd = hn::ReorderDemote2To(DI16(), c, d);
   const VI8 abcd = hn::ReorderDemote2To(DI8(), ab, cd);
-  // Demotions work within 128-bit blocks: block k now holds the k-th block of a, of b, of c and of
-  // d, four bytes each.
+  // Demotions work within 128-bit blocks: block k now holds the k-th blocks of a, b, c and d.
   constexpr std::size_t kBlocks = hn::MaxLanes(DI8()) / 16;
   if constexpr (kBlocks == 1) {
     return abcd;
@@ -216,18 +214,12 @@ HWY_INLINE VF LoadFinite(IO io, const typename X::T* p) {
 // f(X()) with the struct of a dtype.
 template <class F>
 HWY_INLINE decltype(auto) WithDtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return f(Floats());
-    case Dtype::kBF16:
-      return f(BFloats());
-    default:
-      return f(Halves());
-  }
+  if (dtype == Dtype::kF32) return f(Floats());
+  if (dtype == Dtype::kBF16) return f(BFloats());
+  return f(Halves());
 }
 
-// Typed rows x, and the means that are subtracted from them: row r's mean at mean + r *
-// mean_stride, or null.
+// Typed rows x, and the means to subtract: row r's at mean + r * mean_stride, or null.
 template <class X>
 struct Source {
   using T = typename X::T;

@@ -24,17 +24,14 @@ struct TileKernels {
   void (*lay_out)(BlockFormat& format);
   // Writes canonical rows of tokens [token, token + count): those of token t go to
   // blocks[t / kBlockTokens]. Row r at rows + r * row_stride bytes. scales: [count], or null.
-  void (*store_k)(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
-                  std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
-                  const float* scales);
-  void (*store_v)(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
-                  std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
-                  const float* scales);
+  using Store = void(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token,
+                     std::size_t count, const std::uint8_t* rows, std::size_t row_stride,
+                     const float* scales);
+  Store *store_k, *store_v;
   // The inverse. scales, if not null, get the format's constant where none is stored.
-  void (*load_k)(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
-                 std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales);
-  void (*load_v)(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
-                 std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales);
+  using Load = void(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
+                    std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales);
+  Load *load_k, *load_v;
 };
 
 TileKernels TileKernelsFor(std::int64_t target);

@@ -16,28 +16,20 @@
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 
-// Channels of a block: the largest power of two that divides dim.
-HWY_INLINE std::size_t HadamardBlock(std::size_t dim) { return dim & (~dim + 1); }
-
-// Lane i's partner at distance kDistance, lane i ^ kDistance.
-template <std::size_t kDistance>
-HWY_INLINE VF Partner(VF x) {
-  const DF d;
-  if constexpr (kDistance == 1) return hn::Reverse2(d, x);
-  if constexpr (kDistance == 2) return hn::Shuffle1032(x);
-  if constexpr (kDistance == 4) return hn::SwapAdjacentBlocks(x);
-  if constexpr (kDistance == 8) return hn::ConcatLowerUpper(d, x, x);
-}
-
-// Pairs of lanes (a, b) at a distance become (a + b, a - b). 1 and -1 are exact factors: MulAdd
-// rounds once on every target.
+// Pairs of lanes (a, b) at a distance, i and i ^ kDistance, become (a + b, a - b). 1 and -1 are
+// exact factors: MulAdd rounds once on every target.
 template <std::size_t kDistance>
 HWY_INLINE VF Butterflies(VF x) {
   const DF d;
   const hn::RebindToUnsigned<DF> du;
+  VF partner;
+  if constexpr (kDistance == 1) partner = hn::Reverse2(d, x);
+  if constexpr (kDistance == 2) partner = hn::Shuffle1032(x);
+  if constexpr (kDistance == 4) partner = hn::SwapAdjacentBlocks(x);
+  if constexpr (kDistance == 8) partner = hn::ConcatLowerUpper(d, x, x);
   const auto is_b = hn::TestBit(hn::Iota(du, 0), hn::Set(du, kDistance));
   const VF sign = hn::IfThenElse(hn::RebindMask(d, is_b), hn::Set(d, -1.0f), hn::Set(d, 1.0f));
-  return hn::MulAdd(x, sign, Partner<kDistance>(x));
+  return hn::MulAdd(x, sign, partner);
 }
 
 // The distances below a vector's length, as far as the block reaches.
@@ -53,11 +45,12 @@ HWY_INLINE VF WithinVector(VF x, std::size_t block) {
   return x;
 }
 
-// One row in place, x <- after * H(before * x) / sqrt(block). before, after: [dim], or null for 1.
+// One row in place, x <- after * R(before * x), R = H / sqrt(block). before, after: [dim], or null
+// for 1.
 HWY_INLINE void HadamardRow(float* HWY_RESTRICT x, std::size_t dim,
                             const float* HWY_RESTRICT before, const float* HWY_RESTRICT after) {
   const DF d;
-  const std::size_t block = HadamardBlock(dim);
+  const std::size_t block = dim & (~dim + 1);  // the largest power of two that divides dim
   // Whole vectors hold whole blocks, or are parts of one: a row's end is never cut inside a block.
   ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
     VF v = io.Load(d, x + i);
@@ -95,8 +88,7 @@ HWY_INLINE void HadamardRow(float* HWY_RESTRICT x, std::size_t dim,
   });
 }
 
-// One row in place, x <- after * R(before * x); R is nothing without `hadamard`, and then at most
-// one of the factors is not null.
+// The same, but without `hadamard` R is nothing, and one of the factors at least is null.
 HWY_INLINE void TransformRow(float* x, std::size_t dim, const float* before, const float* after,
                              bool hadamard) {
   if (hadamard) return HadamardRow(x, dim, before, after);

@@ -46,13 +46,12 @@ constexpr std::size_t kLanes = hn::MaxLanes(DF());  // numbers of f32 or i32 in 
 
 // f(0), f(1), ... f(N - 1) with the number as a compile-time constant: arrays of vectors indexed by
 // it stay in registers.
-template <class F, std::size_t... I>
-HWY_INLINE void UnrollImpl(F&& f, std::index_sequence<I...>) {
-  (f(std::integral_constant<std::size_t, I>()), ...);
-}
 template <std::size_t N, class F>
 HWY_INLINE void Unroll(F&& f) {
-  UnrollImpl(f, std::make_index_sequence<N>());
+  const auto call = [&]<std::size_t... I>(std::index_sequence<I...>) KVMIX_LAMBDA {
+    (f(std::integral_constant<std::size_t, I>()), ...);
+  };
+  call(std::make_index_sequence<N>());
 }
 
 template <typename T>
