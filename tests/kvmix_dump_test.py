@@ -15,7 +15,7 @@ import numpy as np
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / 'tools' / 'python'
 sys.path.insert(0, str(PACKAGE))
-from kvmix_tools import InputError, dump  # noqa: E402
+from kvmix_tools import InputError, dump, written_whole  # noqa: E402
 
 TUNE = pathlib.Path(sys.argv.pop()).resolve() if len(sys.argv) > 1 else None
 ABOUT = {'model': 'model', 'corpus': 'corpus', 'rope_theta': '1000000'}
@@ -162,6 +162,15 @@ class File(Case):
         self.assertEqual(self.path.read_bytes(), before)
         self.assertEqual(self.files(), ['dump.safetensors'])
 
+    def test_two_writers_at_once_do_not_meet(self):
+        with written_whole(self.path) as first, written_whole(self.path) as second:
+            first.write(b'the first')
+            second.write(b'the second')
+        self.assertEqual(self.path.read_bytes(), b'the first')  # it ended last
+        self.assertEqual(self.files(), ['dump.safetensors'])
+        (self.folder / 'other').touch()  # with the rights of any new file
+        self.assertEqual(self.path.stat().st_mode, (self.folder / 'other').stat().st_mode)
+
     @unittest.skipUnless(TUNE, 'no kvmix-tune given')
     def test_kvmix_tune_reads_it(self):
         done = subprocess.run([TUNE, self.path, '--budget', '0.3', '--json'], cwd=self.folder,
@@ -223,12 +232,12 @@ class Run(Case):
             np.testing.assert_array_equal(x[:, 1, 3], np.repeat(range(5), 8))
 
     def test_an_interrupted_run_leaves_what_was_there(self):
-        part = self.folder / 'dump.safetensors.part'
         for number in (signal.SIGINT, signal.SIGTERM):
             with subprocess.Popen(self.command('--prompts', '5', wait=2), cwd=self.folder,
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
                 self.assertEqual([run.stdout.readline() for _ in range(2)],
                                  ['prompt 1\n', 'prompt 2\n'])
+                part, = self.folder.glob('dump.safetensors.*.part/*')
                 self.assertGreater(part.stat().st_size, 0)
                 self.assertEqual(self.path.read_bytes(), b'of the user')
                 run.send_signal(number)
@@ -257,7 +266,10 @@ class Run(Case):
             done = self.run_program(*self.command(*words))
             self.assertEqual(done.returncode, 2)
             self.assertRegex(done.stderr, pattern)
-        self.assertIn('\n  kvmix-dump Qwen/', self.run_program(*self.command('--help')).stdout)
+        module = [sys.executable, '-m', 'kvmix_tools.dump']
+        for command in self.command(), module:
+            done = subprocess.run([*command, '--help'], cwd=PACKAGE, capture_output=True, text=True)
+            self.assertIn('\n  kvmix-dump Qwen/', done.stdout)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import tempfile
 
 
 class InputError(Exception):
@@ -17,11 +18,11 @@ def progress(text):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A file to write to, PATH.part: in the end it becomes PATH, or, on an error, it is gone."""
-    part = pathlib.Path(f'{path}.part')
-    try:
+    """A file to write to, in a folder PATH.*.part of its own: in the end it becomes PATH, or, on an
+    error, it is gone. (A NamedTemporaryFile would be for its owner only, whatever the umask.)"""
+    path = pathlib.Path(path)
+    with tempfile.TemporaryDirectory('.part', f'{path.name}.', path.parent) as folder:
+        part = pathlib.Path(folder) / path.name
         with open(part, 'wb') as file:
             yield file
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

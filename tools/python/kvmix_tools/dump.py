@@ -12,10 +12,11 @@ not hold for long ones. For a holdout, take another text, or the same one with -
 
 The file is a safetensors file: tensors layers.N.k|v|q, F16, [tokens, heads, head_dim], prompts one
 after the other; the metadata name the model, the corpus and the geometry
-(lib/include/kvmix/dump.h). Layers are written as they come, to OUTPUT.part; it becomes OUTPUT when
-it is whole. Needs: pip install torch transformers (and for GGUF files: gguf accelerate).
+(lib/include/kvmix/dump.h). Layers are written as they come, to a file in OUTPUT.*.part; it becomes
+OUTPUT when it is whole. Needs: pip install torch transformers (and for GGUF files: gguf accelerate).
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -53,33 +54,27 @@ def header(shapes, metadata):
     return struct.pack('<Q', len(text)) + text
 
 
-class Recorder:
+class Recorder(contextlib.ExitStack):
     """Writes what attention sees to its place in a dump. `with` gives the file its name at the end,
     or removes what was written."""
 
     def __init__(self, path, layers, prompt_tokens, about):
         """prompt_tokens: of each prompt. about: model, corpus and rope_theta, for the metadata."""
-        self.writing = written_whole(path)
+        super().__init__()
+        self.file = self.enter_context(written_whole(path))
         self.layers, self.prompt_tokens, self.tokens = layers, prompt_tokens, sum(prompt_tokens)
         self.meta = {'format': 'kvmix-dump-1', **about}
         self.shape = self.scale = None  # of all layers: those of the first
         self.prompt, self.row, self.ran = 0, 0, []  # the prompt, its first row, layers that it saw
 
-    def __enter__(self):
-        self.file = self.writing.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.writing.__exit__(*error)
-
     def begin(self, query_heads, kv_heads, head_dim, scale):
         """Writes the header: the first layer of the first prompt tells what it must say."""
         self.shape, self.scale = (query_heads, kv_heads, head_dim), scale
-        self.meta |= {
-            'layers': str(self.layers), 'tokens': str(self.tokens),
-            'prompt_tokens': ','.join(map(str, self.prompt_tokens)), 'kv_heads': str(kv_heads),
-            'query_heads': str(query_heads), 'head_dim': str(head_dim),
-            'attention_scale': repr(float(scale))}
+        geometry = {
+            'layers': self.layers, 'tokens': self.tokens,
+            'prompt_tokens': ','.join(map(str, self.prompt_tokens)), 'kv_heads': kv_heads,
+            'query_heads': query_heads, 'head_dim': head_dim, 'attention_scale': float(scale)}
+        self.meta |= {name: str(value) for name, value in geometry.items()}
         heads = {'k': kv_heads, 'v': kv_heads, 'q': query_heads}
         shapes = {f'layers.{layer}.{name}': (self.tokens, heads[name], head_dim)
                   for layer in range(self.layers) for name in heads}
@@ -240,3 +235,7 @@ def main():
         text = str(error)
     progress('')
     sys.exit(f'kvmix-dump: error: {" ".join(text.split())}')
+
+
+if __name__ == '__main__':
+    main()
