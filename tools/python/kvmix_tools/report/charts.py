@@ -1,5 +1,5 @@
-"""The pictures. Each function returns a Chart (or None where the inputs do not hold what it shows);
-save() writes it as PNG and SVG."""
+"""The pictures: a function for each, of inputs that are there, returns a Chart; save() writes it as
+PNG and SVG."""
 import io
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from . import theme
 
@@ -48,13 +48,18 @@ class Chart:
 def log_axis(axis):
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(numticks=7, subs=(1, 2, 5) if high <= 30 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'.replace('e-0', 'e-')))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(lambda x, _: f'{x:g}'.replace('e-0', 'e-'))
+    axis.set_minor_formatter('')
 
 
-def layer_axis(ax):
-    ax.set_xlabel('layer')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+def panels(titles, height, **title_style):
+    """A figure of panels over the layers, one below the other."""
+    figure, axes = plt.subplots(len(titles), 1, figsize=(WIDTH, height), sharex=True)
+    for ax, title in zip(axes, titles):
+        ax.set_title(title, **title_style)
+    axes[-1].set_xlabel('layer')
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
 
 
 def legend_below(figure, handles):
@@ -64,20 +69,17 @@ def legend_below(figure, handles):
     figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
 
 
-def lines(y_label, tables, panels):
-    """One line per table over the layers in each of two panels, (title, values by table); values
-    that are 0 are left out."""
-    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 4.6), sharex=True)
-    for ax, (title, values) in zip(axes, panels):
-        for i, (table, y) in enumerate(zip(tables, values)):
-            ax.plot(np.where(y > 0, y, np.nan), label=table.label, **theme.series(table, i),
-                    markersize=3.5 if table.layers <= 40 else 2)
-        ax.set_yscale('log')
+def lines(tables, y_label, values):
+    """One line per table over the layers. values: {title of a panel: values by table}, those that
+    are 0 are left out."""
+    figure, axes = panels(values, 4.6)
+    for ax, by_table in zip(axes, values.values()):
+        for i, (table, y) in enumerate(zip(tables, by_table)):
+            ax.semilogy(y, nonpositive='mask', label=table.label, **theme.series(table, i),
+                        markersize=3.5 if table.layers <= 40 else 2)
         log_axis(ax.yaxis)
-        ax.set_title(title)
         ax.set_ylabel(y_label)
         ax.grid(True)
-    layer_axis(axes[1])
     legend_below(figure, axes[0].lines)
     return figure
 
@@ -87,14 +89,12 @@ def heads_as_cells(ax, values, letters, color=INK, **style):
     heads, layers = values.shape
     mesh = ax.pcolormesh(np.arange(layers + 1) - 0.5, np.arange(heads + 1) - 0.5, values,
                          edgecolors=PAPER, linewidth=0.6, **style)
-    ax.set_ylabel('head')
-    ax.set_ylim(heads - 0.5, -0.5)
-    ax.set_yticks(range(0, heads, max(1, heads // 8)))
+    ax.set(ylabel='head', ylim=(heads - 0.5, -0.5), yticks=range(0, heads, max(1, heads // 8)))
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    for head, layer in np.ndindex(heads, layers if layers <= 40 else 0):
-        if letters[head][layer]:
-            ax.text(layer, head, letters[head][layer], ha='center', va='center', color=color,
+    for (head, layer), letter in np.ndenumerate(letters):
+        if letter and layers <= 40:
+            ax.text(layer, head, letter, ha='center', va='center', color=color,
                     fontsize=6.5 if layers <= 24 else 5.2)
     return mesh
 
@@ -118,10 +118,7 @@ def error_columns(tables, errors):
             for table, both in zip(tables, errors) for x, part in zip('KV', both)]
 
 
-def mse_per_layer(inputs):
-    tables = inputs.quant
-    if not tables:
-        return None
+def mse_per_layer(tables):
     means = [table.cells.mean(axis=2) for table in tables]
     layers = tables[0].layers
     return Chart(
@@ -130,33 +127,27 @@ def mse_per_layer(inputs):
         'A layer whose heads are all in fp16 has none and no point.',
         f'Line charts of the mean squared error of keys and of values over {layers} layers for: '
         f'{labels(tables)}. The table beneath has the numbers.',
-        lines('MSE', tables, zip(('Keys', 'Values'), zip(*means))),
+        lines(tables, 'MSE', dict(zip(('Keys', 'Values'), zip(*means)))),
         [['layer', *range(layers)], *error_columns(tables, means)])
 
 
-def heatmap(inputs):
-    tables = inputs.quant
-    values = np.concatenate([table.cells.ravel() for table in tables] or [[]])
-    if not values.any():
-        return None
+def heatmap(tables):
+    parts = [(x, table.label, errors.T) for table in tables for x, errors in zip('KV', table.cells)]
+    values = np.concatenate([table.cells.ravel() for table in tables])
     least, largest = values[values > 0].min(), values.max()
     norm = LogNorm(least, largest if largest > least else 10 * least)
     colours = plt.get_cmap(COLOURMAP).copy()
     colours.set_bad(GRID)
     layers, heads = tables[0].layers, tables[0].heads
-    figure, axes = plt.subplots(2 * len(tables), 1, sharex=True,
-                                figsize=(WIDTH, 0.8 + 2 * len(tables) * (0.42 + 0.16 * heads)))
-    panels = [(table, x, errors.T) for table in tables for x, errors in zip('KV', table.cells)]
-    for ax, (table, x, errors) in zip(axes, panels):
-        mesh = heads_as_cells(ax, np.where(errors > 0, errors, np.nan),
-                              np.where(errors > 0, '', 'F'), cmap=colours, norm=norm)
-        ax.set_title(f'{x}, {table.label}', fontsize=9)
-    layer_axis(axes[-1])
+    figure, axes = panels([f'{x}, {label}' for x, label, _ in parts],
+                          0.8 + len(parts) * (0.42 + 0.16 * heads), fontsize=9)
+    for ax, (*_, errors) in zip(axes, parts):
+        mesh = heads_as_cells(ax, errors, np.where(errors > 0, '', 'F'), cmap=colours, norm=norm)
     bar = figure.colorbar(mesh, ax=axes, aspect=40, pad=0.02,
                           label='MSE (lighter is worse; F: fp16)')
     bar.outline.set_visible(False)
     log_axis(bar.ax.yaxis)
-    worst, x, errors = max(panels, key=lambda panel: panel[2].max())
+    x, label, errors = max(parts, key=lambda part: part[2].max())
     head, layer = np.unravel_index(errors.argmax(), errors.shape)
     k, v = np.median(tables[0].cells, axis=(1, 2))
     return Chart(
@@ -165,14 +156,11 @@ def heatmap(inputs):
         f'{k:.1e}, the median V head of {v:.1e} ({tables[0].label}).',
         'Heat maps of the mean squared error by layer and KV head, for K and V under: '
         f'{labels(tables)}. The largest error is {errors.max():.2e}, {x} of layer {layer}, '
-        f'head {head}, {worst.label}.',
+        f'head {head}, {label}.',
         figure, head_columns(layers, heads) + error_columns(tables, [t.cells for t in tables]))
 
 
-def attention_per_layer(inputs):
-    tables = inputs.attention
-    if not tables:
-        return None
+def attention_per_layer(tables):
     columns, worst = [['layer', *range(tables[0].layers)]], []
     for table in tables:
         nmse, cosine = table.cells
@@ -189,16 +177,13 @@ def attention_per_layer(inputs):
         f'Cosine of the worst single query head: {worst}.',
         f'Line charts of the normalised error of attention outputs over {tables[0].layers} layers, '
         f'logarithmic, for: {labels(tables)}. Worst cosines: {worst}.',
-        lines('NMSE of the output', tables,
-              [('All query heads together', [table.cells[0, :, 0] for table in tables]),
-               ('The worst query head', [table.cells[0, :, 1:].max(axis=1) for table in tables])]),
+        lines(tables, 'NMSE of the output', {
+            'All query heads together': [table.cells[0, :, 0] for table in tables],
+            'The worst query head': [table.cells[0, :, 1:].max(axis=1) for table in tables]}),
         columns)
 
 
-def pareto(inputs):
-    tune = inputs.tune
-    if not tune:
-        return None
+def pareto(tune):
     front = tune['front']
     saved, nmse, cosine, ms = np.array(
         [(100 * point['saved_fraction'], point['predicted']['worst_nmse'],
@@ -215,10 +200,8 @@ def pareto(inputs):
             ax.plot(100 * tune['saved_fraction'], tune[part]['worst_nmse'], marker, label=label,
                     markersize=size, markeredgewidth=width, markerfacecolor='none',
                     markeredgecolor=theme.LIGHT['series0'], zorder=3)
-    ax.set_yscale('log')
+    ax.set(yscale='log', xlabel='KV bytes saved, %', ylabel='NMSE of the worst query head')
     log_axis(ax.yaxis)
-    ax.set_xlabel('KV bytes saved, %')
-    ax.set_ylabel('NMSE of the worst query head')
     ax.grid(True)
     ax.legend(loc='upper left')
     bar = figure.colorbar(points, ax=ax, pad=0.02, label='decode, ms per token')
@@ -237,30 +220,19 @@ def pareto(inputs):
          ['K and V in fp16', *(point['fp16_tensors'] for point in front)]])
 
 
-def plan_grid(inputs):
-    """The plan's codecs, else the tuner's."""
-    source = inputs.plan or inputs.tune
-    if not source:
-        return None
-    if inputs.plan:
-        cells = {(x, h, layer): head[x] for layer, heads in enumerate(source['codecs'])
-                 for h, head in enumerate(heads) for x in 'kv'}
-    else:
-        cells = {(x['tensor'], x['kv_head'], x['layer']): x['codec'] for x in source['heads']}
-    layers, heads = source['geometry']['layers'], source['geometry']['kv_heads']
+def plan_grid(plan):
+    cells = plan['cells']
+    layers, heads = plan['geometry']['layers'], plan['geometry']['kv_heads']
     count = Counter(cells.values())
     used = ['f16', *sorted(count.keys() - {'f16'})]
-    letters = [LETTERS[i % len(LETTERS)] for i in range(len(used))]
+    letters = np.resize(list(LETTERS), len(used))
     colours = ListedColormap(CODEC_COLOURS, N=len(used))  # from the start again where they end
-    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 1.0 + 0.2 * len(used) + 0.4 * heads),
-                                sharex=True)
-    for ax, title, x in zip(axes, ('Keys', 'Values'), 'kv'):
+    figure, axes = panels(('Keys', 'Values'), 1.0 + 0.2 * len(used) + 0.4 * heads)
+    for ax, x in zip(axes, 'kv'):
         codes = np.array([[used.index(cells[x, head, layer]) for layer in range(layers)]
                           for head in range(heads)])
-        heads_as_cells(ax, codes, np.take(letters, codes), color='#101010', cmap=colours,
+        heads_as_cells(ax, codes, letters[codes], color='#101010', cmap=colours,
                        vmin=-0.5, vmax=len(used) - 0.5)
-        ax.set_title(title)
-    layer_axis(axes[1])
     legend_below(figure, [Patch(color=colours(i), label=f'{letters[i]}  {codec}: {count[codec]}')
                           for i, codec in enumerate(used)])
     return Chart(
@@ -273,25 +245,20 @@ def plan_grid(inputs):
            for x in 'kv')])
 
 
-def kernel_speeds(inputs):
-    runs = inputs.bench
-    if not runs:
-        return None
+def kernel_speeds(runs):
     parts = [100 * run['limit_fraction'] for run in runs]
     gigabytes, gigamacs = ([run.get(rate, 0) / 1e9 for run in runs]
                            for rate in ('bytes_per_second', 'mac_per_second'))
-    shown = list(zip(runs, parts))[:MAX_BARS]
+    shown = parts[:MAX_BARS]
     figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.42 * len(shown)))
-    for i, (run, part) in enumerate(shown):
-        ax.barh(i, part, height=0.42, color=theme.LIGHT['series1'])
-        ax.text(0, i - 0.29, short_name(run['name']), va='bottom', ha='left', fontsize=8)
-        ax.text(part, i, f' {part:.0f} %', va='center', ha='left', fontsize=8)
-    ax.set_xlim(0, max(108, *(1.1 * part for _, part in shown)))
-    ax.set_ylim(len(shown) - 0.6, -0.8)
+    bars = ax.barh(range(len(shown)), shown, height=0.42, color=theme.LIGHT['series1'])
+    ax.bar_label(bars, fmt='%.0f %%', padding=2, fontsize=8)
+    for i, run in enumerate(runs[:MAX_BARS]):
+        ax.text(0, i - 0.29, short_name(run['name']), fontsize=8)
     ax.axvline(100, color=MUTED, linewidth=1, linestyle='--')
-    ax.set_yticks([])
     ax.spines['left'].set_visible(False)
-    ax.set_xlabel('% of the limit that binds')
+    ax.set(xlabel='% of the limit that binds', xlim=(0, max(108, 1.1 * max(shown))), yticks=[],
+           ylim=(len(shown) - 0.6, -0.8))
     more = f' The first {MAX_BARS} of {len(runs)}.' if len(runs) > MAX_BARS else ''
     best = max(runs, key=lambda run: run['limit_fraction'])
     seconds = {'ns': 1e-9, 'us': 1e-6, 'ms': 1e-3, 's': 1}
@@ -323,8 +290,11 @@ def short_name(name):
 
 
 def draw_all(inputs):
-    makers = (pareto, plan_grid, attention_per_layer, mse_per_layer, heatmap, kernel_speeds)
-    return [chart for make in makers if (chart := make(inputs))]
+    rounded = any(table.cells.any() for table in inputs.quant)  # else the heat map has no scale
+    charts = ((pareto, inputs.tune), (plan_grid, inputs.plan or inputs.tune),
+              (attention_per_layer, inputs.attention), (mse_per_layer, inputs.quant),
+              (heatmap, inputs.quant if rounded else None), (kernel_speeds, inputs.bench))
+    return [draw(of) for draw, of in charts if of]
 
 
 def svg(chart):

@@ -1,9 +1,10 @@
 """Reads what kvmix-eval, kvmix-tune and kvmix-bench write. What a file is follows from its content;
 whatever is wrong with one is an InputError: the file, what was expected, what was found."""
-import contextlib
 import csv
+import functools
 import json
 import math
+import operator
 import pathlib
 import re
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ import numpy as np
 
 from .. import InputError
 
-ATTENTION_COLUMNS = ['layer', 'head', 'nmse', 'cos_sim']
-SIZE_COLUMNS = ['strategy', 'bytes_per_token', 'saved']
+# How the tables of kvmix-eval attention and kvmix-eval size begin.
+HEADERS = {row[0]: row for row in (['layer', 'head', 'nmse', 'cos_sim'],
+                                   ['strategy', 'bytes_per_token', 'saved'])}
 # No header. The MSE has six decimals only: it is worked out anew from the sum.
 QUANT_COLUMNS = ('file', 'layer', 'k|v', 'tokens', 'head', 'head_dim', 'strategy', 'max|x|',
                  'sum of squared error', 'MSE')
@@ -40,6 +42,11 @@ class Table:
         return LABELS.get(self.key, self.key)
 
     @property
+    def place(self):
+        """In the order of LABELS, which others come after."""
+        return [*LABELS, self.key].index(self.key)
+
+    @property
     def layers(self):
         return self.cells.shape[1]
 
@@ -55,10 +62,12 @@ class Inputs:
 
 
 def number(text, where, at_least, cast=float):
-    with contextlib.suppress(ValueError, OverflowError):
+    try:
         x = cast(text)
-        if math.isfinite(x) and x >= at_least:
-            return x
+    except ValueError:
+        x = math.nan
+    if at_least <= x < math.inf:
+        return x
     kind = 'whole' if cast is int else 'finite'
     raise InputError(f'{where}: expected a {kind} number of at least {at_least}, found {text!r}')
 
@@ -68,14 +77,13 @@ def key_of(path, fallback=None):
     return end if end in LABELS else fallback or pathlib.Path(path).stem
 
 
-def put(cells, key, value, line):
-    if key in cells:
-        raise InputError(f'line {line}: its layer and head are there twice')
-    cells[key] = value
-
-
-def array(cells, least, what):
-    """{index: value} as an array that they fill; `least` is its smallest shape."""
+def array(entries, least, what):
+    """Entries (line, index, value) as an array that they fill; `least` is its smallest shape."""
+    cells = {}
+    for line, index, value in entries:
+        if index in cells:
+            raise InputError(f'line {line}: its layer and head are there twice')
+        cells[index] = value
     shape = [max(n - 1, *indices) + 1 for n, indices in zip(least, zip(*cells))]
     if len(cells) != math.prod(shape):
         raise InputError(f'expected {math.prod(shape)} rows ({" x ".join(map(str, shape))}: '
@@ -83,28 +91,24 @@ def array(cells, least, what):
     return np.array([cells[index] for index in np.ndindex(*shape)]).reshape(*shape, -1)
 
 
-def data_rows(rows):
-    """(line, row) of a table with a header."""
-    if len(rows) < 2:
-        raise InputError('expected rows below the header, found none')
-    for line, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]):
-            raise InputError(f'line {line}: expected {len(rows[0])} columns, found {len(row)}')
+def numbered(rows, first, columns, source):
+    """(line, row) from the row `first` on, each with the columns of `source`."""
+    for line, row in enumerate(rows[first - 1:], first):
+        if len(row) != len(columns):
+            raise InputError(f'line {line}: expected the {len(columns)} columns of {source}, '
+                             f'found {len(row)}')
         yield line, row
 
 
 def read_quant(path, rows):
-    cells, strategies = {}, set()
-    for line, row in enumerate(rows, 1):
-        if len(row) != len(QUANT_COLUMNS):
-            raise InputError(f'line {line}: expected the {len(QUANT_COLUMNS)} columns of '
-                             f'kvmix-eval quant, found {len(row)}')
+    cells, strategies = [], set()
+    for line, row in numbered(rows, 1, QUANT_COLUMNS, 'kvmix-eval quant'):
         layer, tokens, head, dim, strategy, _, error, _ = (
             number(row[i], f'line {line}, column {i + 1}', 0, int if i < 7 else float)
             for i in (1, 3, 4, 5, 6, 7, 8, 9))
         if row[2] not in ('k', 'v'):
             raise InputError(f'line {line}, column 3: expected k or v, found {row[2]!r}')
-        put(cells, ('kv'.index(row[2]), layer, head), error / max(tokens * dim, 1), line)
+        cells.append((line, ('kv'.index(row[2]), layer, head), error / max(tokens * dim, 1)))
         strategies.add(strategy)
     if len(strategies) != 1:
         found = ', '.join(map(str, sorted(strategies)))
@@ -114,19 +118,19 @@ def read_quant(path, rows):
 
 
 def read_attention(path, rows):
-    cells = {}
-    for line, row in data_rows(rows):
+    cells = []
+    for line, row in numbered(rows, 2, rows[0], 'the header'):
         layer = number(row[0], f'line {line}, layer', 0, int)
         head = 0 if row[1] == 'all' else 1 + number(row[1], f'line {line}, head', 0, int)
         errors = (number(row[2], f'line {line}, nmse', 0),
                   number(row[3], f'line {line}, cos_sim', -1.001))
-        put(cells, (layer, head), errors, line)
+        cells.append((line, (layer, head), errors))
     errors = np.moveaxis(array(cells, (1, 2), 'layers, all and each query head'), 2, 0)
     return Table(path, key_of(path), errors.shape[2] - 1, errors)
 
 
 def read_size(rows):
-    for line, row in data_rows(rows):
+    for line, row in numbered(rows, 2, rows[0], 'the header'):
         for name, cell in zip(rows[0][1:], row[1:]):
             number(cell, f'line {line}, {name}', 0)
     return rows
@@ -135,11 +139,10 @@ def read_size(rows):
 def need(value, *keys):
     """value[k1][k2].. is there for each key 'k1.k2'."""
     for dotted in keys:
-        at = value
-        for part in dotted.split('.'):
-            if not isinstance(at, dict) or part not in at:
-                raise InputError(f'expected "{dotted}", which is missing')
-            at = at[part]
+        try:
+            functools.reduce(operator.getitem, dotted.split('.'), value)
+        except (KeyError, TypeError):
+            raise InputError(f'expected "{dotted}", which is missing') from None
 
 
 def shape(geometry):
@@ -166,7 +169,8 @@ def read_tune(value):
              'decode_ns', 'fp16_tensors')
     for head in value['heads']:
         need(head, 'layer', 'kv_head', 'tensor', 'codec')
-    return value
+    cells = {(x['tensor'], x['kv_head'], x['layer']): x['codec'] for x in value['heads']}
+    return {**value, 'cells': cells}
 
 
 def read_plan(value):
@@ -178,10 +182,11 @@ def read_plan(value):
     if [len(layer) for layer in value['codecs']] != [heads] * layers:
         raise InputError(f'expected codecs of {layers} layers x {heads} KV heads, '
                          'found other numbers')
-    for layer in value['codecs']:
-        for head in layer:
-            need(head, 'k', 'v')
-    return value
+    cells = {}
+    for (layer, head), codecs in np.ndenumerate(value['codecs']):
+        need(codecs, 'k', 'v')
+        cells |= {(x, head, layer): codecs[x] for x in 'kv'}
+    return {**value, 'cells': cells}
 
 
 def read_bench(value):
@@ -218,13 +223,15 @@ def read_csv(path, text, inputs):
     if not rows:
         raise InputError('expected a table, found an empty file')
     header = rows[0]
-    if header[:len(ATTENTION_COLUMNS)] == ATTENTION_COLUMNS:
-        inputs.attention.append(read_attention(path, rows))
-    elif header[:len(SIZE_COLUMNS)] == SIZE_COLUMNS:
-        inputs.size = read_size(rows)
-    elif header[0] in ('layer', 'strategy'):
-        expected = ATTENTION_COLUMNS if header[0] == 'layer' else SIZE_COLUMNS
+    expected = HEADERS.get(header[0], [])
+    if header[:len(expected)] != expected:
         raise InputError(f'expected the columns {",".join(expected)}, found {",".join(header)}')
+    if expected and len(rows) < 2:
+        raise InputError('expected rows below the header, found none')
+    if header[0] == 'layer':
+        inputs.attention.append(read_attention(path, rows))
+    elif header[0] == 'strategy':
+        inputs.size = read_size(rows)
     else:
         inputs.quant.append(read_quant(path, rows))
 
@@ -252,21 +259,17 @@ def read(paths):
         try:
             text = pathlib.Path(path).read_text()
             (read_json if text.lstrip()[:1] in ('{', '[') else read_csv)(path, text, inputs)
-            continue
         except InputError as error:
-            wrong = error
+            raise InputError(f'{path}: {error}') from None
         except OSError as error:
-            wrong = error.strerror
+            raise InputError(f'{path}: {error.strerror}') from None
         except UnicodeDecodeError:
-            wrong = 'not a text file'
+            raise InputError(f'{path}: not a text file') from None
         except json.JSONDecodeError as error:
-            wrong = f'not JSON: {error}'
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            wrong = f'not as this version of kvmix writes it: {error!r}'
-        raise InputError(f'{path}: {wrong}')
-    order = list(LABELS)
+            raise InputError(f'{path}: not JSON: {error}') from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(f'{path}: not as this version of kvmix writes it: {error!r}') from None
     for tables in (inputs.quant, inputs.attention):
-        tables.sort(key=lambda table: (order.index(table.key) if table.key in order else len(order),
-                                       table.key))
+        tables.sort(key=lambda table: (table.place, table.key))
     check_geometry(inputs)
     return inputs
