@@ -13,7 +13,7 @@ not hold for long ones. For a holdout, take another text, or the same one with -
 The file is a safetensors file: tensors layers.N.k|v|q, F16, [tokens, heads, head_dim], prompts one
 after the other; the metadata name the model, the corpus and the geometry
 (lib/include/kvmix/dump.h). Layers are written as they come, to a file in OUTPUT.*.part; it becomes
-OUTPUT when it is whole. Needs: pip install torch transformers (and for GGUF files: gguf accelerate).
+OUTPUT when it is whole. Needs: pip install torch transformers (for GGUF files: gguf accelerate).
 """
 import argparse
 import contextlib
@@ -76,8 +76,8 @@ class Recorder(contextlib.ExitStack):
             'query_heads': query_heads, 'head_dim': head_dim, 'attention_scale': float(scale)}
         self.meta |= {name: str(value) for name, value in geometry.items()}
         heads = {'k': kv_heads, 'v': kv_heads, 'q': query_heads}
-        shapes = {f'layers.{layer}.{name}': (self.tokens, heads[name], head_dim)
-                  for layer in range(self.layers) for name in heads}
+        shapes = {f'layers.{layer}.{name}': (self.tokens, count, head_dim)
+                  for layer in range(self.layers) for name, count in heads.items()}
         self.header_size = self.file.write(header(shapes, self.meta))
 
     def add(self, layer, q, k, v, scale, window=None):

@@ -64,10 +64,7 @@ def report(args):
     with written_whole(args.output) as file:
         file.write(page.page(found, drawn, args.title).encode())
     if args.images:
-        folder = pathlib.Path(args.images)
-        folder.mkdir(parents=True, exist_ok=True)
-        for chart in drawn:
-            charts.save(chart, folder)
+        charts.save(drawn, pathlib.Path(args.images))
     print(f'report written to {args.output}')
 
 

@@ -306,6 +306,8 @@ def svg(chart):
     return out.getvalue()
 
 
-def save(chart, folder):
-    chart.figure.savefig(folder / f'{chart.name}.png', dpi=160)
-    (folder / f'{chart.name}.svg').write_text(svg(chart))
+def save(charts, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in charts:
+        chart.figure.savefig(folder / f'{chart.name}.png', dpi=160)
+        (folder / f'{chart.name}.svg').write_text(svg(chart))

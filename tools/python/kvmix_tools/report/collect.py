@@ -40,8 +40,8 @@ def collect(args, folder):
 
     def options(*names):
         """Those of these options that were given, as the other programs take them."""
-        given = [(name, getattr(args, name.replace('-', '_'))) for name in names]
-        return [x for name, value in given if value for x in (f'--{name}', value)]
+        given = {name: getattr(args, name.replace('-', '_')) for name in names}
+        return [f'--{name}={value}' for name, value in given.items() if value]
 
     raw = options('kv-heads', 'query-heads', 'head-dim', 'prompt-tokens')
     dump = [args.dump] if args.dump else []  # without one, the programs take the sample

@@ -2,6 +2,7 @@
 whatever is wrong with one is an InputError: the file, what was expected, what was found."""
 import csv
 import functools
+import itertools
 import json
 import math
 import operator
@@ -61,15 +62,19 @@ class Inputs:
     bench: list = None                             # the runs of kvmix-bench
 
 
+def expect(good, wanted, found, where=''):
+    if not good:
+        raise InputError(f'{where and f"{where}: "}expected {wanted}, found {found}')
+
+
 def number(text, where, at_least, cast=float):
     try:
         x = cast(text)
     except ValueError:
         x = math.nan
-    if at_least <= x < math.inf:
-        return x
     kind = 'whole' if cast is int else 'finite'
-    raise InputError(f'{where}: expected a {kind} number of at least {at_least}, found {text!r}')
+    expect(at_least <= x < math.inf, f'a {kind} number of at least {at_least}', repr(text), where)
+    return x
 
 
 def key_of(path, fallback=None):
@@ -85,18 +90,16 @@ def array(entries, least, what):
             raise InputError(f'line {line}: its layer and head are there twice')
         cells[index] = value
     shape = [max(n - 1, *indices) + 1 for n, indices in zip(least, zip(*cells))]
-    if len(cells) != math.prod(shape):
-        raise InputError(f'expected {math.prod(shape)} rows ({" x ".join(map(str, shape))}: '
-                         f'{what}), found {len(cells)}')
+    rows = math.prod(shape)
+    expect(len(cells) == rows, f'{rows} rows ({" x ".join(map(str, shape))}: {what})', len(cells))
     return np.array([cells[index] for index in np.ndindex(*shape)]).reshape(*shape, -1)
 
 
 def numbered(rows, first, columns, source):
     """(line, row) from the row `first` on, each with the columns of `source`."""
     for line, row in enumerate(rows[first - 1:], first):
-        if len(row) != len(columns):
-            raise InputError(f'line {line}: expected the {len(columns)} columns of {source}, '
-                             f'found {len(row)}')
+        expect(len(row) == len(columns), f'the {len(columns)} columns of {source}', len(row),
+               f'line {line}')
         yield line, row
 
 
@@ -106,13 +109,10 @@ def read_quant(path, rows):
         layer, tokens, head, dim, strategy, _, error, _ = (
             number(row[i], f'line {line}, column {i + 1}', 0, int if i < 7 else float)
             for i in (1, 3, 4, 5, 6, 7, 8, 9))
-        if row[2] not in ('k', 'v'):
-            raise InputError(f'line {line}, column 3: expected k or v, found {row[2]!r}')
+        expect(row[2] in ('k', 'v'), 'k or v', repr(row[2]), f'line {line}, column 3')
         cells.append((line, ('kv'.index(row[2]), layer, head), error / max(tokens * dim, 1)))
         strategies.add(strategy)
-    if len(strategies) != 1:
-        found = ', '.join(map(str, sorted(strategies)))
-        raise InputError(f'expected rows of one strategy, found {found}')
+    expect(len(strategies) == 1, 'rows of one strategy', ', '.join(map(str, sorted(strategies))))
     errors = array(cells, (2, 1, 1), 'K and V, layers, KV heads')[..., 0]
     return Table(path, key_of(path, f's{strategies.pop()}'), errors.shape[2], errors)
 
@@ -136,9 +136,9 @@ def read_size(rows):
     return rows
 
 
-def need(value, *keys):
-    """value[k1][k2].. is there for each key 'k1.k2'."""
-    for dotted in keys:
+def need(values, *keys):
+    """value[k1][k2].. is there in each value for each key 'k1.k2'."""
+    for value, dotted in itertools.product(values, keys):
         try:
             functools.reduce(operator.getitem, dotted.split('.'), value)
         except (KeyError, TypeError):
@@ -151,61 +151,47 @@ def shape(geometry):
 
 
 GEOMETRY = [f'geometry.{key}' for key in ('layers', 'kv_heads', 'query_heads', 'head_dim')]
+FIDELITY = [f'{part}.{which}_{error}' for part in ('predicted', 'calibration')
+            for which in ('worst', 'mean') for error in ('cosine', 'nmse')]
 
 
 def read_tune(value):
-    if value['format'] != TUNE_FORMAT:
-        raise InputError(f'expected format {TUNE_FORMAT}, found {value["format"]}: written by '
-                         'another version of kvmix-tune')
-    need(value, 'model', 'saved_fraction', 'bytes_per_token', 'fp16_heads', 'front', 'heads',
-         'holdout', 'decode_ns_per_token.plan', 'decode_ns_per_token.fp16', *GEOMETRY)
-    for part in ('predicted', 'calibration'):
-        need(value, *(f'{part}.{which}_{error}' for which in ('worst', 'mean')
-                      for error in ('cosine', 'nmse')))
-    if not value['front']:
-        raise InputError('expected points of the Pareto front, found none')
-    for point in value['front']:
-        need(point, 'saved_fraction', 'predicted.worst_nmse', 'predicted.worst_cosine',
-             'decode_ns', 'fp16_tensors')
-    for head in value['heads']:
-        need(head, 'layer', 'kv_head', 'tensor', 'codec')
+    expect(value['format'] == TUNE_FORMAT, f'format {TUNE_FORMAT}',
+           f'{value["format"]}: written by another version of kvmix-tune')
+    need([value], 'model', 'saved_fraction', 'bytes_per_token', 'fp16_heads', 'front', 'heads',
+         'holdout', 'decode_ns_per_token.plan', 'decode_ns_per_token.fp16', *GEOMETRY, *FIDELITY)
+    expect(value['front'], 'points of the Pareto front', 'none')
+    need(value['front'], 'saved_fraction', 'predicted.worst_nmse', 'predicted.worst_cosine',
+         'decode_ns', 'fp16_tensors')
+    need(value['heads'], 'layer', 'kv_head', 'tensor', 'codec')
     cells = {(x['tensor'], x['kv_head'], x['layer']): x['codec'] for x in value['heads']}
     return {**value, 'cells': cells}
 
 
 def read_plan(value):
-    need(value, 'version', 'codecs', *GEOMETRY)
-    version = value['version']
-    if not isinstance(version, list) or not version or version[0] != PLAN_MAJOR:
-        raise InputError(f'expected a plan of version {PLAN_MAJOR}, found {version}')
+    need([value], 'version', 'codecs', *GEOMETRY)
+    version, codecs = value['version'], value['codecs']
+    expect(isinstance(version, list) and version[:1] == [PLAN_MAJOR],
+           f'a plan of version {PLAN_MAJOR}', version)
     layers, heads = value['geometry']['layers'], value['geometry']['kv_heads']
-    if [len(layer) for layer in value['codecs']] != [heads] * layers:
-        raise InputError(f'expected codecs of {layers} layers x {heads} KV heads, '
-                         'found other numbers')
-    cells = {}
-    for (layer, head), codecs in np.ndenumerate(value['codecs']):
-        need(codecs, 'k', 'v')
-        cells |= {(x, head, layer): codecs[x] for x in 'kv'}
+    expect([len(layer) for layer in codecs] == [heads] * layers,
+           f'codecs of {layers} layers x {heads} KV heads', 'other numbers')
+    need(itertools.chain(*codecs), 'k', 'v')
+    cells = {(x, head, layer): codecs[layer][head][x]
+             for layer in range(layers) for head in range(heads) for x in 'kv'}
     return {**value, 'cells': cells}
 
 
 def read_bench(value):
     runs = [b for b in value['benchmarks']
             if 'limit_fraction' in b and b.get('aggregate_name', 'median') == 'median']
-    if not runs:
-        raise InputError('expected benchmarks with a "limit_fraction", as kvmix-bench writes them, '
-                         'found none')
-    for run in runs:
-        need(run, 'name', 'limit_fraction', 'real_time', 'time_unit')
+    expect(runs, 'benchmarks with a "limit_fraction", as kvmix-bench writes them', 'none')
+    need(runs, 'name', 'limit_fraction', 'real_time', 'time_unit')
     return runs
 
 
-def refuse_constant(text):
-    raise InputError(f'expected finite numbers, found {text}')
-
-
 def read_json(path, text, inputs):
-    value = json.loads(text, parse_constant=refuse_constant)
+    value = json.loads(text, parse_constant=functools.partial(expect, False, 'finite numbers'))
     known = value if isinstance(value, dict) else {}
     if isinstance(known.get('benchmarks'), list):
         inputs.bench = read_bench(value)
@@ -220,14 +206,12 @@ def read_json(path, text, inputs):
 
 def read_csv(path, text, inputs):
     rows = [row for row in csv.reader(text.splitlines()) if row]
-    if not rows:
-        raise InputError('expected a table, found an empty file')
+    expect(rows, 'a table', 'an empty file')
     header = rows[0]
     expected = HEADERS.get(header[0], [])
-    if header[:len(expected)] != expected:
-        raise InputError(f'expected the columns {",".join(expected)}, found {",".join(header)}')
-    if expected and len(rows) < 2:
-        raise InputError('expected rows below the header, found none')
+    expect(header[:len(expected)] == expected, f'the columns {",".join(expected)}',
+           ','.join(header))
+    expect(not expected or len(rows) > 1, 'rows below the header', 'none')
     if header[0] == 'layer':
         inputs.attention.append(read_attention(path, rows))
     elif header[0] == 'strategy':
@@ -238,19 +222,20 @@ def read_csv(path, text, inputs):
 
 def check_geometry(inputs):
     """All files are of one model; the first that says its shape is right."""
-    known = inputs.tune or inputs.plan
-    if known and inputs.plan and inputs.plan['geometry'] != known['geometry']:
-        raise InputError(f'{inputs.plan["path"]}: expected a plan for {shape(known["geometry"])}, '
-                         f'as {known["path"]} has, found {shape(inputs.plan["geometry"])}')
+    plan, known = inputs.plan, inputs.tune or inputs.plan
+    if plan:
+        expect(plan['geometry'] == known['geometry'],
+               f'a plan for {shape(known["geometry"])}, as {known["path"]} has',
+               shape(plan['geometry']), plan['path'])
     for tables, what in ((inputs.quant, 'KV heads'), (inputs.attention, 'query heads')):
         for table in tables:
             layers, heads, path = tables[0].layers, tables[0].heads, tables[0].path
             if known:
                 g, path = known['geometry'], known['path']
                 layers, heads = g['layers'], g[what.lower().replace(' ', '_')]
-            if (table.layers, table.heads) != (layers, heads):
-                raise InputError(f'{table.path}: expected {layers} layers x {heads} {what}, as '
-                                 f'{path} has, found {table.layers} x {table.heads}')
+            expect((table.layers, table.heads) == (layers, heads),
+                   f'{layers} layers x {heads} {what}, as {path} has',
+                   f'{table.layers} x {table.heads}', table.path)
 
 
 def read(paths):

@@ -4,6 +4,8 @@ and Ito's palette, which colour-blind readers can tell apart, and every series h
 own besides."""
 import re
 
+from .inputs import LABELS
+
 # name: (light, dark). The light values must be unlike each other: they are what is replaced.
 COLOURS = {
     'ink': ('#1b1f24', '#e8eaed'),
@@ -17,14 +19,13 @@ COLOURS = {
     'series4': ('#8a6d00', '#f0e442'),
 }
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
-KEYS = ('s1', 's2', 's3', 'plan')  # series that always look the same
 MARKERS = 'osD^v'
 DASHES = ('-', '--', '-.', '-', ':')
 
 
 def series(table, index):
-    """Matplotlib's style of a table's line."""
-    i = KEYS.index(table.key) if table.key in KEYS else min(index, 4)
+    """Matplotlib's style of a table's line; those that have a label always look the same."""
+    i = table.place if table.key in LABELS else min(index, 4)
     return {'color': LIGHT[f'series{i}'], 'marker': MARKERS[i], 'linestyle': DASHES[i],
             'linewidth': 1.3}
 
