@@ -254,7 +254,7 @@ def kernel_speeds(runs):
     bars = ax.barh(range(len(shown)), shown, height=0.42, color=theme.LIGHT['series1'])
     ax.bar_label(bars, fmt='%.0f %%', padding=2, fontsize=8)
     for i, run in enumerate(runs[:MAX_BARS]):
-        ax.text(0, i - 0.29, short_name(run['name']), fontsize=8)
+        ax.text(0, i - 0.29, short_name(run['name']), va='bottom', fontsize=8)
     ax.axvline(100, color=MUTED, linewidth=1, linestyle='--')
     ax.spines['left'].set_visible(False)
     ax.set(xlabel='% of the limit that binds', xlim=(0, max(108, 1.1 * max(shown))), yticks=[],
