@@ -199,17 +199,23 @@ HWY_INLINE const float* Scales(const TileFormat& f, const std::uint8_t* block, b
   return copy;
 }
 
-// Tokens of the block at `base` that row r sees.
-HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t base) {
-  const std::int64_t row_end = t.first_end + static_cast<std::int64_t>(row / t.group);
-  const std::int64_t start = static_cast<std::int64_t>(base),
+// Tokens of block b that row r sees.
+HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t b) {
+  const std::size_t query = row / t.group;
+  const std::int64_t start = static_cast<std::int64_t>(b * kBlockTokens),
+                     row_end = t.first_end + static_cast<std::int64_t>(query),
                      window = static_cast<std::int64_t>(t.window);
-  const std::int64_t row_begin = window != 0 ? HWY_MAX(row_end - window, std::int64_t{0}) : 0;
-  const std::int64_t first = HWY_MAX(
-      HWY_MAX(row_begin, static_cast<std::int64_t>(t.first_token)) - start, std::int64_t{0});
-  const std::int64_t last =
-      HWY_MIN(HWY_MIN(row_end, static_cast<std::int64_t>(t.last_token)) - start,
-              static_cast<std::int64_t>(kBlockTokens));
+  std::int64_t first = static_cast<std::int64_t>(t.first_token),
+               last = static_cast<std::int64_t>(t.last_token);
+  if (window != 0) first = HWY_MAX(first, row_end - window);
+  if (t.causal) last = HWY_MIN(last, row_end);
+  first = HWY_MAX(first - start, std::int64_t{0});
+  last = HWY_MIN(last - start, static_cast<std::int64_t>(kBlockTokens));
+  if (t.mask != nullptr) {
+    const MaskRange& range = t.mask->ranges[query * t.mask->blocks + b];
+    first = HWY_MAX(first, static_cast<std::int64_t>(range.first));
+    last = HWY_MIN(last, static_cast<std::int64_t>(range.last));
+  }
   return first < last ? Range{static_cast<std::size_t>(first), static_cast<std::size_t>(last)}
                       : Range{0, 0};
 }
@@ -261,17 +267,47 @@ void Begin(const AttendTask& t, const ScoreStage& score, const Turns& turns, std
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
 }
 
-// What the rows of a turn see of the block at token `base`; false: nothing.
-bool See(const AttendTask& t, std::size_t first_row, std::size_t rows, std::size_t base, Work& w) {
+// What the rows of a turn see of block b; false: nothing.
+bool See(const AttendTask& t, std::size_t first_row, std::size_t rows, std::size_t b, Work& w) {
   w.first = kBlockTokens;
   w.last = 0;
   for (std::size_t r = 0; r < rows; ++r) {
-    w.seen[r] = Visible(t, first_row + r, base);
+    w.seen[r] = Visible(t, first_row + r, b);
     if (w.seen[r].last == 0) continue;
     w.first = HWY_MIN(w.first, w.seen[r].first / kTokenStep * kTokenStep);
     w.last = HWY_MAX(w.last, RoundUp(w.seen[r].last, kTokenStep));
   }
   return w.last != 0;
+}
+
+// The first block from b on, before `end`, of which the mask lets a query see anything; or `end`.
+std::size_t NextSeen(const AttendTask& t, std::size_t b, std::size_t end) {
+  if (t.mask == nullptr) return b;
+  const auto seen = [&](std::size_t query) {
+    return t.mask->ranges[query * t.mask->blocks + b].last != 0;
+  };
+  for (; b < end; ++b) {
+    for (std::size_t query = 0; query < t.rows / t.group; ++query) {
+      if (seen(query)) return b;
+    }
+  }
+  return end;
+}
+
+// From products to scores in units of log2, where more than a factor is asked for.
+void Finish(const AttendTask& t, std::size_t row, std::size_t r, std::size_t b, Work& w) {
+  if (t.soft_cap != 0.0f) {
+    const float bias = t.bias != nullptr ? t.bias[row] : 0.0f;
+    SoftCap(w.scores[r], w.first, w.last, w.scale[r], t.soft_cap, bias);
+    w.scale[r] = 1.0f;
+  }
+  if (t.mask != nullptr && w.seen[r].last != 0) {
+    const std::size_t query = row / t.group;
+    if (t.mask->ranges[query * t.mask->blocks + b].zeros) return;
+    const float slope = t.mask->slopes != nullptr ? t.mask->slopes[row % t.group] : 1.0f;
+    AddMask(*t.mask, query, b, slope, w.scale[r], w.seen[r], w.scores[r]);
+    w.scale[r] = 1.0f;
+  }
 }
 
 void Attend(const AttendTask& t) {
@@ -287,22 +323,24 @@ void Attend(const AttendTask& t) {
   const std::size_t sharing = t.stream ? HWY_MIN(turns.count(), kMaxFetchingTurns) : 0;
   const std::size_t scale_lines =
       (f.v.codes_offset - f.k.scales_offset + f.block_bytes - f.v.scales_offset) / 64;
-  const std::size_t first_block = t.first_token / kBlockTokens;
-  for (std::size_t b = first_block; b * kBlockTokens < t.last_token; ++b) {
-    const bool is_last = (b + 1) * kBlockTokens >= t.last_token;
+  const std::size_t end = (t.last_token + kBlockTokens - 1) / kBlockTokens;
+  bool first_time = true;
+  for (std::size_t b = NextSeen(t, t.first_token / kBlockTokens, end), after; b < end; b = after) {
+    after = NextSeen(t, b + 1, end);
     const std::uint8_t* block = t.blocks[b];
-    const std::uint8_t* next = is_last ? t.after : t.blocks[b + 1];
+    const std::uint8_t* next = after < end ? t.blocks[after] : t.after;
     const std::size_t fetching = next != nullptr ? sharing : 0;
-    w.k_scale = Scales(f.k, block, b == first_block, w.k_copy);
-    w.v_scale = Scales(f.v, block, b == first_block, w.v_copy);
-    if (f.v.row.scale != ScaleStore::kConstant || b == first_block) {
+    w.k_scale = Scales(f.k, block, first_time, w.k_copy);
+    w.v_scale = Scales(f.v, block, first_time, w.v_copy);
+    if (f.v.row.scale != ScaleStore::kConstant || first_time) {
       for (std::size_t i = 0; i < kBlockTokens; i += kLanes) {
         hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
       }
     }
+    first_time = false;
     for (std::size_t turn = 0; turn < turns.count(); ++turn) {
       const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
-      if (!See(t, row, rows, b * kBlockTokens, w)) continue;
+      if (!See(t, row, rows, b, w)) continue;
       const bool stream = t.stream && turn == 0;
       Prefetcher prefetch{block, 0};
       std::size_t lines = 0;  // for softmax to fetch
@@ -313,10 +351,7 @@ void Attend(const AttendTask& t) {
       score.run[stream][rows - 1](f, block, turns.queries(row), turns.info(row), prefetch, w);
       for (std::size_t r = 0; r < rows; ++r) {
         w.scale[r] = turns.info(row + r)->scale;
-        if (t.soft_cap == 0.0f) continue;
-        const float bias = t.bias != nullptr ? t.bias[row + r] : 0.0f;
-        SoftCap(w.scores[r], w.first, w.last, w.scale[r], t.soft_cap, bias);
-        w.scale[r] = 1.0f;
+        Finish(t, row + r, r, b, w);
       }
       weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
       weigh.run[stream][rows - 1](f, block, t.out + row * padded, padded, prefetch, w);

@@ -3,8 +3,9 @@
 //
 // Rows are the query heads of the GQA group times the queries: row r is query r / group. Row r sees
 // the tokens [max(end_r - window, 0), end_r), end_r = first_end + r / group (signed: a row with
-// end_r <= 0 sees nothing); of those, this call takes the ones in [first_token, last_token), so
-// that a long context can be split and merged.
+// end_r <= 0 sees nothing), without causality those from end_r on as well; of these only what a
+// mask leaves. Of all that, this call takes the ones in [first_token, last_token), so that a long
+// context can be split and merged.
 #ifndef KVMIX_KERNELS_ATTEND_H_
 #define KVMIX_KERNELS_ATTEND_H_
 
@@ -12,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels/formats.h"
+#include "kernels/mask.h"
 
 namespace kvmix::kernels {
 
@@ -27,9 +29,12 @@ struct AttendTask {
   std::size_t group;
   std::int64_t first_end;
   std::size_t window;  // 0: none
-  float scale;         // attention_scale
-  float soft_cap;      // 0: none
+  bool causal = true;
+  const Mask* mask;  // or null; its query 0 is that of row 0
+  float scale;       // attention_scale
+  float soft_cap;    // 0: none
   // [rows], added to scale * q . k before the soft cap; or null. (Softmax itself does not see it.)
+  // The mask's numbers are added after the soft cap.
   const float* bias;
 
   // Whether tiles come from memory rather than from L2: they are then read in order, and each block

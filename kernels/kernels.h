@@ -12,6 +12,7 @@
 
 #include "kernels/attend.h"
 #include "kernels/encode.h"
+#include "kernels/mask.h"
 #include "kernels/tiles.h"
 #include "kernels/transform.h"
 
@@ -22,6 +23,7 @@ struct Kernels {
   EncodeKernels encode;
   TransformKernels transform;
   TileKernels tiles;
+  MaskKernels mask;
   AttendKernels attend;
 };
 

@@ -13,6 +13,7 @@
 
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
+#include "kernels/mask.h"
 #include "kernels/product-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -91,6 +92,38 @@ HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, floa
   for (std::size_t t = first; t < last; t += kLanes) {
     hn::Store(hn::Mul(log_cap, hn::Tanh(df, hn::MulAdd(hn::Load(df, scores + t), to_x, shift))), df,
               scores + t);
+  }
+}
+
+// A vector of a mask's numbers for one query, from token t on; 0 past their end.
+HWY_INLINE VF MaskNumbers(const Mask& mask, std::size_t query, std::size_t t) {
+  const DF df;
+  const hn::Rebind<std::uint16_t, DF> d16;
+  const std::ptrdiff_t at =
+      static_cast<std::ptrdiff_t>(query) * mask.stride + static_cast<std::ptrdiff_t>(t);
+  const std::size_t n = HWY_MIN(kLanes, mask.tokens - t);
+  if (mask.dtype == Dtype::kF32) {
+    return hn::LoadN(df, static_cast<const float*>(mask.values) + at, n);
+  }
+  const auto bits = hn::LoadN(d16, static_cast<const std::uint16_t*>(mask.values) + at, n);
+  if (mask.dtype == Dtype::kBF16) {
+    const hn::RebindToUnsigned<DF> du;
+    return hn::BitCast(df, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
+  }
+  return hn::PromoteTo(df, hn::BitCast(hn::Rebind<hwy::float16_t, DF>(), bits));
+}
+
+// s -> s * scale + slope * mask, in units of log2, for the tokens of block b that are seen. What
+// the mask hides between them becomes hugely negative, but finite: -inf less -inf is NaN.
+HWY_INLINE void AddMask(const Mask& mask, std::size_t query, std::size_t b, float slope,
+                        float scale, Range seen, float* scores) {
+  const DF df;
+  const VF least = hn::Set(df, -0x1p100f), by = hn::Set(df, slope * kLog2E),
+           to_log2 = hn::Set(df, scale);
+  for (std::size_t t = seen.first / kLanes * kLanes; t < seen.last; t += kLanes) {
+    const VF numbers = MaskNumbers(mask, query, b * kBlockTokens + t);
+    const VF added = hn::Max(hn::Mul(numbers, by), least);
+    hn::Store(hn::MulAdd(hn::Load(df, scores + t), to_log2, added), df, scores + t);
   }
 }
 

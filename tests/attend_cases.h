@@ -199,7 +199,7 @@ inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
 
 // The rows that a layer's codes and scales stand for: [tokens, kv_heads, head_dim].
 inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor tensor) {
-  const Geometry& g = cache.geometry();
+  const Geometry& g = cache.plan().geometry;
   if (cache.tokens(layer) == 0) return {};
   const std::size_t tokens = cache.tokens(layer), stride = g.kv_heads * g.head_dim;
   std::vector<float> x(tokens * stride), scales(tokens);
@@ -216,7 +216,7 @@ inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor
 inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
                                     const std::vector<float>& q,
                                     const AttendOptions& options = {}) {
-  return reference::Attention(cache.geometry(), q, Decoded(cache, layer, Tensor::kK),
+  return reference::Attention(cache.plan().geometry, q, Decoded(cache, layer, Tensor::kK),
                               Decoded(cache, layer, Tensor::kV), options);
 }
 
@@ -225,7 +225,7 @@ std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::ve
                             const AttendOptions& options = {}, int num_threads = 1) {
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
   const Status s =
-      Attend(cache, layer, QView(cache.geometry(), q), out.data(), options, num_threads);
+      Attend(cache, layer, QView(cache.plan().geometry, q), out.data(), options, num_threads);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }

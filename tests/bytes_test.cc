@@ -126,7 +126,7 @@ Cache Filled(const Plan& plan, std::size_t tokens, std::string_view target) {
 }
 
 std::uint64_t RowsHash(const Cache& cache) {
-  const Geometry& g = cache.geometry();
+  const Geometry& g = cache.plan().geometry;
   const std::size_t tokens = cache.tokens(0);
   Hash hash;
   for (std::size_t h = 0; h < g.kv_heads; ++h) {
@@ -142,7 +142,7 @@ std::uint64_t RowsHash(const Cache& cache) {
 }
 
 std::uint64_t OutputHash(const Cache& cache, std::size_t queries, const AttendOptions& options) {
-  const Geometry& g = cache.geometry();
+  const Geometry& g = cache.plan().geometry;
   const std::vector<float> q = Queries(queries * g.query_heads * g.head_dim, 3);
   std::vector<float> out(q.size());
   EXPECT_TRUE(Attend(cache, 0, RowsView::F32(q.data(), queries, g.query_heads, g.head_dim),
@@ -202,7 +202,7 @@ TEST(Bytes, AreThoseOfBefore) {
     AttendOptions options;
     options.sliding_window = 300;
     options.soft_cap = 20.0f;
-    const std::vector<float> sinks = Queries(prefill.geometry().query_heads, 4);
+    const std::vector<float> sinks = Queries(prefill.plan().geometry.query_heads, 4);
     options.sinks = sinks.data();
     const Expected found = {OutputHash(decode, 1, {}), OutputHash(prefill, 70, {}),
                             OutputHash(prefill, 70, options), SamplePlanHash(std::string(target))};

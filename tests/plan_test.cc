@@ -113,8 +113,8 @@ TEST(Plan, CheckPlan) {
   plan = good;
   plan.geometry.head_dim = 0;
   EXPECT_FALSE(CheckPlan(plan).ok());
-  EXPECT_TRUE(CheckGeometryMatches(good, small).ok());
-  const Status mismatch = CheckGeometryMatches(good, kStudy);
+  EXPECT_TRUE(CheckModelMatches(good, small).ok());
+  const Status mismatch = CheckModelMatches(good, kStudy);
   EXPECT_EQ(mismatch.code(), ErrorCode::kMismatch);
   EXPECT_EQ(mismatch.message(),
             "plan: expected 24 layers x 2 KV heads x 64, 14 query heads, found 2 layers x 2 KV "

@@ -38,7 +38,7 @@ struct Options {
 Plan PlanFor(const std::string& path, Geometry geometry) {
   Plan plan = Require(LoadPlan(path));
   if (geometry.query_heads == 0) geometry.query_heads = plan.geometry.query_heads;
-  if (const Status s = CheckGeometryMatches(plan, geometry); !s.ok())
+  if (const Status s = CheckModelMatches(plan, geometry); !s.ok())
     Refuse("{}: {}", path, s.message());
   return plan;
 }

@@ -13,8 +13,8 @@ namespace kvmix {
 
 using internal::CacheImpl;
 using internal::CacheLayer;
-using internal::CompiledCodec;
 using internal::CompiledHeads;
+using internal::PoolLayer;
 using kernels::kBlockTokens;
 
 namespace {
@@ -31,56 +31,57 @@ struct Coded {
   float scales[kRowsAtATime];
 };
 
-// Some of one tensor's canonical rows of a KV head, of tokens from `token` on.
-void Store(const CacheImpl& c, const CacheLayer& layer, Tensor tensor, std::size_t head,
-           std::size_t token, std::size_t count, const std::uint8_t* rows, const float* scales) {
-  const CompiledCodec& codec = layer.heads(tensor)[head];
-  const auto store = tensor == Tensor::kK ? c.kernels->tiles.store_k : c.kernels->tiles.store_v;
-  store(layer.formats[head], layer.blocks_of(head), token, count, rows, codec.row_bytes(),
-        codec.stores_scales() ? scales : nullptr);
-}
+// The layer of a cache that rows go into.
+struct To {
+  CacheImpl* cache;
+  std::size_t layer;
 
-// Tokens [first, first + count) of x, one head; stored from `token` on. Returns the clamped values.
-std::uint64_t AppendTokens(const CacheImpl& c, const CacheLayer& layer, Tensor tensor,
-                           std::size_t head, const RowsView& x, std::size_t first,
-                           std::size_t count, std::size_t token) {
+  const PoolLayer& shape() const { return cache->pool->layers[layer]; }
+  CacheLayer& held() const { return cache->layers[layer]; }
+};
+
+// Tokens [first, first + count) of x, one head, into cells from `cell` on. Returns the clamped
+// values.
+std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const RowsView& x,
+                          std::size_t first, std::size_t count, std::size_t cell) {
   Coded coded;
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < count; t += kRowsAtATime) {
     const std::size_t n = std::min(kRowsAtATime, count - t);
-    clamped += layer.heads(tensor)[head].Encode(internal::TokenRows(x, head, first + t, n),
-                                                coded.rows, coded.scales);
-    Store(c, layer, tensor, head, token + t, n, coded.rows, coded.scales);
+    clamped += to.shape().heads(tensor)[head].Encode(internal::TokenRows(x, head, first + t, n),
+                                                     coded.rows, coded.scales);
+    internal::StoreRows(*to.cache, to.layer, tensor, head, cell + t, n, coded.rows, coded.scales);
   }
   return clamped;
 }
 
 // One token of x, all heads: those that are alike are encoded together.
-std::uint64_t AppendToken(const CacheImpl& c, const CacheLayer& layer, Tensor tensor,
-                          const RowsView& x, std::size_t token) {
+std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::size_t token,
+                         std::size_t cell) {
   Coded coded;
-  const CompiledHeads& heads = layer.heads(tensor);
+  const CompiledHeads& heads = to.shape().heads(tensor);
   std::uint64_t clamped = 0;
   for (std::size_t h = 0; h < heads.size();) {
     const std::size_t n = std::min(heads.alike(h), kRowsAtATime), row_bytes = heads[h].row_bytes();
-    clamped += heads[h].EncodeHeads(internal::HeadRows(x, 0, h, n), coded.rows, coded.scales);
+    clamped += heads[h].EncodeHeads(internal::HeadRows(x, token, h, n), coded.rows, coded.scales);
     for (std::size_t i = 0; i < n; ++i, ++h) {
-      Store(c, layer, tensor, h, token, 1, coded.rows + i * row_bytes, coded.scales + i);
+      internal::StoreRows(*to.cache, to.layer, tensor, h, cell, 1, coded.rows + i * row_bytes,
+                          coded.scales + i);
     }
   }
   return clamped;
 }
 
-// All of K and V after the `held` tokens of a layer.
-std::uint64_t AppendAll(const CacheImpl& c, const CacheLayer& layer, const RowsView& k,
-                        const RowsView& v, std::size_t held) {
-  if (k.tokens == 1) {
-    return AppendToken(c, layer, Tensor::kK, k, held) + AppendToken(c, layer, Tensor::kV, v, held);
+// `count` tokens of K and V from `first` on into cells from `cell` on.
+std::uint64_t StoreRun(const To& to, const RowsView& k, const RowsView& v, std::size_t first,
+                       std::size_t count, std::size_t cell) {
+  if (count == 1) {
+    return StoreToken(to, Tensor::kK, k, first, cell) + StoreToken(to, Tensor::kV, v, first, cell);
   }
   std::uint64_t clamped = 0;
   for (std::size_t h = 0; h < k.heads; ++h) {
-    clamped += AppendTokens(c, layer, Tensor::kK, h, k, 0, k.tokens, held) +
-               AppendTokens(c, layer, Tensor::kV, h, v, 0, k.tokens, held);
+    clamped += StoreTokens(to, Tensor::kK, h, k, first, count, cell) +
+               StoreTokens(to, Tensor::kV, h, v, first, count, cell);
   }
   return clamped;
 }
@@ -89,53 +90,68 @@ void Count(CacheImpl& c, std::uint64_t clamped) {
   if (clamped != 0) c.saturated.fetch_add(clamped, std::memory_order_relaxed);
 }
 
-// What prevents an append, for one that Fits() refuses.
-Status Refusal(const CacheImpl& c, std::size_t layer, const RowsView& k, const RowsView& v) {
-  const Geometry& g = c.plan.geometry;
-  if (Status s = internal::CheckLayer(c, layer); !s.ok()) return s;
-  if (Status s = internal::CheckRows(k, "K", g.kv_heads, g.head_dim); !s.ok()) return s;
-  if (Status s = internal::CheckRows(v, "V", g.kv_heads, g.head_dim); !s.ok()) return s;
+// What prevents a write of rows, for those that Fit() refuses.
+Status RowsRefusal(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
+  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  if (Status s = internal::CheckOwnLayer(*c, layer); !s.ok()) return s;
+  const LayerShape& shape = c->pool->layers[layer].shape;
+  if (Status s = internal::CheckRows(k, "K", shape.kv_heads, shape.k_dim); !s.ok()) return s;
+  if (Status s = internal::CheckRows(v, "V", shape.kv_heads, shape.v_dim); !s.ok()) return s;
   if (k.tokens != v.tokens) {
     return {ErrorCode::kMismatch,
             fmt::format("V: expected {} tokens, as K has, found {}", k.tokens, v.tokens)};
   }
-  return internal::CheckRoom(c, layer, k.tokens);
+  return {};
 }
 
-// A decode step has no time for five Status objects.
-bool Fits(const CacheImpl& c, std::size_t layer, const RowsView& k, const RowsView& v) {
-  const Geometry& g = c.plan.geometry;
-  return layer < c.layers.size() && k.heads == g.kv_heads && v.heads == g.kv_heads &&
-         k.head_dim == g.head_dim && v.head_dim == g.head_dim && k.tokens == v.tokens &&
-         k.tokens <= c.capacity - c.layers[layer].tokens;
+// A decode step has no time for six Status objects.
+bool Fit(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
+  if (c == nullptr || layer >= c->layers.size()) return false;
+  const LayerShape& shape = c->pool->layers[layer].shape;
+  return shape.owns_kv() && k.heads == shape.kv_heads && v.heads == shape.kv_heads &&
+         k.head_dim == shape.k_dim && v.head_dim == shape.v_dim && k.tokens == v.tokens;
+}
+
+// Checks an append, and makes the cells after the layer's tokens ready for it.
+Status Prepare(CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
+  if (!Fit(c, layer, k, v)) return RowsRefusal(c, layer, k, v);
+  const std::size_t held = c->layers[layer].tokens;
+  if (k.tokens > c->capacity - held) return internal::CheckRoom(*c, layer, k.tokens);
+  internal::ForgetPast(*c, layer, held);
+  if (internal::IsWritable(*c, layer, held, k.tokens)) return {};
+  return internal::MakeWritable(*c, layer, held, k.tokens);
 }
 
 bool IsOnePart(const RowsView& k) { return k.tokens * k.heads * k.head_dim <= kOnePart; }
 
+// All of it, after Prepare.
+void AppendAll(const To& to, const RowsView& k, const RowsView& v) {
+  Count(*to.cache, StoreRun(to, k, v, 0, k.tokens, to.held().tokens));
+  to.held().tokens += k.tokens;
+}
+
 }  // namespace
 
 struct AppendJob::Impl {
-  CacheImpl* cache = nullptr;
-  std::size_t layer = 0;
+  To to{};
   RowsView k, v;
   std::size_t held = 0;  // tokens before
   std::size_t runs = 0;  // of blocks; a part is a (KV head, run), or all if there is one part
   std::size_t parts = 0;
   std::atomic<std::size_t> left{0};
 
-  Status Start(CacheImpl& c, std::size_t at_layer, const RowsView& new_k, const RowsView& new_v);
+  Status Start(CacheImpl* cache, std::size_t layer, const RowsView& new_k, const RowsView& new_v);
   void RunPart(std::size_t part);
 };
 
-Status AppendJob::Impl::Start(CacheImpl& c, std::size_t at_layer, const RowsView& new_k,
+Status AppendJob::Impl::Start(CacheImpl* cache, std::size_t layer, const RowsView& new_k,
                               const RowsView& new_v) {
   parts = 0;
-  if (!Fits(c, at_layer, new_k, new_v)) return Refusal(c, at_layer, new_k, new_v);
-  cache = &c;
-  layer = at_layer;
+  if (Status s = Prepare(cache, layer, new_k, new_v); !s.ok()) return s;
+  to = {cache, layer};
   k = new_k;
   v = new_v;
-  held = c.layers[layer].tokens;
+  held = to.held().tokens;
   if (k.tokens == 0) return {};
   runs = (held + k.tokens - 1) / kBlockTokens - held / kBlockTokens + 1;
   parts = IsOnePart(k) ? 1 : runs * k.heads;
@@ -144,19 +160,15 @@ Status AppendJob::Impl::Start(CacheImpl& c, std::size_t at_layer, const RowsView
 }
 
 void AppendJob::Impl::RunPart(std::size_t part) {
-  CacheLayer& at = cache->layers[layer];
-  if (parts == 1) {
-    Count(*cache, AppendAll(*cache, at, k, v, held));
-  } else {
-    const std::size_t head = part / runs, block = held / kBlockTokens + part % runs;
-    const std::size_t begin = std::max(held, block * kBlockTokens);
-    const std::size_t end = std::min(held + k.tokens, (block + 1) * kBlockTokens);
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-      const RowsView& x = t == Tensor::kK ? k : v;
-      Count(*cache, AppendTokens(*cache, at, t, head, x, begin - held, end - begin, begin));
-    }
+  if (parts == 1) return AppendAll(to, k, v);
+  const std::size_t head = part / runs, block = held / kBlockTokens + part % runs;
+  const std::size_t begin = std::max(held, block * kBlockTokens);
+  const std::size_t end = std::min(held + k.tokens, (block + 1) * kBlockTokens);
+  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    const RowsView& x = t == Tensor::kK ? k : v;
+    Count(*to.cache, StoreTokens(to, t, head, x, begin - held, end - begin, begin));
   }
-  if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) at.tokens = held + k.tokens;
+  if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) to.held().tokens = held + k.tokens;
 }
 
 AppendJob::AppendJob() : impl_(std::make_unique<Impl>()) {}
@@ -165,7 +177,7 @@ AppendJob& AppendJob::operator=(AppendJob&&) noexcept = default;
 AppendJob::~AppendJob() = default;
 
 Status AppendJob::Start(Cache& cache, std::size_t layer, const RowsView& k, const RowsView& v) {
-  return impl_->Start(*cache.impl_, layer, k, v);
+  return impl_->Start(internal::Access::Of(cache), layer, k, v);
 }
 std::size_t AppendJob::parts() const { return impl_->parts; }
 void AppendJob::RunPart(std::size_t part) { impl_->RunPart(part); }
@@ -173,10 +185,8 @@ void AppendJob::RunPart(std::size_t part) { impl_->RunPart(part); }
 Status Cache::Append(std::size_t layer, const RowsView& k, const RowsView& v, int num_threads) {
   if (num_threads < 0) return internal::CheckThreads(num_threads);
   if (IsOnePart(k)) {  // a decode step: without the job
-    if (!Fits(*impl_, layer, k, v)) return Refusal(*impl_, layer, k, v);
-    CacheLayer& at = impl_->layers[layer];
-    Count(*impl_, AppendAll(*impl_, at, k, v, at.tokens));
-    at.tokens += k.tokens;
+    if (Status s = Prepare(impl_.get(), layer, k, v); !s.ok()) return s;
+    AppendAll({impl_.get(), layer}, k, v);
     return {};
   }
   thread_local AppendJob own_job;
@@ -185,6 +195,65 @@ Status Cache::Append(std::size_t layer, const RowsView& k, const RowsView& v, in
   const int threads = internal::ThreadsFor(num_threads, job.parts());
   internal::RunParts(job.parts(), threads, 1, [&](std::size_t p) { job.RunPart(p); });
   return {};
+}
+
+Status Append(std::span<const AppendRequest> requests, std::size_t layer, int num_threads) {
+  if (Status s = internal::CheckThreads(num_threads); !s.ok()) return s;
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const AppendRequest& r = requests[i];
+    CacheImpl* const cache = r.cache != nullptr ? internal::Access::Of(*r.cache) : nullptr;
+    if (Status s = Prepare(cache, layer, r.k, r.v); !s.ok()) {
+      return {s.code(), fmt::format("request {} of {}: {}", i, requests.size(), s.message())};
+    }
+  }
+  const int threads = internal::ThreadsFor(num_threads, requests.size());
+  internal::RunParts(requests.size(), threads, 1, [&](std::size_t i) {
+    const AppendRequest& r = requests[i];
+    AppendAll({internal::Access::Of(*r.cache), layer}, r.k, r.v);
+  });
+  return {};
+}
+
+Status Cache::Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
+                    const RowsView& v) {
+  CacheImpl* const c = impl_.get();
+  if (!Fit(c, layer, k, v)) return RowsRefusal(c, layer, k, v);
+  if (cells.size() != k.tokens) {
+    return {ErrorCode::kMismatch,
+            fmt::format("cells: expected {}, one for a token, found {}", k.tokens, cells.size())};
+  }
+  CacheLayer& at = c->layers[layer];
+  const std::int64_t first = static_cast<std::int64_t>(at.forgotten);
+  for (const std::int64_t cell : cells) {
+    if (cell >= first && static_cast<std::size_t>(cell) < c->capacity) continue;
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("layer {}: expected cells from {} to below the capacity of {}, found {}",
+                        layer, first, c->capacity, cell)};
+  }
+  // Runs of neighbouring cells.
+  const auto for_runs = [&](const auto& f) {
+    for (std::size_t i = 0, n; i < cells.size(); i += n) {
+      for (n = 1;
+           i + n < cells.size() && cells[i + n] == cells[i] + static_cast<std::int64_t>(n);) {
+        ++n;
+      }
+      if (Status s = f(i, n, static_cast<std::size_t>(cells[i])); !s.ok()) return s;
+    }
+    return Status();
+  };
+  Status s = for_runs([&](std::size_t, std::size_t n, std::size_t cell) {
+    return internal::IsWritable(*c, layer, cell, n) ? Status()
+                                                    : internal::MakeWritable(*c, layer, cell, n);
+  });
+  if (!s.ok()) {
+    internal::DropUnused(*c, layer);
+    return s;
+  }
+  return for_runs([&](std::size_t i, std::size_t n, std::size_t cell) {
+    Count(*c, StoreRun({c, layer}, k, v, i, n, cell));
+    at.tokens = std::max(at.tokens, cell + n);
+    return Status();
+  });
 }
 
 }  // namespace kvmix

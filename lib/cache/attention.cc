@@ -1,11 +1,10 @@
-// Splits attention into parts (KV head x queries x span of tokens), runs a part through the
-// kernels, and merges spans.
+// A call of attention: checks it, has it cut into parts (schedule.cc), runs a part through the
+// kernels, and merges the parts of a row.
 #include "kvmix/attention.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -13,29 +12,34 @@
 
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/parallel.h"
+#include "lib/cache/schedule.h"
 #include "lib/files/machine.h"
 
 namespace kvmix {
 namespace {
 
+using internal::Access;
 using internal::CacheImpl;
 using internal::CacheLayer;
+using internal::Part;
+using internal::PoolImpl;
+using internal::PoolLayer;
+using internal::Unit;
 using kernels::kBlockTokens;
 
-// A part has at most about this many rows: its q, weights and output stay in L2 beside a block of K
-// and V.
-constexpr std::size_t kRowsPerPart = 64;
-// Where KV heads and queries alone give fewer parts than this, the context is cut into spans as
-// well, so that one KV head keeps many threads busy; but no shorter than kShortestSpan tokens, or
-// merging would cost more than a few percent. It depends on the shape alone, never on the number of
-// threads, and so does the result.
-constexpr std::size_t kPartsWanted = 32;
-constexpr std::size_t kShortestSpan = 1024;
-
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+// In units of log2. A mask makes what it hides -2^100, not -inf (kernels/mask.h): a row whose
+// largest score is below this sees nothing.
+constexpr float kNothingSeen = -0x1p99f;
 
-std::size_t CeilDiv(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
-std::size_t RoundUp(std::size_t n, std::size_t to) { return CeilDiv(n, to) * to; }
+// Sequences with more rows than this of a KV head do not share the reading of a prefix: their own
+// arithmetic takes longer than memory.
+constexpr std::size_t kMostSharingRows = 16;
+constexpr std::size_t kFewestSharedBlocks = 2;
+
+std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 std::size_t L2Bytes() {
   static const std::size_t bytes = internal::Caches().l2;
@@ -54,226 +58,373 @@ class Scratch {
   std::vector<std::uint8_t> memory_;
 };
 
-// What one span yields for a part's rows; see kernels::AttendTask.
-struct Partial {
+// What a part yields for its rows; see kernels::AttendTask.
+struct Outputs {
   float* out;  // [rows, padded]
   float* max;
   float* sum;
+
+  static std::size_t RowBytes(std::size_t padded) { return (padded + 2) * sizeof(float); }
+  static Outputs At(std::uint8_t* memory, std::size_t rows, std::size_t padded) {
+    float* const floats = reinterpret_cast<float*>(memory);
+    return {floats, floats + rows * padded, floats + rows * (padded + 1)};
+  }
+  Outputs From(std::size_t row, std::size_t padded) const {
+    return {out + row * padded, max + row, sum + row};
+  }
 };
+
+Status CheckOptions(const AttendOptions& o) {
+  if (std::isfinite(o.attention_scale) && o.attention_scale >= 0.0f && std::isfinite(o.soft_cap) &&
+      o.soft_cap >= 0.0f) {
+    return {};
+  }
+  return {ErrorCode::kInvalidArgument,
+          fmt::format("attention_scale {}, soft_cap {}: expected finite numbers, none negative",
+                      o.attention_scale, o.soft_cap)};
+}
 
 }  // namespace
 
 struct AttendJob::Impl {
-  const CacheImpl* cache = nullptr;
-  const CacheLayer* layer = nullptr;
-  RowsView q;
-  float* out = nullptr;
-  AttendOptions options;
+  // A request, with its mask as the kernels want it.
+  struct Request {
+    const CacheLayer* held;
+    RowsView q;
+    float* out;
+    float* log_sum_exp;
+    kernels::Mask mask;
+    bool masked;
+  };
 
-  std::size_t queries_per_part = 1;
-  std::size_t query_parts = 0;
-  std::size_t span = 0;           // tokens
-  std::size_t spans = 1;          // of each (KV head, query part)
-  std::size_t padded = 0;         // floats of an output row
-  bool from_memory = false;       // rather than from L2
-  std::size_t partial_bytes = 0;  // of one part
-  Scratch partials;               // [parts], only if spans > 1
-  std::uint8_t* partial_memory = nullptr;
-  std::vector<std::atomic<std::uint32_t>> done;  // spans done, [kv_heads][query_parts]
+  const PoolImpl* pool = nullptr;
+  const PoolLayer* layer = nullptr;   // whose K and V are read
+  const LayerShape* shape = nullptr;  // of the layer that was asked for
+  AttendOptions options;              // with the layer's own numbers
+  std::vector<Request> requests;
+  std::vector<internal::Sequence> sequences;
+  std::vector<kernels::MaskRange> ranges;  // of all masks
+  std::vector<std::size_t> order;          // of requests, for Share
+  internal::Schedule schedule;
+  std::size_t padded = 0;    // floats of an output row
+  bool from_memory = false;  // rather than from L2
+  Scratch outputs_memory;
+  std::uint8_t* outputs = nullptr;
+  std::vector<std::atomic<std::uint32_t>> done;  // parts done, [units]
 
-  const Geometry& geometry() const { return cache->plan.geometry; }
-  std::size_t parts() const { return geometry().kv_heads * query_parts * spans; }
-
-  Status Start(const CacheImpl& c, std::size_t at_layer, const RowsView& queries, float* to,
-               const AttendOptions& o);
+  Status Start(std::span<const AttendRequest> asked, std::size_t at_layer, const AttendOptions& o);
+  Status Add(const AttendRequest& asked, std::size_t at_layer);
+  Status Scan(const AttendRequest& asked, const CacheImpl& cache);
+  void Share();
+  bool IsFromMemory() const;
   void RunPart(std::size_t part);
-  const std::uint8_t* BlockAfter(std::size_t kv_head, std::size_t begin, std::size_t end) const;
-  Partial PartialAt(std::uint8_t* memory, std::size_t rows) const;
-  void GatherQueries(std::size_t kv_head, std::size_t first, std::size_t count, float* rows) const;
-  void Merge(std::size_t kv_head, std::size_t first_query, std::size_t rows, const float* bias,
-             std::uint8_t* memory) const;
+  const std::uint8_t* BlockAfter(std::size_t part) const;
+  void Merge(const Unit& unit, const float* bias, const Outputs* own) const;
 };
 
-Status AttendJob::Impl::Start(const CacheImpl& c, std::size_t at_layer, const RowsView& queries,
-                              float* to, const AttendOptions& o) {
-  cache = &c;
-  query_parts = 0;
-  const Geometry& g = geometry();
-  if (Status s = internal::CheckLayer(c, at_layer); !s.ok()) return s;
-  if (Status s = internal::CheckRows(queries, "Q", g.query_heads, g.head_dim); !s.ok()) return s;
-  if (!std::isfinite(o.attention_scale) || o.attention_scale < 0.0f || !std::isfinite(o.soft_cap) ||
-      o.soft_cap < 0.0f) {
-    return {ErrorCode::kInvalidArgument,
-            fmt::format("attention_scale {}, soft_cap {}: expected finite numbers, none negative",
-                        o.attention_scale, o.soft_cap)};
-  }
-  layer = &c.layers[at_layer];
-  q = queries;
-  out = to;
+// The options are those of the layer where they say nothing.
+Status AttendJob::Impl::Start(std::span<const AttendRequest> asked, std::size_t at_layer,
+                              const AttendOptions& o) {
+  schedule.parts.clear();
+  requests.clear();
+  sequences.clear();
+  ranges.clear();
+  if (asked.empty()) return {};
+  const CacheImpl* const first = asked[0].cache != nullptr ? Access::Of(*asked[0].cache) : nullptr;
+  if (Status s = internal::CheckAlive(first); !s.ok()) return s;
+  if (Status s = internal::CheckLayer(*first, at_layer); !s.ok()) return s;
+  if (Status s = CheckOptions(o); !s.ok()) return s;
+  pool = first->pool.get();
+  layer = &pool->layers[pool->model.kv_layer(at_layer)];
+  shape = &pool->model.layers[at_layer];
   options = o;
-  if (options.attention_scale == 0.0f) {
-    options.attention_scale = 1.0f / std::sqrt(static_cast<float>(g.head_dim));
-  }
+  if (options.attention_scale == 0.0f) options.attention_scale = shape->scale();
+  if (options.sliding_window == 0) options.sliding_window = shape->window;
+  if (options.soft_cap == 0.0f) options.soft_cap = shape->soft_cap;
+  if (options.sinks == nullptr && !shape->sinks.empty()) options.sinks = shape->sinks.data();
 
-  queries_per_part = std::max<std::size_t>(1, kRowsPerPart / g.group());
-  query_parts = CeilDiv(q.tokens, queries_per_part);
-  queries_per_part = query_parts != 0 ? CeilDiv(q.tokens, query_parts) : 1;
-  // The most tokens that a part's queries see, with room for the rounding of its start to a block.
-  std::size_t seen = layer->tokens;
-  if (options.sliding_window != 0 && options.sliding_window < seen) {
-    seen = std::min(seen, options.sliding_window + queries_per_part + kBlockTokens);
+  for (std::size_t i = 0; i < asked.size(); ++i) {
+    Status s = Add(asked[i], at_layer);
+    if (s.ok()) continue;
+    if (asked.size() == 1) return s;
+    return {s.code(), fmt::format("request {} of {}: {}", i, asked.size(), s.message())};
   }
-  span = std::max(kShortestSpan,
-                  RoundUp(CeilDiv(seen * g.kv_heads * query_parts, kPartsWanted), kBlockTokens));
-  spans = std::max<std::size_t>(1, CeilDiv(seen, span));
-  std::size_t bytes = 0;
-  for (const kernels::BlockFormat& f : layer->formats) {
-    bytes += CeilDiv(seen, kBlockTokens) * f.block_bytes;
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < requests.size(); ++i) {  // now that `ranges` stays where it is
+    if (!requests[i].masked) continue;
+    requests[i].mask.ranges = ranges.data() + at;
+    at += requests[i].mask.blocks * requests[i].q.tokens;
+    sequences[i].mask = &requests[i].mask;
   }
-  from_memory = options.residence == Residence::kAuto ? query_parts <= 1 || bytes > L2Bytes()
-                                                      : options.residence == Residence::kMemory;
-  padded = cache->kernels->attend.padded_dim(layer->formats[0]);
-  const std::size_t rows = queries_per_part * g.group();
-  partial_bytes = RoundUp(rows * (padded + 2) * sizeof(float), 64);
-  if (spans > 1) {
-    partial_memory = partials.Get(parts() * partial_bytes);
-    const std::size_t groups = g.kv_heads * query_parts;
-    if (done.size() < groups) done = std::vector<std::atomic<std::uint32_t>>(groups);
-    for (auto& d : done) d.store(0, std::memory_order_relaxed);
+  if (requests.size() > 1) Share();
+  padded = pool->kernels->attend.padded_dim(layer->formats[0]);
+  schedule.Make(sequences, shape->kv_heads, shape->group(), Outputs::RowBytes(padded));
+  from_memory = IsFromMemory();
+  outputs = outputs_memory.Get(schedule.memory);
+  if (done.size() < schedule.units.size()) {
+    done = std::vector<std::atomic<std::uint32_t>>(schedule.units.size());
   }
+  for (auto& d : done) d.store(0, std::memory_order_relaxed);
   return {};
 }
 
-// What is read after a KV head's tokens [begin, end), end being the end of a span: the head's next
-// block, or the next head's first.
-const std::uint8_t* AttendJob::Impl::BlockAfter(std::size_t kv_head, std::size_t begin,
-                                                std::size_t end) const {
-  if (end < layer->tokens) return layer->blocks_of(kv_head)[end / kBlockTokens];
-  if (layer->tokens == 0 || kv_head + 1 == layer->formats.size()) return nullptr;
-  return layer->blocks_of(kv_head + 1)[begin / kBlockTokens];
+Status AttendJob::Impl::Add(const AttendRequest& asked, std::size_t at_layer) {
+  const CacheImpl* const cache = asked.cache != nullptr ? Access::Of(*asked.cache) : nullptr;
+  if (Status s = internal::CheckAlive(cache); !s.ok()) return s;
+  if (cache->pool.get() != pool) {
+    return {ErrorCode::kMismatch, "the caches of a batch are expected to be of one pool"};
+  }
+  if (Status s = internal::CheckRows(asked.q, "Q", shape->query_heads, shape->k_dim); !s.ok()) {
+    return s;
+  }
+  requests.push_back({&cache->held(at_layer), asked.q, asked.out, asked.log_sum_exp, {}, false});
+  sequences.push_back({.queries = asked.q.tokens,
+                       .tokens = requests.back().held->tokens,
+                       .window = options.sliding_window,
+                       .causal = options.causal});
+  return asked.mask.data != nullptr ? Scan(asked, *cache) : Status();
 }
 
-Partial AttendJob::Impl::PartialAt(std::uint8_t* memory, std::size_t rows) const {
-  float* floats = reinterpret_cast<float*>(memory);
-  return {floats, floats + rows * padded, floats + rows * (padded + 1)};
+// What every query sees by its mask, block by block.
+Status AttendJob::Impl::Scan(const AttendRequest& asked, const CacheImpl& cache) {
+  const MaskView& m = asked.mask;
+  Request& request = requests.back();
+  if (m.queries != asked.q.tokens || m.cells > cache.capacity) {
+    return {ErrorCode::kMismatch,
+            fmt::format("mask: expected {} queries and at most {} cells, found {} x {}",
+                        asked.q.tokens, cache.capacity, m.queries, m.cells)};
+  }
+  for (std::size_t h = 0; m.slopes != nullptr && h < shape->query_heads; ++h) {
+    if (m.slopes[h] > 0.0f && m.slopes[h] < kInf) continue;
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("mask: expected slopes > 0, found {} for query head {}", m.slopes[h], h)};
+  }
+  const CacheLayer& held = *request.held;
+  const std::size_t blocks = RoundUp(m.cells, kBlockTokens) / kBlockTokens;
+  const std::size_t at = ranges.size();
+  ranges.resize(at + blocks * m.queries);
+  for (std::size_t q = 0; q < m.queries; ++q) {
+    const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(q) * m.stride;
+    const char* const row = static_cast<const char*>(m.data) +
+                            first * static_cast<std::ptrdiff_t>(m.dtype == Dtype::kF32 ? 4 : 2);
+    kernels::MaskRange* const seen = ranges.data() + at + q * blocks;
+    if (!pool->kernels->mask.scan(row, internal::KernelDtype(m.dtype), m.cells, seen)) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("mask: NaN or +inf in the row of query {}", q)};
+    }
+    for (std::size_t b = 0; b < blocks; ++b) {
+      if (seen[b].last == 0) continue;
+      if (b * kBlockTokens + seen[b].first < held.forgotten ||
+          b * kBlockTokens + seen[b].last > held.tokens) {
+        return {ErrorCode::kInvalidArgument,
+                fmt::format("mask: query {} sees cells {} to {}; the layer has those from {} to {}",
+                            q, b * kBlockTokens + seen[b].first, b * kBlockTokens + seen[b].last,
+                            held.forgotten, held.tokens)};
+      }
+    }
+  }
+  request.mask = {m.data,  internal::KernelDtype(m.dtype), m.stride, m.cells, nullptr, blocks,
+                  m.slopes};
+  request.masked = true;
+  return {};
 }
 
-// f32 rows [count * group, head_dim] of the query heads that share a KV head.
-void AttendJob::Impl::GatherQueries(std::size_t kv_head, std::size_t first, std::size_t count,
-                                    float* rows) const {
-  const std::size_t group = geometry().group(), dim = geometry().head_dim;
-  for (std::size_t i = 0; i < count; ++i) {
-    const kernels::RowsIn heads = internal::HeadRows(q, first + i, kv_head * group, group);
-    cache->kernels->encode.to_float(heads, rows + i * group * dim, dim);
+// Finds sequences whose first blocks are the same memory, and makes groups of them.
+void AttendJob::Impl::Share() {
+  if (options.sliding_window != 0) return;
+  const auto blocks_of = [&](std::size_t i) { return requests[i].held->blocks_of(0); };
+  // Blocks that all queries see whole.
+  const auto seen_blocks = [&](std::size_t i) {
+    const internal::Sequence& s = sequences[i];
+    const bool can_share = !requests[i].masked && requests[i].held->forgotten == 0 &&
+                           s.queries != 0 && s.queries * shape->group() <= kMostSharingRows &&
+                           s.queries <= s.tokens;
+    return can_share ? (s.tokens - s.queries + 1) / kBlockTokens : 0;
+  };
+  order.clear();
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    if (seen_blocks(i) >= kFewestSharedBlocks) order.push_back(i);
+  }
+  std::ranges::sort(order, {}, [&](std::size_t i) {
+    return std::pair(reinterpret_cast<std::uintptr_t>(blocks_of(i)[0]), i);
+  });
+  for (std::size_t first = 0, last; first < order.size(); first = last) {
+    const std::size_t leader = order[first];
+    std::size_t common = seen_blocks(leader);
+    for (last = first + 1; last < order.size() && blocks_of(order[last])[0] == blocks_of(leader)[0];
+         ++last) {
+      const std::size_t most = std::min(common, seen_blocks(order[last]));
+      common = static_cast<std::size_t>(
+          std::mismatch(blocks_of(leader), blocks_of(leader) + most, blocks_of(order[last])).first -
+          blocks_of(leader));
+    }
+    if (last == first + 1 || common < kFewestSharedBlocks) continue;
+    for (std::size_t i = first; i < last; ++i) {
+      sequences[order[i]].shared = common * kBlockTokens;
+      sequences[order[i]].group = leader;
+    }
   }
 }
 
-void AttendJob::Impl::RunPart(std::size_t part) {
-  const Geometry& g = geometry();
-  const std::size_t group_index = part / spans, span_index = part % spans;
-  const std::size_t kv_head = group_index / query_parts;
-  const std::size_t first_query = group_index % query_parts * queries_per_part;
-  const std::size_t count = std::min(queries_per_part, q.tokens - std::min(q.tokens, first_query));
-  const std::size_t rows = count * g.group();
-  const kernels::BlockFormat& format = layer->formats[kv_head];
+bool AttendJob::Impl::IsFromMemory() const {
+  if (options.residence != Residence::kAuto) return options.residence == Residence::kMemory;
+  std::size_t tokens = 0;
+  for (const internal::Sequence& s : sequences) {
+    std::size_t seen = s.tokens;
+    if (s.window != 0) seen = std::min(seen, s.window + s.queries + kBlockTokens);
+    tokens += RoundUp(seen, kBlockTokens);
+  }
+  std::size_t block_bytes = 0;
+  for (const kernels::BlockFormat& f : layer->formats) block_bytes += f.block_bytes;
+  return schedule.units.size() <= requests.size() * shape->kv_heads ||
+         tokens / kBlockTokens * block_bytes > L2Bytes();
+}
+
+// What is read after a part's tokens.
+const std::uint8_t* AttendJob::Impl::BlockAfter(std::size_t part) const {
+  if (!from_memory || part + 1 >= schedule.parts.size()) return nullptr;
+  const Part& next = schedule.parts[part + 1];
+  if (next.first_token >= next.last_token) return nullptr;
+  const Unit& unit = schedule.units[schedule.unit_of[next.first_unit]];
+  return requests[unit.sequence].held->blocks_of(next.kv_head)[next.first_token / kBlockTokens];
+}
+
+void AttendJob::Impl::RunPart(std::size_t index) {
+  const Part& part = schedule.parts[index];
+  const std::span<const std::uint32_t> units(schedule.unit_of.data() + part.first_unit, part.units);
+  const kernels::BlockFormat& format = layer->formats[part.kv_head];
+  const std::size_t group = shape->group(), dim = shape->k_dim;
 
   thread_local Scratch scratch;
-  const std::size_t q_bytes = RoundUp(rows * g.head_dim * sizeof(float), 64),
-                    operand_bytes = cache->kernels->attend.operand_bytes(format, rows);
-  const std::size_t bias_bytes = RoundUp(rows * sizeof(float), 64);
-  std::uint8_t* memory = scratch.Get(q_bytes + operand_bytes + bias_bytes + partial_bytes);
-  float* queries = reinterpret_cast<float*>(memory);
-  float* bias = reinterpret_cast<float*>(memory + q_bytes + operand_bytes);
-  std::uint8_t* partial_at = spans > 1 ? partial_memory + part * partial_bytes
-                                       : memory + q_bytes + operand_bytes + bias_bytes;
-  const Partial partial = PartialAt(partial_at, rows);
+  const std::size_t q_bytes = RoundUp(part.rows * dim * sizeof(float), 64),
+                    operand_bytes = pool->kernels->attend.operand_bytes(format, part.rows),
+                    bias_bytes = RoundUp(part.rows * sizeof(float), 64);
+  std::uint8_t* const memory =
+      scratch.Get(q_bytes + operand_bytes + bias_bytes + part.rows * Outputs::RowBytes(padded));
+  float* const queries = reinterpret_cast<float*>(memory);
+  float* const bias = reinterpret_cast<float*>(memory + q_bytes + operand_bytes);
+  const Outputs to =
+      Outputs::At(part.memory == Part::kOwn ? memory + q_bytes + operand_bytes + bias_bytes
+                                            : outputs + part.memory,
+                  part.rows, padded);
 
-  // Only a soft cap and sinks see what the codes of a centred K leave out of the scores.
-  const bool biased = options.soft_cap != 0.0f || options.sinks != nullptr;
-  GatherQueries(kv_head, first_query, count, queries);
-  layer->k[kv_head].PrepareQueries(queries, rows, options.attention_scale, biased ? bias : nullptr);
+  // f32 rows of the query heads that share a KV head.
+  float* row = queries;
+  bool biased = options.soft_cap != 0.0f || options.sinks != nullptr;
+  for (const std::uint32_t u : units) {
+    const Unit& unit = schedule.units[u];
+    const Request& request = requests[unit.sequence];
+    biased |= request.log_sum_exp != nullptr;
+    for (std::size_t i = 0; i < unit.queries; ++i, row += group * dim) {
+      const kernels::RowsIn heads =
+          internal::HeadRows(request.q, unit.first_query + i, part.kv_head * group, group);
+      pool->kernels->encode.to_float(heads, row, dim);
+    }
+  }
+  // Only a soft cap, sinks and a sum see what the codes of a centred K leave out of the scores.
+  layer->k[part.kv_head].PrepareQueries(queries, part.rows, options.attention_scale,
+                                        biased ? bias : nullptr);
 
-  const std::int64_t tokens = static_cast<std::int64_t>(layer->tokens);
-  const std::int64_t first_end =
-      tokens - static_cast<std::int64_t>(q.tokens) + 1 + static_cast<std::int64_t>(first_query);
-  const std::int64_t last_end = first_end + static_cast<std::int64_t>(count) - 1;
-  const std::int64_t window =
-      static_cast<std::int64_t>(std::min(options.sliding_window, layer->tokens));
-  const std::size_t begin =
-      window != 0 ? static_cast<std::size_t>(std::max<std::int64_t>(0, first_end - window)) /
-                        kBlockTokens * kBlockTokens
-                  : 0;
-  const std::size_t end = static_cast<std::size_t>(std::max<std::int64_t>(0, last_end));
-
+  const Unit& first = schedule.units[units[0]];
+  const internal::Sequence& s = sequences[first.sequence];
+  const Request& request = requests[first.sequence];
   kernels::AttendTask task{};
   task.format = &format;
-  task.blocks = layer->blocks_of(kv_head);
-  task.first_token = begin + span_index * span;
-  task.last_token = std::min(end, task.first_token + span);
+  task.blocks = request.held->blocks_of(part.kv_head);
+  task.first_token = part.first_token;
+  task.last_token = part.last_token;
   task.q = queries;
-  task.rows = rows;
-  task.group = g.group();
-  task.first_end = first_end;
-  task.window = static_cast<std::size_t>(window);
+  task.rows = part.rows;
+  task.group = group;
+  task.first_end = static_cast<std::int64_t>(s.tokens) - static_cast<std::int64_t>(s.queries) + 1 +
+                   static_cast<std::int64_t>(first.first_query);
+  task.window = std::min(s.window, s.tokens);
+  task.causal = s.causal && units.size() == 1;  // what many read all of them see whole
+  kernels::Mask mask = request.mask;
+  if (request.masked) {
+    const std::ptrdiff_t skipped = static_cast<std::ptrdiff_t>(first.first_query) * mask.stride;
+    mask.values = static_cast<const char*>(mask.values) +
+                  skipped * static_cast<std::ptrdiff_t>(kernels::BytesOf(mask.dtype));
+    mask.ranges += first.first_query * mask.blocks;
+    if (mask.slopes != nullptr) mask.slopes += part.kv_head * group;
+    task.mask = &mask;
+  }
   task.scale = options.attention_scale;
   task.soft_cap = options.soft_cap;
   task.bias = biased ? bias : nullptr;
   task.stream = from_memory;
-  task.after = from_memory ? BlockAfter(kv_head, begin, task.last_token) : nullptr;
+  task.after = BlockAfter(index);
   task.operand = memory + q_bytes;
-  task.out = partial.out;
-  task.max = partial.max;
-  task.sum = partial.sum;
-  cache->kernels->attend.attend(task);
+  task.out = to.out;
+  task.max = to.max;
+  task.sum = to.sum;
+  pool->kernels->attend.attend(task);
 
-  // Whoever finishes the last span merges all, always in the same order.
-  if (spans == 1) {
-    Merge(kv_head, first_query, rows, task.bias, partial_at);
-  } else if (done[group_index].fetch_add(1, std::memory_order_acq_rel) + 1 == spans) {
-    Merge(kv_head, first_query, rows, task.bias,
-          partial_memory + group_index * spans * partial_bytes);
+  // Whoever finishes the last part of a unit merges all, always in the same order.
+  std::size_t at = 0;
+  for (const std::uint32_t u : units) {
+    const Unit& unit = schedule.units[u];
+    if (part.memory == Part::kOwn) {
+      Merge(unit, task.bias, &to);
+    } else if (done[u].fetch_add(1, std::memory_order_acq_rel) + 1 == unit.partials) {
+      Merge(unit, biased ? bias + at : nullptr, nullptr);
+    }
+    at += unit.queries * group;
   }
 }
 
-// out = sum over spans of 2^(max_s - max) out_s / (sum over spans of 2^(max_s - max) sum_s + sink),
-// and what V's codec restores.
-void AttendJob::Impl::Merge(std::size_t kv_head, std::size_t first_query, std::size_t rows,
-                            const float* bias, std::uint8_t* memory) const {
-  const Geometry& g = geometry();
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  const auto partial = [&](std::size_t s) { return PartialAt(memory + s * partial_bytes, rows); };
-  for (std::size_t r = 0; r < rows; ++r) {
-    const std::size_t query_head = kv_head * g.group() + r % g.group();
-    float* to = out + ((first_query + r / g.group()) * g.query_heads + query_head) * g.head_dim;
+// out = sum over parts of 2^(max_p - max) out_p / (sum over parts of 2^(max_p - max) sum_p + sink),
+// and what V's codec restores. own: the outputs of a unit's only part.
+void AttendJob::Impl::Merge(const Unit& unit, const float* bias, const Outputs* own) const {
+  const std::size_t group = shape->group(), dim = shape->v_dim;
+  const Request& request = requests[unit.sequence];
+  const auto partial = [&](std::size_t p, std::size_t row) {
+    if (own != nullptr) return own->From(row, padded);
+    const internal::Partial& place = schedule.partials[unit.first_partial + p];
+    const Part& part = schedule.parts[place.part];
+    return Outputs::At(outputs + part.memory, part.rows, padded).From(place.row + row, padded);
+  };
+  for (std::size_t r = 0; r < unit.queries * group; ++r) {
+    const std::size_t query_head = unit.kv_head * group + r % group;
+    const std::size_t row = (unit.first_query + r / group) * shape->query_heads + query_head;
+    float* const to = request.out + row * dim;
     float max = -kInf;
     bool nan = false;
-    for (std::size_t s = 0; s < spans; ++s) {
-      max = std::max(max, partial(s).max[r]);
-      nan |= std::isnan(partial(s).max[r]);
+    for (std::size_t p = 0; p < unit.partials; ++p) {
+      const float own_max = *partial(p, r).max;
+      max = std::max(max, own_max);
+      nan |= std::isnan(own_max);
     }
-    if (nan || max == -kInf) {
-      std::fill(to, to + g.head_dim, nan ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
+    // A sink's logit, and the sum of all weights, are beside scores that lack `bias` (a soft cap
+    // has put it back).
+    const float lacking = bias == nullptr || options.soft_cap != 0.0f ? 0.0f : bias[r];
+    // In units of log2. It stays finite: a sink that takes all leaves 0, not NaN.
+    float sink = -kInf;
+    if (options.sinks != nullptr) sink = (options.sinks[query_head] - lacking) / kLn2;
+    sink = std::min(sink, std::numeric_limits<float>::max());
+    const bool nothing = max < kNothingSeen;
+    if (nan || nothing) {
+      std::fill(to, to + dim, nan ? kNaN : 0.0f);
+      if (request.log_sum_exp != nullptr) {
+        request.log_sum_exp[row] = nan ? kNaN : sink * kLn2 + lacking;
+      }
       continue;
     }
-    // The sink's logit in units of log2, beside scores that lack `bias` (a soft cap has put it
-    // back). It stays finite: a sink that takes all leaves 0, not NaN.
-    float sink = -kInf;
-    if (options.sinks != nullptr) {
-      sink = (options.sinks[query_head] - (options.soft_cap != 0.0f ? 0.0f : bias[r])) / kLn2;
-    }
-    sink = std::min(sink, std::numeric_limits<float>::max());
     max = std::max(max, sink);
-    const auto weight = [&](std::size_t s) { return std::exp2(partial(s).max[r] - max); };
+    const auto weight = [&](std::size_t p) { return std::exp2(*partial(p, r).max - max); };
     float sum = 0.0f;
-    for (std::size_t s = 0; s < spans; ++s) sum += weight(s) * partial(s).sum[r];
+    for (std::size_t p = 0; p < unit.partials; ++p) sum += weight(p) * *partial(p, r).sum;
     const float total = sum + std::exp2(sink - max);
-    std::fill(to, to + g.head_dim, 0.0f);
-    for (std::size_t s = 0; s < spans; ++s) {
-      const float share = weight(s) / total;
-      const float* from = partial(s).out + r * padded;
-      for (std::size_t c = 0; c < g.head_dim; ++c) to[c] += share * from[c];
+    std::fill(to, to + dim, 0.0f);
+    for (std::size_t p = 0; p < unit.partials; ++p) {
+      const float share = weight(p) / total;
+      const float* const from = partial(p, r).out;
+      for (std::size_t c = 0; c < dim; ++c) to[c] += share * from[c];
     }
-    layer->v[kv_head].RestoreOutput(to, sum / total);
+    layer->v[unit.kv_head].RestoreOutput(to, sum / total);
+    if (request.log_sum_exp != nullptr) {
+      request.log_sum_exp[row] = (max + std::log2(total)) * kLn2 + lacking;
+    }
   }
 }
 
@@ -284,24 +435,52 @@ AttendJob::~AttendJob() = default;
 
 Status AttendJob::Start(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
                         const AttendOptions& options) {
-  return impl_->Start(*cache.impl_, layer, q, out, options);
+  const AttendRequest request{&cache, q, out};
+  return impl_->Start({&request, 1}, layer, options);
 }
-std::size_t AttendJob::parts() const { return impl_->cache != nullptr ? impl_->parts() : 0; }
+Status AttendJob::Start(std::span<const AttendRequest> requests, std::size_t layer,
+                        const AttendOptions& options) {
+  return impl_->Start(requests, layer, options);
+}
+std::size_t AttendJob::parts() const { return impl_->schedule.parts.size(); }
 void AttendJob::RunPart(std::size_t part) { impl_->RunPart(part); }
 
 Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
               const AttendOptions& options, int num_threads) {
+  const AttendRequest request{&cache, q, out};
+  return Attend({&request, 1}, layer, options, num_threads);
+}
+
+Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
+              const AttendOptions& options, int num_threads) {
   if (Status s = internal::CheckThreads(num_threads); !s.ok()) return s;
   thread_local AttendJob own_job;
   AttendJob& job = own_job;  // this thread's, for all threads of the loop
-  if (Status s = job.Start(cache, layer, q, out, options); !s.ok()) return s;
+  if (Status s = job.Start(requests, layer, options); !s.ok()) return s;
   const std::size_t parts = job.parts();
   const int threads = internal::ThreadsFor(num_threads, parts);
-  // Decode: one run of neighbouring parts each, so that what is asked for past a part's end is not
-  // wasted. Prefill: later queries cost more.
-  const std::size_t chunk = q.tokens == 1 ? CeilDiv(parts, static_cast<std::size_t>(threads)) : 1;
+  // One sequence's decode: one run of neighbouring parts each, so that what is asked for past a
+  // part's end is not wasted. Prefill: later queries cost more. Batches: sequences are unlike.
+  std::size_t chunk = 1;
+  if (requests.size() == 1 && requests[0].q.tokens == 1) {
+    chunk = (parts + static_cast<std::size_t>(threads) - 1) / static_cast<std::size_t>(threads);
+  }
   internal::RunParts(parts, threads, chunk, [&](std::size_t p) { job.RunPart(p); });
   return {};
+}
+
+void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
+                  const float* other_log_sum_exp, std::size_t rows, std::size_t dim) {
+  for (std::size_t r = 0; r < rows; ++r) {
+    const float a = log_sum_exp[r], b = other_log_sum_exp[r];
+    if (b == -kInf) continue;  // nothing to add; not even to -inf
+    const float max = std::max(a, b), own = std::exp(a - max), other = std::exp(b - max);
+    const float own_share = own / (own + other), other_share = other / (own + other);
+    for (std::size_t c = r * dim; c < (r + 1) * dim; ++c) {
+      out[c] = own_share * out[c] + other_share * other_out[c];
+    }
+    log_sum_exp[r] = max + std::log(own + other);
+  }
 }
 
 }  // namespace kvmix

@@ -1,45 +1,46 @@
-// A Cache: its memory, and rows out of it and back. (Append: append.cc.)
+// A Cache: its life, and rows out of it and back. (Append and Store: append.cc; its pages:
+// pool.cc.)
 #include "kvmix/cache.h"
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
-#include "lib/files/machine.h"
+#include "lib/files/check.h"
 
 namespace kvmix {
 
+using internal::Access;
 using internal::CacheImpl;
 using internal::CacheLayer;
-using internal::CompiledHeads;
-using kernels::kBlockTokens;
-
-namespace {
-
-// Vectors of a layer's codecs, of K or of V.
-CompiledHeads Compile(const Plan& plan, std::size_t layer, Tensor tensor,
-                      const kernels::Kernels& kernels) {
-  std::vector<const HeadCodec*> codecs;
-  for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) {
-    codecs.push_back(&plan.codec(layer, h, tensor));
-  }
-  return CompiledHeads(codecs, plan.geometry.head_dim, kernels);
-}
-
-}  // namespace
+using internal::CompiledCodec;
+using internal::PoolImpl;
+using internal::PoolLayer;
 
 namespace internal {
 
-void Unmap::operator()(std::uint8_t* memory) const { munmap(memory, bytes); }
+Status CheckAlive(const CacheImpl* c) {
+  if (c != nullptr) return {};
+  return {ErrorCode::kInvalidArgument, "the cache has been released"};
+}
 
 Status CheckLayer(const CacheImpl& c, std::size_t layer) {
-  if (layer < c.layers.size()) return {};
+  if (layer >= c.layers.size()) {
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("layer {} of a cache of {} layers", layer, c.layers.size())};
+  }
+  if (c.pool->model.layers[layer].has_kv()) return {};
+  return {ErrorCode::kInvalidArgument, fmt::format("layer {} has no K and V", layer)};
+}
+
+Status CheckOwnLayer(const CacheImpl& c, std::size_t layer) {
+  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  const LayerShape& shape = c.pool->model.layers[layer];
+  if (shape.owns_kv()) return {};
   return {ErrorCode::kInvalidArgument,
-          fmt::format("layer {} of a cache of {} layers", layer, c.layers.size())};
+          fmt::format("layer {} has no K and V of its own: it reads those of layer {}", layer,
+                      *shape.kv_layer)};
 }
 
 Status CheckRoom(const CacheImpl& c, std::size_t layer, std::size_t tokens) {
@@ -56,132 +57,209 @@ Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std:
                                             heads, head_dim, rows.heads, rows.head_dim)};
 }
 
+void StoreRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
+               std::size_t cell, std::size_t count, const std::uint8_t* rows, const float* scales) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CompiledCodec& codec = shape.heads(tensor)[head];
+  const kernels::TileKernels& tiles = c.pool->kernels->tiles;
+  (tensor == Tensor::kK ? tiles.store_k : tiles.store_v)(
+      shape.formats[head], c.layers[layer].blocks_of(head), cell, count, rows, codec.row_bytes(),
+      codec.stores_scales() ? scales : nullptr);
+}
+
+void LoadRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
+              std::size_t cell, std::size_t count, std::uint8_t* rows, float* scales) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CompiledCodec& codec = shape.heads(tensor)[head];
+  const kernels::TileKernels& tiles = c.pool->kernels->tiles;
+  (tensor == Tensor::kK ? tiles.load_k : tiles.load_v)(
+      shape.formats[head], c.layers[layer].blocks_of(head), cell, count, rows, codec.row_bytes(),
+      codec.stores_scales() ? scales : nullptr);
+}
+
 }  // namespace internal
 
+using internal::CheckAlive;
 using internal::CheckLayer;
+using internal::CheckOwnLayer;
 using internal::CheckRoom;
+
+namespace {
+
+std::unique_ptr<CacheImpl> Empty(std::shared_ptr<PoolImpl> pool, std::size_t capacity) {
+  auto c = std::make_unique<CacheImpl>();
+  c->layers.resize(pool->layers.size());
+  c->pool = std::move(pool);
+  c->capacity = capacity;
+  return c;
+}
+
+// Whether a layer that holds `tokens` tokens has all that its next query sees.
+bool HasPast(const PoolLayer& shape, const CacheLayer& layer, std::size_t tokens) {
+  const std::size_t window = shape.window;
+  const std::size_t first = window != 0 && tokens + 1 > window ? tokens + 1 - window : 0;
+  return layer.forgotten == 0 || tokens == 0 || layer.forgotten <= (window != 0 ? first : tokens);
+}
+
+}  // namespace
 
 Cache::Cache(std::unique_ptr<CacheImpl> impl) : impl_(std::move(impl)) {}
 Cache::Cache(Cache&&) noexcept = default;
 Cache& Cache::operator=(Cache&&) noexcept = default;
 Cache::~Cache() = default;
 
-Result<Cache> Cache::Create(const Geometry& geometry, const Plan& plan, std::size_t capacity,
+Result<Cache> Cache::Create(const Model& model, const Plan& plan, std::size_t capacity,
                             const CacheOptions& options) {
   if (Status s = CheckPlan(plan); !s.ok()) return s;
-  if (Status s = CheckGeometryMatches(plan, geometry); !s.ok()) return s;
-  const Result<const kernels::Kernels*> kernels = internal::KernelsFor(options.target);
-  if (!kernels.ok()) return kernels.status();
-  auto c = std::make_unique<CacheImpl>();
-  c->plan = plan;
-  c->kernels = *kernels;
-  c->capacity = capacity;
-
-  const std::size_t blocks = capacity / kBlockTokens + (capacity % kBlockTokens != 0);
-  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  const std::size_t memory = internal::MemoryBytes();
-  const auto too_large = [&] {
-    return Status(
-        ErrorCode::kOutOfMemory,
-        fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of "
-                    "memory that this process may have",
-                    capacity, ToString(geometry), static_cast<double>(memory) / (1 << 30)));
-  };
-  for (std::size_t layer = 0; layer < geometry.layers; ++layer) {
-    CacheLayer at{Compile(plan, layer, Tensor::kK, *c->kernels),
-                  Compile(plan, layer, Tensor::kV, *c->kernels),
-                  {},
-                  {}};
-    for (std::size_t h = 0; h < geometry.kv_heads; ++h) {
-      kernels::BlockFormat format{{at.k[h].format()}, {at.v[h].format()}};
-      c->kernels->tiles.lay_out(format);
-      if (blocks != 0 && format.block_bytes > (memory - c->bytes) / blocks) return too_large();
-      c->bytes += blocks * format.block_bytes;
-      at.formats.push_back(format);
-    }
-    c->layers.push_back(std::move(at));
+  if (Status s = CheckModelMatches(plan, model); !s.ok()) return s;
+  Result<std::shared_ptr<PoolImpl>> pool = internal::MakePool(plan, {.target = options.target});
+  if (!pool.ok()) return pool.status();
+  const std::size_t most = (*pool)->memory->most();
+  if (internal::BytesForTokens(**pool, capacity) > most) {
+    return Status(ErrorCode::kOutOfMemory,
+                  fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of "
+                              "memory that this process may have",
+                              capacity, ToString(model), static_cast<double>(most) / (1 << 30)));
   }
-  const std::size_t mapped = std::max(c->bytes, page);
-  void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);  // zeros: finite everywhere
-  if (p == MAP_FAILED) return too_large();
-  madvise(p, mapped, MADV_HUGEPAGE);  // a wish; a few percent of decode speed at long contexts
-  c->memory = {static_cast<std::uint8_t*>(p), internal::Unmap{mapped}};
-  std::uint8_t* next = c->memory.get();
-  for (CacheLayer& layer : c->layers) {
-    layer.blocks.reserve(layer.formats.size() * blocks);
-    for (const kernels::BlockFormat& format : layer.formats) {
-      for (std::size_t b = 0; b < blocks; ++b, next += format.block_bytes) {
-        layer.blocks.push_back(next);
-      }
-    }
-  }
-  return Cache(std::move(c));
+  return Cache(Empty(std::move(*pool), capacity));
 }
 
-Status Cache::Truncate(std::size_t tokens) {
-  for (std::size_t layer = 0; layer < impl_->layers.size(); ++layer) {
-    const std::size_t held = impl_->layers[layer].tokens;
-    if (tokens > held) {
-      return {ErrorCode::kInvalidArgument,
-              fmt::format("truncate to {} tokens: layer {} holds {}", tokens, layer, held)};
+Cache Cache::Create(const Pool& pool, std::size_t capacity) {
+  return Cache(Empty(pool.impl_, capacity));
+}
+
+Result<Cache> Cache::Fork() const {
+  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
+  std::unique_ptr<CacheImpl> fork = Empty(impl_->pool, impl_->capacity);
+  fork->layers = impl_->layers;
+  for (const CacheLayer& layer : fork->layers) {
+    for (internal::Page* page : layer.pages) {
+      if (page != nullptr) internal::PageMemory::Share(page);
     }
   }
-  for (CacheLayer& layer : impl_->layers) layer.tokens = tokens;
+  return Cache(std::move(fork));
+}
+
+void Cache::Release() { impl_.reset(); }
+
+Status Cache::Truncate(std::size_t tokens) {
+  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
+  CacheImpl& c = *impl_;
+  for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
+    if (!c.pool->model.layers[layer].owns_kv()) continue;
+    const CacheLayer& at = c.layers[layer];
+    if (tokens > at.tokens) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("truncate to {} tokens: layer {} holds {}", tokens, layer, at.tokens)};
+    }
+    if (!HasPast(c.pool->layers[layer], at, tokens)) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("truncate to {} tokens: layer {}, with a window of {}, has forgotten "
+                          "those before {}",
+                          tokens, layer, c.pool->layers[layer].window, at.forgotten)};
+    }
+  }
+  for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
+    c.layers[layer].tokens = std::min(c.layers[layer].tokens, tokens);
+    if (tokens == 0) c.layers[layer].forgotten = 0;
+    internal::DropUnused(c, layer);
+  }
+  return {};
+}
+
+Status Cache::Forget(std::size_t layer, std::size_t first) {
+  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
+  if (Status s = CheckOwnLayer(*impl_, layer); !s.ok()) return s;
+  CacheLayer& at = impl_->layers[layer];
+  if (first > at.tokens) {
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("forget the tokens before {}: layer {} holds {}", first, layer, at.tokens)};
+  }
+  at.forgotten = std::max(at.forgotten, first);
+  internal::DropUnused(*impl_, layer);
   return {};
 }
 
 Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
                          std::size_t count, void* codes, float* scales) const {
+  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
   const CacheImpl& c = *impl_;
-  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
   const CacheLayer& at = c.layers[layer];
-  if (kv_head >= at.formats.size() || first > at.tokens || count > at.tokens - first) {
+  const std::size_t heads = c.pool->layers[layer].formats.size();
+  if (kv_head >= heads || first < at.forgotten || first > at.tokens || count > at.tokens - first) {
     return {ErrorCode::kInvalidArgument,
             fmt::format("export of KV head {}, tokens {} + {}: the cache holds {} KV heads, layer "
-                        "{} has {} tokens",
-                        kv_head, first, count, at.formats.size(), layer, at.tokens)};
+                        "{} has the tokens from {} to {}",
+                        kv_head, first, count, heads, layer, at.forgotten, at.tokens)};
   }
-  const internal::CompiledCodec& codec = at.heads(tensor)[kv_head];
-  const auto load = tensor == Tensor::kK ? c.kernels->tiles.load_k : c.kernels->tiles.load_v;
-  load(at.formats[kv_head], at.blocks_of(kv_head), first, count, static_cast<std::uint8_t*>(codes),
-       codec.row_bytes(), codec.stores_scales() ? scales : nullptr);
+  internal::LoadRows(c, layer, tensor, kv_head, first, count, static_cast<std::uint8_t*>(codes),
+                     scales);
   return {};
 }
 
 Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
                          const float* const* k_scales, const void* const* v_codes,
                          const float* const* v_scales) {
+  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
   CacheImpl& c = *impl_;
-  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
   if (Status s = CheckRoom(c, layer, count); !s.ok()) return s;
-  CacheLayer& at = c.layers[layer];
-  for (std::size_t h = 0; h < at.formats.size(); ++h) {
-    const auto import = [&](const internal::CompiledCodec& codec, auto store, const void* codes,
-                            const float* const* scales) {
-      store(at.formats[h], at.blocks_of(h), at.tokens, count,
-            static_cast<const std::uint8_t*>(codes), codec.row_bytes(),
-            codec.stores_scales() ? scales[h] : nullptr);
-    };
-    import(at.k[h], c.kernels->tiles.store_k, k_codes[h], k_scales);
-    import(at.v[h], c.kernels->tiles.store_v, v_codes[h], v_scales);
-  }
-  at.tokens += count;
-  return {};
+  const PoolLayer& shape = c.pool->layers[layer];
+  const auto for_tensors = [&](const auto& f) -> Status {
+    for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+      if (Status s = f(Tensor::kK, h, k_codes[h], k_scales); !s.ok()) return s;
+      if (Status s = f(Tensor::kV, h, v_codes[h], v_scales); !s.ok()) return s;
+    }
+    return {};
+  };
+  const auto scales_of = [&](Tensor t, std::size_t h, const float* const* scales) {
+    return shape.heads(t)[h].stores_scales() ? scales[h] : nullptr;
+  };
+  Status s = for_tensors([&](Tensor t, std::size_t h, const void* codes, const float* const* all) {
+    const Status bad = shape.heads(t)[h].CheckCoded(codes, scales_of(t, h, all), count);
+    return bad.ok() ? Status()
+                    : Status(bad.code(), fmt::format("layer {}, KV head {}, {}: {}", layer, h,
+                                                     t == Tensor::kK ? "K" : "V", bad.message()));
+  });
+  if (!s.ok()) return s;
+  const std::size_t held = c.layers[layer].tokens;
+  internal::ForgetPast(c, layer, held);
+  if (s = internal::MakeWritable(c, layer, held, count); !s.ok()) return s;
+  s = for_tensors([&](Tensor t, std::size_t h, const void* codes, const float* const* all) {
+    internal::StoreRows(c, layer, t, h, held, count, static_cast<const std::uint8_t*>(codes),
+                        scales_of(t, h, all));
+    return Status();
+  });
+  c.layers[layer].tokens += count;
+  return s;
 }
 
 std::size_t Cache::RowBytes(std::size_t layer, std::size_t kv_head, Tensor tensor) const {
-  if (layer >= impl_->layers.size() || kv_head >= impl_->layers[layer].formats.size()) return 0;
-  return impl_->layers[layer].heads(tensor)[kv_head].row_bytes();
+  const std::vector<PoolLayer>& layers = impl_->pool->layers;
+  if (layer >= layers.size() || kv_head >= layers[layer].formats.size()) return 0;
+  return layers[layer].heads(tensor)[kv_head].row_bytes();
 }
 
-const Plan& Cache::plan() const { return impl_->plan; }
+const Plan& Cache::plan() const { return impl_->pool->plan; }
+const Model& Cache::model() const { return impl_->pool->model; }
 std::size_t Cache::capacity() const { return impl_->capacity; }
 std::size_t Cache::tokens(std::size_t layer) const {
-  return layer < impl_->layers.size() ? impl_->layers[layer].tokens : 0;
+  return layer < impl_->layers.size() ? impl_->held(layer).tokens : 0;
 }
-std::size_t Cache::bytes() const { return impl_->bytes; }
+std::size_t Cache::forgotten(std::size_t layer) const {
+  return layer < impl_->layers.size() ? impl_->held(layer).forgotten : 0;
+}
+std::size_t Cache::bytes() const {
+  std::size_t sum = 0;
+  for (const CacheLayer& layer : impl_->layers) {
+    for (const internal::Page* page : layer.pages) {
+      if (page != nullptr) sum += impl_->pool->memory->page_bytes(page->kind);
+    }
+  }
+  return sum;
+}
 std::uint64_t Cache::saturated() const { return impl_->saturated.load(std::memory_order_relaxed); }
-const char* Cache::target() const { return impl_->kernels->target; }
+const char* Cache::target() const { return impl_->pool->kernels->target; }
 
 }  // namespace kvmix

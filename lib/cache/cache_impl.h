@@ -1,4 +1,4 @@
-// What a Cache holds, for its own files and for attention.
+// What a Pool and a Cache hold, for their own files and for attention.
 #ifndef KVMIX_LIB_CACHE_CACHE_IMPL_H_
 #define KVMIX_LIB_CACHE_CACHE_IMPL_H_
 
@@ -9,44 +9,102 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kvmix/cache.h"
+#include "kvmix/model.h"
 #include "kvmix/plan.h"
 #include "kvmix/status.h"
 #include "lib/cache/head.h"
+#include "lib/cache/pages.h"
 
 namespace kvmix::internal {
 
-// One layer. Tokens of block b of a KV head lie at blocks_of(head)[b].
-struct CacheLayer {
-  CompiledHeads k, v;
-  std::vector<kernels::BlockFormat> formats;  // [kv_heads]
-  std::vector<std::uint8_t*> blocks;          // [kv_heads][blocks of the capacity]
-  std::size_t tokens = 0;
+// What all caches of a pool know of a layer with K and V of its own (of another: only its shape).
+struct PoolLayer {
+  LayerShape shape;
+  CompiledHeads k = {}, v = {};
+  std::vector<kernels::BlockFormat> formats = {};  // [kv_heads]
+
+  // A page holds the same blocks of all KV heads, [kv_heads][blocks][block_bytes]: one block in
+  // each of the first kOneBlockPages pages, `run` neighbouring ones in the pages after them.
+  std::size_t run = 1;
+  std::size_t window = 0;  // of this layer and those that read it, the longest; 0: all is seen
+  std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
+  std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
 
   const CompiledHeads& heads(Tensor t) const { return t == Tensor::kK ? k : v; }
+  std::size_t PageOf(std::size_t block) const;
+  std::size_t FirstBlock(std::size_t page) const;
+  std::size_t BlocksOf(std::size_t page) const { return FirstBlock(page + 1) - FirstBlock(page); }
+  std::size_t KindOf(std::size_t page) const;
+};
+
+struct PoolImpl {
+  Plan plan;
+  Model model;
+  const kernels::Kernels* kernels = nullptr;  // the tiles are made by and for these
+  std::vector<PoolLayer> layers;
+  std::unique_ptr<PageMemory> memory;
+  std::unique_ptr<std::uint8_t[]> zeros;  // a block for whoever reads where nothing was written
+};
+
+// One layer of one cache. Tokens of block b of a KV head lie at blocks_of(head)[b].
+struct CacheLayer {
+  std::size_t tokens = 0;             // the cell after the last one that was written
+  std::size_t forgotten = 0;          // tokens before this one are gone
+  std::vector<Page*> pages;           // null where nothing was written, or all is forgotten
+  std::vector<std::uint8_t*> blocks;  // [kv_heads][block_stride]
+  std::size_t block_stride = 0;
+
   std::uint8_t* const* blocks_of(std::size_t kv_head) const {
-    return blocks.data() + kv_head * (blocks.size() / formats.size());
+    return blocks.data() + kv_head * block_stride;
   }
 };
 
-struct Unmap {
-  std::size_t bytes = 0;
-  void operator()(std::uint8_t* memory) const;
-};
-
 struct CacheImpl {
-  Plan plan;
-  const kernels::Kernels* kernels = nullptr;  // the tiles are made by and for these
+  std::shared_ptr<PoolImpl> pool;
   std::size_t capacity = 0;
-  std::size_t bytes = 0;
-  std::unique_ptr<std::uint8_t, Unmap> memory;
   std::vector<CacheLayer> layers;
   std::atomic<std::uint64_t> saturated{0};
+
+  ~CacheImpl();
+  // The layer that a layer's tokens are in: its own, or the one whose K and V it reads.
+  const CacheLayer& held(std::size_t layer) const { return layers[pool->model.kv_layer(layer)]; }
 };
 
+Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& options);
+// Bytes of blocks that hold this many tokens in every layer, or a window of them.
+std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens);
+
+// A Cache's inside, for the library's own files.
+struct Access {
+  static CacheImpl* Of(const Cache& cache) { return cache.impl_.get(); }
+};
+
+// The cache was not released.
+Status CheckAlive(const CacheImpl* cache);
+// A layer of the model, with K and V.
 Status CheckLayer(const CacheImpl& cache, std::size_t layer);
+// A layer whose K and V can be written.
+Status CheckOwnLayer(const CacheImpl& cache, std::size_t layer);
 Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
 // A view of rows has this many heads and this head_dim.
 Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim);
+
+// Whether cells [first, first + count) of a layer can be written: there are pages, and no other
+// cache shares them.
+bool IsWritable(const CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
+// Makes it so. kOutOfMemory, and nothing has changed, if the pool is full.
+Status MakeWritable(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
+// Gives back pages that hold only tokens before `forgotten` or at `tokens` and after.
+void DropUnused(CacheImpl& cache, std::size_t layer);
+// Forgets what no query from token `next` on sees through the layer's window.
+void ForgetPast(CacheImpl& cache, std::size_t layer, std::size_t next);
+
+// Canonical rows of one head into cells, and out of them.
+void StoreRows(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
+               std::size_t cell, std::size_t count, const std::uint8_t* rows, const float* scales);
+void LoadRows(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
+              std::size_t cell, std::size_t count, std::uint8_t* rows, float* scales);
 
 }  // namespace kvmix::internal
 

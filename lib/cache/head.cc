@@ -4,22 +4,12 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "kvmix/version.h"
 
 namespace kvmix::internal {
 namespace {
-
-kernels::Dtype KernelDtype(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return kernels::Dtype::kF32;
-    case Dtype::kBF16:
-      return kernels::Dtype::kBF16;
-    default:
-      return kernels::Dtype::kF16;
-  }
-}
 
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat f;
@@ -37,6 +27,17 @@ bool Alike(const HeadCodec& a, const HeadCodec& b) {
 }
 
 }  // namespace
+
+kernels::Dtype KernelDtype(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return kernels::Dtype::kF32;
+    case Dtype::kBF16:
+      return kernels::Dtype::kBF16;
+    default:
+      return kernels::Dtype::kF16;
+  }
+}
 
 Result<const kernels::Kernels*> KernelsFor(std::string_view target) {
   if (const kernels::Kernels* kernels = kernels::FindKernels(target)) return kernels;
@@ -87,6 +88,32 @@ void CompiledCodec::Decode(const void* rows, const float* scales, std::size_t co
 kernels::RowErrors CompiledCodec::Errors(const void* rows, const float* scales,
                                          const kernels::RowsIn& tokens) const {
   return kernels_->encode.errors(Coded(rows, scales, tokens.count), tokens);
+}
+
+Status CompiledCodec::CheckCoded(const void* rows, const float* scales, std::size_t count) const {
+  const std::size_t dim = format_.dim;
+  for (std::size_t r = 0; r < count; ++r) {
+    const std::uint8_t* const row = static_cast<const std::uint8_t*>(rows) + r * row_bytes();
+    bool bad = false;
+    for (std::size_t c = 0; c < dim; ++c) {
+      if (format_.storage == kernels::Storage::kI8) {
+        bad |= row[c] == 0x80;
+      } else {
+        bad |= (row[2 * c + 1] & 0x7C) == 0x7C;
+      }
+    }
+    if (bad) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format(
+                  "row {}: {}", r,
+                  format_.storage == kernels::Storage::kI8 ? "a code of -128" : "NaN or infinity")};
+    }
+    if (scales != nullptr && !(scales[r] >= 0.0f && std::isfinite(scales[r]))) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("row {}: expected a finite scale >= 0, found {}", r, scales[r])};
+    }
+  }
+  return {};
 }
 
 float CompiledCodec::HeadScale(const kernels::RowsIn& tokens) const {

@@ -20,6 +20,8 @@ namespace kvmix::internal {
 // The kernels of a target, "" for the best; an error that lists the targets.
 Result<const kernels::Kernels*> KernelsFor(std::string_view target);
 
+kernels::Dtype KernelDtype(Dtype dtype);
+
 // The rows of one head: tokens. The rows of one token: its heads, from `head` on.
 kernels::RowsIn TokenRows(const RowsView& view, std::size_t head, std::size_t first,
                           std::size_t count);
@@ -46,6 +48,8 @@ class CompiledCodec {
               std::size_t stride) const;
   kernels::RowErrors Errors(const void* rows, const float* scales,
                             const kernels::RowsIn& tokens) const;
+  // Rows that an encoder makes: no code of -128, no half and no scale that is not finite.
+  Status CheckCoded(const void* rows, const float* scales, std::size_t count) const;
   // The scale that covers these tokens of this head.
   float HeadScale(const kernels::RowsIn& tokens) const;
 
@@ -68,6 +72,7 @@ class CompiledCodec {
 // All KV heads' K, or V, of a layer. Owns the vectors, those of a kind side by side.
 class CompiledHeads {
  public:
+  CompiledHeads() = default;
   // Codecs that CheckCodec accepts.
   CompiledHeads(std::span<const HeadCodec* const> codecs, std::size_t dim,
                 const kernels::Kernels& kernels);

@@ -26,11 +26,6 @@ Status CheckGeometry(const Geometry& g) {
                g.query_heads);
 }
 
-std::string ToString(const Geometry& g) {
-  return fmt::format("{} layers x {} KV heads x {}, {} query heads", g.layers, g.kv_heads,
-                     g.head_dim, g.query_heads);
-}
-
 Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v) {
   Plan plan{geometry, {}, {}};
   for (std::size_t i = 0; i < geometry.layers * geometry.kv_heads; ++i)
@@ -69,9 +64,9 @@ double SavedFraction(const Plan& plan) {
                    static_cast<double>(Fp16BytesPerToken(plan.geometry));
 }
 
-Status CheckGeometryMatches(const Plan& plan, const Geometry& geometry) {
-  if (plan.geometry == geometry) return {};
-  return Error(ErrorCode::kMismatch, "plan: expected {}, found {}", ToString(geometry),
+Status CheckModelMatches(const Plan& plan, const Model& model) {
+  if (Model(plan.geometry) == model) return {};
+  return Error(ErrorCode::kMismatch, "plan: expected {}, found {}", ToString(model),
                ToString(plan.geometry));
 }
 

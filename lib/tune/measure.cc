@@ -188,7 +188,7 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
 Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
                                                 const MeasureOptions& options) {
   if (Status s = CheckPlan(plan); !s.ok()) return s;
-  if (Status s = CheckGeometryMatches(plan, dump.geometry()); !s.ok())
+  if (Status s = CheckModelMatches(plan, dump.geometry()); !s.ok())
     return Error(s.code(), "{}: {}", dump.path(), s.message());
   const Geometry& g = plan.geometry;
   std::vector<AttentionError> errors(g.layers * g.query_heads);

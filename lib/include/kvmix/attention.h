@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "kvmix/cache.h"
 #include "kvmix/export.h"
@@ -24,20 +25,51 @@ enum class Residence : std::uint8_t {
   kMemory,  // in memory, or in a cache that is shared
 };
 
+// What 0 and null leave to the model's layer (kvmix/model.h).
 struct AttendOptions {
-  float attention_scale = 0.0f;  // > 0; 0: 1 / sqrt(head_dim)
-  std::size_t sliding_window =
-      0;                  // a query sees at most this many last tokens, itself included; 0: all
-  float soft_cap = 0.0f;  // s -> soft_cap * tanh(s / soft_cap) (Gemma 2); 0: none
-  const float* sinks = nullptr;  // [query_heads] logits that take weight but have no V (gpt-oss)
+  float attention_scale = 0.0f;    // > 0
+  std::size_t sliding_window = 0;  // a query sees at most this many last tokens, itself included
+  float soft_cap = 0.0f;           // s -> soft_cap * tanh(s / soft_cap) (Gemma 2)
+  const float* sinks = nullptr;    // [query_heads] logits that take weight but have no V (gpt-oss)
+  bool causal = true;              // false: a query also sees the tokens after it
   Residence residence = Residence::kAuto;
 };
 
-// Query i of n sees all but the last n - 1 - i tokens of the layer: append K and V of the prompt
-// (or of the new token) first, then attend. q: [queries, query_heads, head_dim]. out: the same
-// shape in C order, f32; it may not overlap q. A query that sees no token (more queries than
-// tokens) gets zeros; a query row with NaN or Inf gets NaN. num_threads: OpenMP threads, 0 for as
-// many as this process may use. The result does not depend on it.
+// A number for every query and cell, as engines have it: 0 is seen, -inf is not, any other is added
+// to the score. It stands beside causality and window: with cells in any order, switch those off.
+struct MaskView {
+  const void* data = nullptr;  // query i, cell c: element i * stride + c; null: no mask
+  Dtype dtype = Dtype::kF16;
+  std::size_t queries = 0;  // those of q
+  std::size_t cells = 0;    // at most the capacity; a cell from here on is not seen
+  std::ptrdiff_t stride = 0;
+  const float* slopes = nullptr;  // [query_heads] factors > 0 of the numbers (ALiBi); null: 1
+};
+
+// One sequence's part of a call.
+struct AttendRequest {
+  const Cache* cache = nullptr;
+  RowsView q;
+  float* out = nullptr;
+  float* log_sum_exp = nullptr;  // [queries, query_heads], or null
+  MaskView mask = {};
+};
+
+// Query i of n stands at the place of the layer's token tokens - n + i, and sees it and those
+// before it: append K and V of the prompt (or of the new token) first, then attend. q: [queries,
+// query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not overlap q. A
+// query that sees no token gets zeros; a query row with NaN or Inf gets NaN. num_threads: OpenMP
+// threads, 0 for as many as this process may use. The result does not depend on it.
+//
+// log_sum_exp: the natural logarithm of what the row's weights sum to, a sink's included; -inf
+// where it sees nothing. With it outputs over two caches can be merged (MergeOutputs).
+//
+// A batch: one call for many caches of one pool, of unlike lengths, decode and prefill mixed.
+// Sequences that share pages from their first token on read these once for all; this changes the
+// order of sums, and with it the last bits. An error names the request, and nothing is written.
+//
+// Errors: a layer without K and V; q of another shape; a mask of another shape, with NaN or +inf,
+// or that sees forgotten tokens or cells that the layer does not have.
 //
 // The arithmetic: int8 heads multiply exact codes by 15-bit or wider fixed-point q and softmax
 // weights, fp16 heads are f32 throughout. The output is within NMSE 1e-6 of a double-precision
@@ -57,13 +89,20 @@ struct AttendOptions {
 // the child of a fork every call runs on one thread, whatever num_threads says.
 KVMIX_API Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
                         const AttendOptions& options = {}, int num_threads = 1);
+KVMIX_API Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
+                        const AttendOptions& options = {}, int num_threads = 1);
+
+// Two outputs of the same queries over disjoint tokens become that over all of them: out, lse <-
+// merged with the others. rows of dim numbers.
+KVMIX_API void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
+                            const float* other_log_sum_exp, std::size_t rows, std::size_t dim);
 
 // The same, part by part, for an engine with a thread pool of its own (no OpenMP inside):
 //   AttendJob job;                                   // keep it: its memory is reused
 //   job.Start(cache, layer, q, out, options);
 //   for each p in [0, job.parts()): on any thread, in any order, each once: job.RunPart(p);
 // When all calls have returned, `out` is complete. Neighbouring parts read neighbouring memory:
-// give a thread a run of them.
+// give a thread a run of them. The caches may not be written until then.
 class KVMIX_API AttendJob {
  public:
   AttendJob();
@@ -72,6 +111,8 @@ class KVMIX_API AttendJob {
   ~AttendJob();
 
   Status Start(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
+               const AttendOptions& options = {});
+  Status Start(std::span<const AttendRequest> requests, std::size_t layer,
                const AttendOptions& options = {});
   std::size_t parts() const;
   void RunPart(std::size_t part);

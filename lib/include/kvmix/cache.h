@@ -1,15 +1,19 @@
-// A KV cache stored as a plan says. Rows go in as f16, bf16 or f32; inside, every KV head is a
-// sequence of blocks of 256 tokens in tiles made for this CPU (docs/formats.md). Attention
+// A KV cache stored as a plan says. Rows go in as f16, bf16 or f32; inside, every KV head is a list
+// of blocks of 256 tokens in tiles made for this CPU (docs/formats.md). Attention
 // (kvmix/attention.h) reads the tiles; rows can be exported and imported.
+//
+// A Cache is one sequence. Many sequences share the memory of a Pool, and pages of it after a Fork.
 #ifndef KVMIX_CACHE_H_
 #define KVMIX_CACHE_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kvmix/export.h"
+#include "kvmix/model.h"
 #include "kvmix/plan.h"
 #include "kvmix/rows.h"
 #include "kvmix/status.h"
@@ -18,35 +22,85 @@ namespace kvmix {
 
 class AppendJob;
 class AttendJob;
+struct Rope;  // kvmix/rope.h
 
 namespace internal {
 struct CacheImpl;
-}
+struct PoolImpl;
+struct Access;
+}  // namespace internal
 
 struct CacheOptions {
-  std::string target;  // the instruction set, a name of Targets(); "": the best of this CPU
+  std::string target = {};  // the instruction set, a name of Targets(); "": the best of this CPU
 };
 
-// Movable, owns its memory. Different layers may be appended to and attended over by different
-// threads at a time. One layer may be read by many threads as long as none writes it.
+struct PoolOptions {
+  std::size_t bytes = 0;  // of pages in use, at most; 0: as much memory as this process may have
+  std::string target = {};
+};
+
+// Memory for caches of one model and plan: pages of 256 tokens of a layer, or of a few times as
+// many further back. A cache takes a page when it writes there first, and gives it back when it has
+// no token left on it. A handle: copies name the same pool, which lives as long as its caches.
+// Thread-safe.
+class KVMIX_API Pool {
+ public:
+  // Errors: an invalid plan, an unknown target.
+  static Result<Pool> Create(const Plan& plan, const PoolOptions& options = {});
+
+  const Plan& plan() const;
+  const char* target() const;  // whose kernels and tiles its caches use, "AVX2"
+  std::size_t bytes() const;   // of pages in use, shared ones counted once
+  std::size_t most_bytes() const;
+
+ private:
+  friend class Cache;
+  explicit Pool(std::shared_ptr<internal::PoolImpl> impl) : impl_(std::move(impl)) {}
+  std::shared_ptr<internal::PoolImpl> impl_;
+};
+
+// Movable. Different caches, also of one pool, and different layers may be written and attended
+// over by different threads at a time. One layer may be read by many threads as long as none writes
+// it.
 class KVMIX_API Cache {
  public:
-  // Room for `capacity` tokens in every layer of the model `geometry`. Errors: an invalid plan; a
-  // plan of another geometry; an unknown target; more memory than this process may use.
-  static Result<Cache> Create(const Geometry& geometry, const Plan& plan, std::size_t capacity,
+  // Room for `capacity` tokens in every layer, in a pool of its own. Memory is taken as tokens
+  // come. Errors: an invalid plan; a plan of another model; an unknown target; more memory than
+  // this process may use.
+  static Result<Cache> Create(const Model& model, const Plan& plan, std::size_t capacity,
                               const CacheOptions& options = {});
+  // The same in a pool, for as many caches as there is room for.
+  static Cache Create(const Pool& pool, std::size_t capacity);
   Cache(Cache&&) noexcept;
   Cache& operator=(Cache&&) noexcept;
   ~Cache();
 
-  // Appends k.tokens tokens to a layer. k, v: [tokens, kv_heads, head_dim]; what becomes of NaN,
-  // infinities and huge values: kvmix/quantize.h. Past the capacity: kOutOfMemory, and nothing is
-  // appended. num_threads: OpenMP threads, 0 for as many as this process may use; the bytes do not
-  // depend on it. An engine with threads of its own takes an AppendJob.
+  // Another sequence that begins with the same tokens. Pages are shared until one of the two writes
+  // them; so a fork costs no memory, and the bits are the same.
+  Result<Cache> Fork() const;
+  // Gives all memory back. Afterwards every call that returns a Status refuses.
+  void Release();
+
+  // Appends k.tokens tokens to a layer. k: [tokens, kv_heads, k_dim], v: [tokens, kv_heads, v_dim];
+  // what becomes of NaN, infinities and huge values: kvmix/quantize.h. Past the capacity, or where
+  // the pool is full: kOutOfMemory, and nothing is appended. num_threads: OpenMP threads, 0 for as
+  // many as this process may use; the bytes do not depend on it. An engine with threads of its own
+  // takes an AppendJob. A layer with a window forgets what its next query does not see.
   Status Append(std::size_t layer, const RowsView& k, const RowsView& v, int num_threads = 1);
-  // Drops all but the first `tokens` tokens of every layer. More than a layer holds:
+  // Writes rows into cells, token t of k and v into cells[t], below the capacity: for engines that
+  // place tokens themselves and say with a mask (kvmix/attention.h) who sees what. Cells may be
+  // written again; what a never written cell holds is finite and means nothing. tokens() becomes
+  // the cell after the last one ever written. A cell past the capacity: kInvalidArgument; a pool
+  // that is full: kOutOfMemory; nothing is written then.
+  Status Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
+               const RowsView& v);
+  // Drops all but the first `tokens` tokens of every layer, and gives back pages that hold nothing
+  // else. More than a layer holds, or so few that the next query would see forgotten tokens:
   // kInvalidArgument, and nothing is dropped.
   Status Truncate(std::size_t tokens);
+  // Gives back the pages of a layer that hold only tokens before `first`. No query may see them
+  // again: options.sliding_window, or a mask, keeps them out.
+  Status Forget(std::size_t layer, std::size_t first);
 
   // The canonical rows of one KV head's K or V, tokens [first, first + count): codes
   // [count][RowBytes] and stored scales ([count] f32; not touched unless the codec stores a scale
@@ -54,7 +108,8 @@ class KVMIX_API Cache {
   Status ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
                     std::size_t count, void* codes, float* scales) const;
   // The inverse: appends rows exported from a cache of the same plan to every KV head of a layer.
-  // k_codes etc.: [kv_heads] pointers.
+  // k_codes etc.: [kv_heads] pointers. Rows that no encoder makes (a code of -128, a scale or a
+  // half that is not finite) are refused, and nothing is appended.
   Status ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
                     const float* const* k_scales, const void* const* v_codes,
                     const float* const* v_scales);
@@ -62,11 +117,12 @@ class KVMIX_API Cache {
   std::size_t RowBytes(std::size_t layer, std::size_t kv_head, Tensor tensor) const;
 
   const Plan& plan() const;
-  const Geometry& geometry() const { return plan().geometry; }
+  const Model& model() const;
   std::size_t capacity() const;
-  std::size_t tokens(std::size_t layer) const;  // 0 for a layer that is none
-  // Memory that the tiles take when the cache is full: whole blocks of 256 tokens, padded rows. For
-  // capacities of many blocks a little above capacity * BytesPerToken(plan).
+  std::size_t tokens(std::size_t layer) const;     // 0 for a layer that is none
+  std::size_t forgotten(std::size_t layer) const;  // tokens before this one are gone
+  // Memory of the pages that hold this cache's tokens, those shared with others included: whole
+  // blocks of 256 tokens, padded rows.
   std::size_t bytes() const;
   // Values that were beyond what their format holds (a head's scale; f16's range) and were clamped,
   // since Create.
@@ -75,11 +131,21 @@ class KVMIX_API Cache {
   const char* target() const;
 
  private:
-  friend class AppendJob;
-  friend class AttendJob;
+  friend struct internal::Access;
   explicit Cache(std::unique_ptr<internal::CacheImpl> impl);
   std::unique_ptr<internal::CacheImpl> impl_;
 };
+
+// One sequence's part in a batch.
+struct AppendRequest {
+  Cache* cache = nullptr;
+  RowsView k, v;
+};
+
+// Appends to one layer of many caches, each named once; an error names the request, and nothing is
+// appended then.
+KVMIX_API Status Append(std::span<const AppendRequest> requests, std::size_t layer,
+                        int num_threads = 1);
 
 // Append, part by part, for an engine with a thread pool of its own (no OpenMP inside):
 //   AppendJob job;                                   // keep it: its memory is reused

@@ -10,31 +10,14 @@
 
 #include "kvmix/codec.h"
 #include "kvmix/export.h"
+#include "kvmix/model.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
 
-// The shape of a model's attention. query_heads is a multiple of kv_heads; their ratio is the GQA
-// group.
-struct Geometry {
-  std::size_t layers = 0;
-  std::size_t kv_heads = 0;
-  std::size_t query_heads = 0;
-  std::size_t head_dim = 0;
-
-  std::size_t group() const { return query_heads / kv_heads; }
-  bool operator==(const Geometry&) const = default;
-};
-
-// Upper bound of layers and of heads, far beyond any model: products of a geometry's numbers stay
-// far below 2^64.
-inline constexpr std::size_t kMaxCount = 65536;
-
 // Every number > 0, query_heads a multiple of kv_heads, head_dim <= kMaxHeadDim, the others <=
 // kMaxCount; else an error naming the number.
 KVMIX_API Status CheckGeometry(const Geometry& geometry);
-// "24 layers x 2 KV heads x 64, 14 query heads"
-KVMIX_API std::string ToString(const Geometry& geometry);
 
 // Accuracy of a plan on one set of dumps: over all query heads, of attention outputs against exact
 // K and V.
@@ -93,8 +76,8 @@ KVMIX_API double SavedFraction(const Plan& plan);
 // refuses, naming the file.
 KVMIX_API Status SavePlan(const Plan& plan, const std::string& path);
 KVMIX_API Result<Plan> LoadPlan(const std::string& path);
-// The plan fits this model; else an error naming both geometries.
-KVMIX_API Status CheckGeometryMatches(const Plan& plan, const Geometry& geometry);
+// The plan fits this model; else an error naming both.
+KVMIX_API Status CheckModelMatches(const Plan& plan, const Model& model);
 
 }  // namespace kvmix
 

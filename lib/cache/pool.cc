@@ -1,0 +1,274 @@
+// A Pool: a plan compiled for a target, the layout of its pages, and their memory; and how a cache
+// gets pages, shares them and gives them back.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "lib/cache/cache_impl.h"
+#include "lib/files/machine.h"
+
+namespace kvmix {
+
+using internal::CacheImpl;
+using internal::CacheLayer;
+using internal::CompiledHeads;
+using internal::Page;
+using internal::PoolImpl;
+using internal::PoolLayer;
+using kernels::kBlockTokens;
+
+namespace {
+
+// A jump from page to page costs a decode that reads from memory about 140 ns (a miss of the TLB,
+// and one of the caches that nobody can ask for ahead). So beyond the first pages a page holds as
+// many neighbouring blocks of a head as make this many bytes: the jumps then cost 1 to 2 %.
+constexpr std::size_t kRunBytes = std::size_t{128} << 10;
+constexpr std::size_t kOneBlockPages = 4;
+
+// The codecs of a layer's K or V.
+CompiledHeads Compile(const Plan& plan, std::size_t layer, Tensor tensor, std::size_t dim,
+                      const kernels::Kernels& kernels) {
+  std::vector<const HeadCodec*> codecs;
+  for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) {
+    codecs.push_back(&plan.codec(layer, h, tensor));
+  }
+  return CompiledHeads(codecs, dim, kernels);
+}
+
+// How far back a layer and those that read its K and V look; 0: to the first token.
+std::size_t LongestWindow(const Model& model, std::size_t layer) {
+  std::size_t longest = 0;
+  for (std::size_t i = layer; i < model.layers.size(); ++i) {
+    if (!model.layers[i].has_kv() || model.kv_layer(i) != layer) continue;
+    if (model.layers[i].window == 0) return 0;
+    longest = std::max(longest, model.layers[i].window);
+  }
+  return longest;
+}
+
+bool SameTile(const kernels::TileFormat& a, const kernels::TileFormat& b) {
+  return a.row.storage == b.row.storage && a.row.scale == b.row.scale && a.row.dim == b.row.dim;
+}
+
+// Pages of one can be those of the other: what was a number there is one here.
+bool SamePages(const PoolLayer& a, const PoolLayer& b) {
+  return a.run == b.run &&
+         std::ranges::equal(a.formats, b.formats,
+                            [](const kernels::BlockFormat& x, const kernels::BlockFormat& y) {
+                              return SameTile(x.k, y.k) && SameTile(x.v, y.v);
+                            });
+}
+
+}  // namespace
+
+namespace internal {
+
+std::size_t PoolLayer::PageOf(std::size_t block) const {
+  return block < kOneBlockPages ? block : kOneBlockPages + (block - kOneBlockPages) / run;
+}
+
+std::size_t PoolLayer::KindOf(std::size_t page) const {
+  return page < kOneBlockPages ? one_block_kind : run_kind;
+}
+
+std::size_t PoolLayer::FirstBlock(std::size_t page) const {
+  return page < kOneBlockPages ? page : kOneBlockPages + (page - kOneBlockPages) * run;
+}
+
+Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& options) {
+  if (Status s = CheckPlan(plan); !s.ok()) return s;
+  const Result<const kernels::Kernels*> kernels = KernelsFor(options.target);
+  if (!kernels.ok()) return kernels.status();
+  auto pool = std::make_shared<PoolImpl>();
+  pool->plan = plan;
+  pool->model = Model(plan.geometry);
+  pool->kernels = *kernels;
+  pool->memory = std::make_unique<PageMemory>(options.bytes != 0 ? options.bytes : MemoryBytes());
+
+  std::size_t largest = 0;
+  for (std::size_t i = 0; i < pool->model.layers.size(); ++i) {
+    const LayerShape& shape = pool->model.layers[i];
+    if (!shape.owns_kv()) {
+      pool->layers.push_back({.shape = shape});
+      continue;
+    }
+    PoolLayer layer{.shape = shape,
+                    .k = Compile(plan, i, Tensor::kK, shape.k_dim, **kernels),
+                    .v = Compile(plan, i, Tensor::kV, shape.v_dim, **kernels)};
+    std::size_t bytes = 0;
+    for (std::size_t h = 0; h < shape.kv_heads; ++h) {
+      kernels::BlockFormat format{{layer.k[h].format()}, {layer.v[h].format()}};
+      (*kernels)->tiles.lay_out(format);
+      layer.head_bytes.push_back(bytes);
+      bytes += format.block_bytes;
+      largest = std::max(largest, format.block_bytes);
+      layer.formats.push_back(format);
+    }
+    layer.window = LongestWindow(pool->model, i);
+    if (layer.window == 0) {  // a window lets blocks go one by one
+      layer.run = std::min<std::size_t>((kRunBytes * shape.kv_heads + bytes - 1) / bytes, 4);
+    }
+    const auto like = std::ranges::find_if(pool->layers, [&](const PoolLayer& other) {
+      return other.shape.owns_kv() && SamePages(other, layer);
+    });
+    if (like != pool->layers.end()) {
+      layer.one_block_kind = like->one_block_kind;
+      layer.run_kind = like->run_kind;
+    } else {
+      layer.one_block_kind = pool->memory->AddKind(bytes);
+      layer.run_kind =
+          layer.run == 1 ? layer.one_block_kind : pool->memory->AddKind(layer.run * bytes);
+    }
+    pool->layers.push_back(std::move(layer));
+  }
+  pool->zeros = std::make_unique<std::uint8_t[]>(largest + 64);
+  return pool;
+}
+
+std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens) {
+  std::size_t sum = 0;
+  for (const PoolLayer& layer : pool.layers) {
+    if (!layer.shape.owns_kv()) continue;
+    const std::size_t held =
+        layer.window != 0 ? std::min(tokens, layer.window + kBlockTokens) : tokens;
+    const std::size_t blocks = held / kBlockTokens + (held % kBlockTokens != 0);
+    const std::size_t block = pool.memory->page_bytes(layer.one_block_kind);
+    if (blocks > (SIZE_MAX - sum) / block) return SIZE_MAX;
+    sum += blocks * block;
+  }
+  return sum;
+}
+
+namespace {
+
+// The table of blocks follows the page: all heads' pointers into it, or to zeros.
+void PointTo(const PoolImpl& pool, const PoolLayer& shape, CacheLayer& layer, std::size_t page) {
+  const std::size_t first = shape.FirstBlock(page), blocks = shape.BlocksOf(page);
+  for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+    std::uint8_t** table = layer.blocks.data() + h * layer.block_stride + first;
+    for (std::size_t b = 0; b < blocks; ++b) {
+      table[b] = layer.pages[page] == nullptr
+                     ? pool.zeros.get()
+                     : layer.pages[page]->memory + blocks * shape.head_bytes[h] +
+                           b * shape.formats[h].block_bytes;
+    }
+  }
+}
+
+// Room for `pages` pages in the tables.
+void Grow(const PoolImpl& pool, const PoolLayer& shape, CacheLayer& layer, std::size_t pages) {
+  if (pages <= layer.pages.size()) return;
+  layer.pages.resize(std::max(pages, 2 * layer.pages.size()));
+  layer.block_stride = shape.FirstBlock(layer.pages.size());
+  layer.blocks.resize(shape.formats.size() * layer.block_stride);
+  for (std::size_t p = 0; p < layer.pages.size(); ++p) PointTo(pool, shape, layer, p);
+}
+
+// Copies the blocks of a page that hold tokens.
+void CopyPage(const PoolLayer& shape, const CacheLayer& layer, std::size_t page, Page& to) {
+  const std::size_t first = shape.FirstBlock(page), blocks = shape.BlocksOf(page);
+  const std::size_t end = layer.tokens / kBlockTokens + (layer.tokens % kBlockTokens != 0);
+  if (end <= first) return;
+  for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+    const std::size_t at = blocks * shape.head_bytes[h];
+    std::memcpy(to.memory + at, layer.pages[page]->memory + at,
+                std::min(blocks, end - first) * shape.formats[h].block_bytes);
+  }
+}
+
+void SetPage(CacheImpl& c, std::size_t layer, std::size_t page, Page* to) {
+  CacheLayer& at = c.layers[layer];
+  if (at.pages[page] != nullptr) c.pool->memory->Release(at.pages[page]);
+  at.pages[page] = to;
+  PointTo(*c.pool, c.pool->layers[layer], at, page);
+}
+
+bool IsOwn(const Page* page) {
+  return page != nullptr && page->users.load(std::memory_order_acquire) == 1;
+}
+
+}  // namespace
+
+bool IsWritable(const CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  if (count == 0) return true;
+  const PoolLayer& shape = c.pool->layers[layer];
+  const std::vector<Page*>& pages = c.layers[layer].pages;
+  const std::size_t last = shape.PageOf((first + count - 1) / kBlockTokens);
+  if (last >= pages.size()) return false;
+  for (std::size_t p = shape.PageOf(first / kBlockTokens); p <= last; ++p) {
+    if (!IsOwn(pages[p])) return false;
+  }
+  return true;
+}
+
+Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  CacheLayer& at = c.layers[layer];
+  const std::size_t first_page = shape.PageOf(first / kBlockTokens);
+  const std::size_t last_page = shape.PageOf((first + count - 1) / kBlockTokens);
+  Grow(*c.pool, shape, at, last_page + 1);
+  Page* fresh = nullptr;  // a list
+  for (std::size_t p = first_page; p <= last_page; ++p) {
+    if (IsOwn(at.pages[p])) continue;
+    Page* const page = c.pool->memory->Get(shape.KindOf(p));
+    if (page == nullptr) {
+      while (fresh != nullptr) c.pool->memory->Release(std::exchange(fresh, fresh->next));
+      return {
+          ErrorCode::kOutOfMemory,
+          fmt::format("layer {}: no page for tokens {} + {}: {} of the pool's {} bytes are used",
+                      layer, first, count, c.pool->memory->used(), c.pool->memory->most())};
+    }
+    page->place = p;
+    page->next = std::exchange(fresh, page);
+  }
+  while (fresh != nullptr) {
+    Page* const page = std::exchange(fresh, fresh->next);
+    if (at.pages[page->place] != nullptr) CopyPage(shape, at, page->place, *page);
+    SetPage(c, layer, page->place, page);
+  }
+  return {};
+}
+
+void DropUnused(CacheImpl& c, std::size_t layer) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  CacheLayer& at = c.layers[layer];
+  for (std::size_t p = at.pages.size(); p-- > 0;) {
+    const bool past = shape.FirstBlock(p + 1) * kBlockTokens <= at.forgotten;
+    const bool beyond = shape.FirstBlock(p) * kBlockTokens >= at.tokens;
+    if (at.pages[p] != nullptr && (past || beyond)) SetPage(c, layer, p, nullptr);
+  }
+}
+
+void ForgetPast(CacheImpl& c, std::size_t layer, std::size_t next) {
+  const std::size_t window = c.pool->layers[layer].window;
+  if (window == 0 || next + 1 <= window) return;
+  CacheLayer& at = c.layers[layer];
+  const std::size_t before = at.forgotten;
+  at.forgotten = std::max(before, std::min(at.tokens, next + 1 - window));
+  if (at.forgotten / kBlockTokens != before / kBlockTokens) DropUnused(c, layer);
+}
+
+CacheImpl::~CacheImpl() {
+  for (CacheLayer& layer : layers) {
+    for (std::size_t p = layer.pages.size(); p-- > 0;) {
+      if (layer.pages[p] != nullptr) pool->memory->Release(layer.pages[p]);
+    }
+  }
+}
+
+}  // namespace internal
+
+Result<Pool> Pool::Create(const Plan& plan, const PoolOptions& options) {
+  Result<std::shared_ptr<PoolImpl>> pool = internal::MakePool(plan, options);
+  if (!pool.ok()) return pool.status();
+  return Pool(std::move(*pool));
+}
+
+const Plan& Pool::plan() const { return impl_->plan; }
+const char* Pool::target() const { return impl_->kernels->target; }
+std::size_t Pool::bytes() const { return impl_->memory->used(); }
+std::size_t Pool::most_bytes() const { return impl_->memory->most(); }
+
+}  // namespace kvmix

@@ -1,0 +1,72 @@
+// The shape of a model's attention: a list of layers, which may differ.
+#ifndef KVMIX_MODEL_H_
+#define KVMIX_MODEL_H_
+
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kvmix/export.h"
+#include "kvmix/status.h"
+
+namespace kvmix {
+
+// Upper bound of layers and of heads, far beyond any model: products of a model's numbers stay far
+// below 2^64.
+inline constexpr std::size_t kMaxCount = 65536;
+
+// One layer. Its place in Model::layers is the model's own number of it.
+struct LayerShape {
+  std::size_t kv_heads = 0;       // 0: a layer without K and V, as the recurrent ones of hybrids
+  std::size_t query_heads = 0;    // a multiple of kv_heads; their ratio is the GQA group
+  std::size_t k_dim = 0;          // head_dim of Q and K
+  std::size_t v_dim = 0;          // head_dim of V and of the output
+  std::size_t window = 0;         // a query sees this many last tokens, itself included; 0: all
+  float attention_scale = 0.0f;   // 0: 1 / sqrt(k_dim)
+  float soft_cap = 0.0f;          // s -> soft_cap * tanh(s / soft_cap); 0: none
+  std::vector<float> sinks = {};  // [query_heads] logits that take weight but have no
+                                  // V (gpt-oss); empty: none
+  std::optional<std::size_t> kv_layer = {};  // an earlier layer whose K and V this one reads
+
+  bool has_kv() const { return kv_heads != 0; }
+  bool owns_kv() const { return has_kv() && !kv_layer.has_value(); }
+  std::size_t group() const { return query_heads / kv_heads; }
+  // attention_scale, or what 0 stands for.
+  float scale() const;
+  bool operator==(const LayerShape&) const = default;
+};
+
+// Like layers, the short form of a Model.
+struct Geometry {
+  std::size_t layers = 0;
+  std::size_t kv_heads = 0;
+  std::size_t query_heads = 0;
+  std::size_t head_dim = 0;
+
+  std::size_t group() const { return query_heads / kv_heads; }
+  bool operator==(const Geometry&) const = default;
+};
+
+struct KVMIX_API Model {
+  std::vector<LayerShape> layers;
+
+  Model() = default;
+  explicit Model(std::vector<LayerShape> shapes) : layers(std::move(shapes)) {}
+  Model(const Geometry& geometry);  // NOLINT: the short form stands for the long one
+
+  // The layer whose K and V this layer reads: itself, or another's.
+  std::size_t kv_layer(std::size_t layer) const { return layers[layer].kv_layer.value_or(layer); }
+  bool operator==(const Model&) const = default;
+};
+
+// At least one layer with K and V of its own; every number in its range (head_dim <= kMaxHeadDim,
+// counts <= kMaxCount), query_heads a multiple of kv_heads, sinks for every query head; a layer
+// that reads another's K and V has its kv_heads and widths. Else an error naming layer and number.
+KVMIX_API Status CheckModel(const Model& model);
+// "24 layers x 2 KV heads x 64, 14 query heads"; unlike layers in groups.
+KVMIX_API std::string ToString(const Model& model);
+
+}  // namespace kvmix
+
+#endif  // KVMIX_MODEL_H_
