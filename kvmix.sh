@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 build=${KVMIX_BUILD:-build}
 packages=(g++ meson ninja-build pkgconf dpkg-dev libgtest-dev libbenchmark-dev libcli11-dev
-          nlohmann-json3-dev libfmt-dev python3-numpy python3-matplotlib)
+          nlohmann-json3-dev libfmt-dev libxxhash-dev python3-numpy python3-matplotlib)
 # Debian's Python first: it is the one that the Python packages above belong to.
 export PATH=/usr/bin:/bin:$PATH
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive

@@ -181,6 +181,7 @@ Status AttendJob::Impl::Add(const AttendRequest& asked, std::size_t at_layer) {
   sequences.push_back({.queries = asked.q.tokens,
                        .tokens = requests.back().held->tokens,
                        .window = options.sliding_window,
+                       .forgotten = requests.back().held->forgotten,
                        .causal = options.causal});
   return asked.mask.data != nullptr ? Scan(asked, *cache) : Status();
 }

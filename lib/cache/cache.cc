@@ -86,14 +86,6 @@ using internal::CheckRoom;
 
 namespace {
 
-std::unique_ptr<CacheImpl> Empty(std::shared_ptr<PoolImpl> pool, std::size_t capacity) {
-  auto c = std::make_unique<CacheImpl>();
-  c->layers.resize(pool->layers.size());
-  c->pool = std::move(pool);
-  c->capacity = capacity;
-  return c;
-}
-
 // Whether a layer that holds `tokens` tokens has all that its next query sees.
 bool HasPast(const PoolLayer& shape, const CacheLayer& layer, std::size_t tokens) {
   const std::size_t window = shape.window;
@@ -121,23 +113,23 @@ Result<Cache> Cache::Create(const Model& model, const Plan& plan, std::size_t ca
                               "memory that this process may have",
                               capacity, ToString(model), static_cast<double>(most) / (1 << 30)));
   }
-  return Cache(Empty(std::move(*pool), capacity));
+  return Access::Make(std::move(*pool), capacity);
 }
 
 Cache Cache::Create(const Pool& pool, std::size_t capacity) {
-  return Cache(Empty(pool.impl_, capacity));
+  return Access::Make(pool.impl_, capacity);
 }
 
 Result<Cache> Cache::Fork() const {
   if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
-  std::unique_ptr<CacheImpl> fork = Empty(impl_->pool, impl_->capacity);
-  fork->layers = impl_->layers;
-  for (const CacheLayer& layer : fork->layers) {
+  Cache fork = Access::Make(impl_->pool, impl_->capacity);
+  fork.impl_->layers = impl_->layers;
+  for (const CacheLayer& layer : fork.impl_->layers) {
     for (internal::Page* page : layer.pages) {
       if (page != nullptr) internal::PageMemory::Share(page);
     }
   }
-  return Cache(std::move(fork));
+  return fork;
 }
 
 void Cache::Release() { impl_.reset(); }

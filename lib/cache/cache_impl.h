@@ -62,10 +62,12 @@ struct CacheLayer {
 
 struct CacheImpl {
   std::shared_ptr<PoolImpl> pool;
-  std::size_t capacity = 0;
+  std::size_t capacity;
   std::vector<CacheLayer> layers;
   std::atomic<std::uint64_t> saturated{0};
 
+  CacheImpl(std::shared_ptr<PoolImpl> of, std::size_t tokens)
+      : pool(std::move(of)), capacity(tokens), layers(pool->layers.size()) {}
   ~CacheImpl();
   // The layer that a layer's tokens are in: its own, or the one whose K and V it reads.
   const CacheLayer& held(std::size_t layer) const { return layers[pool->model.kv_layer(layer)]; }
@@ -78,6 +80,9 @@ std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens);
 // A Cache's inside, for the library's own files.
 struct Access {
   static CacheImpl* Of(const Cache& cache) { return cache.impl_.get(); }
+  static Cache Make(std::shared_ptr<PoolImpl> pool, std::size_t capacity) {
+    return Cache(std::make_unique<CacheImpl>(std::move(pool), capacity));
+  }
 };
 
 // The cache was not released.

@@ -43,6 +43,9 @@ Tokens SeenBy(const Sequence& s, std::size_t query, std::size_t count) {
     seen.first = static_cast<std::size_t>(std::max<std::int64_t>(0, first_end - window)) /
                  kBlockTokens * kBlockTokens;
   }
+  if (static_cast<std::int64_t>(s.forgotten) > (window != 0 ? first_end - window : 0)) {
+    seen.first = std::max(seen.first, s.forgotten);
+  }
   if (s.mask == nullptr) return seen;
   std::size_t first = s.mask->blocks, last = 0;
   for (std::size_t q = query; q < query + count; ++q) {

@@ -1,6 +1,10 @@
 // Geometries and plans: checks and sizes.
 #include "kvmix/plan.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <span>
 #include <tuple>
 
 #include "lib/files/file.h"
@@ -62,6 +66,32 @@ std::size_t Fp16BytesPerToken(const Geometry& g) {
 double SavedFraction(const Plan& plan) {
   return 1.0 - static_cast<double>(BytesPerToken(plan)) /
                    static_cast<double>(Fp16BytesPerToken(plan.geometry));
+}
+
+std::uint64_t Fingerprint(const Plan& plan) {
+  XXH3_state_t hash;
+  XXH3_64bits_reset(&hash);
+  const auto bytes = [&](const void* data, std::size_t n) { XXH3_64bits_update(&hash, data, n); };
+  const auto number = [&](std::uint64_t x) { bytes(&x, sizeof(x)); };
+  const auto floats = [&](std::span<const float> x) {
+    number(x.size());
+    bytes(x.data(), x.size_bytes());
+  };
+  const Model model = plan.geometry;
+  for (const LayerShape& shape : model.layers) {
+    for (const std::size_t x :
+         {shape.kv_heads, shape.k_dim, shape.v_dim, shape.kv_layer.value_or(SIZE_MAX)}) {
+      number(x);
+    }
+  }
+  for (const HeadCodec& codec : plan.codecs) {
+    const std::string kind = ToString(codec.kind);
+    bytes(kind.data(), kind.size() + 1);  // with the 0 at its end
+    floats({&codec.head_scale, 1});
+    floats(codec.mean());
+    floats(codec.factor());
+  }
+  return XXH3_64bits_digest(&hash);
 }
 
 Status CheckModelMatches(const Plan& plan, const Model& model) {

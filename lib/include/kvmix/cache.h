@@ -15,6 +15,7 @@
 #include "kvmix/export.h"
 #include "kvmix/model.h"
 #include "kvmix/plan.h"
+#include "kvmix/rope.h"
 #include "kvmix/rows.h"
 #include "kvmix/status.h"
 
@@ -22,7 +23,6 @@ namespace kvmix {
 
 class AppendJob;
 class AttendJob;
-struct Rope;  // kvmix/rope.h
 
 namespace internal {
 struct CacheImpl;
@@ -98,9 +98,15 @@ class KVMIX_API Cache {
   // else. More than a layer holds, or so few that the next query would see forgotten tokens:
   // kInvalidArgument, and nothing is dropped.
   Status Truncate(std::size_t tokens);
-  // Gives back the pages of a layer that hold only tokens before `first`. No query may see them
-  // again: options.sliding_window, or a mask, keeps them out.
+  // No query sees a layer's tokens before `first` again, and pages that hold only such go back.
   Status Forget(std::size_t layer, std::size_t first);
+  // Forgets tokens [keep, keep + drop) of every layer, and moves those after them `drop` positions
+  // back: V's rows as they are, K's decoded, turned and encoded again. ropes: one for all layers,
+  // or one for each of the model. The error of K becomes about that of two encodings
+  // (docs/numerics.md has it measured); a codec's mean does not turn, so a centred head loses more,
+  // the further its tokens move. Fewer tokens in a layer than keep + drop: kInvalidArgument, and
+  // nothing moves.
+  Status Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes);
 
   // The canonical rows of one KV head's K or V, tokens [first, first + count): codes
   // [count][RowBytes] and stored scales ([count] f32; not touched unless the codec stores a scale

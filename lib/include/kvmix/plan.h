@@ -65,6 +65,10 @@ KVMIX_API Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const H
 // A valid geometry, codecs of the right number, every codec whole (CheckCodec).
 KVMIX_API Status CheckPlan(const Plan& plan);
 
+// A hash of all that decides what stored bytes mean: the model's shape and the codecs with their
+// numbers, not the provenance. The same on every machine.
+KVMIX_API std::uint64_t Fingerprint(const Plan& plan);
+
 // Bytes of one token over all layers and heads; of the same in fp16; and the fraction of the latter
 // that the plan saves.
 KVMIX_API std::size_t BytesPerToken(const Plan& plan);

@@ -1,0 +1,269 @@
+#include "kvmix/session.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <filesystem>
+#include <fstream>
+#include <istream>
+#include <ostream>
+#include <vector>
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include "lib/cache/cache_impl.h"
+
+namespace kvmix {
+namespace {
+
+using internal::Access;
+using internal::CacheImpl;
+using internal::CacheLayer;
+using internal::PoolLayer;
+
+static_assert(std::endian::native == std::endian::little, "sessions are little-endian");
+
+constexpr std::array<char, 8> kMagic = {'k', 'v', 'm', 'i', 'x', 's', 'e', 's'};
+constexpr std::uint32_t kVersion = 1;
+constexpr std::size_t kRowsAtATime = 256;
+constexpr std::size_t kLongestName = 4096;
+
+// Everything before a checksum, since the last one.
+class Hash {
+ public:
+  Hash() { XXH3_64bits_reset(&state_); }
+  void Add(const void* data, std::size_t bytes) { XXH3_64bits_update(&state_, data, bytes); }
+  std::uint64_t Take() {
+    const std::uint64_t hash = XXH3_64bits_digest(&state_);
+    XXH3_64bits_reset(&state_);
+    return hash;
+  }
+
+ private:
+  XXH3_state_t state_;
+};
+
+class Writer {
+ public:
+  explicit Writer(std::ostream& out) : out_(out) {}
+  void Bytes(const void* data, std::size_t bytes) {
+    out_.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+    hash_.Add(data, bytes);
+  }
+  template <typename T>
+  void Number(T x) {
+    Bytes(&x, sizeof(T));
+  }
+  void Checksum() {
+    const std::uint64_t hash = hash_.Take();
+    out_.write(reinterpret_cast<const char*>(&hash), sizeof(hash));
+  }
+
+ private:
+  std::ostream& out_;
+  Hash hash_;
+};
+
+class Reader {
+ public:
+  explicit Reader(std::istream& in) : in_(in) {}
+  bool Bytes(void* data, std::size_t bytes) {
+    in_.read(static_cast<char*>(data), static_cast<std::streamsize>(bytes));
+    hash_.Add(data, bytes);
+    return in_.good();
+  }
+  template <typename T>
+  bool Number(T* x) {
+    return Bytes(x, sizeof(T));
+  }
+  bool Checksum() {
+    const std::uint64_t expected = hash_.Take();
+    std::uint64_t found = 0;
+    in_.read(reinterpret_cast<char*>(&found), sizeof(found));
+    return in_.good() && found == expected;
+  }
+
+ private:
+  std::istream& in_;
+  Hash hash_;
+};
+
+Status Damaged(const std::string& what, const std::string& expected) {
+  return {ErrorCode::kCorrupt,
+          fmt::format("session: {}: expected {}, found damage or the end", what, expected)};
+}
+
+std::string Named(const std::string& model, std::uint64_t fingerprint) {
+  return fmt::format("the plan {:016x} of {}", fingerprint,
+                     model.empty() ? "a model without a name" : model);
+}
+
+// f(tensor, KV head) for every tensor of a layer, until one fails.
+template <class F>
+Status ForTensors(const PoolLayer& layer, const F& f) {
+  for (std::size_t h = 0; h < layer.formats.size(); ++h) {
+    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+      if (Status s = f(t, h); !s.ok()) return s;
+    }
+  }
+  return {};
+}
+
+// Canonical rows of one tensor on their way.
+struct Rows {
+  std::vector<std::uint8_t> rows;
+  std::vector<float> scales;
+
+  explicit Rows(const internal::CompiledCodec& codec)
+      : rows(kRowsAtATime * codec.row_bytes()), scales(codec.stores_scales() ? kRowsAtATime : 0) {}
+};
+
+void SaveLayer(const CacheImpl& c, std::size_t layer, Writer& out) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CacheLayer& held = c.layers[layer];
+  out.Number<std::uint64_t>(held.forgotten);
+  out.Number<std::uint64_t>(held.tokens);
+  (void)ForTensors(shape, [&](Tensor t, std::size_t h) {
+    Rows buffer(shape.heads(t)[h]);
+    for (std::size_t at = held.forgotten; at < held.tokens; at += kRowsAtATime) {
+      const std::size_t n = std::min(kRowsAtATime, held.tokens - at);
+      internal::LoadRows(c, layer, t, h, at, n, buffer.rows.data(), buffer.scales.data());
+      out.Bytes(buffer.rows.data(), n * shape.heads(t)[h].row_bytes());
+      if (!buffer.scales.empty()) out.Bytes(buffer.scales.data(), n * sizeof(float));
+    }
+    return Status();
+  });
+  out.Checksum();
+}
+
+Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  CacheLayer& held = c.layers[layer];
+  const std::string name = fmt::format("layer {}", layer);
+  std::uint64_t forgotten = 0, tokens = 0;
+  if (!in.Number(&forgotten) || !in.Number(&tokens)) return Damaged(name, "its number of tokens");
+  if (forgotten > tokens) return Damaged(name, "fewer forgotten tokens than tokens");
+  if (tokens > c.capacity) {
+    return {ErrorCode::kOutOfMemory, fmt::format("session: {} has {} tokens, the cache room for {}",
+                                                 name, tokens, c.capacity)};
+  }
+  if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
+  held.forgotten = forgotten;
+  held.tokens = tokens;
+  const Status s = ForTensors(shape, [&](Tensor t, std::size_t h) {
+    Rows buffer(shape.heads(t)[h]);
+    for (std::size_t at = forgotten; at < tokens; at += kRowsAtATime) {
+      const std::size_t n = std::min<std::size_t>(kRowsAtATime, tokens - at);
+      if (!in.Bytes(buffer.rows.data(), n * shape.heads(t)[h].row_bytes()) ||
+          (!buffer.scales.empty() && !in.Bytes(buffer.scales.data(), n * sizeof(float)))) {
+        return Damaged(name, fmt::format("the rows of {} tokens", tokens - forgotten));
+      }
+      const float* const scales = buffer.scales.empty() ? nullptr : buffer.scales.data();
+      if (Status bad = shape.heads(t)[h].CheckCoded(buffer.rows.data(), scales, n); !bad.ok()) {
+        return Damaged(fmt::format("{}, KV head {}", name, h), "rows that an encoder makes");
+      }
+      internal::StoreRows(c, layer, t, h, at, n, buffer.rows.data(), scales);
+    }
+    return Status();
+  });
+  if (!s.ok()) return s;
+  return in.Checksum() ? Status() : Damaged(name, "a checksum that fits");
+}
+
+Status LoadHeader(const CacheImpl& c, Reader& in) {
+  std::array<char, 8> magic{};
+  std::uint32_t version = 0, name_bytes = 0;
+  std::uint64_t fingerprint = 0;
+  if (!in.Bytes(magic.data(), magic.size()) || magic != kMagic) {
+    return {ErrorCode::kCorrupt, "session: expected a kvmix session, found something else"};
+  }
+  if (!in.Number(&version)) return Damaged("header", "a version");
+  if (version != kVersion) {
+    return {ErrorCode::kVersion,
+            fmt::format("session: expected version {}, found {}", kVersion, version)};
+  }
+  if (!in.Number(&fingerprint) || !in.Number(&name_bytes) || name_bytes > kLongestName) {
+    return Damaged("header", "a plan");
+  }
+  std::string name(name_bytes, '\0');
+  if (!in.Bytes(name.data(), name.size()) || !in.Checksum()) {
+    return Damaged("header", "a checksum that fits");
+  }
+  const std::uint64_t own = Fingerprint(c.pool->plan);
+  if (fingerprint == own) return {};
+  return {ErrorCode::kMismatch,
+          fmt::format("session: expected {}, found one of {}",
+                      Named(c.pool->plan.provenance.model, own), Named(name, fingerprint))};
+}
+
+}  // namespace
+
+Status SaveSession(const Cache& cache, std::ostream& stream) {
+  const CacheImpl* const c = Access::Of(cache);
+  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  Writer out(stream);
+  const std::string name = c->pool->plan.provenance.model.substr(0, kLongestName);
+  out.Bytes(kMagic.data(), kMagic.size());
+  out.Number(kVersion);
+  out.Number(Fingerprint(c->pool->plan));
+  out.Number(static_cast<std::uint32_t>(name.size()));
+  out.Bytes(name.data(), name.size());
+  out.Checksum();
+  for (std::size_t layer = 0; layer < c->layers.size(); ++layer) {
+    if (c->pool->layers[layer].shape.owns_kv()) SaveLayer(*c, layer, out);
+  }
+  stream.flush();
+  if (stream.good()) return {};
+  return {ErrorCode::kIo, "session: the stream does not take what is written"};
+}
+
+Status LoadSession(Cache& cache, std::istream& stream) {
+  CacheImpl* const c = Access::Of(cache);
+  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  Reader in(stream);
+  if (Status s = LoadHeader(*c, in); !s.ok()) return s;
+  CacheImpl loaded(c->pool, c->capacity);
+  for (std::size_t layer = 0; layer < c->layers.size(); ++layer) {
+    if (!c->pool->layers[layer].shape.owns_kv()) continue;
+    if (Status s = LoadLayer(loaded, layer, in); !s.ok()) return s;
+  }
+  std::swap(c->layers, loaded.layers);
+  return {};
+}
+
+Status SaveSession(const Cache& cache, const std::string& path) {
+  const std::string temporary = fmt::format("{}.{}.tmp", path, getpid());
+  std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
+  Status s = SaveSession(cache, out);
+  out.close();
+  std::error_code error;
+  if (s.ok() && out.good()) {
+    std::filesystem::rename(temporary, path, error);
+    if (!error) return {};
+    s = {ErrorCode::kIo, error.message()};
+  }
+  std::filesystem::remove(temporary, error);
+  return {s.code(), fmt::format("{}: {}", path, s.message())};
+}
+
+Status LoadSession(Cache& cache, const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) return {ErrorCode::kIo, fmt::format("{}: expected a file that can be read", path)};
+  // Loaded beside: a file that goes on after its session is damaged, and the cache stays as it was.
+  CacheImpl* const c = Access::Of(cache);
+  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  Cache loaded = Access::Make(c->pool, c->capacity);
+  Status s = LoadSession(loaded, in);
+  if (s.ok() && in.peek() != std::ifstream::traits_type::eof()) {
+    s = Damaged("end", "nothing after the last layer");
+  }
+  if (!s.ok()) return {s.code(), fmt::format("{}: {}", path, s.message())};
+  std::swap(c->layers, Access::Of(loaded)->layers);
+  return {};
+}
+
+}  // namespace kvmix
