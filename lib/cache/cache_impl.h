@@ -25,8 +25,8 @@ struct PoolLayer {
   std::vector<kernels::BlockFormat> formats = {};  // [kv_heads]
 
   // A page holds the same blocks of all KV heads, [kv_heads][blocks][block_bytes]: one block in
-  // each of the first kOneBlockPages pages, `run` neighbouring ones in the pages after them.
-  std::size_t run = 1;
+  // each of the first kOneBlockPages pages, 2^run_log2 neighbouring ones in the pages after them.
+  std::size_t run_log2 = 0;
   std::size_t window = 0;  // of this layer and those that read it, the longest; 0: all is seen
   std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
   std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block

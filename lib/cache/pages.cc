@@ -13,6 +13,14 @@ constexpr std::size_t kChunk = 16 * kHugePage;
 // Unused memory that is kept for the next page: this fraction of what is in use, or this much.
 constexpr std::size_t kKeptFraction = 8, kKeptBytes = std::size_t{1} << 20;
 
+// Has the system map memory that is about to be written, at a tenth of what a fault for each 4 KiB
+// costs. Where it cannot, the faults come.
+void Populate([[maybe_unused]] std::uint8_t* memory, [[maybe_unused]] std::size_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+  madvise(memory, bytes, MADV_POPULATE_WRITE);
+#endif
+}
+
 std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
@@ -54,11 +62,13 @@ Page* PageMemory::Get(std::size_t kind) {
     dirty_ -= k.bytes;
   } else if (k.clean != nullptr) {
     page = std::exchange(k.clean, k.clean->next);
+    Populate(page->memory, k.bytes);
   } else if (std::uint8_t* memory = Carve(k.bytes)) {
     pages_.push_back(std::make_unique<Page>());
     page = pages_.back().get();
     page->memory = memory;
     page->kind = kind;
+    Populate(memory, k.bytes);
   } else {
     return nullptr;
   }

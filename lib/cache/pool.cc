@@ -1,6 +1,7 @@
 // A Pool: a plan compiled for a target, the layout of its pages, and their memory; and how a cache
 // gets pages, shares them and gives them back.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -54,7 +55,7 @@ bool SameTile(const kernels::TileFormat& a, const kernels::TileFormat& b) {
 
 // Pages of one can be those of the other: what was a number there is one here.
 bool SamePages(const PoolLayer& a, const PoolLayer& b) {
-  return a.run == b.run &&
+  return a.run_log2 == b.run_log2 &&
          std::ranges::equal(a.formats, b.formats,
                             [](const kernels::BlockFormat& x, const kernels::BlockFormat& y) {
                               return SameTile(x.k, y.k) && SameTile(x.v, y.v);
@@ -66,7 +67,7 @@ bool SamePages(const PoolLayer& a, const PoolLayer& b) {
 namespace internal {
 
 std::size_t PoolLayer::PageOf(std::size_t block) const {
-  return block < kOneBlockPages ? block : kOneBlockPages + (block - kOneBlockPages) / run;
+  return block < kOneBlockPages ? block : kOneBlockPages + ((block - kOneBlockPages) >> run_log2);
 }
 
 std::size_t PoolLayer::KindOf(std::size_t page) const {
@@ -74,7 +75,7 @@ std::size_t PoolLayer::KindOf(std::size_t page) const {
 }
 
 std::size_t PoolLayer::FirstBlock(std::size_t page) const {
-  return page < kOneBlockPages ? page : kOneBlockPages + (page - kOneBlockPages) * run;
+  return page < kOneBlockPages ? page : kOneBlockPages + ((page - kOneBlockPages) << run_log2);
 }
 
 Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& options) {
@@ -108,7 +109,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
     }
     layer.window = LongestWindow(pool->model, i);
     if (layer.window == 0) {  // a window lets blocks go one by one
-      layer.run = std::min<std::size_t>((kRunBytes * shape.kv_heads + bytes - 1) / bytes, 4);
+      layer.run_log2 =
+          std::min<std::size_t>(2, std::bit_width((kRunBytes * shape.kv_heads - 1) / bytes));
     }
     const auto like = std::ranges::find_if(pool->layers, [&](const PoolLayer& other) {
       return other.shape.owns_kv() && SamePages(other, layer);
@@ -118,8 +120,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
       layer.run_kind = like->run_kind;
     } else {
       layer.one_block_kind = pool->memory->AddKind(bytes);
-      layer.run_kind =
-          layer.run == 1 ? layer.one_block_kind : pool->memory->AddKind(layer.run * bytes);
+      layer.run_kind = layer.run_log2 == 0 ? layer.one_block_kind
+                                           : pool->memory->AddKind(bytes << layer.run_log2);
     }
     pool->layers.push_back(std::move(layer));
   }
