@@ -176,6 +176,7 @@ void RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
   std::vector<Case> cases;
   AddAttendCases(kernels.target, &cases);
   AddRowCases(kernels.target, &cases);
+  AddSequenceCases(kernels.target, &cases);
   for (const Case& c : cases) {
     if (options.quick && !c.quick && filter.empty()) continue;
     benchmark::RegisterBenchmark(

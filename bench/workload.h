@@ -27,6 +27,8 @@ inline constexpr Shape kShapes[] = {
     {4, 1, 256},    // Gemma-3
     {32, 32, 128},  // MHA
     {10, 2, 80},    // awkward: not a multiple of 32
+    {24, 4, 256},   // a group of six
+    {8, 1, 512},    // the global layers of Gemma 4
 };
 // Those that --quick keeps.
 inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;
@@ -88,8 +90,9 @@ struct Case {
   std::function<Workload(Bench&)> prepare;
 };
 
-void AddAttendCases(const char* target, std::vector<Case>* cases);  // attend_cases.cc
-void AddRowCases(const char* target, std::vector<Case>* cases);     // row_cases.cc: rows, append
+void AddAttendCases(const char* target, std::vector<Case>* cases);    // attend_cases.cc
+void AddRowCases(const char* target, std::vector<Case>* cases);       // row_cases.cc: rows, append
+void AddSequenceCases(const char* target, std::vector<Case>* cases);  // sequence_cases.cc
 
 }  // namespace kvmix::bench
 
