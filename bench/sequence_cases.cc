@@ -160,38 +160,41 @@ void AppendInstead(CacheData& d) {
 }
 void Fork(CacheData& d) {
   Cache fork = Require(d.cache.Fork());
+  Require(fork.Truncate(kTokens - kChunk));
   Require(fork.Append(0, d.rows.k().Tokens(0, 1), d.rows.v().Tokens(0, 1)));
 }
 void Shift(CacheData& d) {
-  d.rows.Fill(d.other, kTokens - d.other.tokens(0));
   const Rope rope;
-  Require(d.other.Shift(4, 256, {&rope, 1}));
+  Require(d.cache.Shift(0, kTokens / 16, {&rope, 1}));
+  d.rows.Fill(d.cache, kTokens / 16);
+}
+void AppendAll(CacheData& d) {
+  Require(d.other.Truncate(0));
+  d.rows.Fill(d.other, kTokens);
 }
 
 struct Kind {
   const char* name;
   void (*call)(CacheData&);
   std::size_t calls;
+  std::size_t tokens;  // of a call
   void (*reference)(CacheData&);
-  const char* limit;
 };
-constexpr Kind kKinds[] = {{"store", Store, kChunk, AppendInstead, "append"},
-                           {"fork", Fork, 1, nullptr, ""},
-                           {"shift", Shift, 1, nullptr, ""}};
+constexpr Kind kKinds[] = {{"store", Store, kChunk, 1, AppendInstead},
+                           {"fork", Fork, 1, 512, nullptr},
+                           {"shift", Shift, 1, kTokens, AppendAll}};
 
 Workload PrepareKind(const Kind& kind, const Shape& shape, Bench& bench) {
   Workload w;
   w.calls = kind.calls;
-  w.bytes = static_cast<double>(
-      BytesPerToken(
-          UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, kCodec, kCodec)) *
-      (kind.calls == 1 ? kTokens : 1));
+  const Geometry geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim};
+  w.bytes = static_cast<double>(BytesPerToken(UniformPlan(geometry, kCodec, kCodec)) * kind.tokens);
   const auto data = bench.Data<CacheData>(fmt::format("full {}", shape.name()),
                                           [&] { return FullCaches(shape, bench.kernels.target); });
   w.call = [data, &kind] { kind.call(*data); };
   if (kind.reference != nullptr) {
     w.reference = [data, &kind] { kind.reference(*data); };
-    w.limit = kind.limit;
+    w.limit = "append";
   } else {
     w.Bound(bench.limits.Memory(Access::kCopy, static_cast<std::size_t>(w.bytes), 1), w.bytes);
   }

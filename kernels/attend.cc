@@ -121,8 +121,9 @@ constexpr ScoreStage kScoreStage =
     MakeScoreStage<KProduct<S>>(std::make_index_sequence<kMaxRows>());
 
 const ScoreStage& ScoreStageOf(const BlockFormat& f) {
-  return WithStorage(f.k.row.storage,
-                     [](auto s) HWY_ATTR -> const ScoreStage& { return kScoreStage<decltype(s)>; });
+  return WithStorage(f.k.row.storage, [](auto s) KVMIX_LAMBDA -> const ScoreStage& {
+    return kScoreStage<decltype(s)>;
+  });
 }
 
 // ---- a storage of V: softmax weights, and the sum that they weigh
@@ -170,8 +171,9 @@ constexpr WeighStage kWeighStage =
     MakeWeighStage<VProduct<S>>(std::make_index_sequence<kMaxRows>());
 
 const WeighStage& WeighStageOf(const BlockFormat& f) {
-  return WithStorage(f.v.row.storage,
-                     [](auto s) HWY_ATTR -> const WeighStage& { return kWeighStage<decltype(s)>; });
+  return WithStorage(f.v.row.storage, [](auto s) KVMIX_LAMBDA -> const WeighStage& {
+    return kWeighStage<decltype(s)>;
+  });
 }
 
 // ---- one task

@@ -6,15 +6,12 @@
 #define HWY_TARGET_INCLUDE "kernels/mask.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
-#include "hwy/highway.h"
 #include "kernels/formats.h"
-#include "kernels/per_target.h"
+#include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
-
-namespace hn = hwy::HWY_NAMESPACE;
 
 // Numbers as signed bits. kInfinity: those of +inf.
 template <typename Bits, Bits kInfinity>

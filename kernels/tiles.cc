@@ -174,9 +174,26 @@ void Load(const BlockFormat& format, const std::uint8_t* const* blocks, std::siz
           });
 }
 
+void Prefetch(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token) {
+  const auto ask = [](const std::uint8_t* at, std::size_t stride, std::size_t count) KVMIX_LAMBDA {
+    for (std::size_t i = 0; i < count; ++i) __builtin_prefetch(at + i * stride, 1);
+  };
+  ForRows(format.k, blocks, token, 1,
+          [&]<class S>(S, const std::uint8_t* block, std::size_t t, std::size_t) KVMIX_LAMBDA {
+            ask(KRow<S>(format.k, block, t), 64, KTileBytes<S>(format.k.row.dim) / 64);
+          });
+  ForRows(format.v, blocks, token, 1,
+          [&]<class S>(S, const std::uint8_t* block, std::size_t t, std::size_t) KVMIX_LAMBDA {
+            const std::size_t dim = RoundUp(format.v.row.dim, kLanes);
+            ask(VRow<S>(format.v, block, t), kVTileBytes<S>, dim / kLanes);
+          });
+}
+
 }  // namespace
 
-TileKernels TileTable() { return {&LayOut, &Store<kK>, &Store<kV>, &Load<kK>, &Load<kV>}; }
+TileKernels TileTable() {
+  return {&LayOut, &Store<kK>, &Store<kV>, &Load<kK>, &Load<kV>, &Prefetch};
+}
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

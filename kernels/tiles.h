@@ -32,6 +32,8 @@ struct TileKernels {
   using Load = void(const BlockFormat& format, const std::uint8_t* const* blocks, std::size_t token,
                     std::size_t count, std::uint8_t* rows, std::size_t row_stride, float* scales);
   Load *load_k, *load_v;
+  // Asks for the lines that the rows of one token, K's and V's, will be written to.
+  void (*prefetch)(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t token);
 };
 
 TileKernels TileKernelsFor(std::int64_t target);

@@ -250,6 +250,10 @@ Status Cache::Store(std::size_t layer, std::span<const std::int64_t> cells, cons
     return s;
   }
   return for_runs([&](std::size_t i, std::size_t n, std::size_t cell) {
+    // Lines of a cell far from the last one are in no cache: they come while rows are encoded.
+    for (std::size_t h = 0; n == 1 && h < k.heads; ++h) {
+      c->pool->kernels->tiles.prefetch(c->pool->layers[layer].formats[h], at.blocks_of(h), cell);
+    }
     Count(*c, StoreRun({c, layer}, k, v, i, n, cell));
     at.tokens = std::max(at.tokens, cell + n);
     return Status();
