@@ -206,6 +206,7 @@ bool IsWritable(const CacheImpl& c, std::size_t layer, std::size_t first, std::s
 }
 
 Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  if (count == 0) return {};  // there is no last cell
   const PoolLayer& shape = c.pool->layers[layer];
   CacheLayer& at = c.layers[layer];
   const std::size_t first_page = shape.PageOf(first / kBlockTokens);
