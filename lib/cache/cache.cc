@@ -75,6 +75,10 @@ void LoadRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t 
   (tensor == Tensor::kK ? tiles.load_k : tiles.load_v)(
       shape.formats[head], c.layers[layer].blocks_of(head), cell, count, rows, codec.row_bytes(),
       codec.stores_scales() ? scales : nullptr);
+  if (tensor == Tensor::kV || codec.format().storage != kernels::Storage::kI8) return;
+  // Where tiles flip the sign of K's codes, memory that was never written reads as -128, which no
+  // encoder makes: a session of it would be refused.
+  std::replace(rows, rows + count * codec.row_bytes(), std::uint8_t{0x80}, std::uint8_t{0});
 }
 
 }  // namespace internal
