@@ -129,8 +129,10 @@ Result<Cache> Cache::Fork() const {
   Cache fork = Access::Make(impl_->pool, impl_->capacity);
   fork.impl_->layers = impl_->layers;
   for (const CacheLayer& layer : fork.impl_->layers) {
-    for (internal::Page* page : layer.pages) {
-      if (page != nullptr) internal::PageMemory::Share(page);
+    for (std::size_t p = 0; p < layer.pages.size(); ++p) {
+      if (layer.pages[p] != nullptr && p != layer.again) {
+        internal::PageMemory::Share(layer.pages[p]);
+      }
     }
   }
   return fork;
@@ -249,8 +251,9 @@ std::size_t Cache::forgotten(std::size_t layer) const {
 std::size_t Cache::bytes() const {
   std::size_t sum = 0;
   for (const CacheLayer& layer : impl_->layers) {
-    for (const internal::Page* page : layer.pages) {
-      if (page != nullptr) sum += impl_->pool->memory->page_bytes(page->kind);
+    for (std::size_t p = 0; p < layer.pages.size(); ++p) {
+      if (layer.pages[p] == nullptr || p == layer.again) continue;
+      sum += impl_->pool->memory->page_bytes(layer.pages[p]->kind);
     }
   }
   return sum;

@@ -49,9 +49,12 @@ struct PoolImpl {
 
 // One layer of one cache. Tokens of block b of a KV head lie at blocks_of(head)[b].
 struct CacheLayer {
-  std::size_t tokens = 0;             // the cell after the last one that was written
-  std::size_t forgotten = 0;          // tokens before this one are gone
-  std::vector<Page*> pages;           // null where nothing was written, or all is forgotten
+  std::size_t tokens = 0;     // the cell after the last one that was written
+  std::size_t forgotten = 0;  // tokens before this one are gone
+  std::vector<Page*> pages;   // null where nothing was written, or all is forgotten
+  // With a window: this page's memory is also that of the page a window before, whose forgotten
+  // tokens are overwritten one by one; so one token a call never takes more memory.
+  std::size_t again = SIZE_MAX;
   std::vector<std::uint8_t*> blocks;  // [kv_heads][block_stride]
   std::size_t block_stride = 0;
 

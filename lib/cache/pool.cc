@@ -180,9 +180,24 @@ void CopyPage(const PoolLayer& shape, const CacheLayer& layer, std::size_t page,
   }
 }
 
+// Pages of a window.
+std::size_t Cycle(const PoolLayer& shape) {
+  return (shape.window + kBlockTokens - 1) / kBlockTokens;
+}
+
+// Whether tokens up to `end`, in the place of those a cycle before, overwrite any that is seen.
+bool OverwritesSeen(const PoolLayer& shape, const CacheLayer& layer, std::size_t end) {
+  return end > layer.forgotten + Cycle(shape) * kBlockTokens;
+}
+
 void SetPage(CacheImpl& c, std::size_t layer, std::size_t page, Page* to) {
   CacheLayer& at = c.layers[layer];
-  if (at.pages[page] != nullptr) c.pool->memory->Release(at.pages[page]);
+  const PoolLayer& shape = c.pool->layers[layer];
+  if (at.again != SIZE_MAX && (page == at.again || page + Cycle(shape) == at.again)) {
+    at.again = SIZE_MAX;  // the other one keeps the memory
+  } else if (at.pages[page] != nullptr) {
+    c.pool->memory->Release(at.pages[page]);
+  }
   at.pages[page] = to;
   PointTo(*c.pool, c.pool->layers[layer], at, page);
 }
@@ -196,11 +211,13 @@ bool IsOwn(const Page* page) {
 bool IsWritable(const CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
   if (count == 0) return true;
   const PoolLayer& shape = c.pool->layers[layer];
-  const std::vector<Page*>& pages = c.layers[layer].pages;
+  const CacheLayer& at = c.layers[layer];
+  const std::vector<Page*>& pages = at.pages;
   const std::size_t last = shape.PageOf((first + count - 1) / kBlockTokens);
   if (last >= pages.size()) return false;
   for (std::size_t p = shape.PageOf(first / kBlockTokens); p <= last; ++p) {
     if (!IsOwn(pages[p])) return false;
+    if (p == at.again && OverwritesSeen(shape, at, first + count)) return false;
   }
   return true;
 }
@@ -212,9 +229,18 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
   const std::size_t first_page = shape.PageOf(first / kBlockTokens);
   const std::size_t last_page = shape.PageOf((first + count - 1) / kBlockTokens);
   Grow(*c.pool, shape, at, last_page + 1);
+  const bool overwrites = OverwritesSeen(shape, at, first + count);
+  if (shape.window != 0 && first_page == last_page && first_page >= Cycle(shape) && !overwrites &&
+      at.again == SIZE_MAX && at.pages[first_page] == nullptr &&
+      IsOwn(at.pages[first_page - Cycle(shape)])) {
+    at.again = first_page;
+    at.pages[first_page] = at.pages[first_page - Cycle(shape)];
+    PointTo(*c.pool, shape, at, first_page);
+    return {};
+  }
   Page* fresh = nullptr;  // a list
   for (std::size_t p = first_page; p <= last_page; ++p) {
-    if (IsOwn(at.pages[p])) continue;
+    if (IsOwn(at.pages[p]) && !(p == at.again && overwrites)) continue;
     Page* const page = c.pool->memory->Get(shape.KindOf(p));
     if (page == nullptr) {
       while (fresh != nullptr) c.pool->memory->Release(std::exchange(fresh, fresh->next));
@@ -256,7 +282,7 @@ void ForgetPast(CacheImpl& c, std::size_t layer, std::size_t next) {
 CacheImpl::~CacheImpl() {
   for (CacheLayer& layer : layers) {
     for (std::size_t p = layer.pages.size(); p-- > 0;) {
-      if (layer.pages[p] != nullptr) pool->memory->Release(layer.pages[p]);
+      if (layer.pages[p] != nullptr && p != layer.again) pool->memory->Release(layer.pages[p]);
     }
   }
 }
