@@ -13,7 +13,8 @@ std::vector<Kernels> MakeAll() {
   for (std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
     const std::int64_t target = left & -left;
     all.push_back({hwy::TargetName(target), EncodeKernelsFor(target), TransformKernelsFor(target),
-                   TileKernelsFor(target), MaskKernelsFor(target), AttendKernelsFor(target)});
+                   TileKernelsFor(target), MaskKernelsFor(target), AttendKernelsFor(target),
+                   ExactKernelsFor(target)});
   }
   return all;
 }

@@ -12,6 +12,7 @@
 
 #include "kernels/attend.h"
 #include "kernels/encode.h"
+#include "kernels/exact.h"
 #include "kernels/mask.h"
 #include "kernels/tiles.h"
 #include "kernels/transform.h"
@@ -25,6 +26,7 @@ struct Kernels {
   TileKernels tiles;
   MaskKernels mask;
   AttendKernels attend;
+  ExactKernels exact;
 };
 
 // Every target that is compiled in and that this CPU runs, the best first. Never empty.

@@ -44,6 +44,8 @@ struct To {
 // values.
 std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const RowsView& x,
                           std::size_t first, std::size_t count, std::size_t cell) {
+  internal::KeepExact(*to.cache, to.layer, tensor, head, cell,
+                      internal::TokenRows(x, head, first, count));
   Coded coded;
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < count; t += kRowsAtATime) {
@@ -65,6 +67,8 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::si
     const std::size_t n = std::min(heads.alike(h), kRowsAtATime), row_bytes = heads[h].row_bytes();
     clamped += heads[h].EncodeHeads(internal::HeadRows(x, token, h, n), coded.rows, coded.scales);
     for (std::size_t i = 0; i < n; ++i, ++h) {
+      internal::KeepExact(*to.cache, to.layer, tensor, h, cell,
+                          internal::TokenRows(x, h, token, 1));
       internal::StoreRows(*to.cache, to.layer, tensor, h, cell, 1, coded.rows + i * row_bytes,
                           coded.scales + i);
     }

@@ -106,6 +106,7 @@ struct AttendJob::Impl {
   std::vector<kernels::MaskRange> ranges;  // of all masks
   std::vector<std::size_t> order;          // of requests, for Share
   internal::Schedule schedule;
+  std::size_t exact = 0;     // the plan's exact_first
   std::size_t padded = 0;    // floats of an output row
   bool from_memory = false;  // rather than from L2
   Scratch outputs_memory;
@@ -120,6 +121,10 @@ struct AttendJob::Impl {
   void RunPart(std::size_t part);
   const std::uint8_t* BlockAfter(std::size_t part) const;
   void Merge(const Unit& unit, const float* bias, const Outputs* own) const;
+  void GatherQueries(const Unit& unit, float* rows) const;
+  Outputs AttendExact(const Unit& unit, const float* bias) const;
+  float MaskNumber(const kernels::Mask& mask, std::size_t query, std::size_t token,
+                   std::size_t kv_head, std::size_t row) const;
 };
 
 // The options are those of the layer where they say nothing.
@@ -137,6 +142,7 @@ Status AttendJob::Impl::Start(std::span<const AttendRequest> asked, std::size_t 
   pool = first->pool.get();
   layer = &pool->layers[pool->model.kv_layer(at_layer)];
   shape = &pool->model.layers[at_layer];
+  exact = pool->plan.exact_first;
   options = o;
   if (options.attention_scale == 0.0f) options.attention_scale = shape->scale();
   if (options.sliding_window == 0) options.sliding_window = shape->window;
@@ -181,6 +187,7 @@ Status AttendJob::Impl::Add(const AttendRequest& asked, std::size_t at_layer) {
   sequences.push_back({.queries = asked.q.tokens,
                        .tokens = requests.back().held->tokens,
                        .window = options.sliding_window,
+                       .exact = std::min(exact, requests.back().held->tokens),
                        .forgotten = requests.back().held->forgotten,
                        .causal = options.causal});
   return asked.mask.data != nullptr ? Scan(asked, *cache) : Status();
@@ -311,18 +318,15 @@ void AttendJob::Impl::RunPart(std::size_t index) {
 
   // f32 rows of the query heads that share a KV head.
   float* row = queries;
-  bool biased = options.soft_cap != 0.0f || options.sinks != nullptr;
+  bool biased = options.soft_cap != 0.0f || options.sinks != nullptr || exact != 0;
   for (const std::uint32_t u : units) {
     const Unit& unit = schedule.units[u];
-    const Request& request = requests[unit.sequence];
-    biased |= request.log_sum_exp != nullptr;
-    for (std::size_t i = 0; i < unit.queries; ++i, row += group * dim) {
-      const kernels::RowsIn heads =
-          internal::HeadRows(request.q, unit.first_query + i, part.kv_head * group, group);
-      pool->kernels->encode.to_float(heads, row, dim);
-    }
+    biased |= requests[unit.sequence].log_sum_exp != nullptr;
+    GatherQueries(unit, row);
+    row += unit.queries * group * dim;
   }
-  // Only a soft cap, sinks and a sum see what the codes of a centred K leave out of the scores.
+  // Only a soft cap, sinks, exact tokens and a sum see what the codes of a centred K leave out of
+  // the scores.
   layer->k[part.kv_head].PrepareQueries(queries, part.rows, options.attention_scale,
                                         biased ? bias : nullptr);
 
@@ -374,6 +378,62 @@ void AttendJob::Impl::RunPart(std::size_t index) {
   }
 }
 
+// f32 rows of the query heads that share a KV head.
+void AttendJob::Impl::GatherQueries(const Unit& unit, float* rows) const {
+  const std::size_t group = shape->group();
+  for (std::size_t i = 0; i < unit.queries; ++i, rows += group * shape->k_dim) {
+    const kernels::RowsIn heads = internal::HeadRows(
+        requests[unit.sequence].q, unit.first_query + i, unit.kv_head * group, group);
+    pool->kernels->encode.to_float(heads, rows, shape->k_dim);
+  }
+}
+
+// A unit's rows over the tokens that are kept exact. Their scores lack `bias` as those of codes do.
+Outputs AttendJob::Impl::AttendExact(const Unit& unit, const float* bias) const {
+  const internal::Sequence& s = sequences[unit.sequence];
+  const Request& request = requests[unit.sequence];
+  const std::size_t rows = unit.queries * shape->group();
+  thread_local Scratch scratch;
+  const std::size_t q_floats = rows * shape->k_dim, added_floats = rows * s.exact;
+  std::uint8_t* const memory = scratch.Get((q_floats + added_floats) * sizeof(float) +
+                                           rows * Outputs::RowBytes(shape->v_dim));
+  float* const queries = reinterpret_cast<float*>(memory);
+  float* const added = queries + q_floats;
+  const Outputs to =
+      Outputs::At(reinterpret_cast<std::uint8_t*>(added + added_floats), rows, shape->v_dim);
+  GatherQueries(unit, queries);
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::size_t query = unit.first_query + r / shape->group();
+    const std::size_t end = s.tokens - s.queries + query + 1;  // may be huge: before token 0
+    for (std::size_t t = 0; t < s.exact; ++t) {
+      const bool in_causal = !s.causal || (end <= s.tokens && t < end);
+      const bool in_window = s.window == 0 || end > s.tokens || t + s.window >= end;
+      float number = in_causal && in_window && t >= s.forgotten ? 0.0f : -kInf;
+      if (request.masked) number += MaskNumber(request.mask, query, t, unit.kv_head, r);
+      added[r * s.exact + t] = number - (options.soft_cap != 0.0f ? 0.0f : bias[r]);
+    }
+  }
+  pool->kernels->exact.attend({ExactRows(*pool, *layer, *request.held, Tensor::kK, unit.kv_head),
+                               ExactRows(*pool, *layer, *request.held, Tensor::kV, unit.kv_head),
+                               s.exact, shape->k_dim, shape->v_dim, queries, rows,
+                               options.attention_scale, options.soft_cap, added, to.out, to.max,
+                               to.sum});
+  return to;
+}
+
+// A mask's number for one row and token, with its slope.
+float AttendJob::Impl::MaskNumber(const kernels::Mask& mask, std::size_t query, std::size_t token,
+                                  std::size_t kv_head, std::size_t row) const {
+  if (token >= mask.tokens) return -kInf;
+  const std::ptrdiff_t at =
+      static_cast<std::ptrdiff_t>(query) * mask.stride + static_cast<std::ptrdiff_t>(token);
+  const std::size_t group = shape->group();
+  const float slope = mask.slopes != nullptr ? mask.slopes[kv_head * group + row % group] : 1.0f;
+  if (mask.dtype == kernels::Dtype::kF32) return slope * static_cast<const float*>(mask.values)[at];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(mask.values)[at];
+  return slope * (mask.dtype == kernels::Dtype::kF16 ? HalfToFloat(bits) : BFloatToFloat(bits));
+}
+
 // out = sum over parts of 2^(max_p - max) out_p / (sum over parts of 2^(max_p - max) sum_p + sink),
 // and what V's codec restores. own: the outputs of a unit's only part.
 void AttendJob::Impl::Merge(const Unit& unit, const float* bias, const Outputs* own) const {
@@ -385,12 +445,14 @@ void AttendJob::Impl::Merge(const Unit& unit, const float* bias, const Outputs* 
     const Part& part = schedule.parts[place.part];
     return Outputs::At(outputs + part.memory, part.rows, padded).From(place.row + row, padded);
   };
+  const bool has_exact = sequences[unit.sequence].exact != 0;
+  const Outputs first = has_exact ? AttendExact(unit, bias) : Outputs{};
   for (std::size_t r = 0; r < unit.queries * group; ++r) {
     const std::size_t query_head = unit.kv_head * group + r % group;
     const std::size_t row = (unit.first_query + r / group) * shape->query_heads + query_head;
     float* const to = request.out + row * dim;
-    float max = -kInf;
-    bool nan = false;
+    float max = has_exact ? first.max[r] : -kInf;
+    bool nan = std::isnan(max);
     for (std::size_t p = 0; p < unit.partials; ++p) {
       const float own_max = *partial(p, r).max;
       max = std::max(max, own_max);
@@ -415,7 +477,9 @@ void AttendJob::Impl::Merge(const Unit& unit, const float* bias, const Outputs* 
     const auto weight = [&](std::size_t p) { return std::exp2(*partial(p, r).max - max); };
     float sum = 0.0f;
     for (std::size_t p = 0; p < unit.partials; ++p) sum += weight(p) * *partial(p, r).sum;
-    const float total = sum + std::exp2(sink - max);
+    const float first_weight = has_exact ? std::exp2(first.max[r] - max) : 0.0f;
+    const float first_sum = has_exact ? first_weight * first.sum[r] : 0.0f;
+    const float total = sum + first_sum + std::exp2(sink - max);
     std::fill(to, to + dim, 0.0f);
     for (std::size_t p = 0; p < unit.partials; ++p) {
       const float share = weight(p) / total;
@@ -423,6 +487,9 @@ void AttendJob::Impl::Merge(const Unit& unit, const float* bias, const Outputs* 
       for (std::size_t c = 0; c < dim; ++c) to[c] += share * from[c];
     }
     layer->v[unit.kv_head].RestoreOutput(to, sum / total);
+    for (std::size_t c = 0; has_exact && c < dim; ++c) {
+      to[c] += first_weight / total * first.out[r * dim + c];
+    }
     if (request.log_sum_exp != nullptr) {
       request.log_sum_exp[row] = (max + std::log2(total)) * kLn2 + lacking;
     }

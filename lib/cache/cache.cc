@@ -57,6 +57,31 @@ Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std:
                                             heads, head_dim, rows.heads, rows.head_dim)};
 }
 
+const Half* ExactRows(const PoolImpl& pool, const PoolLayer& shape, const CacheLayer& layer,
+                      Tensor tensor, std::size_t head) {
+  const std::size_t k_dim = shape.shape.k_dim, before = tensor == Tensor::kK ? 0 : k_dim;
+  return layer.exact.data() + pool.plan.exact_first * (head * (k_dim + shape.shape.v_dim) + before);
+}
+
+std::span<Half> ExactRows(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const Half* const first = ExactRows(*c.pool, shape, c.layers[layer], tensor, head);
+  return {
+      c.layers[layer].exact.data() + (first - c.layers[layer].exact.data()),
+      c.pool->plan.exact_first * (tensor == Tensor::kK ? shape.shape.k_dim : shape.shape.v_dim)};
+}
+
+void KeepExact(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head, std::size_t cell,
+               const kernels::RowsIn& rows) {
+  const std::size_t exact = c.pool->plan.exact_first;
+  if (cell >= exact) return;
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CompiledCodec& f16 = (tensor == Tensor::kK ? shape.exact_k : shape.exact_v)[head];
+  Half* const to = ExactRows(c, layer, tensor, head).data() + cell * rows.dim;
+  f16.Encode(rows.From(0, std::min(rows.count, exact - cell)), reinterpret_cast<std::uint8_t*>(to),
+             nullptr);
+}
+
 void StoreRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
                std::size_t cell, std::size_t count, const std::uint8_t* rows, const float* scales) {
   const PoolLayer& shape = c.pool->layers[layer];
@@ -227,6 +252,17 @@ Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const
   s = for_tensors([&](Tensor t, std::size_t h, const void* codes, const float* const* all) {
     internal::StoreRows(c, layer, t, h, held, count, static_cast<const std::uint8_t*>(codes),
                         scales_of(t, h, all));
+    // First tokens are as exact as their codes.
+    const std::size_t dim = t == Tensor::kK ? shape.shape.k_dim : shape.shape.v_dim;
+    for (std::size_t r = 0; held + r < c.pool->plan.exact_first && r < count; ++r) {
+      float row[kMaxHeadDim];
+      const CompiledCodec& codec = shape.heads(t)[h];
+      const float* const scale = codec.stores_scales() ? all[h] + r : nullptr;
+      codec.Decode(static_cast<const std::uint8_t*>(codes) + r * codec.row_bytes(), scale, 1, row,
+                   dim);
+      internal::KeepExact(c, layer, t, h, held + r,
+                          internal::TokenRows(RowsView::F32(row, 1, 1, dim), 0, 0, 1));
+    }
     return Status();
   });
   c.layers[layer].tokens += count;

@@ -27,6 +27,7 @@ struct PoolLayer {
   // A page holds the same blocks of all KV heads, [kv_heads][blocks][block_bytes]: one block in
   // each of the first kOneBlockPages pages, 2^run_log2 neighbouring ones in the pages after them.
   std::size_t run_log2 = 0;
+  CompiledHeads exact_k = {}, exact_v = {};  // f16, where the plan keeps first tokens exact
   std::size_t window = 0;  // of this layer and those that read it, the longest; 0: all is seen
   std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
   std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
@@ -57,6 +58,7 @@ struct CacheLayer {
   std::size_t again = SIZE_MAX;
   std::vector<std::uint8_t*> blocks;  // [kv_heads][block_stride]
   std::size_t block_stride = 0;
+  std::vector<Half> exact;  // [kv_heads][K, V][the plan's exact_first][channels]
 
   std::uint8_t* const* blocks_of(std::size_t kv_head) const {
     return blocks.data() + kv_head * block_stride;
@@ -107,6 +109,15 @@ Status MakeWritable(CacheImpl& cache, std::size_t layer, std::size_t first, std:
 void DropUnused(CacheImpl& cache, std::size_t layer);
 // Forgets what no query from token `next` on sees through the layer's window.
 void ForgetPast(CacheImpl& cache, std::size_t layer, std::size_t next);
+
+// Rows of cells [cell, cell + rows.count) of one head: those among the plan's first tokens are kept
+// exact as well.
+void KeepExact(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
+               std::size_t cell, const kernels::RowsIn& rows);
+// Exact rows of a head's K or V, [exact_first][channels].
+std::span<Half> ExactRows(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head);
+const Half* ExactRows(const PoolImpl& pool, const PoolLayer& shape, const CacheLayer& layer,
+                      Tensor tensor, std::size_t head);
 
 // Canonical rows of one head into cells, and out of them.
 void StoreRows(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,

@@ -98,6 +98,12 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
     PoolLayer layer{.shape = shape,
                     .k = Compile(plan, i, Tensor::kK, shape.k_dim, **kernels),
                     .v = Compile(plan, i, Tensor::kV, shape.v_dim, **kernels)};
+    if (plan.exact_first != 0) {
+      const HeadCodec f16;
+      const std::vector<const HeadCodec*> all(shape.kv_heads, &f16);
+      layer.exact_k = CompiledHeads(all, shape.k_dim, **kernels);
+      layer.exact_v = CompiledHeads(all, shape.v_dim, **kernels);
+    }
     std::size_t bytes = 0;
     for (std::size_t h = 0; h < shape.kv_heads; ++h) {
       kernels::BlockFormat format{{layer.k[h].format()}, {layer.v[h].format()}};
@@ -226,6 +232,8 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
   if (count == 0) return {};  // there is no last cell
   const PoolLayer& shape = c.pool->layers[layer];
   CacheLayer& at = c.layers[layer];
+  at.exact.resize(c.pool->plan.exact_first * shape.shape.kv_heads *
+                  (shape.shape.k_dim + shape.shape.v_dim));
   const std::size_t first_page = shape.PageOf(first / kBlockTokens);
   const std::size_t last_page = shape.PageOf((first + count - 1) / kBlockTokens);
   Grow(*c.pool, shape, at, last_page + 1);

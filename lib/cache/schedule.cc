@@ -37,11 +37,12 @@ Tokens SeenBy(const Sequence& s, std::size_t query, std::size_t count) {
       static_cast<std::int64_t>(s.tokens + query + 1) - static_cast<std::int64_t>(s.queries);
   const std::int64_t last_end = first_end + static_cast<std::int64_t>(count) - 1;
   const std::int64_t window = static_cast<std::int64_t>(std::min(s.window, s.tokens));
-  Tokens seen{s.shared, s.tokens};
+  Tokens seen{std::max(s.shared, s.exact), s.tokens};
   if (s.causal) seen.last = static_cast<std::size_t>(std::max<std::int64_t>(0, last_end));
   if (window != 0) {
     seen.first = static_cast<std::size_t>(std::max<std::int64_t>(0, first_end - window)) /
                  kBlockTokens * kBlockTokens;
+    seen.first = std::max(seen.first, s.exact);
   }
   if (static_cast<std::int64_t>(s.forgotten) > (window != 0 ? first_end - window : 0)) {
     seen.first = std::max(seen.first, s.forgotten);
@@ -93,7 +94,7 @@ void Schedule::AddShared(std::span<const Sequence> sequences, std::size_t kv_hea
       std::size_t first = unit_of.size(), part_rows = 0;
       const auto close = [&] {
         if (part_rows != 0) {
-          AddParts(h, first, unit_of.size() - first, part_rows, 0, s.shared, span);
+          AddParts(h, first, unit_of.size() - first, part_rows, s.exact, s.shared, span);
         }
         first = unit_of.size();
         part_rows = 0;

@@ -16,6 +16,7 @@ struct Sequence {
   std::size_t queries = 0;
   std::size_t tokens = 0;     // that the layer holds
   std::size_t window = 0;     // 0: none
+  std::size_t exact = 0;      // the first tokens, which are no part's
   std::size_t forgotten = 0;  // tokens before this one are gone
   bool causal = true;
   // The first tokens, of whole blocks, that a group of sequences reads together, and the first

@@ -127,6 +127,7 @@ void SaveLayer(const CacheImpl& c, std::size_t layer, Writer& out) {
   const CacheLayer& held = c.layers[layer];
   out.Number<std::uint64_t>(held.forgotten);
   out.Number<std::uint64_t>(held.tokens);
+  if (held.tokens != 0) out.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
   (void)ForTensors(shape, [&](Tensor t, std::size_t h) {
     Rows buffer(shape.heads(t)[h]);
     for (std::size_t at = held.forgotten; at < held.tokens; at += kRowsAtATime) {
@@ -154,6 +155,12 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
   held.forgotten = forgotten;
   held.tokens = tokens;
+  if (tokens != 0) {
+    const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
+    const bool finite =
+        std::ranges::none_of(held.exact, [](Half x) { return (x & 0x7C00) == 0x7C00; });
+    if (!read || !finite) return Damaged(name, "the first tokens' exact rows");
+  }
   const Status s = ForTensors(shape, [&](Tensor t, std::size_t h) {
     Rows buffer(shape.heads(t)[h]);
     for (std::size_t at = forgotten; at < tokens; at += kRowsAtATime) {

@@ -38,6 +38,10 @@ Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& 
 }
 
 Status CheckPlan(const Plan& plan) {
+  if (plan.exact_first > kMostExactFirst) {
+    return Error(ErrorCode::kInvalidArgument, "exact_first: expected 0 to {}, found {}",
+                 kMostExactFirst, plan.exact_first);
+  }
   const Geometry& g = plan.geometry;
   if (Status s = CheckGeometry(g); !s.ok()) return s;
   const std::size_t expected = g.layers * g.kv_heads * 2;
@@ -84,6 +88,7 @@ std::uint64_t Fingerprint(const Plan& plan) {
       number(x);
     }
   }
+  number(plan.exact_first);
   for (const HeadCodec& codec : plan.codecs) {
     const std::string kind = ToString(codec.kind);
     bytes(kind.data(), kind.size() + 1);  // with the 0 at its end

@@ -42,10 +42,15 @@ struct Provenance {
   Fidelity on_holdout;
 };
 
+inline constexpr std::size_t kMostExactFirst = 64;
+
 struct Plan {
   Geometry geometry;
   std::vector<HeadCodec> codecs;  // [layers][kv_heads][K, V]
   Provenance provenance;
+  // The first tokens of every layer, which take much of the attention (sinks), are kept in f16
+  // beside their codes, and attended to exactly. At most kMostExactFirst.
+  std::size_t exact_first = 0;
 
   HeadCodec& codec(std::size_t layer, std::size_t kv_head, Tensor t) {
     return codecs[index(layer, kv_head, t)];
