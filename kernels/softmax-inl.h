@@ -15,6 +15,7 @@
 #include "hwy/highway.h"
 #include "kernels/mask.h"
 #include "kernels/product-inl.h"
+#include "kernels/rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
@@ -110,7 +111,7 @@ HWY_INLINE VF MaskNumbers(const Mask& mask, std::size_t query, std::size_t t) {
     const hn::RebindToUnsigned<DF> du;
     return hn::BitCast(df, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
   }
-  return hn::PromoteTo(df, hn::BitCast(hn::Rebind<hwy::float16_t, DF>(), bits));
+  return ToFloat(df, bits);
 }
 
 // s -> s * scale + slope * mask, in units of log2, for the tokens of block b that are seen. What
