@@ -36,7 +36,8 @@ struct AttendOptions {
 };
 
 // A number for every query and cell, as engines have it: 0 is seen, -inf is not, any other is added
-// to the score. It stands beside causality and window: with cells in any order, switch those off.
+// to the score (below -4e29, such as the least f32, it hides as -inf does). It stands beside
+// causality and window: with cells in any order, switch those off.
 struct MaskView {
   const void* data = nullptr;  // query i, cell c: element i * stride + c; null: no mask
   Dtype dtype = Dtype::kF16;
