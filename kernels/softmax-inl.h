@@ -98,20 +98,12 @@ HWY_INLINE void SoftCap(float* scores, std::size_t first, std::size_t last, floa
 
 // A vector of a mask's numbers for one query, from token t on; 0 past their end.
 HWY_INLINE VF MaskNumbers(const Mask& mask, std::size_t query, std::size_t t) {
-  const DF df;
-  const hn::Rebind<std::uint16_t, DF> d16;
   const std::ptrdiff_t at =
       static_cast<std::ptrdiff_t>(query) * mask.stride + static_cast<std::ptrdiff_t>(t);
-  const std::size_t n = HWY_MIN(kLanes, mask.tokens - t);
-  if (mask.dtype == Dtype::kF32) {
-    return hn::LoadN(df, static_cast<const float*>(mask.values) + at, n);
-  }
-  const auto bits = hn::LoadN(d16, static_cast<const std::uint16_t*>(mask.values) + at, n);
-  if (mask.dtype == Dtype::kBF16) {
-    const hn::RebindToUnsigned<DF> du;
-    return hn::BitCast(df, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
-  }
-  return ToFloat(df, bits);
+  return WithDtype(mask.dtype, [&]<class X>(X) KVMIX_LAMBDA {
+    return X::Load(First{HWY_MIN(kLanes, mask.tokens - t)},
+                   static_cast<const typename X::T*>(mask.values) + at);
+  });
 }
 
 // s -> s * scale + slope * mask, in units of log2, for the tokens of block b that are seen. What
