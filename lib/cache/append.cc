@@ -207,6 +207,10 @@ Status Append(std::span<const AppendRequest> requests, std::size_t layer, int nu
     const AppendRequest& r = requests[i];
     CacheImpl* const cache = r.cache != nullptr ? internal::Access::Of(*r.cache) : nullptr;
     if (Status s = Prepare(cache, layer, r.k, r.v); !s.ok()) {
+      // Pages that the requests before this one got ready go back.
+      for (const AppendRequest& ready : requests.first(i)) {
+        internal::DropUnused(*internal::Access::Of(*ready.cache), layer);
+      }
       return {s.code(), fmt::format("request {} of {}: {}", i, requests.size(), s.message())};
     }
   }

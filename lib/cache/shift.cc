@@ -133,6 +133,7 @@ Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ro
     if (Status s = CheckRope(rope_of(layer), layer, shapes[layer].shape.k_dim); !s.ok()) return s;
     const std::size_t first = FirstMoved(held, keep, drop);
     if (Status s = internal::MakeWritable(c, layer, first - drop, held.tokens - first); !s.ok()) {
+      for (std::size_t ready = 0; ready < layer; ++ready) internal::DropUnused(c, ready);
       return s;
     }
   }
