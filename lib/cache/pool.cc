@@ -27,6 +27,8 @@ namespace {
 // many neighbouring blocks of a head as make this many bytes: the jumps then cost 1 to 2 %.
 constexpr std::size_t kRunBytes = std::size_t{128} << 10;
 constexpr std::size_t kOneBlockPages = 4;
+// What the tables of one layer of a cache may take: this, or a fraction of the pool.
+constexpr std::size_t kMostTableBytes = std::size_t{16} << 20, kMostTableFraction = 64;
 
 // The codecs of a layer's K or V.
 CompiledHeads Compile(const Plan& plan, std::size_t layer, Tensor tensor, std::size_t dim,
@@ -236,6 +238,16 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
                   (shape.shape.k_dim + shape.shape.v_dim));
   const std::size_t first_page = shape.PageOf(first / kBlockTokens);
   const std::size_t last_page = shape.PageOf((first + count - 1) / kBlockTokens);
+  // A cell far from all others would need tables larger than memory.
+  const std::size_t most_blocks =
+      std::max(kMostTableBytes, c.pool->memory->most() / kMostTableFraction) /
+      ((shape.formats.size() + 1) * sizeof(void*));
+  if ((first + count - 1) / kBlockTokens >= most_blocks) {
+    return {ErrorCode::kOutOfMemory,
+            fmt::format("layer {}: no tables for tokens {} + {}: those of a pool of {} bytes end "
+                        "at {}",
+                        layer, first, count, c.pool->memory->most(), most_blocks * kBlockTokens)};
+  }
   Grow(*c.pool, shape, at, last_page + 1);
   const bool overwrites = OverwritesSeen(shape, at, first + count);
   if (shape.window != 0 && first_page == last_page && first_page >= Cycle(shape) && !overwrites &&
