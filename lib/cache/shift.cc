@@ -131,6 +131,11 @@ Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ro
                           held.tokens)};
     }
     if (Status s = CheckRope(rope_of(layer), layer, shapes[layer].shape.k_dim); !s.ok()) return s;
+  }
+  if (drop == 0) return {};  // K is as it should be, and another encoding would only lose
+  for (std::size_t layer = 0; layer < shapes.size(); ++layer) {
+    if (!shapes[layer].shape.owns_kv()) continue;
+    const CacheLayer& held = c.layers[layer];
     const std::size_t first = FirstMoved(held, keep, drop);
     if (Status s = internal::MakeWritable(c, layer, first - drop, held.tokens - first); !s.ok()) {
       for (std::size_t ready = 0; ready < layer; ++ready) internal::DropUnused(c, ready);
