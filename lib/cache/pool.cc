@@ -284,7 +284,8 @@ void DropUnused(CacheImpl& c, std::size_t layer) {
   const PoolLayer& shape = c.pool->layers[layer];
   CacheLayer& at = c.layers[layer];
   for (std::size_t p = at.pages.size(); p-- > 0;) {
-    const bool past = shape.FirstBlock(p + 1) * kBlockTokens <= at.forgotten;
+    const std::size_t end = std::min(at.tokens, shape.FirstBlock(p + 1) * kBlockTokens);
+    const bool past = end <= at.forgotten;
     const bool beyond = shape.FirstBlock(p) * kBlockTokens >= at.tokens;
     if (at.pages[p] != nullptr && (past || beyond)) SetPage(c, layer, p, nullptr);
   }
