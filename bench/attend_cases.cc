@@ -61,7 +61,7 @@ HeadCodec CodecNamed(const char* name) {
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
-  return UniformPlan({layers, c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim},
+  return UniformPlan(Geometry{layers, c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim},
                      CodecNamed(c.codecs.k), CodecNamed(c.codecs.v));
 }
 
@@ -71,7 +71,7 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
                                        const char* target) {
   constexpr std::size_t kTokens = 256;
   const Plan plan = PlanOf(c, layers);
-  Cache cache = Require(Cache::Create(plan.geometry, plan, c.context.tokens, {target}));
+  Cache cache = Require(Cache::Create(plan.model, plan, c.context.tokens, {target}));
   const std::size_t row = c.shape.kv_heads * c.shape.head_dim;
   const std::vector<Half> rows = RandomHalves(2 * kTokens * row);
   const RowsView k = RowsView::F16(rows.data(), kTokens, c.shape.kv_heads, c.shape.head_dim);

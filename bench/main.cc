@@ -129,8 +129,8 @@ void SaveWisdomFile(const Options& options) {
   for (const Shape& shape : kShapes) {
     ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
                              shape.head_dim));
-    Require(MeasureHeadSpeeds(kinds, kinds, shape.group(), shape.head_dim, kWisdomContext,
-                              options.seconds(), &wisdom));
+    Require(MeasureHeadSpeeds(kinds, kinds, {1, shape.group(), shape.head_dim, shape.head_dim},
+                              kWisdomContext, options.seconds(), &wisdom));
   }
   ShowProgress("");
   Require(SaveWisdom(wisdom, options.wisdom));

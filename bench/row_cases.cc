@@ -178,8 +178,8 @@ void CopyTokens(const Shape& shape, AppendData& data) {
 Workload PrepareAppend(const Shape& shape, Bench& bench) {
   const HeadCodec codec{{Storage::kI8, Scale::kToken}};
   const Plan plan =
-      UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
-  Result<Cache> cache = Cache::Create(plan.geometry, plan, kAppendCapacity, {bench.kernels.target});
+      UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
+  Result<Cache> cache = Cache::Create(plan.model, plan, kAppendCapacity, {bench.kernels.target});
   Workload w;
   if (!cache.ok()) {
     w.skip = cache.status().message();

@@ -174,7 +174,7 @@ inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std
 inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs,
                      const Names& v_codecs) {
   Plan plan;
-  plan.geometry = g;
+  plan.model = g;
   for (std::size_t i = 0; i < g.layers * g.kv_heads; ++i) {
     const std::size_t h = i % g.kv_heads;
     plan.codecs.push_back(MakeCodec(k_codecs[h % k_codecs.size()], g, rows.k, h));
@@ -187,11 +187,11 @@ inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs,
 inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
                     std::string_view target = {}) {
   Result<Cache> cache =
-      Cache::Create(plan.geometry, plan, capacity, CacheOptions{std::string(target)});
+      Cache::Create(plan.model, plan, capacity, CacheOptions{std::string(target)});
   if (!cache.ok()) ADD_FAILURE() << cache.status().message();
-  for (std::size_t layer = 0; layer < plan.geometry.layers; ++layer) {
-    const Status s =
-        cache->Append(layer, KvView(plan.geometry, rows.k), KvView(plan.geometry, rows.v));
+  for (std::size_t layer = 0; layer < plan.model.geometry().value().layers; ++layer) {
+    const Status s = cache->Append(layer, KvView(plan.model.geometry().value(), rows.k),
+                                   KvView(plan.model.geometry().value(), rows.v));
     EXPECT_TRUE(s.ok()) << s.message();
   }
   return std::move(*cache);
@@ -199,7 +199,7 @@ inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
 
 // The rows that a layer's codes and scales stand for: [tokens, kv_heads, head_dim].
 inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor tensor) {
-  const Geometry& g = cache.plan().geometry;
+  const Geometry g = cache.model().geometry().value();
   if (cache.tokens(layer) == 0) return {};
   const std::size_t tokens = cache.tokens(layer), stride = g.kv_heads * g.head_dim;
   std::vector<float> x(tokens * stride), scales(tokens);
@@ -216,16 +216,17 @@ inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor
 inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
                                     const std::vector<float>& q,
                                     const AttendOptions& options = {}) {
-  return reference::Attention(cache.plan().geometry, q, Decoded(cache, layer, Tensor::kK),
-                              Decoded(cache, layer, Tensor::kV), options);
+  return reference::Attention(cache.model().geometry().value(), q,
+                              Decoded(cache, layer, Tensor::kK), Decoded(cache, layer, Tensor::kV),
+                              options);
 }
 
 template <typename T>
 std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q,
                             const AttendOptions& options = {}, int num_threads = 1) {
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
-  const Status s =
-      Attend(cache, layer, QView(cache.plan().geometry, q), out.data(), options, num_threads);
+  const Status s = Attend(cache, layer, QView(cache.model().geometry().value(), q), out.data(),
+                          options, num_threads);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }

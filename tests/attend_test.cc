@@ -26,7 +26,7 @@ class Attention : public ::testing::Test {
  protected:
   void Check(const Plan& plan, const Rows& rows, const std::vector<Half>& q, double bound = kBound,
              const AttendOptions& options = {}) {
-    const Geometry& g = plan.geometry;
+    const Geometry g = plan.model.geometry().value();
     const std::size_t tokens = rows.k.size() / (g.kv_heads * g.head_dim);
     const std::vector<float> q_floats = ToFloats(q);
     const std::vector<double> expected = Expected(Filled(plan, rows, tokens), 0, q_floats, options);
@@ -266,7 +266,7 @@ TEST_F(Attention, RealRows) {
   const Result<Dump> dump =
       Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  Geometry g = dump->geometry();
+  Geometry g = dump->model().geometry().value();
   g.layers = 1;
   const auto halves = [](const RowsView& x) {
     const Half* first = static_cast<const Half*>(x.data);
@@ -276,8 +276,6 @@ TEST_F(Attention, RealRows) {
     SCOPED_TRACE(layer);
     const Rows rows{halves(dump->k(layer)), halves(dump->v(layer))};
     const std::vector<Half> q = halves(dump->q(layer));
-    AttendOptions options;
-    options.attention_scale = dump->attention_scale();
     for (const Names& pair : {Names{"f16", "f16"},
                               {"i8-token", "i8-token"},
                               {"i8-token+centre", "i8-token-bf16"},
@@ -285,7 +283,7 @@ TEST_F(Attention, RealRows) {
                               {"f16", "i8-head"},
                               {"i8-token+hadamard", "i8-token+hadamard"},
                               {"i8-token-bf16+centre+fold+hadamard", "i8-token-bf16+hadamard"}}) {
-      Check(MakePlan(g, rows, {pair[0]}, {pair[1]}), rows, q, kBound, options);
+      Check(MakePlan(g, rows, {pair[0]}, {pair[1]}), rows, q, kBound);
     }
   }
 }

@@ -102,7 +102,7 @@ HeadCodec CodecNamed(std::string_view name, std::size_t dim) {
 // Every pair of neighbours of kNames as K and V of one KV head.
 Plan MixedPlan(std::size_t group, std::size_t dim) {
   Plan plan;
-  plan.geometry = {1, kNames.size(), kNames.size() * group, dim};
+  plan.model = Geometry{1, kNames.size(), kNames.size() * group, dim};
   for (std::size_t h = 0; h < kNames.size(); ++h) {
     plan.codecs.push_back(CodecNamed(kNames[h], dim));
     plan.codecs.push_back(CodecNamed(kNames[(h * 3 + 1) % kNames.size()], dim));
@@ -112,7 +112,7 @@ Plan MixedPlan(std::size_t group, std::size_t dim) {
 
 // In pieces: one token, some, many.
 Cache Filled(const Plan& plan, std::size_t tokens, std::string_view target) {
-  const Geometry& g = plan.geometry;
+  const Geometry g = plan.model.geometry().value();
   Cache cache = std::move(Cache::Create(g, plan, tokens, {std::string(target)}).value());
   const std::vector<Half> k = Rows(tokens, g.kv_heads, g.head_dim, 1),
                           v = Rows(tokens, g.kv_heads, g.head_dim, 2);
@@ -126,7 +126,7 @@ Cache Filled(const Plan& plan, std::size_t tokens, std::string_view target) {
 }
 
 std::uint64_t RowsHash(const Cache& cache) {
-  const Geometry& g = cache.plan().geometry;
+  const Geometry g = cache.model().geometry().value();
   const std::size_t tokens = cache.tokens(0);
   Hash hash;
   for (std::size_t h = 0; h < g.kv_heads; ++h) {
@@ -142,7 +142,7 @@ std::uint64_t RowsHash(const Cache& cache) {
 }
 
 std::uint64_t OutputHash(const Cache& cache, std::size_t queries, const AttendOptions& options) {
-  const Geometry& g = cache.plan().geometry;
+  const Geometry g = cache.model().geometry().value();
   const std::vector<float> q = Queries(queries * g.query_heads * g.head_dim, 3);
   std::vector<float> out(q.size());
   EXPECT_TRUE(Attend(cache, 0, RowsView::F32(q.data(), queries, g.query_heads, g.head_dim),
@@ -159,13 +159,13 @@ std::uint64_t SamplePlanHash(const std::string& target) {
       Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors")
           .value());
   const CandidateKinds candidates = Candidates("int8").value();
-  const Geometry& g = dump.geometry();
+  const Geometry g = dump.model().geometry().value();
   const ErrorTable table = Measure({&dump}, candidates, 0, g.layers, {2, target, {}}).value();
   Wisdom wisdom;
   double ns = 1000.0;
   for (const char* k : {"f16", "i8-token-bf16", "i8-token"}) {
     for (const char* v : {"f16", "i8-token", "i8-token-bf16"}) {
-      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, 4096, ns *= 0.93});
+      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, g.head_dim, 4096, ns *= 0.93});
     }
   }
   Constraints constraints;
@@ -202,7 +202,7 @@ TEST(Bytes, AreThoseOfBefore) {
     AttendOptions options;
     options.sliding_window = 300;
     options.soft_cap = 20.0f;
-    const std::vector<float> sinks = Queries(prefill.plan().geometry.query_heads, 4);
+    const std::vector<float> sinks = Queries(prefill.model().geometry().value().query_heads, 4);
     options.sinks = sinks.data();
     const Expected found = {OutputHash(decode, 1, {}), OutputHash(prefill, 70, {}),
                             OutputHash(prefill, 70, options), SamplePlanHash(std::string(target))};

@@ -33,8 +33,8 @@ ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::ui
   std::uniform_real_distribution<double> log_error(-6.0, -3.0);
   const CandidateKinds kinds = *Candidates(candidates);
   ErrorTable table;
-  table.geometry = g;
-  table.model = "random";
+  table.model = g;
+  table.model_name = "random";
   table.dumps = {"a", "b"};
   for (std::size_t i = 0; i < g.layers * g.kv_heads * 2; ++i) {
     HeadErrors head{i / 2 / g.kv_heads, i / 2 % g.kv_heads, static_cast<Tensor>(i % 2), 1.0, {}};
@@ -59,7 +59,7 @@ Wisdom Speeds(const Geometry& g, std::size_t context) {
   Wisdom wisdom;
   for (const std::string k : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
     for (const std::string v : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
-      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, context, ns(k) + ns(v)});
+      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, g.head_dim, context, ns(k) + ns(v)});
   return wisdom;
 }
 
@@ -69,7 +69,7 @@ struct Figures {
 
 Figures FiguresOf(const ErrorTable& table, const std::vector<std::size_t>& picks,
                   const Wisdom& wisdom, std::size_t context) {
-  const Geometry& g = table.geometry;
+  const Geometry g = table.model.geometry().value();
   Figures f;
   std::size_t bytes = 0;
   for (std::size_t i = 0; i < picks.size(); i += 2) {
@@ -79,7 +79,7 @@ Figures FiguresOf(const ErrorTable& table, const std::vector<std::size_t>& picks
     const auto name = [](const HeadCodec& c) {
       return ToString(c.kind).substr(0, ToString(c.kind).find('+'));
     };
-    f.ns += wisdom.Find(name(k.codec), name(v.codec), g.group(), g.head_dim, context)->decode_ns;
+    f.ns += wisdom.Find(name(k.codec), name(v.codec), table.model.layers[0], context)->decode_ns;
     for (std::size_t q = 0; q < g.group(); ++q) {
       const double nmse = k.queries[q].nmse() + v.queries[q].nmse();
       f.worst = std::max(f.worst, nmse);
@@ -176,7 +176,7 @@ TEST(Choose, WorstThenSumThenTimeAgreeWithBruteForce) {
   for (std::uint32_t seed = 0; seed < 28; ++seed) {
     const ErrorTable table =
         seed < 20 ? RandomTable(kSmall, "seed", seed) : RandomTable(kOneLayer, "all", seed);
-    const Wisdom wisdom = Speeds(table.geometry, kContext);
+    const Wisdom wisdom = Speeds(table.model.geometry().value(), kContext);
     const std::vector<Figures> plans = AllPlans(table, wisdom, kContext);
     for (const double budget : {0.05, 0.2, 0.3, 0.4, 0.45, 0.5}) {
       if (budget == 0.5 && seed >= 20) continue;  // scales take bytes as well

@@ -59,6 +59,10 @@ void ExpectHalves(const RowsView& rows, std::size_t tokens, std::size_t heads,
   EXPECT_TRUE(std::equal(expected, expected + tokens * heads * 8, Halves(rows)));
 }
 
+// Of DumpParts.
+const Model kPartsModel(std::vector<LayerShape>(
+    2, {.kv_heads = 2, .query_heads = 4, .k_dim = 8, .v_dim = 8, .attention_scale = 0.25f}));
+
 TEST(Dump, ReadsWhatWasWritten) {
   const TempFolder folder;
   DumpParts parts;
@@ -66,13 +70,12 @@ TEST(Dump, ReadsWhatWasWritten) {
   ASSERT_TRUE(opened.ok()) << opened.status().message();
   const Dump dump = std::move(*opened);
   EXPECT_EQ(dump.path(), folder.file("dump.safetensors"));
-  EXPECT_EQ(dump.model(), "a model");
+  EXPECT_EQ(dump.model_name(), "a model");
   EXPECT_EQ(dump.corpus(), "a corpus");
-  EXPECT_EQ(dump.geometry(), (Geometry{2, 2, 4, 8}));
+  EXPECT_EQ(dump.model(), kPartsModel);
   EXPECT_TRUE(dump.has_q());
   EXPECT_EQ(dump.tokens(), 6u);
   EXPECT_EQ(dump.prompt_tokens(), (std::vector<std::size_t>{4, 2}));
-  EXPECT_EQ(dump.attention_scale(), 0.25f);
   for (const std::size_t layer : {0u, 1u}) {
     const std::string name = "layers." + std::to_string(layer);
     ExpectHalves(dump.k(layer), 6, 2, parts.tensor(name + ".k"));
@@ -94,7 +97,7 @@ TEST(Dump, WithoutQ) {
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_FALSE(dump->has_q());
   EXPECT_EQ(dump->q(0).data, nullptr);
-  EXPECT_EQ(dump->geometry().query_heads, 4u);  // the metadata know
+  EXPECT_EQ(dump->model().layers[1].query_heads, 4u);  // the metadata know
   EXPECT_TRUE(dump->CheckFinite(1).ok());
 }
 
@@ -105,10 +108,9 @@ TEST(Dump, GeometryFollowsFromTheTensors) {
     parts.header.erase("__metadata__");
     const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
     ASSERT_TRUE(dump.ok()) << dump.status().message();
-    EXPECT_EQ(dump->geometry(), (Geometry{2, 2, with_q ? 4u : 2u, 8}));
+    EXPECT_EQ(dump->model().geometry(), (Geometry{2, 2, with_q ? 4u : 2u, 8}));
     EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{6});
-    EXPECT_EQ(dump->attention_scale(), 1.0f / std::sqrt(8.0f));
-    EXPECT_EQ(dump->model(), "");
+    EXPECT_EQ(dump->model_name(), "");
   }
 }
 
@@ -143,7 +145,7 @@ TEST(Dump, TensorsOfAnyTypeAndOrder) {
       DumpParts parts;
       const Result<Dump> dump = OpenBytes(folder, parts.As(dtype, heads_first).Bytes());
       ASSERT_TRUE(dump.ok()) << dump.status().message();
-      EXPECT_EQ(dump->geometry(), (Geometry{2, 2, 4, 8}));
+      EXPECT_EQ(dump->model(), kPartsModel);
       EXPECT_EQ(dump->tokens(), 6u);
       EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
       for (const std::size_t layer : {0u, 1u}) {
@@ -196,10 +198,10 @@ TEST(Dump, MetadataOfOtherPrograms) {
       if (!metadata.is_null()) parts.header["__metadata__"] = metadata;
       const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
       ASSERT_TRUE(dump.ok()) << dump.status().message();
-      EXPECT_EQ(dump->geometry(), (Geometry{2, 2, 4, 8}));
+      EXPECT_EQ(dump->model().geometry(), (Geometry{2, 2, 4, 8}));
       EXPECT_EQ(dump->tokens(), 6u);
       EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{6});
-      EXPECT_EQ(dump->model(), metadata.is_null() ? "" : metadata.value("model", ""));
+      EXPECT_EQ(dump->model_name(), metadata.is_null() ? "" : metadata.value("model", ""));
     }
   }
 }
@@ -233,7 +235,7 @@ TEST(Dump, FewerTokensThanHeads) {
     parts.header["__metadata__"] = {{key, value}};
     const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
     ASSERT_TRUE(dump.ok()) << dump.status().message();
-    EXPECT_EQ(dump->geometry(), (Geometry{1, 4, 8, 8}));
+    EXPECT_EQ(dump->model().geometry(), (Geometry{1, 4, 8, 8}));
     EXPECT_EQ(dump->tokens(), 3u);
     // And if they say the other order, they contradict the tensors.
     parts.header["__metadata__"] = {{key, key == std::string("tokens") ? "4" : "3"}};
@@ -243,7 +245,7 @@ TEST(Dump, FewerTokensThanHeads) {
   const TempFolder folder;
   const Result<Dump> dump = OpenBytes(folder, FewTokens().As(Dtype::kF16, true).Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  EXPECT_EQ(dump->geometry(), (Geometry{1, 4, 8, 8}));
+  EXPECT_EQ(dump->model().geometry(), (Geometry{1, 4, 8, 8}));
   EXPECT_EQ(dump->tokens(), 3u);
 }
 
@@ -255,7 +257,7 @@ TEST(Dump, OtherTensorsAreIgnored) {
   parts.Add("sinks", "BF16", {2}, "abcd");
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  EXPECT_EQ(dump->geometry().layers, 2u);
+  EXPECT_EQ(dump->model().layers.size(), 2u);
 }
 
 TEST(Dump, MisalignedTensorsAreCopied) {
@@ -451,11 +453,11 @@ TEST(Dump, RefusesWhatDisagrees) {
       {ErrorCode::kMismatch,
        "layers.1.v: expected one in every layer from 0 to 18446744073709551615",
        rename("layers.1.v", "layers.18446744073709551615.v")},
-      {ErrorCode::kMismatch, "layers.0.v: expected shape [6, 2, 8], found [6, 4, 4]",
+      {ErrorCode::kMismatch, "layers.0.v: expected shape [6, 2, 4], found [6, 4, 4]",
        reshape("layers.0.v", {6, 4, 4})},
-      {ErrorCode::kMismatch, "layers.1.k: expected shape [6, 2, 8], found [12, 1, 8]",
+      {ErrorCode::kMismatch, "layers.1.k: expected shape [6, 1, 8], found [12, 1, 8]",
        reshape("layers.1.k", {12, 1, 8})},
-      {ErrorCode::kMismatch, "layers.1.q: expected shape [6, 4, 8], found [6, 8, 4]",
+      {ErrorCode::kMismatch, "layers.1.q: expected shape [6, 8, 8], found [6, 8, 4]",
        reshape("layers.1.q", {6, 8, 4})},
       {ErrorCode::kMismatch, "layers.0.q: expected a shape [tokens, heads, head_dim], found [192]",
        reshape("layers.0.q", {192})},
@@ -519,9 +521,9 @@ TEST(Dump, RefusesImpossibleGeometry) {
   };
   for (const Case& c :
        {Case{{0, 2, 8}, {0, 4, 8}, "expected at least 1 token"},
-        Case{{4, 0, 8}, {4, 4, 8}, "kv_heads: expected 1 to"},
-        Case{{4, 2, 0}, {4, 2, 0}, "head_dim: expected 1 to 512"},
-        Case{{4, 2, 513}, {4, 2, 513}, "head_dim: expected 1 to 512, found 513"},
+        Case{{4, 0, 8}, {4, 4, 8}, "layers: expected one with K and V, found none"},
+        Case{{4, 2, 0}, {4, 2, 0}, "k_dim: expected 1 to 512"},
+        Case{{4, 2, 513}, {4, 2, 513}, "k_dim: expected 1 to 512, found 513"},
         Case{{4, 2, 8}, {4, 3, 8}, "query_heads: expected a multiple of the 2 KV heads, found 3"},
         Case{{4, 2, 8}, {4, 0, 8}, "query_heads: expected 1 to"},
         Case{{1, 65537, 1}, {1, 65537, 1}, "kv_heads: expected 1 to 65536, found 65537"}}) {
@@ -568,7 +570,7 @@ TEST(Dump, SurvivesRandomDamage) {
       EXPECT_EQ(dump.status().message().find('\n'), std::string::npos);
       continue;
     }
-    for (std::size_t layer = 0; layer < dump->geometry().layers; ++layer) {
+    for (std::size_t layer = 0; layer < dump->model().layers.size(); ++layer) {
       (void)dump->CheckFinite(layer);
       dump->Release(layer);
     }
@@ -610,7 +612,7 @@ TEST(RawDump, ReadsAFolder) {
   const RawFormat format{2, 4, 8, {4, 2}};
   const Result<Dump> dump = Dump::Open(folder.path(), &format);
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  EXPECT_EQ(dump->geometry(), (Geometry{102, 2, 4, 8}));
+  EXPECT_EQ(dump->model().geometry(), (Geometry{102, 2, 4, 8}));
   EXPECT_EQ(dump->tokens(), 6u);
   EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
   EXPECT_TRUE(dump->has_q());
@@ -631,13 +633,13 @@ TEST(RawDump, QIsOptional) {
     const Result<Dump> dump = Dump::Open(folder.path(), &without);
     ASSERT_TRUE(dump.ok()) << dump.status().message();
     EXPECT_FALSE(dump->has_q());
-    EXPECT_EQ(dump->geometry(), (Geometry{2, 2, 2, 8}));
+    EXPECT_EQ(dump->model().geometry(), (Geometry{2, 2, 2, 8}));
     EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{6});
     const RawFormat with{2, 4, 8, {}};
     const Result<Dump> known = Dump::Open(folder.path(), &with);
     ASSERT_TRUE(known.ok()) << known.status().message();
     EXPECT_EQ(known->has_q(), with_q);
-    EXPECT_EQ(known->geometry(), (Geometry{2, 2, 4, 8}));
+    EXPECT_EQ(known->model().geometry(), (Geometry{2, 2, 4, 8}));
   }
 }
 
@@ -666,9 +668,9 @@ TEST(RawDump, RefusesWhatDisagrees) {
       {"layer_01.q.bin: expected shape [6, 4, 8], found [3, 4, 8]", good,
        resize("layer_01.q.bin", 192)},
       {"expected at least 1 token", good, resize("layer_00.k.bin", 0)},
-      {"kv_heads: expected 1 to", {0, 4, 8, {}}, nothing},
-      {"head_dim: expected 1 to", {2, 4, 0, {}}, nothing},
-      {"head_dim: expected 1 to", {2, 4, ~std::size_t{0}, {}}, nothing},
+      {"layers: expected one with K and V", {0, 4, 8, {}}, nothing},
+      {"k_dim: expected 1 to", {2, 4, 0, {}}, nothing},
+      {"k_dim: expected 1 to", {2, 4, ~std::size_t{0}, {}}, nothing},
       {"query_heads: expected a multiple", {2, 5, 8, {}}, nothing},
       {"prompt_tokens: expected a sum of 6", {2, 4, 8, {4, 4}}, nothing},
       {"prompt_tokens: expected lengths of at least 1", {2, 4, 8, {6, 0}}, nothing},
@@ -704,12 +706,10 @@ void ExpectFacts(const std::filesystem::path& folder, const Facts& facts) {
   SCOPED_TRACE(facts.file);
   const Result<Dump> dump = Dump::Open((folder / facts.file).string());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  EXPECT_EQ(dump->geometry(), facts.geometry);
+  EXPECT_EQ(dump->model().geometry(), facts.geometry);
   EXPECT_TRUE(dump->has_q());
   EXPECT_EQ(dump->tokens(), facts.tokens);
   EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{facts.tokens});
-  EXPECT_FLOAT_EQ(dump->attention_scale(),
-                  1.0f / std::sqrt(static_cast<float>(facts.geometry.head_dim)));
   for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer)
     EXPECT_TRUE(dump->CheckFinite(layer).ok());
   const RowsView rows = dump->head(0, 0, Tensor::kK);

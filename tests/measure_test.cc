@@ -70,7 +70,7 @@ void EncodeAndDecode(const RowsView& rows, const HeadCodec& codec, std::size_t s
 // Attention of a layer, [tokens, query_heads, head_dim], through codecs [kv_heads][K, V].
 std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
                                     const std::vector<HeadCodec>& codecs) {
-  const Geometry& g = dump.geometry();
+  const Geometry g = dump.model().geometry().value();
   const std::size_t kv_row = g.kv_heads * g.head_dim, q_row = g.query_heads * g.head_dim;
   std::vector<float> x[2];
   for (std::size_t tensor = 0; tensor < 2; ++tensor) {
@@ -79,8 +79,7 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
       EncodeAndDecode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor],
                       kv_row, &x[tensor][h * g.head_dim]);
   }
-  AttendOptions options;
-  options.attention_scale = dump.attention_scale();
+  const AttendOptions options{.attention_scale = dump.model().layers[layer].scale()};
   std::vector<double> out;
   std::size_t first = 0;
   for (const std::size_t tokens : dump.prompt_tokens()) {
@@ -103,7 +102,7 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
 // [query_heads] errors of a layer.
 std::vector<AttentionError> DirectErrors(const Dump& dump, std::size_t layer,
                                          const std::vector<HeadCodec>& codecs) {
-  const Geometry& g = dump.geometry();
+  const Geometry g = dump.model().geometry().value();
   const std::vector<double> exact = DirectAttention(dump, layer,
                                                     std::vector<HeadCodec>(2 * g.kv_heads)),
                             found = DirectAttention(dump, layer, codecs);
@@ -140,10 +139,9 @@ void ExpectSame(const AttentionError& a, const AttentionError& b) {
 }
 
 void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
-  EXPECT_EQ(a.geometry, b.geometry);
-  EXPECT_EQ(a.attention_scale, b.attention_scale);
-  EXPECT_EQ(a.dumps, b.dumps);
   EXPECT_EQ(a.model, b.model);
+  EXPECT_EQ(a.dumps, b.dumps);
+  EXPECT_EQ(a.model_name, b.model_name);
   EXPECT_EQ(a.tokens, b.tokens);
   EXPECT_EQ(a.longest_prompt, b.longest_prompt);
   ASSERT_EQ(a.heads.size(), b.heads.size());
@@ -218,7 +216,7 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
       Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
   ASSERT_TRUE(table.ok()) << table.status().message();
   EXPECT_EQ(table->dumps, (std::vector<std::string>{"a.safetensors", "b.safetensors"}));
-  EXPECT_EQ(table->model, "synthetic");
+  EXPECT_EQ(table->model_name, "synthetic");
   EXPECT_EQ(table->tokens, 57u);
   EXPECT_EQ(table->longest_prompt, 30u);
   for (const HeadErrors& head : table->heads) {
@@ -375,7 +373,7 @@ TEST_F(MeasureTest, DoesNotDependOnTheThreadsWithinALayer) {
   const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.num_threads = 1}).value();
   const auto plan_errors = [&](int threads) {
     const HeadCodec k = one.heads[0].candidates.back().codec, v{{Storage::kI8, Scale::kToken}};
-    return MeasurePlan(dump, UniformPlan(dump.geometry(), k, v), {.num_threads = threads}).value();
+    return MeasurePlan(dump, UniformPlan(dump.model(), k, v), {.num_threads = threads}).value();
   };
   const std::vector<AttentionError> plan_one = plan_errors(1);
   for (const int threads : {2, 3, 7, 0}) {
@@ -548,9 +546,8 @@ TEST_F(MeasureTest, NamesWhereANanIs) {
     const Dump dump = Write("nan.safetensors", parts);
     const std::vector<std::string> names{dump.path(), "NaN", "layer 1", c.head, "token 3"};
     ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2).status(), ErrorCode::kNonFinite, names);
-    ExpectError(
-        MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {}), {.num_threads = 2}).status(),
-        ErrorCode::kNonFinite, names);
+    ExpectError(MeasurePlan(dump, UniformPlan(dump.model(), {}, {}), {.num_threads = 2}).status(),
+                ErrorCode::kNonFinite, names);
     EXPECT_TRUE(Measure({&dump}, *Candidates("seed"), 0, 1).ok());  // the other layer is whole
   }
 }
@@ -560,7 +557,7 @@ TEST_F(MeasureTest, RefusesDumpsWithoutQ) {
   const std::vector<std::string> names{dump.path(), "no Q"};
   ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2).status(), ErrorCode::kInvalidArgument,
               names);
-  ExpectError(MeasurePlan(dump, UniformPlan(dump.geometry(), {}, {})).status(),
+  ExpectError(MeasurePlan(dump, UniformPlan(dump.model(), {}, {})).status(),
               ErrorCode::kInvalidArgument, names);
   std::vector<float> out;
   ExpectError(AttendDump(dump, 0, std::vector<HeadCodec>(4), {}, &out), ErrorCode::kInvalidArgument,
@@ -574,7 +571,7 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
   parts.header["__metadata__"]["attention_scale"] = "0.5";
   const Dump scaled = Write("scaled.safetensors", parts);
   ExpectError(Measure({&a_, &one}, seed, 0, 1).status(), ErrorCode::kMismatch,
-              {a_.path(), one.path(), ToString(kGeometry), ToString(one.geometry())});
+              {a_.path(), one.path(), ToString(kGeometry), ToString(one.model())});
   ExpectError(Measure({&one, &scaled}, seed, 0, 1).status(), ErrorCode::kMismatch,
               {one.path(), scaled.path(), "0.25", "0.5"});
   ExpectError(Measure({&a_}, seed, 0, 4).status(), ErrorCode::kInvalidArgument,
@@ -613,12 +610,13 @@ TEST_F(MeasureTest, RefusesToMergeWhatOverlapsOrDiffers) {
     change(other);
     ExpectError(Merge(table, other).status(), ErrorCode::kMismatch, names);
   };
-  refused([](ErrorTable& t) { t.geometry.layers = 9; }, {"geometry", "3 layers", "9 layers"});
-  refused([](ErrorTable& t) { t.model = "another"; }, {"model", "synthetic", "another"});
+  refused([](ErrorTable& t) { t.model.layers.resize(9, t.model.layers[0]); },
+          {"layers", "3 layers", "9 layers"});
+  refused([](ErrorTable& t) { t.model_name = "another"; }, {"model", "synthetic", "another"});
   refused([](ErrorTable& t) { t.dumps.pop_back(); }, {"dumps", "a.safetensors,b.safetensors"});
   refused([](ErrorTable& t) { t.tokens = 58; }, {"tokens", "57", "58"});
   refused([](ErrorTable& t) { t.longest_prompt = 31; }, {"longest prompt", "30", "31"});
-  refused([](ErrorTable& t) { t.attention_scale = 2.0f; }, {"attention scale", "2"});
+  refused([](ErrorTable& t) { t.model.layers[1].attention_scale = 2.0f; }, {"layers", "scale 2"});
 }
 
 // ---- errors and their summaries

@@ -62,21 +62,32 @@ TEST(Plan, BytesPerToken) {
 }
 
 // (Names, kinds and their numbers: codec_test.cc.)
-TEST(Plan, CheckGeometry) {
-  EXPECT_TRUE(CheckGeometry(kStudy).ok());
-  EXPECT_TRUE(CheckGeometry({65536, 65536, 65536, 512}).ok());
+TEST(Model, ShortForm) {
+  EXPECT_TRUE(CheckModel(kStudy).ok());
+  EXPECT_TRUE(CheckModel(Geometry{65536, 65536, 65536, 512}).ok());
   const std::pair<Geometry, const char*> bad[] = {
       {{0, 2, 14, 64}, "layers: expected 1 to 65536, found 0"},
       {{65537, 2, 14, 64}, "layers: expected 1 to 65536, found 65537"},
-      {{24, 0, 14, 64}, "kv_heads: expected 1 to 65536, found 0"},
-      {{24, 2, 0, 64}, "query_heads: expected 1 to 65536, found 0"},
-      {{24, 2, 15, 64}, "query_heads: expected a multiple of the 2 KV heads, found 15"},
-      {{24, 2, 14, 0}, "head_dim: expected 1 to 512, found 0"},
-      {{24, 2, 14, 513}, "head_dim: expected 1 to 512, found 513"},
-      {{24, 28, 14, 64}, "query_heads: expected a multiple of the 28 KV heads, found 14"},
+      {{~std::size_t{0}, 2, 14, 64}, "layers: expected 1 to 65536, found 65537"},
+      {{24, 0, 14, 64}, "layers: expected one with K and V, found none"},
+      {{24, 2, 0, 64}, "layer 0: query_heads: expected 1 to 65536, found 0"},
+      {{24, 2, 15, 64}, "layer 0: query_heads: expected a multiple of the 2 KV heads, found 15"},
+      {{24, 2, 14, 0}, "layer 0: k_dim: expected 1 to 512, found 0"},
+      {{24, 2, 14, 513}, "layer 0: k_dim: expected 1 to 512, found 513"},
+      {{24, 1, 16, 576},
+       "layer 0: k_dim: expected 1 to 512 (a latent cache, MLA, is not supported), found 576"},
+      {{24, 28, 14, 64}, "layer 0: query_heads: expected a multiple of the 28 KV heads, found 14"},
   };
-  for (const auto& [geometry, text] : bad) EXPECT_EQ(CheckGeometry(geometry).message(), text);
+  for (const auto& [geometry, text] : bad) EXPECT_EQ(CheckModel(geometry).message(), text);
   EXPECT_EQ(ToString(kStudy), "24 layers x 2 KV heads x 64, 14 query heads");
+  EXPECT_EQ(Model(kStudy).geometry(), kStudy);
+  Model model = kStudy;
+  EXPECT_EQ(model.kv_heads_before(24), 48u);
+  EXPECT_EQ(model.query_heads_before(1), 14u);
+  model.layers[7].window = 64;
+  EXPECT_FALSE(model.geometry().has_value());
+  EXPECT_EQ(Stored(model), Model(kStudy));
+  EXPECT_FALSE(Model().geometry().has_value());
 }
 
 TEST(Plan, CheckPlan) {
@@ -111,7 +122,7 @@ TEST(Plan, CheckPlan) {
   EXPECT_EQ(CheckPlan(plan).message(),
             "codecs: expected 8 (2 layers x 2 KV heads x 3, 4 query heads), found 7");
   plan = good;
-  plan.geometry.head_dim = 0;
+  plan.model.layers[1].k_dim = 0;
   EXPECT_FALSE(CheckPlan(plan).ok());
   EXPECT_TRUE(CheckModelMatches(good, small).ok());
   const Status mismatch = CheckModelMatches(good, kStudy);
@@ -125,7 +136,7 @@ TEST(Plan, CheckPlan) {
 Plan RichPlan() {
   std::mt19937 random(3);
   std::uniform_real_distribution<float> uniform(-300.0f, 300.0f);
-  Plan plan = UniformPlan({3, 2, 6, 40}, Token(), Token(Scale::kTokenBF16));
+  Plan plan = UniformPlan(Geometry{3, 2, 6, 40}, Token(), Token(Scale::kTokenBF16));
   plan.codec(0, 0, Tensor::kK) = {};
   plan.codec(1, 1, Tensor::kV) = Head(std::nextafter(0.1f, 1.0f));
   const auto numbers = [&](float low) {
@@ -179,7 +190,7 @@ TEST(PlanFile, ComesBackExactly) {
   EXPECT_EQ(folder.entries(), 1u);
   const Result<Plan> loaded = LoadPlan(path);
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
-  EXPECT_EQ(loaded->geometry, plan.geometry);
+  EXPECT_EQ(loaded->model, plan.model);
   EXPECT_EQ(loaded->codecs, plan.codecs);
   const Provenance& p = loaded->provenance;
   EXPECT_EQ(p.model, plan.provenance.model);
@@ -205,7 +216,7 @@ TEST(PlanFile, ComesBackExactly) {
 TEST(PlanFile, EveryFloatComesBack) {
   const TempFolder folder;
   std::mt19937 random(5);
-  Plan plan = UniformPlan({1, 64, 64, 512}, Token(), Token());
+  Plan plan = UniformPlan(Geometry{1, 64, 64, 512}, Token(), Token());
   for (HeadCodec& codec : plan.codecs) {
     std::vector<float> mean, factor;
     while (mean.size() < 512) {
@@ -261,7 +272,7 @@ TEST(PlanFile, OfVersion1_0) {
 )");
   const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
   ASSERT_TRUE(plan.ok()) << plan.status().message();
-  EXPECT_EQ(plan->geometry, (Geometry{2, 2, 4, 3}));
+  EXPECT_EQ(plan->model.geometry(), (Geometry{2, 2, 4, 3}));
   const std::vector<HeadCodec> expected = {
       With(Token(), {0.1f, -300.25f, std::numeric_limits<float>::min()}),
       Token(Scale::kTokenBF16),
@@ -322,7 +333,7 @@ TEST(PlanFile, RefusesWhatIsWrong) {
        "codecs[0]: expected 4611686018427387904 KV heads, found 2"},
       {"/geometry/query_heads", 7, "query_heads: expected a multiple of the 2 KV heads, found 7"},
       {"/geometry/head_dim", 41, "expected a mean of 41 channels, found 40"},
-      {"/geometry/head_dim", 1000000, "head_dim: expected 1 to 512, found 1000000"},
+      {"/geometry/head_dim", 1000000, "layer 0: k_dim: expected 1 to 512, found 1000000"},
       {"/codecs", removed, "codecs: expected a value, found none"},
       {"/codecs", "none", "codecs: expected an array, found \"none\""},
       {"/codecs/1", json::array(), "codecs[1]: expected 2 KV heads, found 0"},
@@ -406,7 +417,7 @@ TEST(PlanFile, RefusesBadText) {
 TEST(PlanFile, RandomDamageIsAnErrorOrAPlan) {
   const TempFolder folder;
   const std::string path = folder.file("plan.json");
-  ASSERT_TRUE(SavePlan(UniformPlan({2, 2, 4, 3}, Head(), Token()), path).ok());
+  ASSERT_TRUE(SavePlan(UniformPlan(Geometry{2, 2, 4, 3}, Head(), Token()), path).ok());
   const std::string good = ReadBytes(path);
   std::mt19937 random(11);
   const std::string alphabet = "{}[]\",:0123456789.-eE\\ kv";

@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,11 +27,14 @@ using testing::ReadBytes;
 using testing::TempFolder;
 using testing::WriteBytes;
 
+// A layer of one head of each kind.
+LayerShape Shape(std::size_t group, std::size_t dim) { return {1, group, dim, dim}; }
+
 // Of this machine, with times that use all of their bits.
 Wisdom SomeWisdom() {
   Wisdom wisdom = ThisMachine();
-  wisdom.speeds = {{"i8-token", "f16", 6, 128, 4096, 0.1 + 0.2},
-                   {"f16", "i8-head", 7, 64, 1, 1e12 / 3.0}};
+  wisdom.speeds = {{"i8-token", "f16", 6, 128, 128, 4096, 0.1 + 0.2},
+                   {"f16", "i8-head", 7, 192, 128, 1, 1e12 / 3.0}};
   return wisdom;
 }
 
@@ -57,7 +61,8 @@ TEST(WisdomFile, ComesBackExactly) {
   EXPECT_EQ(loaded->version, saved.version);
   ASSERT_EQ(loaded->speeds.size(), 2u);
   for (const HeadSpeed& s : saved.speeds) {
-    const HeadSpeed* found = loaded->Find(s.k_codec, s.v_codec, s.group, s.head_dim, s.context);
+    const HeadSpeed* found =
+        loaded->Find(s.k_codec, s.v_codec, {1, s.group, s.k_dim, s.v_dim}, s.context);
     ASSERT_NE(found, nullptr);
     EXPECT_EQ(found->decode_ns, s.decode_ns);
   }
@@ -65,12 +70,18 @@ TEST(WisdomFile, ComesBackExactly) {
 
 TEST(WisdomFile, FindsOnlyWhatAgreesInEverything) {
   const Wisdom wisdom = SomeWisdom();
-  EXPECT_EQ(wisdom.Find("i8-token", "f16", 6, 128, 4096), &wisdom.speeds[0]);
-  EXPECT_EQ(wisdom.Find("f16", "f16", 6, 128, 4096), nullptr);
-  EXPECT_EQ(wisdom.Find("i8-token", "i8-token", 6, 128, 4096), nullptr);
-  EXPECT_EQ(wisdom.Find("i8-token", "f16", 7, 128, 4096), nullptr);
-  EXPECT_EQ(wisdom.Find("i8-token", "f16", 6, 64, 4096), nullptr);
-  EXPECT_EQ(wisdom.Find("i8-token", "f16", 6, 128, 4095), nullptr);
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", Shape(6, 128), 4096), &wisdom.speeds[0]);
+  EXPECT_EQ(wisdom.Find("f16", "f16", Shape(6, 128), 4096), nullptr);
+  EXPECT_EQ(wisdom.Find("i8-token", "i8-token", Shape(6, 128), 4096), nullptr);
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", Shape(7, 128), 4096), nullptr);
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", Shape(6, 64), 4096), nullptr);
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", Shape(6, 128), 4095), nullptr);
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", {1, 6, 128, 64}, 4096), nullptr);
+  EXPECT_EQ(wisdom.Find("f16", "i8-head", {2, 14, 192, 128}, 1), &wisdom.speeds[1]);
+  LayerShape windowed = Shape(6, 128);
+  windowed.window = 4096;
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", windowed, 9000), &wisdom.speeds[0]);
+  EXPECT_EQ(wisdom.Find("i8-token", "f16", windowed, 4095), nullptr);
 }
 
 TEST(WisdomFile, OfAnotherMachineIsRefusedNamingBoth) {
@@ -208,36 +219,50 @@ TEST(MedianSeconds, IsTheMiddleAndNotMovedByOneSlowRound) {
 TEST(MeasureHeadSpeeds, FillsAllPairsThatAreMissing) {
   const std::vector<CodecKind> kinds = Candidates("seed")->k;
   Wisdom wisdom = ThisMachine();
-  const HeadSpeed known{"f16", "i8-token", 3, 32, 100, 12345.0};
+  const HeadSpeed known{"f16", "i8-token", 3, 32, 32, 100, 12345.0};
   wisdom.speeds = {known};
-  ASSERT_TRUE(MeasureHeadSpeeds(kinds, kinds, 3, 32, 100, 0.0, &wisdom).ok());
+  ASSERT_TRUE(MeasureHeadSpeeds(kinds, kinds, Shape(3, 32), 100, 0.0, &wisdom).ok());
   EXPECT_EQ(wisdom.speeds.size(), 9u);
   for (const char* k : {"f16", "i8-head", "i8-token"}) {
     for (const char* v : {"f16", "i8-head", "i8-token"}) {
-      const HeadSpeed* found = wisdom.Find(k, v, 3, 32, 100);
+      const HeadSpeed* found = wisdom.Find(k, v, Shape(3, 32), 100);
       ASSERT_NE(found, nullptr) << k << " " << v;
       EXPECT_GT(found->decode_ns, 0.0);
     }
   }
-  EXPECT_EQ(wisdom.Find("f16", "i8-token", 3, 32, 100)->decode_ns, 12345.0);  // not measured again
+  EXPECT_EQ(wisdom.Find("f16", "i8-token", Shape(3, 32), 100)->decode_ns,
+            12345.0);  // not measured again
   const std::vector<HeadSpeed> before = wisdom.speeds;
   ASSERT_TRUE(
-      MeasureHeadSpeeds(kinds, kinds, 3, 32, 100, 0.0, &wisdom).ok());  // nothing left to do
+      MeasureHeadSpeeds(kinds, kinds, Shape(3, 32), 100, 0.0, &wisdom).ok());  // nothing left to do
   ASSERT_EQ(wisdom.speeds.size(), 9u);
   for (std::size_t i = 0; i < 9; ++i) EXPECT_EQ(wisdom.speeds[i].decode_ns, before[i].decode_ns);
-  ASSERT_TRUE(MeasureHeadSpeeds({kinds[0], kinds[0]}, {kinds[0]}, 3, 32, 101, 0.0, &wisdom)
+  ASSERT_TRUE(MeasureHeadSpeeds({kinds[0], kinds[0]}, {kinds[0]}, Shape(3, 32), 101, 0.0, &wisdom)
                   .ok());  // another context; twice the same is one
   EXPECT_EQ(wisdom.speeds.size(), 10u);
+}
+
+// K and V of unlike widths, over what the window lets through, of a layer that shares.
+TEST(MeasureHeadSpeeds, OfUnlikeLayers) {
+  Wisdom wisdom = ThisMachine();
+  LayerShape layer{2, 6, 24, 16};
+  layer.window = 50;
+  layer.kv_layer = 0;
+  ASSERT_TRUE(MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, layer, 100, 0.0, &wisdom).ok());
+  ASSERT_EQ(wisdom.speeds.size(), 1u);
+  const HeadSpeed& s = wisdom.speeds[0];
+  EXPECT_EQ(std::tuple(s.group, s.k_dim, s.v_dim, s.context), std::tuple(3u, 24u, 16u, 50u));
+  EXPECT_EQ(wisdom.Find("f16", "f16", layer, 100), &s);
 }
 
 TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
   for (const char* name : {"int8", "all"}) {
     Wisdom wisdom = ThisMachine();
     const CandidateKinds kinds = *Candidates(name);
-    ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, {kinds.v[0]}, 1, 16, 20, 0.0, &wisdom).ok());
+    ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, {kinds.v[0]}, Shape(1, 16), 20, 0.0, &wisdom).ok());
     EXPECT_EQ(wisdom.speeds.size(), 3u);
-    EXPECT_NE(wisdom.Find("i8-token-bf16", "f16", 1, 16, 20), nullptr);
-    ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, kinds.v, 1, 16, 20, 0.0, &wisdom).ok());
+    EXPECT_NE(wisdom.Find("i8-token-bf16", "f16", Shape(1, 16), 20), nullptr);
+    ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, kinds.v, Shape(1, 16), 20, 0.0, &wisdom).ok());
     EXPECT_EQ(wisdom.speeds.size(), 9u);
   }
   for (const bool step : {false, true}) {
@@ -250,12 +275,13 @@ TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
 TEST(MeasureHeadSpeeds, OfTheTargetThatTheRecordNames) {
   for (const std::string_view target : Targets()) {
     Wisdom wisdom = ThisMachine(target);
-    EXPECT_TRUE(MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, 2, 16, 20, 0.0, &wisdom).ok());
+    EXPECT_TRUE(
+        MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, Shape(2, 16), 20, 0.0, &wisdom).ok());
     EXPECT_EQ(wisdom.speeds.size(), 1u);
   }
   Wisdom unknown = ThisMachine();
   unknown.target = "AVX9";
-  const Status s = MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, 2, 16, 20, 0.0, &unknown);
+  const Status s = MeasureHeadSpeeds({CodecKind()}, {CodecKind()}, Shape(2, 16), 20, 0.0, &unknown);
   EXPECT_EQ(s.code(), ErrorCode::kInvalidArgument);
   EXPECT_NE(s.message().find("AVX9"), std::string::npos) << s.message();
   EXPECT_TRUE(unknown.speeds.empty());
@@ -264,14 +290,15 @@ TEST(MeasureHeadSpeeds, OfTheTargetThatTheRecordNames) {
 TEST(MeasureHeadSpeeds, RefusesShapesThatAreNone) {
   Wisdom wisdom = ThisMachine();
   const std::vector<CodecKind> kinds = Candidates("seed")->k;
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 0, 32, 100, 0.0, &wisdom).code(),
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, Shape(0, 32), 100, 0.0, &wisdom).code(),
             ErrorCode::kInvalidArgument);
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 513, 100, 0.0, &wisdom).code(),
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, Shape(3, 513), 100, 0.0, &wisdom).code(),
             ErrorCode::kInvalidArgument);
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 32, 0, 0.0, &wisdom).code(),
+  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, Shape(3, 32), 0, 0.0, &wisdom).code(),
             ErrorCode::kInvalidArgument);
-  EXPECT_EQ(MeasureHeadSpeeds(kinds, kinds, 3, 32, std::size_t{1} << 50, 0.0, &wisdom).code(),
-            ErrorCode::kOutOfMemory);
+  EXPECT_EQ(
+      MeasureHeadSpeeds(kinds, kinds, Shape(3, 32), std::size_t{1} << 50, 0.0, &wisdom).code(),
+      ErrorCode::kOutOfMemory);
   EXPECT_TRUE(wisdom.speeds.empty());
 }
 

@@ -35,7 +35,7 @@ Wisdom Speeds(const Geometry& g) {
   Wisdom wisdom;
   for (const std::string k : {"f16", "i8-head", "i8-token"})
     for (const std::string v : {"f16", "i8-head", "i8-token"})
-      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, 4096,
+      wisdom.speeds.push_back({k, v, g.group(), g.head_dim, g.head_dim, 4096,
                                100.0 + (k == "f16" ? 50.0 : 0.0) + (v == "f16" ? 50.0 : 0.0)});
   return wisdom;
 }

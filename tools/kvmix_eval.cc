@@ -1,6 +1,7 @@
 // kvmix-eval: the original study on any dump, as CSV. `quant`: errors of K and V themselves.
 // `attention`: errors of attention outputs. `size`: bytes. Columns and digits are the study's, so
 // that its files and these can be compared line by line.
+#include <algorithm>
 #include <optional>
 #include <span>
 #include <string>
@@ -34,12 +35,15 @@ struct Options {
   std::vector<std::size_t> tokens{kAttentionTokens};
 };
 
-// A plan for a model of this shape; query_heads 0: any number of them.
-Plan PlanFor(const std::string& path, Geometry geometry) {
+// A plan for layers of this shape. queries_matter: for as many query heads as well.
+Plan PlanFor(const std::string& path, Model model, bool queries_matter) {
   Plan plan = Require(LoadPlan(path));
-  if (geometry.query_heads == 0) geometry.query_heads = plan.geometry.query_heads;
-  if (const Status s = CheckModelMatches(plan, geometry); !s.ok())
-    Refuse("{}: {}", path, s.message());
+  Model found = Stored(plan.model);
+  model = Stored(std::move(model));
+  for (std::size_t i = 0; i < model.layers.size() && !queries_matter; ++i)
+    model.layers[i].query_heads = found.layers[std::min(i, found.layers.size() - 1)].query_heads;
+  if (found != model)
+    Refuse("{}: plan: expected {}, found {}", path, ToString(model), ToString(found));
   return plan;
 }
 
@@ -48,12 +52,10 @@ Plan ChoosePlan(const Options& o, const Dump& dump) {
   if (!o.plan.empty()) {
     if (o.strategy != 0 && o.strategy != 3)
       Refuse("--plan goes with strategy 3, not with {}", o.strategy);
-    Geometry geometry = dump.geometry();
-    if (!dump.has_q()) geometry.query_heads = 0;
-    return PlanFor(o.plan, geometry);
+    return PlanFor(o.plan, dump.model(), dump.has_q());
   }
   if (o.strategy == 0) Refuse("nothing to evaluate: give --strategy 1, 2 or 3, or --plan");
-  Plan plan = StrategyPlan(dump.geometry(), o.strategy, o.fp16_heads);
+  Plan plan = StrategyPlan(dump.model(), o.strategy, o.fp16_heads);
   SetHeadScales(dump, &plan);
   return plan;
 }
@@ -74,17 +76,19 @@ std::string Quant(const Options& o) {
   const Dump dump = OpenInput(o);
   const Plan plan = ChoosePlan(o, dump);
   const int strategy = o.plan.empty() ? o.strategy : 3, threads = internal::Threads(o.threads);
-  const Geometry& g = dump.geometry();
+  const std::vector<LayerShape>& layers = dump.model().layers;
   ProgressBar bar("encoding");
   std::string csv;
-  for (std::size_t layer = 0; layer < g.layers; ++layer) {
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    if (!layers[layer].owns_kv()) continue;
     Require(dump.CheckFinite(layer));
-    std::vector<std::string> lines(2 * g.kv_heads);  // [K, V][kv_heads]
+    const std::size_t kv_heads = layers[layer].kv_heads;
+    std::vector<std::string> lines(2 * kv_heads);  // [K, V][kv_heads]
 #pragma omp parallel for num_threads(threads)
     for (std::size_t i = 0; i < lines.size(); ++i) {
-      const bool is_k = i < g.kv_heads;
+      const bool is_k = i < kv_heads;
       const Tensor t = is_k ? Tensor::kK : Tensor::kV;
-      const std::size_t head = i % g.kv_heads;
+      const std::size_t head = i % kv_heads;
       const HeadCodec& codec = plan.codec(layer, head, t);
       const RowsView rows = dump.head(layer, head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
@@ -100,7 +104,7 @@ std::string Quant(const Options& o) {
     }
     csv += fmt::format("{}", fmt::join(lines, ""));
     dump.Release(layer);
-    bar.Update(layer + 1, g.layers);
+    bar.Update(layer + 1, layers.size());
   }
   return csv;
 }
@@ -128,33 +132,37 @@ std::string AttentionLines(std::size_t layer, std::span<const AttentionError> he
 }
 
 std::vector<AttentionError> CompareHeads(const std::vector<float>& exact,
-                                         const std::vector<float>& approximate, const Geometry& g) {
-  const std::size_t stride = g.query_heads * g.head_dim;
+                                         const std::vector<float>& approximate,
+                                         const LayerShape& shape) {
+  const std::size_t stride = shape.query_heads * shape.v_dim;
   std::vector<AttentionError> errors;
-  for (std::size_t at = 0; at < stride; at += g.head_dim)
+  for (std::size_t at = 0; at < stride; at += shape.v_dim)
     errors.push_back(
-        CompareOutputs(&exact[at], &approximate[at], exact.size() / stride, stride, g.head_dim));
+        CompareOutputs(&exact[at], &approximate[at], exact.size() / stride, stride, shape.v_dim));
   return errors;
 }
 
 // In double precision over exact rows and over the codes; and the library's kernels over the codes,
 // against the latter.
 std::string ReferenceAttention(const Dump& dump, const Plan& plan, int threads) {
-  const Geometry& g = plan.geometry;
-  const std::vector<HeadCodec> exact_codecs(g.kv_heads * 2);
+  const std::vector<LayerShape>& layers = dump.model().layers;
   ProgressBar bar("attention in double precision");
   std::string csv = "layer,head,nmse,cos_sim,kernel_nmse\n";
-  for (std::size_t layer = 0; layer < g.layers; ++layer) {
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    const LayerShape& shape = layers[layer];
+    if (!shape.has_kv()) continue;
     Require(dump.CheckFinite(layer));
+    const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
     const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
                decoded = AttendExactly(dump, layer, first, threads);
     std::vector<float> kernel;
-    Require(AttendDump(dump, layer, {first, first + g.kv_heads * 2}, {.num_threads = threads},
+    Require(AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.num_threads = threads},
                        &kernel));
-    csv += AttentionLines(layer, CompareHeads(exact, decoded, g), CompareHeads(decoded, kernel, g));
+    csv += AttentionLines(layer, CompareHeads(exact, decoded, shape),
+                          CompareHeads(decoded, kernel, shape));
     dump.Release(layer);
-    bar.Update(layer + 1, g.layers);
+    bar.Update(layer + 1, layers.size());
   }
   return csv;
 }
@@ -173,18 +181,20 @@ std::string Attention(const Options& o) {
                      bar.Update(done, total);
                    }}));
   std::string csv = "layer,head,nmse,cos_sim\n";
-  const std::size_t heads = plan.geometry.query_heads;
-  for (std::size_t layer = 0; layer < plan.geometry.layers; ++layer)
-    csv += AttentionLines(layer, {&errors[layer * heads], heads});
+  const Model& model = dump.model();
+  for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
+    if (model.layers[layer].has_kv())
+      csv += AttentionLines(
+          layer, {&errors[model.query_heads_before(layer)], model.layers[layer].query_heads});
+  }
   return csv;
 }
 
 // ---- size
 
 // Two decimals, the second only where it is not 0: 48.0, 26.25.
-std::string MibText(std::size_t bytes_per_token, std::size_t tokens) {
-  std::string text = fmt::format(
-      "{:.2f}", static_cast<double>(bytes_per_token) * static_cast<double>(tokens) / (1 << 20));
+std::string MibText(std::size_t bytes) {
+  std::string text = fmt::format("{:.2f}", static_cast<double>(bytes) / (1 << 20));
   if (text.back() == '0') text.pop_back();
   return text;
 }
@@ -192,22 +202,23 @@ std::string MibText(std::size_t bytes_per_token, std::size_t tokens) {
 std::string Size(const Options& o) {
   std::optional<Plan> plan;
   if (!o.plan.empty())
-    plan = o.geometry.layers == 0 ? Require(LoadPlan(o.plan)) : PlanFor(o.plan, o.geometry);
-  Geometry g = plan ? plan->geometry : o.geometry;
+    plan = o.geometry.layers == 0 ? Require(LoadPlan(o.plan)) : PlanFor(o.plan, o.geometry, false);
+  Geometry g = o.geometry;
   g.query_heads = g.kv_heads;  // no matter for bytes
-  Require(CheckGeometry(g));
+  const Model model = plan ? plan->model : g;
+  Require(CheckModel(model));
   std::string csv =
       fmt::format("strategy,bytes_per_token,saved,mib_{}\n", fmt::join(o.tokens, ",mib_"));
   const auto add = [&](const std::string& name, const Plan& of) {
     csv += fmt::format("{},{},{:.4f}", name, BytesPerToken(of), SavedFraction(of));
-    for (const std::size_t tokens : o.tokens) csv += "," + MibText(BytesPerToken(of), tokens);
+    for (const std::size_t tokens : o.tokens) csv += "," + MibText(ContextBytes(of, tokens));
     csv += "\n";
   };
-  add("fp16", UniformPlan(g, {}, {}));
+  add("fp16", UniformPlan(model, {}, {}));
   for (int strategy = 1; strategy <= 3; ++strategy) {
     // Nobody has named strategy 3's heads of other models.
-    if (strategy < 3 || !o.fp16_heads.empty() || IsStudyModel(g))
-      add(fmt::format("strat{}", strategy), StrategyPlan(g, strategy, o.fp16_heads));
+    if (strategy < 3 || !o.fp16_heads.empty() || IsStudyModel(model))
+      add(fmt::format("strat{}", strategy), StrategyPlan(model, strategy, o.fp16_heads));
   }
   if (plan) add("plan", *plan);
   return csv;
@@ -257,7 +268,8 @@ int Main(int argc, char** argv) {
   attention->add_flag("--reference", o.reference,
                       "in double precision over the same codes; a fifth column is the NMSE of the "
                       "library's kernels against that");
-  CLI::App* size = app.add_subcommand("size", "bytes per token and MiB of a cache");
+  CLI::App* size = app.add_subcommand(
+      "size", "bytes per token and MiB of a cache; a layer with a window holds at most the window");
   size->add_option("--layers", o.geometry.layers,
                    "layers (these three: of --plan, where it is given and they are not)");
   size->add_option("--kv-heads", o.geometry.kv_heads, "KV heads");

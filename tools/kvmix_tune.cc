@@ -70,7 +70,8 @@ void AddOptions(CLI::App* app, Options* o) {
   app->add_option("--candidates", o->candidates, "codecs to choose from")
       ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
-  app->add_option("--context", o->context, "tokens in the cache for decode times")
+  app->add_option("--context", o->context,
+                  "tokens in the cache, for decode times, and for bytes where layers have a window")
       ->check(CLI::Range(1u, 1u << 20))
       ->capture_default_str();
   app->add_option("--threads", o->threads, "0: all")
@@ -120,13 +121,13 @@ Dumps OpenDumps(const Options& o) {
   if (holdout_path.empty()) return dumps;
   dumps.holdout = OpenDump(holdout_path, o.raw);
   if (!dumps.holdout->has_q()) Refuse("{}: has no Q, which attention errors need", holdout_path);
-  const Geometry &expected = dumps.calibration[0].geometry(), &found = dumps.holdout->geometry();
+  const Model &expected = dumps.calibration[0].model(), &found = dumps.holdout->model();
   if (found != expected)
     Refuse("{}: expected {}, found {}", holdout_path, ToString(expected), ToString(found));
   return dumps;
 }
 
-Wisdom Speeds(const Options& o, const Geometry& g, const CandidateKinds& candidates) {
+Wisdom Speeds(const Options& o, const Model& model, const CandidateKinds& candidates) {
   Wisdom wisdom = ThisMachine();
   if (!o.wisdom.empty()) {
     Result<Wisdom> known = LoadWisdom(o.wisdom);
@@ -134,8 +135,11 @@ Wisdom Speeds(const Options& o, const Geometry& g, const CandidateKinds& candida
   }
   const std::size_t before = wisdom.speeds.size();
   ProgressBar bar("timing the kernels");
-  Require(MeasureHeadSpeeds(candidates.k, candidates.v, g.group(), g.head_dim, o.context,
-                            kSpeedSeconds, &wisdom));
+  for (const LayerShape& layer : model.layers) {
+    if (layer.has_kv())
+      Require(
+          MeasureHeadSpeeds(candidates.k, candidates.v, layer, o.context, kSpeedSeconds, &wisdom));
+  }
   if (!o.wisdom.empty() && wisdom.speeds.size() > before) Require(SaveWisdom(wisdom, o.wisdom));
   return wisdom;
 }
@@ -148,12 +152,12 @@ MeasureOptions WithBar(int threads, ProgressBar* bar) {
 Fidelity MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads,
                       const std::string& label) {
   ProgressBar bar(label);
-  std::vector<AttentionError> total(plan.geometry.layers * plan.geometry.query_heads);
+  std::vector<AttentionError> total(plan.model.query_heads_before(plan.model.layers.size()));
   for (const Dump* dump : dumps) {
     const auto errors = Require(MeasurePlan(*dump, plan, WithBar(threads, &bar)));
     for (std::size_t i = 0; i < total.size(); ++i) total[i] += errors[i];
   }
-  return Summarize(total, plan.geometry);
+  return Summarize(total, plan.model);
 }
 
 TuneReport Tune(const Options& o) {
@@ -167,12 +171,12 @@ TuneReport Tune(const Options& o) {
   report.context = o.context;
   report.constraints = o.constraints;
   report.times_are_kept = !o.wisdom.empty();
-  const Geometry& geometry = calibration[0]->geometry();
-  report.wisdom = Speeds(o, geometry, candidates);
+  const Model& model = calibration[0]->model();
+  report.wisdom = Speeds(o, model, candidates);
   {
     ProgressBar bar("measuring every head and codec");
     report.table =
-        Require(Measure(calibration, candidates, 0, geometry.layers, WithBar(o.threads, &bar)));
+        Require(Measure(calibration, candidates, 0, model.layers.size(), WithBar(o.threads, &bar)));
   }
   report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 
@@ -32,18 +33,25 @@ double Dot(const double* a, const double* b, std::size_t n) {
   return sum;
 }
 
-// The output of one query row over the first `tokens` rows of k and v.
-std::vector<double> AttendRow(const std::vector<double>& q, const double* k, const double* v,
+// The output of one query row, scaled, of a layer's head over the last tokens of k and v that it
+// sees.
+std::vector<double> AttendRow(const LayerShape& shape, std::size_t head,
+                              const std::vector<double>& q, const double* k, const double* v,
                               std::size_t tokens) {
-  const std::size_t dim = q.size();
-  std::vector<double> weights(tokens), out(dim, 0.0);
-  for (std::size_t t = 0; t < tokens; ++t) weights[t] = Dot(q.data(), k + t * dim, dim);
-  const double max = std::ranges::max(weights);
-  double sum = 0.0;
-  for (std::size_t t = 0; t < tokens; ++t) {
-    const double weight = std::exp(weights[t] - max);
+  const std::size_t first = tokens - shape.seen(tokens);
+  std::vector<double> weights, out(shape.v_dim, 0.0);
+  double max = shape.sinks.empty() ? -std::numeric_limits<double>::infinity() : shape.sinks[head];
+  for (std::size_t t = first; t < tokens; ++t) {
+    double score = Dot(q.data(), k + t * shape.k_dim, shape.k_dim);
+    if (shape.soft_cap != 0.0f) score = shape.soft_cap * std::tanh(score / shape.soft_cap);
+    weights.push_back(score);
+    max = std::max(max, score);
+  }
+  double sum = shape.sinks.empty() ? 0.0 : std::exp(shape.sinks[head] - max);
+  for (std::size_t t = first; t < tokens; ++t) {
+    const double weight = std::exp(weights[t - first] - max);
     sum += weight;
-    for (std::size_t c = 0; c < dim; ++c) out[c] += weight * v[t * dim + c];
+    for (std::size_t c = 0; c < shape.v_dim; ++c) out[c] += weight * v[t * shape.v_dim + c];
   }
   for (double& x : out) x /= sum;
   return out;
@@ -51,20 +59,21 @@ std::vector<double> AttendRow(const std::vector<double>& q, const double* k, con
 
 }  // namespace
 
-bool IsStudyModel(const Geometry& g) {
-  return g.layers == 24 && g.kv_heads == 2 && g.head_dim == 64;
+bool IsStudyModel(const Model& model) {
+  const std::optional<Geometry> g = model.geometry();
+  return g && g->layers == 24 && g->kv_heads == 2 && g->head_dim == 64;
 }
 
-Plan StrategyPlan(const Geometry& g, int strategy, const std::string& fp16_heads) {
+Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_heads) {
   const HeadCodec per_head{{Storage::kI8, Scale::kHead}, 1.0f},
       per_token{{Storage::kI8, Scale::kToken}};
-  Plan plan =
-      UniformPlan(g, strategy == 2 ? per_token : per_head, strategy == 1 ? per_head : per_token);
-  if (strategy == 3 && fp16_heads.empty() && !IsStudyModel(g))
+  Plan plan = UniformPlan(model, strategy == 2 ? per_token : per_head,
+                          strategy == 1 ? per_head : per_token);
+  if (strategy == 3 && fp16_heads.empty() && !IsStudyModel(model))
     Refuse(
         "strategy 3 on {} needs --fp16-heads (its K heads to keep in fp16) or --plan: the study's "
         "six heads are those of 24 layers x 2 KV heads x 64",
-        ToString(g));
+        ToString(model));
   std::istringstream items(fp16_heads.empty() ? kStudyHeads : fp16_heads);
   for (std::string item; fp16_heads != "none" && std::getline(items, item, ',');) {
     std::istringstream numbers(item);
@@ -74,17 +83,18 @@ Plan StrategyPlan(const Geometry& g, int strategy, const std::string& fp16_heads
                head = internal::ParseNumber<std::size_t>(head_text);
     if (!layer || !head) Refuse("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item);
     if (strategy != 3) continue;
-    if (*layer >= g.layers || *head >= g.kv_heads)
-      Refuse("--fp16-heads: no head {}:{} in {}", *layer, *head, ToString(g));
+    if (*layer >= model.layers.size() || *head >= model.layers[*layer].kv_heads)
+      Refuse("--fp16-heads: no head {}:{} in {}", *layer, *head, ToString(model));
     plan.codec(*layer, *head, Tensor::kK) = {};
   }
   return plan;
 }
 
 void SetHeadScales(const Dump& dump, Plan* plan) {
-  const Geometry& g = plan->geometry;
-  for (std::size_t layer = 0; layer < g.layers; ++layer) {
-    for (std::size_t head = 0; head < g.kv_heads; ++head) {
+  const std::vector<LayerShape>& layers = plan->model.layers;
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    if (!layers[layer].owns_kv()) continue;
+    for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
       for (const Tensor t : {Tensor::kK, Tensor::kV}) {
         HeadCodec& codec = plan->codec(layer, head, t);
         if (codec.kind.scale != Scale::kHead) continue;
@@ -117,28 +127,26 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
 
 std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  int num_threads) {
-  const Geometry& g = dump.geometry();
-  const std::size_t dim = g.head_dim;
+  const LayerShape& shape = dump.model().layers[layer];
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]
-  for (std::size_t head = 0; head < g.kv_heads; ++head)
+  for (std::size_t head = 0; head < shape.kv_heads; ++head)
     for (const Tensor t : {Tensor::kK, Tensor::kV})
       decoded.push_back(Decoded(dump.head(layer, head, t), *codecs++));
   std::vector<std::size_t> first;  // of every token: its prompt's first one
   for (const std::size_t tokens : dump.prompt_tokens())
     first.insert(first.end(), tokens, first.size());
-  std::vector<float> out(dump.tokens() * g.query_heads * dim);
+  std::vector<float> out(dump.tokens() * shape.query_heads * shape.v_dim);
   const RowsView queries = dump.q(layer);
   const int threads = internal::Threads(num_threads);
 #pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(threads)
-  for (std::size_t h = 0; h < g.query_heads; ++h) {
+  for (std::size_t h = 0; h < shape.query_heads; ++h) {
     for (std::size_t t = 0; t < dump.tokens(); ++t) {
-      std::vector<double> q(dim);
-      for (std::size_t c = 0; c < dim; ++c)
-        q[c] = double{dump.attention_scale()} * queries.At(t, h, c);
-      const std::vector<double>* kv = &decoded[h / g.group() * 2];
-      const std::vector<double> row =
-          AttendRow(q, &kv[0][first[t] * dim], &kv[1][first[t] * dim], t - first[t] + 1);
-      std::ranges::copy(row, &out[(t * g.query_heads + h) * dim]);
+      std::vector<double> q(shape.k_dim);
+      for (std::size_t c = 0; c < q.size(); ++c) q[c] = double{shape.scale()} * queries.At(t, h, c);
+      const std::vector<double>* kv = &decoded[h / shape.group() * 2];
+      const std::vector<double> row = AttendRow(shape, h, q, &kv[0][first[t] * shape.k_dim],
+                                                &kv[1][first[t] * shape.v_dim], t - first[t] + 1);
+      std::ranges::copy(row, &out[(t * shape.query_heads + h) * shape.v_dim]);
     }
   }
   return out;

@@ -14,13 +14,13 @@
 namespace kvmix::tools {
 
 // 24 layers x 2 KV heads x 64: the one model whose six K heads for strategy 3 the study names.
-bool IsStudyModel(const Geometry& geometry);
+bool IsStudyModel(const Model& model);
 
 // 1: int8, one scale per head over all tokens.   2: int8, one per token and head.   3: K int8 with
 // one scale per head, but fp16 for `fp16_heads`; V int8 with one scale per token. fp16_heads:
 // "0:0,0:1,8:0" (layer:head), "none", or "": the study's six on its model, on others an error.
 // Per-head scales are left at 1: SetHeadScales() knows them.
-Plan StrategyPlan(const Geometry& geometry, int strategy, const std::string& fp16_heads);
+Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_heads);
 
 // Every per-head scale becomes the one that just covers this dump.
 void SetHeadScales(const Dump& dump, Plan* plan);
@@ -32,7 +32,7 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 
 // AttendDump() of kvmix/tune.h in double precision, over the very codes that a cache stores: shows
 // how much of an error is the codec's and how much the kernels add. One layer, causal within each
-// prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, head_dim], rounded to f32 at the
+// prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at the
 // very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
 std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  int num_threads);

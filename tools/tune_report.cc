@@ -4,6 +4,8 @@
 #include <array>
 #include <functional>
 #include <map>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include <fmt/format.h>
@@ -11,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include "console.h"
+#include "lib/plan/model_json.h"
 
 namespace kvmix::tools {
 namespace {
@@ -37,7 +40,7 @@ const CandidateError* Find(const HeadErrors& head, const CodecKind& kind) {
 }
 
 Fidelity OfHead(const CandidateError& candidate) {
-  return Summarize(candidate.queries, {1, 1, candidate.queries.size(), 1});
+  return Summarize(candidate.queries, Geometry{1, 1, candidate.queries.size(), 1});
 }
 
 // Heads that plain int8 hurts, the worst first.
@@ -58,6 +61,11 @@ std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
   }
   std::ranges::stable_sort(outliers, std::greater(), [&](const HeadErrors* h) { return cost(*h); });
   return outliers;
+}
+
+// Whether windows make a context take less than its tokens alone would.
+bool WindowsMatter(const TuneReport& r) {
+  return Fp16ContextBytes(r.table.model, r.context) < r.context * Fp16BytesPerToken(r.table.model);
 }
 
 // ---- text
@@ -84,7 +92,7 @@ std::string OutlierText(const TuneReport& r) {
 
 // The codecs in use, each with a letter (F for fp16), and which head has which.
 std::string PlanText(const Plan& plan) {
-  const Geometry& g = plan.geometry;
+  const std::vector<LayerShape>& layers = plan.model.layers;
   std::map<std::string, std::array<std::size_t, 2>> counts;  // of K and of V
   for (std::size_t i = 0; i < plan.codecs.size(); ++i)
     ++counts[ToString(plan.codecs[i].kind)][i % 2];
@@ -96,16 +104,21 @@ std::string PlanText(const Plan& plan) {
     codecs.Add("{}\t{}\t{}\t{}", letters[name], name, count[0], count[1]);
   }
   std::string text = codecs.Text();
-  if (g.layers > kMaxGridLayers || g.kv_heads > kMaxGridHeads) return text;
+  const std::size_t heads = std::ranges::max(layers, {}, &LayerShape::kv_heads).kv_heads;
+  if (layers.size() > kMaxGridLayers || heads > kMaxGridHeads) return text;
   std::string tens;
-  for (std::size_t l = 0; l < g.layers; l += 10) tens += fmt::format("{:<10}", l);
+  for (std::size_t l = 0; l < layers.size(); l += 10) tens += fmt::format("{:<10}", l);
   text += fmt::format("  {:<13} {}\n", "layer",
-                      tens.substr(0, std::max(g.layers, tens.find_last_not_of(' ') + 1)));
+                      tens.substr(0, std::max(layers.size(), tens.find_last_not_of(' ') + 1)));
   for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    for (std::size_t h = 0; h < g.kv_heads; ++h) {
+    for (std::size_t h = 0; h < heads; ++h) {
       std::string row;
-      for (std::size_t l = 0; l < g.layers; ++l) row += letters[ToString(plan.codec(l, h, t).kind)];
-      text += fmt::format("  {} of head {:<4} {}\n", Letter(t), h, row);
+      for (std::size_t l = 0; l < layers.size(); ++l) {
+        const bool has_one = layers[l].owns_kv() && h < layers[l].kv_heads;
+        row += has_one ? letters[ToString(plan.codec(l, h, t).kind)] : ' ';
+      }
+      text += fmt::format("  {} of head {:<4} {}\n", Letter(t), h,
+                          row.substr(0, row.find_last_not_of(' ') + 1));
     }
   }
   return text;
@@ -144,8 +157,20 @@ std::string TimeNote(const TuneReport& r) {
           : ", and another run, timed anew, may choose otherwise: --wisdom FILE keeps them");
 }
 
+// A layer of every shape that decode times tell apart.
+std::vector<LayerShape> SpeedShapes(const TuneReport& r) {
+  const auto what = [&](const LayerShape& x) {
+    return std::tuple(x.group(), x.k_dim, x.v_dim, x.seen(r.context));
+  };
+  std::vector<LayerShape> shapes;
+  for (const LayerShape& layer : r.table.model.layers) {
+    const auto is_alike = [&](const LayerShape& x) { return what(x) == what(layer); };
+    if (layer.has_kv() && std::ranges::none_of(shapes, is_alike)) shapes.push_back(layer);
+  }
+  return shapes;
+}
+
 std::string SpeedText(const TuneReport& r) {
-  const Geometry& g = r.table.geometry;
   std::vector<std::string> names[2];
   for (std::size_t t = 0; t < 2; ++t) {
     for (const CandidateError& c : r.table.heads[t].candidates) {
@@ -153,19 +178,26 @@ std::string SpeedText(const TuneReport& r) {
       if (std::ranges::find(names[t], name) == names[t].end()) names[t].push_back(name);
     }
   }
-  Table table(fmt::format("ms per KV head\tV {}", fmt::join(names[1], "\tV ")), 1);
-  for (const std::string& k : names[0]) {
-    std::vector<double> row;
-    for (const std::string& v : names[1])
-      row.push_back(r.wisdom.Find(k, v, g.group(), g.head_dim, r.context)->decode_ns / 1e6);
-    table.Add("K {}\t{:.4f}", k, fmt::join(row, "\t"));
-  }
-  return fmt::format(
+  std::string text = fmt::format(
       "Decode of one token at context {}, attention alone, 1 thread: {:.3f} ms, in fp16 {:.3f} ms "
-      "({:.2f} x)\n({} on {})\n{}{}",
+      "({:.2f} x)\n({} on {})\n",
       r.context, r.choice.decode_ns / 1e6, r.choice.fp16_decode_ns / 1e6,
-      r.choice.fp16_decode_ns / r.choice.decode_ns, r.wisdom.target, r.wisdom.cpu, table.Text(),
-      TimeNote(r));
+      r.choice.fp16_decode_ns / r.choice.decode_ns, r.wisdom.target, r.wisdom.cpu);
+  for (const LayerShape& layer : SpeedShapes(r)) {
+    std::string what = "ms per KV head";
+    if (!r.table.model.geometry())
+      what += fmt::format(" x {}/{}, {} queries, {} tokens", layer.k_dim, layer.v_dim,
+                          layer.group(), layer.seen(r.context));
+    Table table(fmt::format("{}\tV {}", what, fmt::join(names[1], "\tV ")), 1);
+    for (const std::string& k : names[0]) {
+      std::vector<double> row;
+      for (const std::string& v : names[1])
+        row.push_back(r.wisdom.Find(k, v, layer, r.context)->decode_ns / 1e6);
+      table.Add("K {}\t{:.4f}", k, fmt::join(row, "\t"));
+    }
+    text += table.Text();
+  }
+  return text + TimeNote(r);
 }
 
 std::string FrontText(const std::vector<ParetoPoint>& front) {
@@ -205,13 +237,16 @@ std::string ReportText(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
   const Provenance& p = plan.provenance;
   std::string text = fmt::format("{}\n{}\ncalibrated on {} ({} tokens)\n",
-                                 p.model.empty() ? "unknown model" : p.model,
-                                 ToString(plan.geometry), p.calibration, p.calibration_tokens);
+                                 p.model.empty() ? "unknown model" : p.model, ToString(plan.model),
+                                 p.calibration, p.calibration_tokens);
   if (r.holdout) text += fmt::format("held out {} ({} tokens)\n", p.holdout, p.holdout_tokens);
-  text += fmt::format("\n{}\nPlan: {} of {} bytes per token, {:.2f} % saved\n{}\n{}\n{}\n{}",
-                      OutlierText(r), BytesPerToken(plan), Fp16BytesPerToken(plan.geometry),
-                      100.0 * SavedFraction(plan), PlanText(plan), AccuracyText(r), SpeedText(r),
-                      FrontText(r.choice.front));
+  const std::size_t tokens = WindowsMatter(r) ? r.context : 1;
+  text +=
+      fmt::format("\n{}\nPlan: {} of {} bytes {}, {:.2f} % saved\n{}\n{}\n{}\n{}", OutlierText(r),
+                  ContextBytes(plan, tokens), Fp16ContextBytes(plan.model, tokens),
+                  tokens == 1 ? "per token" : fmt::format("at a context of {} tokens", tokens),
+                  100.0 * SavedFraction(plan, tokens), PlanText(plan), AccuracyText(r),
+                  SpeedText(r), FrontText(r.choice.front));
   if (r.context > 2 * p.longest_prompt)
     text += fmt::format(
         "\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps "
@@ -222,24 +257,25 @@ std::string ReportText(const TuneReport& r) {
 
 std::string ReportJson(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
-  const Geometry& g = plan.geometry;
   const Provenance& p = plan.provenance;
-  Json json = {{"format", "kvmix-tune-1"},
-               {"model", p.model},
-               {"geometry",
-                {{"layers", g.layers},
-                 {"kv_heads", g.kv_heads},
-                 {"query_heads", g.query_heads},
-                 {"head_dim", g.head_dim}}},
-               {"candidates", r.candidates},
+  Json json = {{"format", "kvmix-tune-1"}, {"model", p.model}};
+  if (const std::optional<Geometry> g = plan.model.geometry()) {
+    json["geometry"] = {{"layers", g->layers},
+                        {"kv_heads", g->kv_heads},
+                        {"query_heads", g->query_heads},
+                        {"head_dim", g->head_dim}};
+  } else {
+    json["layers"] = Json::parse(internal::LayersText(plan.model));
+  }
+  json.update({{"candidates", r.candidates},
                {"calibration_dumps", p.calibration},
                {"calibration_tokens", p.calibration_tokens},
                {"longest_prompt", p.longest_prompt},
                {"holdout_dump", p.holdout},
                {"holdout_tokens", p.holdout_tokens},
                {"bytes_per_token", BytesPerToken(plan)},
-               {"fp16_bytes_per_token", Fp16BytesPerToken(g)},
-               {"saved_fraction", SavedFraction(plan)},
+               {"fp16_bytes_per_token", Fp16BytesPerToken(plan.model)},
+               {"saved_fraction", SavedFraction(plan, r.context)},
                {"predicted", ToJson(r.choice.predicted)},
                {"calibration", ToJson(r.calibration)},
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
@@ -249,7 +285,11 @@ std::string ReportJson(const TuneReport& r) {
                  {"tensors_decided", r.choice.decided_by_time},
                  {"context", r.context},
                  {"cpu", r.wisdom.cpu},
-                 {"target", r.wisdom.target}}}};
+                 {"target", r.wisdom.target}}}});
+  if (WindowsMatter(r)) {
+    json["context_bytes"] = ContextBytes(plan, r.context);
+    json["fp16_context_bytes"] = Fp16ContextBytes(plan.model, r.context);
+  }
   for (const char* list : {"fp16_heads", "outliers", "heads", "front"}) json[list] = Json::array();
   for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
   for (const HeadErrors& h : r.table.heads) {

@@ -140,8 +140,8 @@ Status AttendJob::Impl::Start(std::span<const AttendRequest> asked, std::size_t 
   if (Status s = internal::CheckLayer(*first, at_layer); !s.ok()) return s;
   if (Status s = CheckOptions(o); !s.ok()) return s;
   pool = first->pool.get();
-  layer = &pool->layers[pool->model.kv_layer(at_layer)];
-  shape = &pool->model.layers[at_layer];
+  layer = &pool->layers[pool->plan.model.kv_layer(at_layer)];
+  shape = &pool->plan.model.layers[at_layer];
   exact = pool->plan.exact_first;
   options = o;
   if (options.attention_scale == 0.0f) options.attention_scale = shape->scale();

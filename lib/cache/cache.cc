@@ -30,13 +30,13 @@ Status CheckLayer(const CacheImpl& c, std::size_t layer) {
     return {ErrorCode::kInvalidArgument,
             fmt::format("layer {} of a cache of {} layers", layer, c.layers.size())};
   }
-  if (c.pool->model.layers[layer].has_kv()) return {};
+  if (c.pool->plan.model.layers[layer].has_kv()) return {};
   return {ErrorCode::kInvalidArgument, fmt::format("layer {} has no K and V", layer)};
 }
 
 Status CheckOwnLayer(const CacheImpl& c, std::size_t layer) {
   if (Status s = CheckLayer(c, layer); !s.ok()) return s;
-  const LayerShape& shape = c.pool->model.layers[layer];
+  const LayerShape& shape = c.pool->plan.model.layers[layer];
   if (shape.owns_kv()) return {};
   return {ErrorCode::kInvalidArgument,
           fmt::format("layer {} has no K and V of its own: it reads those of layer {}", layer,
@@ -169,7 +169,7 @@ Status Cache::Truncate(std::size_t tokens) {
   if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
   CacheImpl& c = *impl_;
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
-    if (!c.pool->model.layers[layer].owns_kv()) continue;
+    if (!c.pool->plan.model.layers[layer].owns_kv()) continue;
     const CacheLayer& at = c.layers[layer];
     if (tokens > at.tokens) {
       return {ErrorCode::kInvalidArgument,
@@ -276,7 +276,7 @@ std::size_t Cache::RowBytes(std::size_t layer, std::size_t kv_head, Tensor tenso
 }
 
 const Plan& Cache::plan() const { return impl_->pool->plan; }
-const Model& Cache::model() const { return impl_->pool->model; }
+const Model& Cache::model() const { return impl_->pool->plan.model; }
 std::size_t Cache::capacity() const { return impl_->capacity; }
 std::size_t Cache::tokens(std::size_t layer) const {
   return layer < impl_->layers.size() ? impl_->held(layer).tokens : 0;

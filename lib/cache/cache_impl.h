@@ -41,7 +41,6 @@ struct PoolLayer {
 
 struct PoolImpl {
   Plan plan;
-  Model model;
   const kernels::Kernels* kernels = nullptr;  // the tiles are made by and for these
   std::vector<PoolLayer> layers;
   std::unique_ptr<PageMemory> memory;
@@ -75,7 +74,9 @@ struct CacheImpl {
       : pool(std::move(of)), capacity(tokens), layers(pool->layers.size()) {}
   ~CacheImpl();
   // The layer that a layer's tokens are in: its own, or the one whose K and V it reads.
-  const CacheLayer& held(std::size_t layer) const { return layers[pool->model.kv_layer(layer)]; }
+  const CacheLayer& held(std::size_t layer) const {
+    return layers[pool->plan.model.kv_layer(layer)];
+  }
 };
 
 Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& options);

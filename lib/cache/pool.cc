@@ -31,24 +31,12 @@ constexpr std::size_t kOneBlockPages = 4;
 constexpr std::size_t kMostTableBytes = std::size_t{16} << 20, kMostTableFraction = 64;
 
 // The codecs of a layer's K or V.
-CompiledHeads Compile(const Plan& plan, std::size_t layer, Tensor tensor, std::size_t dim,
+CompiledHeads Compile(const Plan& plan, std::size_t layer, Tensor tensor,
                       const kernels::Kernels& kernels) {
+  const LayerShape& shape = plan.model.layers[layer];
   std::vector<const HeadCodec*> codecs;
-  for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) {
-    codecs.push_back(&plan.codec(layer, h, tensor));
-  }
-  return CompiledHeads(codecs, dim, kernels);
-}
-
-// How far back a layer and those that read its K and V look; 0: to the first token.
-std::size_t LongestWindow(const Model& model, std::size_t layer) {
-  std::size_t longest = 0;
-  for (std::size_t i = layer; i < model.layers.size(); ++i) {
-    if (!model.layers[i].has_kv() || model.kv_layer(i) != layer) continue;
-    if (model.layers[i].window == 0) return 0;
-    longest = std::max(longest, model.layers[i].window);
-  }
-  return longest;
+  for (std::size_t h = 0; h < shape.kv_heads; ++h) codecs.push_back(&plan.codec(layer, h, tensor));
+  return CompiledHeads(codecs, tensor == Tensor::kK ? shape.k_dim : shape.v_dim, kernels);
 }
 
 bool SameTile(const kernels::TileFormat& a, const kernels::TileFormat& b) {
@@ -86,20 +74,19 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
   if (!kernels.ok()) return kernels.status();
   auto pool = std::make_shared<PoolImpl>();
   pool->plan = plan;
-  pool->model = Model(plan.geometry);
   pool->kernels = *kernels;
   pool->memory = std::make_unique<PageMemory>(options.bytes != 0 ? options.bytes : MemoryBytes());
 
   std::size_t largest = 0;
-  for (std::size_t i = 0; i < pool->model.layers.size(); ++i) {
-    const LayerShape& shape = pool->model.layers[i];
+  for (std::size_t i = 0; i < plan.model.layers.size(); ++i) {
+    const LayerShape& shape = plan.model.layers[i];
     if (!shape.owns_kv()) {
       pool->layers.push_back({.shape = shape});
       continue;
     }
     PoolLayer layer{.shape = shape,
-                    .k = Compile(plan, i, Tensor::kK, shape.k_dim, **kernels),
-                    .v = Compile(plan, i, Tensor::kV, shape.v_dim, **kernels)};
+                    .k = Compile(plan, i, Tensor::kK, **kernels),
+                    .v = Compile(plan, i, Tensor::kV, **kernels)};
     if (plan.exact_first != 0) {
       const HeadCodec f16;
       const std::vector<const HeadCodec*> all(shape.kv_heads, &f16);
@@ -115,7 +102,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
       largest = std::max(largest, format.block_bytes);
       layer.formats.push_back(format);
     }
-    layer.window = LongestWindow(pool->model, i);
+    const std::size_t held = plan.model.tokens_held(i, SIZE_MAX);
+    layer.window = held == SIZE_MAX ? 0 : held;
     if (layer.window == 0) {  // a window lets blocks go one by one
       layer.run_log2 =
           std::min<std::size_t>(2, std::bit_width((kRunBytes * shape.kv_heads - 1) / bytes));

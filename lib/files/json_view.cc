@@ -79,6 +79,8 @@ std::string JsonText(std::string_view text) {
   return json(text).dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
+bool JsonView::is_null() const { return value_ != nullptr && value_->is_null(); }
+
 bool JsonView::has(const std::string& key) const {
   return value_ != nullptr && value_->is_object() && value_->contains(key);
 }

@@ -35,6 +35,7 @@ class JsonView {
   JsonView(const nlohmann::json& document, const std::string& path, Status* status)
       : value_(&document), path_(&path), status_(status) {}
 
+  bool is_null() const;                                           // the file says null
   bool has(const std::string& key) const;                         // false if this is no object
   std::vector<std::string> keys() const;                          // of an object
   JsonView operator[](const std::string& key) const;              // an error if it is missing

@@ -1,38 +1,27 @@
-// Geometries and plans: checks and sizes.
+// Plans: checks and sizes.
 #include "kvmix/plan.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include <span>
-#include <tuple>
 
+#include "lib/files/check.h"
 #include "lib/files/file.h"
 
 namespace kvmix {
 
 using internal::Error;
 
-Status CheckGeometry(const Geometry& g) {
-  const std::tuple<const char*, std::size_t, std::size_t> numbers[] = {
-      {"layers", g.layers, kMaxCount},
-      {"kv_heads", g.kv_heads, kMaxCount},
-      {"query_heads", g.query_heads, kMaxCount},
-      {"head_dim", g.head_dim, kMaxHeadDim}};
-  for (const auto& [name, value, most] : numbers) {
-    if (value == 0 || value > most)
-      return Error(ErrorCode::kInvalidArgument, "{}: expected 1 to {}, found {}", name, most,
-                   value);
-  }
-  if (g.query_heads % g.kv_heads == 0) return {};
-  return Error(ErrorCode::kInvalidArgument,
-               "query_heads: expected a multiple of the {} KV heads, found {}", g.kv_heads,
-               g.query_heads);
+std::size_t Plan::index(std::size_t layer, std::size_t kv_head, Tensor t) const {
+  KVMIX_CHECK(layer, <, model.layers.size());
+  KVMIX_CHECK(kv_head, <, model.layers[layer].kv_heads);
+  return (model.kv_heads_before(model.kv_layer(layer)) + kv_head) * 2 + static_cast<std::size_t>(t);
 }
 
-Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v) {
-  Plan plan{geometry, {}, {}};
-  for (std::size_t i = 0; i < geometry.layers * geometry.kv_heads; ++i)
+Plan UniformPlan(const Model& model, const HeadCodec& k, const HeadCodec& v) {
+  Plan plan{model, {}, {}};
+  for (std::size_t i = model.kv_heads_before(model.layers.size()); i > 0; --i)
     plan.codecs.insert(plan.codecs.end(), {k, v});
   return plan;
 }
@@ -42,35 +31,54 @@ Status CheckPlan(const Plan& plan) {
     return Error(ErrorCode::kInvalidArgument, "exact_first: expected 0 to {}, found {}",
                  kMostExactFirst, plan.exact_first);
   }
-  const Geometry& g = plan.geometry;
-  if (Status s = CheckGeometry(g); !s.ok()) return s;
-  const std::size_t expected = g.layers * g.kv_heads * 2;
+  const Model& model = plan.model;
+  if (Status s = CheckModel(model); !s.ok()) return s;
+  const std::size_t expected = 2 * model.kv_heads_before(model.layers.size());
   if (plan.codecs.size() != expected)
     return Error(ErrorCode::kInvalidArgument, "codecs: expected {} ({}), found {}", expected,
-                 ToString(g), plan.codecs.size());
-  for (std::size_t i = 0; i < expected; ++i) {
-    if (Status s = CheckCodec(plan.codecs[i], g.head_dim); !s.ok())
-      return Error(s.code(), "layer {}, KV head {}, {}: {}", i / 2 / g.kv_heads, i / 2 % g.kv_heads,
-                   i % 2 == 0 ? "K" : "V", s.message());
+                 ToString(model), plan.codecs.size());
+  std::size_t first = 0;
+  for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
+    const LayerShape& shape = model.layers[layer];
+    if (!shape.owns_kv()) continue;
+    for (std::size_t i = 0; i < 2 * shape.kv_heads; ++i) {
+      const bool is_k = i % 2 == 0;
+      if (Status s = CheckCodec(plan.codecs[first + i], is_k ? shape.k_dim : shape.v_dim); !s.ok())
+        return Error(s.code(), "layer {}, KV head {}, {}: {}", layer, i / 2, is_k ? "K" : "V",
+                     s.message());
+    }
+    first += 2 * shape.kv_heads;
   }
   return {};
 }
 
-std::size_t BytesPerToken(const Plan& plan) {
-  std::size_t bytes = 0;
-  for (const HeadCodec& codec : plan.codecs)
-    bytes += BytesPerToken(codec.kind, plan.geometry.head_dim);
+std::size_t ContextBytes(const Plan& plan, std::size_t context) {
+  const std::vector<LayerShape>& layers = plan.model.layers;
+  std::size_t bytes = 0, first = 0;
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    if (!layers[layer].owns_kv()) continue;
+    std::size_t of_token = 0;
+    for (std::size_t i = first; i < first + 2 * layers[layer].kv_heads; ++i) {
+      of_token += BytesPerToken(plan.codecs[i].kind,
+                                i % 2 == 0 ? layers[layer].k_dim : layers[layer].v_dim);
+    }
+    first += 2 * layers[layer].kv_heads;
+    bytes += of_token * plan.model.tokens_held(layer, context);
+  }
   return bytes;
 }
 
-std::size_t Fp16BytesPerToken(const Geometry& g) {
-  return g.layers * g.kv_heads * 2 * BytesPerToken(CodecKind{}, g.head_dim);
+std::size_t Fp16ContextBytes(const Model& model, std::size_t context) {
+  return ContextBytes(UniformPlan(model, {}, {}), context);
 }
 
-double SavedFraction(const Plan& plan) {
-  return 1.0 - static_cast<double>(BytesPerToken(plan)) /
-                   static_cast<double>(Fp16BytesPerToken(plan.geometry));
+double SavedFraction(const Plan& plan, std::size_t context) {
+  return 1.0 - static_cast<double>(ContextBytes(plan, context)) /
+                   static_cast<double>(Fp16ContextBytes(plan.model, context));
 }
+
+std::size_t BytesPerToken(const Plan& plan) { return ContextBytes(plan, 1); }
+std::size_t Fp16BytesPerToken(const Model& model) { return Fp16ContextBytes(model, 1); }
 
 std::uint64_t Fingerprint(const Plan& plan) {
   XXH3_state_t hash;
@@ -81,8 +89,7 @@ std::uint64_t Fingerprint(const Plan& plan) {
     number(x.size());
     bytes(x.data(), x.size_bytes());
   };
-  const Model model = plan.geometry;
-  for (const LayerShape& shape : model.layers) {
+  for (const LayerShape& shape : plan.model.layers) {
     for (const std::size_t x :
          {shape.kv_heads, shape.k_dim, shape.v_dim, shape.kv_layer.value_or(SIZE_MAX)}) {
       number(x);
@@ -100,9 +107,9 @@ std::uint64_t Fingerprint(const Plan& plan) {
 }
 
 Status CheckModelMatches(const Plan& plan, const Model& model) {
-  if (Model(plan.geometry) == model) return {};
+  if (plan.model == model) return {};
   return Error(ErrorCode::kMismatch, "plan: expected {}, found {}", ToString(model),
-               ToString(plan.geometry));
+               ToString(plan.model));
 }
 
 }  // namespace kvmix

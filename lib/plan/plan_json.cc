@@ -1,8 +1,10 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
-// minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard.
+// minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
+// layers that differ.
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -13,6 +15,7 @@
 #include "kvmix/plan.h"
 #include "lib/files/file.h"
 #include "lib/files/json_view.h"
+#include "lib/plan/model_json.h"
 
 namespace kvmix {
 
@@ -25,7 +28,7 @@ namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
-constexpr std::size_t kMinor = 1;
+constexpr std::size_t kMinor = 1, kMinorOfLayers = 2;
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -50,15 +53,25 @@ std::string CodecText(const HeadCodec& codec, std::string_view key) {
 
 std::string CodecsText(const Plan& plan) {
   std::vector<std::string> layers;
-  for (std::size_t layer = 0; layer < plan.geometry.layers; ++layer) {
+  auto codec = plan.codecs.begin();
+  for (const LayerShape& shape : plan.model.layers) {
     std::vector<std::string> heads;
-    for (std::size_t head = 0; head < plan.geometry.kv_heads; ++head) {
-      heads.push_back(fmt::format("{{{}, {}}}", CodecText(plan.codec(layer, head, Tensor::kK), "k"),
-                                  CodecText(plan.codec(layer, head, Tensor::kV), "v")));
+    for (std::size_t head = 0; shape.owns_kv() && head < shape.kv_heads; ++head, codec += 2) {
+      heads.push_back(
+          fmt::format("{{{}, {}}}", CodecText(codec[0], "k"), CodecText(codec[1], "v")));
     }
-    layers.push_back(fmt::format("    [{}]", fmt::join(heads, ",\n     ")));
+    layers.push_back(shape.owns_kv() ? fmt::format("    [{}]", fmt::join(heads, ",\n     "))
+                                     : "    null");
   }
   return fmt::format("{}", fmt::join(layers, ",\n"));
+}
+
+std::string ModelText(const Model& model) {
+  const std::optional<Geometry> g = model.geometry();
+  if (!g) return "\"layers\": " + internal::LayersText(model);
+  return fmt::format(
+      R"("geometry": {{"layers": {}, "kv_heads": {}, "query_heads": {}, "head_dim": {}}})",
+      g->layers, g->kv_heads, g->query_heads, g->head_dim);
 }
 
 std::string FidelityText(const Fidelity& f, std::string_view name) {
@@ -77,13 +90,12 @@ std::string AccuracyText(const Provenance& p) {
 }
 
 std::string PlanText(const Plan& plan) {
-  const Geometry& g = plan.geometry;
   const Provenance& p = plan.provenance;
   return fmt::format(
       R"({{
   "format": "{}",
   "version": [{}, {}],
-  "geometry": {{"layers": {}, "kv_heads": {}, "query_heads": {}, "head_dim": {}}},
+  {},
   "bytes_per_token": {},
   "saved_fraction": {},
   "provenance": {{"model": {}, "calibration": {}, "calibration_tokens": {}, "longest_prompt": {}, )"
@@ -94,9 +106,10 @@ std::string PlanText(const Plan& plan) {
   ]
 }}
 )",
-      kFormat, kMajor, kMinor, g.layers, g.kv_heads, g.query_heads, g.head_dim, BytesPerToken(plan),
-      SavedFraction(plan), JsonText(p.model), JsonText(p.calibration), p.calibration_tokens,
-      p.longest_prompt, JsonText(p.holdout), p.holdout_tokens, AccuracyText(p), CodecsText(plan));
+      kFormat, kMajor, plan.model.geometry() ? kMinor : kMinorOfLayers, ModelText(plan.model),
+      BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
+      p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,
+      AccuracyText(p), CodecsText(plan));
 }
 
 bool IsFinite(const Fidelity& f) {
@@ -122,14 +135,28 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
   return codec;
 }
 
-// Memory grows with what the file holds, never with what its geometry claims.
-std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Geometry& geometry) {
+Model ReadModel(const JsonView& root) {
+  if (root.has("layers")) return internal::ReadLayers(root["layers"]);
+  const JsonView geometry = root["geometry"];
+  const Geometry g{geometry["layers"].Count(), geometry["kv_heads"].Count(),
+                   geometry["query_heads"].Count(), geometry["head_dim"].Count()};
+  // Memory grows with what the file holds, never with what it claims.
+  return root["codecs"].HasSize(g.layers, "layers") ? Model(g) : Model();
+}
+
+std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model) {
   std::vector<HeadCodec> codecs;
-  if (!layers.HasSize(geometry.layers, "layers")) return codecs;
-  for (std::size_t layer = 0; layer < geometry.layers; ++layer) {
+  if (!layers.HasSize(model.layers.size(), "layers")) return codecs;
+  for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
+    const LayerShape& shape = model.layers[layer];
     const JsonView heads = layers[layer];
-    if (!heads.HasSize(geometry.kv_heads, "KV heads")) return codecs;
-    for (std::size_t head = 0; head < geometry.kv_heads; ++head) {
+    if (!shape.owns_kv()) {
+      if (!heads.is_null())
+        heads.Fail(ErrorCode::kCorrupt, "null, as the layer has no K and V of its own", "codecs");
+      continue;
+    }
+    if (!heads.HasSize(shape.kv_heads, "KV heads")) return codecs;
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
       for (const char* key : {"k", "v"}) codecs.push_back(ReadCodec(heads[head], key));
     }
   }
@@ -183,10 +210,8 @@ Result<Plan> LoadPlan(const std::string& path) {
   if (!status.ok()) return status;
 
   Plan plan;
-  const JsonView geometry = root["geometry"];
-  plan.geometry = {geometry["layers"].Count(), geometry["kv_heads"].Count(),
-                   geometry["query_heads"].Count(), geometry["head_dim"].Count()};
-  plan.codecs = ReadCodecs(root["codecs"], plan.geometry);
+  plan.model = ReadModel(root);
+  plan.codecs = ReadCodecs(root["codecs"], plan.model);
   plan.provenance = ReadProvenance(root);
   if (!status.ok()) return status;
   if (Status s = CheckPlan(plan); !s.ok())

@@ -25,14 +25,14 @@ namespace {
 struct Pair {
   const CandidateError* k = nullptr;
   const CandidateError* v = nullptr;
-  std::size_t bytes = 0;    // per token
-  double worst_nmse = 0.0;  // of the group's query heads
+  std::size_t bytes = 0;    // of the context
+  double worst_nmse = 0.0;  // of the query heads that read them
   double sum_nmse = 0.0;
   double worst_loss = 0.0;  // 1 - cosine
-  double decode_ns = 0.0;
+  double decode_ns = 0.0;   // over all layers that read them
 };
 
-// What all heads have to choose from, in the table's order: [layers * kv_heads] lists of pairs.
+// What all heads have to choose from, in the table's order: a list of pairs per KV head.
 using Menu = std::vector<std::vector<Pair>>;
 using Picks = std::vector<Pair>;  // one per KV head
 
@@ -44,21 +44,27 @@ double Nmse(const Pair& p, std::size_t q) {
 double Loss(const AttentionError& e) { return 1.0 - e.cosine(); }
 
 Status CheckTable(const ErrorTable& table) {
-  const Geometry& g = table.geometry;
-  if (Status s = CheckGeometry(g); !s.ok()) return s;
-  if (table.heads.size() != g.layers * g.kv_heads * 2)
+  const Model& model = table.model;
+  if (Status s = CheckModel(model); !s.ok()) return s;
+  const std::size_t expected = 2 * model.kv_heads_before(model.layers.size());
+  if (table.heads.size() != expected)
     return Error(ErrorCode::kMismatch,
                  "the error table has {} K and V heads, {} needs {}: layers are missing",
-                 table.heads.size(), ToString(g), g.layers * g.kv_heads * 2);
-  for (std::size_t i = 0; i < table.heads.size(); ++i) {
-    const HeadErrors& h = table.heads[i];
-    const bool in_place = h.layer == i / 2 / g.kv_heads && h.kv_head == i / 2 % g.kv_heads &&
-                          h.tensor == static_cast<Tensor>(i % 2);
-    const bool whole = std::ranges::all_of(
-        h.candidates, [&](const auto& c) { return c.queries.size() == g.group(); });
-    if (!in_place || !whole || h.candidates.empty())
-      return Error(ErrorCode::kMismatch, "the error table is not whole at layer {}, KV head {}",
-                   h.layer, h.kv_head);
+                 table.heads.size(), ToString(model), expected);
+  auto head = table.heads.begin();
+  for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
+    if (!model.layers[layer].owns_kv()) continue;
+    std::size_t queries = 0;
+    for (const std::size_t reader : model.readers(layer)) queries += model.layers[reader].group();
+    for (std::size_t i = 0; i < 2 * model.layers[layer].kv_heads; ++i, ++head) {
+      const bool in_place = head->layer == layer && head->kv_head == i / 2 &&
+                            head->tensor == static_cast<Tensor>(i % 2);
+      const bool whole = std::ranges::all_of(
+          head->candidates, [&](const auto& c) { return c.queries.size() == queries; });
+      if (!in_place || !whole || head->candidates.empty())
+        return Error(ErrorCode::kMismatch, "the error table is not whole at layer {}, KV head {}",
+                     head->layer, head->kv_head);
+    }
   }
   return {};
 }
@@ -78,21 +84,38 @@ Status CheckConstraints(const Constraints& c) {
   return {};
 }
 
+// Decode time of a K codec with a V codec in all layers that read a layer's K and V, per KV head;
+// nothing where one is not known.
+std::optional<double> DecodeNs(const Model& model, std::size_t layer, const Wisdom& wisdom,
+                               const std::string& k, const std::string& v, std::size_t context) {
+  double ns = 0.0;
+  for (const std::size_t reader : model.readers(layer)) {
+    const HeadSpeed* speed = wisdom.Find(k, v, model.layers[reader], context);
+    if (speed == nullptr) return std::nullopt;
+    ns += speed->decode_ns;
+  }
+  return ns;
+}
+
 Result<Menu> MakeMenu(const ErrorTable& table, const Wisdom& wisdom, std::size_t context) {
-  const Geometry& g = table.geometry;
-  Menu menu(g.layers * g.kv_heads);
+  Menu menu(table.heads.size() / 2);
   for (std::size_t i = 0; i < menu.size(); ++i) {
+    const std::size_t layer = table.heads[i * 2].layer;
+    const LayerShape& shape = table.model.layers[layer];
     for (const CandidateError& k : table.heads[i * 2].candidates) {
       for (const CandidateError& v : table.heads[i * 2 + 1].candidates) {
         const std::string k_name = SpeedName(k.codec.kind), v_name = SpeedName(v.codec.kind);
-        const HeadSpeed* speed = wisdom.Find(k_name, v_name, g.group(), g.head_dim, context);
-        if (speed == nullptr)
+        const std::optional<double> ns =
+            DecodeNs(table.model, layer, wisdom, k_name, v_name, context);
+        if (!ns)
           return Error(ErrorCode::kNotFound,
-                       "no speed is known of K {} with V {} at head_dim {}, group {}, context {}",
-                       k_name, v_name, g.head_dim, g.group(), context);
-        Pair p{.k = &k, .v = &v, .decode_ns = speed->decode_ns};
-        p.bytes = BytesPerToken(k.codec.kind, g.head_dim) + BytesPerToken(v.codec.kind, g.head_dim);
-        for (std::size_t q = 0; q < g.group(); ++q) {
+                       "no speed is known of K {} with V {} in layer {} ({}), context {}", k_name,
+                       v_name, layer, ToString(Model(std::vector{shape})), context);
+        Pair p{.k = &k, .v = &v, .decode_ns = *ns};
+        p.bytes =
+            table.model.tokens_held(layer, context) *
+            (BytesPerToken(k.codec.kind, shape.k_dim) + BytesPerToken(v.codec.kind, shape.v_dim));
+        for (std::size_t q = 0; q < k.queries.size(); ++q) {
           p.worst_nmse = std::max(p.worst_nmse, Nmse(p, q));
           p.sum_nmse += Nmse(p, q);
           p.worst_loss = std::max(p.worst_loss, Loss(k.queries[q]) + Loss(v.queries[q]));
@@ -169,24 +192,38 @@ double Saved(std::size_t bytes, std::size_t fp16_bytes) {
   return 1.0 - static_cast<double>(bytes) / static_cast<double>(fp16_bytes);
 }
 
-// The most bytes per token that save at least the fraction `budget`.
+// The most bytes that save at least the fraction `budget`.
 std::size_t BytesWithin(double budget, std::size_t fp16_bytes) {
   auto bytes = static_cast<std::size_t>((1.0 - budget) * static_cast<double>(fp16_bytes)) + 1;
   while (bytes > 0 && Saved(bytes, fp16_bytes) < budget) --bytes;
   return bytes;
 }
 
-Fidelity Predict(const Picks& picks, const Geometry& g) {
-  std::vector<AttentionError> errors;
-  for (const Pair& p : picks) {
-    for (std::size_t q = 0; q < g.group(); ++q)
-      errors.push_back({Nmse(p, q), 1.0, 1.0 - Loss(p.k->queries[q]) - Loss(p.v->queries[q]), 1});
+// The picks are in the order of the layers that own K and V and of their heads; the errors in that
+// of all layers and query heads.
+Fidelity Predict(const Picks& picks, const Model& model) {
+  std::vector<AttentionError> errors(model.query_heads_before(model.layers.size()));
+  auto pick = picks.begin();
+  for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
+    if (!model.layers[layer].owns_kv()) continue;
+    const std::vector<std::size_t> readers = model.readers(layer);
+    for (std::size_t head = 0; head < model.layers[layer].kv_heads; ++head, ++pick) {
+      std::size_t q = 0;
+      for (const std::size_t reader : readers) {
+        const std::size_t group = model.layers[reader].group(),
+                          first = model.query_heads_before(reader) + head * group;
+        for (std::size_t i = 0; i < group; ++i, ++q) {
+          errors[first + i] = {Nmse(*pick, q), 1.0,
+                               1.0 - Loss(pick->k->queries[q]) - Loss(pick->v->queries[q]), 1};
+        }
+      }
+    }
   }
-  return Summarize(errors, g);
+  return Summarize(errors, model);
 }
 
-ParetoPoint Describe(const Picks& picks, const Geometry& g) {
-  ParetoPoint point{Saved(Total(picks, &Pair::bytes), Fp16BytesPerToken(g)), Predict(picks, g),
+ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_bytes) {
+  ParetoPoint point{Saved(Total(picks, &Pair::bytes), fp16_bytes), Predict(picks, model),
                     Total(picks, &Pair::decode_ns)};
   for (const Pair& p : picks) {
     for (const CandidateError* candidate : {p.k, p.v})
@@ -251,10 +288,10 @@ std::vector<FrontLevel> FrontLevels(const Menu& menu) {
   return levels;
 }
 
-std::vector<ParetoPoint> Front(const Menu& menu, const Geometry& g) {
+std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t fp16_bytes) {
   std::vector<ParetoPoint> front;
   for (const FrontLevel& l : Thin(FrontLevels(menu)))
-    front.push_back(Describe(*Smallest(UpTo(menu, l.worst)), g));
+    front.push_back(Describe(*Smallest(UpTo(menu, l.worst)), model, fp16_bytes));
   std::ranges::reverse(front);
   return front;
 }
@@ -381,8 +418,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   if (Status s = CheckConstraints(constraints); !s.ok()) return s;
   Result<Menu> menu = MakeMenu(table, wisdom, context);
   if (!menu.ok()) return menu.status();
-  const Geometry& g = table.geometry;
-  const std::size_t fp16_bytes = Fp16BytesPerToken(g);
+  const std::size_t fp16_bytes = Fp16ContextBytes(table.model, context);
   const Result<Picks> picks = Chooser(*menu, fp16_bytes, constraints).Choose();
   if (!picks.ok()) return picks.status();
 
@@ -392,20 +428,24 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   const Picks without_time = *Chooser(*menu, fp16_bytes, timeless).Choose();
 
   Choice choice;
-  choice.plan.geometry = g;
+  choice.plan.model = table.model;
   for (std::size_t i = 0; i < picks->size(); ++i) {
     const Pair& p = (*picks)[i];
     choice.plan.codecs.push_back(p.k->codec);
     choice.plan.codecs.push_back(p.v->codec);
     choice.decided_by_time += (p.k != without_time[i].k) + (p.v != without_time[i].v);
   }
-  choice.predicted = Predict(*picks, g);
+  choice.predicted = Predict(*picks, table.model);
   choice.decode_ns = Total(*picks, &Pair::decode_ns);
-  if (const HeadSpeed* fp16 = wisdom.Find("f16", "f16", g.group(), g.head_dim, context))
-    choice.fp16_decode_ns = fp16->decode_ns * static_cast<double>(picks->size());
-  choice.front = Front(*menu, g);
+  for (std::size_t i = 0; i < table.heads.size(); i += 2) {
+    const std::optional<double> ns =
+        DecodeNs(table.model, table.heads[i].layer, wisdom, "f16", "f16", context);
+    choice.fp16_decode_ns = ns ? choice.fp16_decode_ns + *ns : 0.0;
+    if (!ns) break;
+  }
+  choice.front = Front(*menu, table.model, fp16_bytes);
   Provenance& provenance = choice.plan.provenance;
-  provenance.model = table.model;
+  provenance.model = table.model_name;
   provenance.calibration = fmt::format("{}", fmt::join(table.dumps, ", "));
   provenance.calibration_tokens = table.tokens;
   provenance.longest_prompt = table.longest_prompt;

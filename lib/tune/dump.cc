@@ -19,8 +19,10 @@
 
 #include "lib/files/check.h"
 #include "lib/files/file.h"
+#include "lib/files/json_view.h"
 #include "lib/files/parse_number.h"
 #include "lib/files/safetensors.h"
+#include "lib/plan/model_json.h"
 
 namespace kvmix {
 
@@ -95,11 +97,10 @@ struct Dump::Impl {
   bool raw = false;
   std::string model;
   std::string corpus;
-  Geometry geometry;
+  Model shapes;
   bool has_q = false;
   std::size_t tokens = 0;
   std::vector<std::size_t> prompt_tokens;
-  float attention_scale = 0.0f;
 
   std::vector<MappedFile> files;
   std::vector<std::vector<float>> copies;  // of the tensors that are misaligned in the file
@@ -111,7 +112,7 @@ struct Dump::Impl {
 
   const RowsView& rows(std::size_t layer, std::size_t kind) const {
     KVMIX_CHECK(layer, <, layers.size());
-    return layers[layer][kind].rows;
+    return layers[kind == kQueries ? layer : shapes.kv_layer(layer)][kind].rows;
   }
 
   Status Fail(ErrorCode code, std::string_view what, std::string_view expected,
@@ -119,8 +120,8 @@ struct Dump::Impl {
     return FileError(code, path, what, expected, found);
   }
 
-  Status CheckGeometry(const Geometry& g, const char* what = "") const {
-    const Status s = kvmix::CheckGeometry(g);
+  Status CheckShapes(const Model& of, const char* what = "") const {
+    const Status s = CheckModel(of);
     return s.ok() ? s : internal::Error(s.code(), "{}: {}{}", path, what, s.message());
   }
 
@@ -147,13 +148,16 @@ struct Dump::Impl {
         return Fail(ErrorCode::kMismatch, "tensor " + name, "dtype F16, BF16 or F32", tensor.dtype);
       found[*place] = {tensor.data, dtype->second, tensor.shape};
     }
+    if (Status s = ReadShapes(metadata, found); !s.ok()) return s;
     if (Status s = Assemble(found); !s.ok()) return s;
     // Where nothing says which axis is which, few tokens of many heads are more likely to be few
     // heads of many tokens.
-    const bool says_order = metadata.contains("kv_heads") || metadata.contains("tokens");
-    const Found& k = found.at({0, kKeys});
+    const bool says_order =
+        std::ranges::any_of(std::array{"layer_shapes", "kv_heads", "tokens"},
+                            [&](const char* key) { return metadata.contains(key); });
+    const auto& [place, k] = FirstK(found);
     if (!says_order && !k.heads_first() && k.heads() > k.tokens()) {
-      return Fail(ErrorCode::kMismatch, TensorName(raw, 0, kKeys),
+      return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, kKeys),
                   "[tokens, heads, head_dim], with kv_heads in the metadata where there are fewer "
                   "tokens than heads",
                   ShapeText(k.shape) + ", which looks like [heads, tokens, head_dim]");
@@ -164,8 +168,8 @@ struct Dump::Impl {
   Status OpenRaw(const RawFormat& format) {
     // Layers are counted below; the rest must be sound before sizes are computed from it.
     const std::size_t query_heads = format.query_heads != 0 ? format.query_heads : format.kv_heads;
-    if (Status s = CheckGeometry({1, format.kv_heads, query_heads, format.head_dim}); !s.ok())
-      return s;
+    Geometry geometry{1, format.kv_heads, query_heads, format.head_dim};
+    if (Status s = CheckShapes(geometry); !s.ok()) return s;
     FoundTensors found;
     std::error_code error;
     for (std::filesystem::directory_iterator entry(path, error), end; !error && entry != end;
@@ -187,41 +191,69 @@ struct Dump::Impl {
       files.push_back(std::move(*file));
     }
     if (error) return Fail(ErrorCode::kIo, "", "a folder that can be read", error.message());
+    if (Status s = CheckPresent(found); !s.ok()) return s;
     prompt_tokens = format.prompt_tokens;
+    geometry.layers = found.rbegin()->first.first + 1;
+    shapes = geometry;
     if (Status s = Assemble(found); !s.ok()) return s;
-    geometry.query_heads = query_heads;
     return CheckPrompts();
   }
 
-  // The geometry, and all tensors checked against it.
+  static bool HasQ(const FoundTensors& found) {
+    return std::ranges::any_of(found, [](const auto& f) { return f.first.second == kQueries; });
+  }
+
+  // The first K of a dump that has one.
+  static const FoundTensors::value_type& FirstK(const FoundTensors& found) {
+    return *std::ranges::find_if(found, [](const auto& f) { return f.first.second == kKeys; });
+  }
+
+  // All tensors checked against the shapes, and nothing missing.
   Status Assemble(const FoundTensors& found) {
-    if (Status s = CheckPresent(found); !s.ok()) return s;
+    if (Status s = CheckShapes(shapes); !s.ok()) return s;
+    has_q = HasQ(found);
+    layers.resize(shapes.layers.size());
     for (const auto& [place, tensor] : found) {
-      if (!tensor.is_valid())
+      if (place.first >= layers.size()) {
         return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, place.second),
-                    "a shape [tokens, heads, head_dim]", ShapeText(tensor.shape));
+                    fmt::format("layers from 0 to {}", layers.size() - 1), "one more");
+      }
     }
-    has_q = found.contains({0, kQueries});
-    const Found& k = found.at({0, kKeys});
-    const Found& q = found.at({0, has_q ? kQueries : kKeys});
-    tokens = k.tokens();
-    geometry = {found.rbegin()->first.first + 1, k.heads(), q.heads(), k.head_dim()};
-    if (tokens == 0) return Fail(ErrorCode::kMismatch, "", "at least 1 token", "an empty dump");
-    if (Status s = CheckGeometry(geometry); !s.ok()) return s;
-    layers.resize(geometry.layers);
-    for (const auto& [place, tensor] : found) {
-      const auto& [layer, kind] = place;
-      const std::size_t heads = kind == kQueries ? geometry.query_heads : geometry.kv_heads;
-      std::vector<std::uint64_t> expected = {tokens, heads, geometry.head_dim};
-      if (k.heads_first()) expected = {1, heads, tokens, geometry.head_dim};
-      if (tensor.shape != expected)
-        return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
-                    "shape " + ShapeText(expected), ShapeText(tensor.shape));
-      layers[layer][kind] = View(tensor);
+    bool heads_first = false;
+    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+      const LayerShape& shape = shapes.layers[layer];
+      for (const std::size_t kind : {kKeys, kValues, kQueries}) {
+        const auto at = found.find({layer, kind});
+        const bool wanted = kind == kQueries ? has_q && shape.has_kv() : shape.owns_kv();
+        if (wanted != (at != found.end())) {
+          return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
+                      wanted ? "a tensor, as the shape of the layer says" : WhyNone(shape),
+                      wanted ? "none" : "one");
+        }
+        if (!wanted) continue;
+        const Found& tensor = at->second;
+        if (tokens == 0) {
+          tokens = tensor.tokens();
+          heads_first = tensor.heads_first();
+        }
+        const std::uint64_t heads = kind == kQueries ? shape.query_heads : shape.kv_heads,
+                            dim = kind == kValues ? shape.v_dim : shape.k_dim;
+        std::vector<std::uint64_t> expected = {tokens, heads, dim};
+        if (heads_first) expected = {1, heads, tokens, dim};
+        if (tensor.shape != expected)
+          return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
+                      "shape " + ShapeText(expected), ShapeText(tensor.shape));
+        if (tokens == 0) return Fail(ErrorCode::kMismatch, "", "at least 1 token", "an empty dump");
+        layers[layer][kind] = View(tensor);
+      }
     }
-    attention_scale = 1.0f / std::sqrt(static_cast<float>(geometry.head_dim));
     if (prompt_tokens.empty()) prompt_tokens = {tokens};
     return {};
+  }
+
+  static std::string WhyNone(const LayerShape& shape) {
+    if (!shape.has_kv()) return "none, as the layer has no K and V";
+    return fmt::format("none, as the layer reads K and V of layer {}", *shape.kv_layer);
   }
 
   // Layers from 0 on without a gap, each with K and V, and with Q in all or in none.
@@ -230,14 +262,45 @@ struct Dump::Impl {
       return Fail(ErrorCode::kNotFound, "", "tensors " + TensorName(raw, 0, kKeys) + " and so on",
                   "none");
     const std::size_t last = found.rbegin()->first.first;
-    const bool any_q =
-        std::ranges::any_of(found, [](const auto& f) { return f.first.second == kQueries; });
     // As many steps as there are tensors, whatever number the last layer claims to have.
     for (std::size_t layer = 0; layer <= last; ++layer) {
-      for (std::size_t kind = 0; kind < (any_q ? 3 : 2); ++kind) {
+      for (std::size_t kind = 0; kind < (HasQ(found) ? 3 : 2); ++kind) {
         if (!found.contains({layer, kind}))
           return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
-                      fmt::format("one in every layer from 0 to {}", last), "none");
+                      fmt::format("one in every layer from 0 to {}{}", last,
+                                  raw ? "" : ", or layer_shapes in the metadata"),
+                      "none");
+      }
+    }
+    return {};
+  }
+
+  // From layer_shapes, or else from the tensors.
+  Status ReadShapes(const std::map<std::string, std::string>& metadata, const FoundTensors& found) {
+    for (const auto& [place, tensor] : found) {
+      if (!tensor.is_valid())
+        return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, place.second),
+                    "a shape [tokens, heads, head_dim]", ShapeText(tensor.shape));
+    }
+    if (const auto text = metadata.find("layer_shapes"); text != metadata.end()) {
+      const std::string where = path + ": metadata layer_shapes";
+      const auto json = internal::ParseJson(text->second, where, "");
+      if (!json.ok()) return json.status();
+      Status status;
+      shapes = internal::ReadLayers(internal::JsonView(*json, where, &status));
+      return status;
+    }
+    if (Status s = CheckPresent(found); !s.ok()) return s;
+    shapes.layers.resize(found.rbegin()->first.first + 1);
+    for (const auto& [place, tensor] : found) {
+      LayerShape& shape = shapes.layers[place.first];
+      if (place.second == kKeys) {
+        shape = {
+            .kv_heads = tensor.heads(), .query_heads = tensor.heads(), .k_dim = tensor.head_dim()};
+      } else if (place.second == kValues) {
+        shape.v_dim = tensor.head_dim();
+      } else {
+        shape.query_heads = tensor.heads();
       }
     }
     return {};
@@ -266,29 +329,49 @@ struct Dump::Impl {
     };
     if (const std::string* text = find("model")) model = *text;
     if (const std::string* text = find("corpus")) corpus = *text;
-    if (const std::string* text = find("query_heads"); text != nullptr && !has_q) {
+    if (const std::string* text = find("query_heads");
+        text != nullptr && !has_q && find("layer_shapes") == nullptr) {
       const auto value = ParseNumber<std::size_t>(*text);
       if (!value)
         return Fail(ErrorCode::kCorrupt, "metadata query_heads", "a whole number", Quoted(*text));
-      geometry.query_heads = *value;
-      if (Status s = CheckGeometry(geometry, "metadata: "); !s.ok()) return s;
+      for (LayerShape& shape : shapes.layers) shape.query_heads = shape.has_kv() ? *value : 0;
+      if (Status s = CheckShapes(shapes, "metadata: "); !s.ok()) return s;
     }
-    const std::pair<const char*, std::size_t> known[] = {{"layers", geometry.layers},
-                                                         {"tokens", tokens},
-                                                         {"kv_heads", geometry.kv_heads},
-                                                         {"query_heads", geometry.query_heads},
-                                                         {"head_dim", geometry.head_dim}};
-    for (const auto& [key, value] : known) {
+    const auto check = [&](const char* key, std::size_t value) {
       const std::string* text = find(key);
-      if (text != nullptr && ParseNumber<std::size_t>(*text) != value)
-        return Fail(ErrorCode::kMismatch, fmt::format("metadata {}", key),
-                    fmt::format("{}, as the tensors have it", value), Quoted(*text));
+      if (text == nullptr || ParseNumber<std::size_t>(*text) == value) return Status();
+      return Fail(ErrorCode::kMismatch, fmt::format("metadata {}", key),
+                  fmt::format("{}, as the tensors have it", value), Quoted(*text));
+    };
+    if (Status s = check("layers", layers.size()); !s.ok()) return s;
+    if (Status s = check("tokens", tokens); !s.ok()) return s;
+    for (const LayerShape& shape : shapes.layers) {
+      if (!shape.has_kv()) continue;
+      for (const auto& [key, value] : {std::pair{"kv_heads", shape.kv_heads},
+                                       {"query_heads", shape.query_heads},
+                                       {"head_dim", shape.k_dim},
+                                       {"head_dim", shape.v_dim}}) {
+        if (Status s = check(key, value); !s.ok()) return s;
+      }
     }
     if (const std::string* text = find("attention_scale")) {
-      attention_scale = ParseNumber<float>(*text).value_or(0.0f);
-      if (!(attention_scale > 0.0f) || !std::isfinite(attention_scale))
+      const float scale = ParseNumber<float>(*text).value_or(0.0f);
+      if (!(scale > 0.0f) || !std::isfinite(scale))
         return Fail(ErrorCode::kCorrupt, "metadata attention_scale", "a number above 0",
                     Quoted(*text));
+      for (LayerShape& shape : shapes.layers) {
+        if (!shape.has_kv()) continue;
+        if (shape.attention_scale != 0.0f && shape.attention_scale != scale)
+          return Fail(ErrorCode::kMismatch, "metadata attention_scale",
+                      fmt::format("{}, as layer_shapes has it", shape.attention_scale),
+                      Quoted(*text));
+        shape.attention_scale = scale;
+      }
+    }
+    // What a layer has anyway is nothing to write into plans.
+    for (LayerShape& shape : shapes.layers) {
+      const float usual = LayerShape{.k_dim = shape.k_dim}.scale();
+      if (std::fabs(shape.attention_scale - usual) <= 1e-6f * usual) shape.attention_scale = 0.0f;
     }
     const std::string* prompts = find("prompt_tokens");
     return prompts != nullptr ? ReadPrompts(*prompts) : Status();
@@ -352,28 +435,29 @@ Dump& Dump::operator=(Dump&&) noexcept = default;
 Dump::~Dump() = default;
 
 const std::string& Dump::path() const { return impl_->path; }
-const std::string& Dump::model() const { return impl_->model; }
+const std::string& Dump::model_name() const { return impl_->model; }
 const std::string& Dump::corpus() const { return impl_->corpus; }
-const Geometry& Dump::geometry() const { return impl_->geometry; }
+const Model& Dump::model() const { return impl_->shapes; }
 bool Dump::has_q() const { return impl_->has_q; }
 std::size_t Dump::tokens() const { return impl_->tokens; }
 const std::vector<std::size_t>& Dump::prompt_tokens() const { return impl_->prompt_tokens; }
-float Dump::attention_scale() const { return impl_->attention_scale; }
 
 RowsView Dump::k(std::size_t layer) const { return impl_->rows(layer, kKeys); }
 RowsView Dump::v(std::size_t layer) const { return impl_->rows(layer, kValues); }
 RowsView Dump::q(std::size_t layer) const { return impl_->rows(layer, kQueries); }
 RowsView Dump::head(std::size_t layer, std::size_t kv_head, Tensor t) const {
-  KVMIX_CHECK(kv_head, <, impl_->geometry.kv_heads);
-  return (t == Tensor::kK ? k(layer) : v(layer)).Head(kv_head);
+  const RowsView rows = t == Tensor::kK ? k(layer) : v(layer);
+  KVMIX_CHECK(kv_head, <, rows.heads);
+  return rows.Head(kv_head);
 }
 std::string Dump::k_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kKeys); }
 std::string Dump::v_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kValues); }
 
 Status Dump::CheckFinite(std::size_t layer) const {
+  KVMIX_CHECK(layer, <, impl_->layers.size());
   for (std::size_t kind = 0; kind < 3; ++kind) {
-    const RowsView& x = impl_->rows(layer, kind);
-    const std::size_t count = x.tokens * x.heads * x.head_dim;  // 0: no Q
+    const RowsView& x = impl_->layers[layer][kind].rows;
+    const std::size_t count = x.tokens * x.heads * x.head_dim;  // 0: no such tensor
     const std::size_t at =
         x.dtype == Dtype::kF32
             ? FindNonFinite<std::int32_t>(x.data, count, 0x7F800000)

@@ -19,7 +19,8 @@ struct KnapsackOption {
 //
 // Dynamic programming over the bytes above the smallest, in units of their greatest common divisor:
 // time groups * units * options (after dropping dominated ones), memory one byte per group and
-// unit.
+// unit. Where that would be more than 256 MB, units are larger and sizes rounded up to them: the
+// choice still fits, but a better one may be missed.
 std::optional<std::vector<std::size_t>> SolveKnapsack(
     const std::vector<std::vector<KnapsackOption>>& groups, std::size_t budget_bytes);
 

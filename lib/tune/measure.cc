@@ -23,28 +23,28 @@ using internal::Error;
 
 namespace {
 
-// [query_heads] errors of a layer's outputs, [tokens, query_heads, head_dim]. Row after row with
+// [query_heads] errors of a layer's outputs, [tokens, query_heads, v_dim]. Row after row with
 // all heads, as they lie in memory; in chunks that do not depend on the threads, so that neither do
 // the sums.
 std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
-                                         const std::vector<float>& approximate, const Geometry& g,
-                                         const MeasureOptions& options) {
+                                         const std::vector<float>& approximate,
+                                         const LayerShape& shape, const MeasureOptions& options) {
   constexpr std::size_t kChunk = 256;  // tokens
-  const std::size_t stride = g.query_heads * g.head_dim, tokens = exact.size() / stride,
-                    chunks = (tokens + kChunk - 1) / kChunk;
-  std::vector<AttentionError> parts(chunks * g.query_heads);
+  const std::size_t heads = shape.query_heads, stride = heads * shape.v_dim,
+                    tokens = exact.size() / stride, chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<AttentionError> parts(chunks * heads);
   const int threads = internal::ThreadsFor(options.num_threads, chunks);
   internal::RunParts(chunks, threads, 1, [&](std::size_t chunk) {
     for (std::size_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
-      for (std::size_t h = 0; h < g.query_heads; ++h) {
-        const std::size_t at = t * stride + h * g.head_dim;
-        parts[chunk * g.query_heads + h] +=
-            CompareOutputs(&exact[at], &approximate[at], 1, stride, g.head_dim);
+      for (std::size_t h = 0; h < heads; ++h) {
+        const std::size_t at = t * stride + h * shape.v_dim;
+        parts[chunk * heads + h] +=
+            CompareOutputs(&exact[at], &approximate[at], 1, stride, shape.v_dim);
       }
     }
   });
-  std::vector<AttentionError> errors(g.query_heads);
-  for (std::size_t i = 0; i < parts.size(); ++i) errors[i % g.query_heads] += parts[i];
+  std::vector<AttentionError> errors(heads);
+  for (std::size_t i = 0; i < parts.size(); ++i) errors[i % heads] += parts[i];
   return errors;
 }
 
@@ -60,9 +60,10 @@ Status ForLayers(std::size_t first, std::size_t last, const std::vector<const Du
   const std::size_t layers = last - first;
   std::size_t layer_bytes = 1;  // of an exact and an approximate output
   for (const Dump* dump : dumps) {
-    const Geometry& g = dump->geometry();
-    layer_bytes =
-        std::max(layer_bytes, 2 * sizeof(float) * dump->tokens() * g.query_heads * g.head_dim);
+    for (const LayerShape& shape : dump->model().layers) {
+      layer_bytes = std::max(layer_bytes,
+                             2 * sizeof(float) * dump->tokens() * shape.query_heads * shape.v_dim);
+    }
   }
   const std::size_t most = std::max<std::size_t>(1, std::min(kOutputBytes / layer_bytes, layers));
   const int side_by_side = internal::ThreadsFor(options.num_threads, most);
@@ -94,12 +95,9 @@ Status CheckDumps(const std::vector<const Dump*>& dumps) {
     if (!dump->has_q())
       return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention errors need",
                    dump->path());
-    if (dump->geometry() != first.geometry())
+    if (dump->model() != first.model())
       return Error(ErrorCode::kMismatch, "{}: {}, but {} has {}", dump->path(),
-                   ToString(dump->geometry()), first.path(), ToString(first.geometry()));
-    if (dump->attention_scale() != first.attention_scale())
-      return Error(ErrorCode::kMismatch, "{}: attention scale {}, but {} has {}", dump->path(),
-                   dump->attention_scale(), first.path(), first.attention_scale());
+                   ToString(dump->model()), first.path(), ToString(first.model()));
   }
   return {};
 }
@@ -107,15 +105,17 @@ Status CheckDumps(const std::vector<const Dump*>& dumps) {
 // The entries of one layer, [kv_heads][K, V], candidates calibrated, errors still empty.
 Status StartLayer(const std::vector<const Dump*>& dumps, const CandidateKinds& candidates,
                   std::size_t layer, std::vector<HeadErrors>* heads) {
-  const Geometry& g = dumps[0]->geometry();
-  for (std::size_t i = 0; i < g.kv_heads * 2; ++i) {
+  const Model& model = dumps[0]->model();
+  std::size_t queries = 0;
+  for (const std::size_t reader : model.readers(layer)) queries += model.layers[reader].group();
+  for (std::size_t i = 0; i < model.layers[layer].kv_heads * 2; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads->emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
     internal::HeadCalibration calibration(dumps, layer, i / 2, tensor);
     for (const CodecKind& kind : tensor == Tensor::kK ? candidates.k : candidates.v) {
       CandidateError& candidate = head.candidates.emplace_back();
       candidate.codec = calibration.Codec(kind);
-      candidate.queries.resize(g.group());
+      candidate.queries.resize(queries);
       for (const Dump* dump : dumps) {
         const auto values = EncodingError(dump->head(layer, i / 2, tensor), candidate.codec);
         if (!values.ok()) return values.status();
@@ -127,27 +127,30 @@ Status StartLayer(const std::vector<const Dump*>& dumps, const CandidateKinds& c
   return {};
 }
 
-// Adds one dump's attention errors to a layer's entries. Heads do not see each other, so one
-// attention serves a candidate of all of them.
-Status AddAttentionErrors(const Dump& dump, std::size_t layer, const MeasureOptions& options,
-                          std::vector<HeadErrors>* heads) {
-  const Geometry& g = dump.geometry();
-  const std::vector<HeadCodec> exact_codecs(g.kv_heads * 2);
+// Adds one dump's attention errors in one reading layer to a layer's entries, after those of
+// `first` query heads of other readers. Heads do not see each other, so one attention serves a
+// candidate of all of them.
+Status AddAttentionErrors(const Dump& dump, std::size_t reader, std::size_t first,
+                          const MeasureOptions& options, std::vector<HeadErrors>* heads) {
+  const LayerShape& shape = dump.model().layers[reader];
+  const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
   std::vector<float> exact, approximate;
-  if (Status s = AttendDump(dump, layer, exact_codecs, options, &exact); !s.ok()) return s;
+  if (Status s = AttendDump(dump, reader, exact_codecs, options, &exact); !s.ok()) return s;
   for (std::size_t tensor = 0; tensor < 2; ++tensor) {
     for (std::size_t i = 0; i < (*heads)[tensor].candidates.size(); ++i) {
       const bool is_exact = (*heads)[tensor].candidates[i].codec.kind == CodecKind();
       if (!is_exact) {
         std::vector<HeadCodec> codecs = exact_codecs;
-        for (std::size_t h = 0; h < g.kv_heads; ++h)
+        for (std::size_t h = 0; h < shape.kv_heads; ++h)
           codecs[h * 2 + tensor] = (*heads)[h * 2 + tensor].candidates[i].codec;
-        if (Status s = AttendDump(dump, layer, codecs, options, &approximate); !s.ok()) return s;
+        if (Status s = AttendDump(dump, reader, codecs, options, &approximate); !s.ok()) return s;
       }
       const std::vector<AttentionError> errors =
-          CompareLayer(exact, is_exact ? exact : approximate, g, options);
-      for (std::size_t q = 0; q < g.query_heads; ++q)
-        (*heads)[q / g.group() * 2 + tensor].candidates[i].queries[q % g.group()] += errors[q];
+          CompareLayer(exact, is_exact ? exact : approximate, shape, options);
+      for (std::size_t q = 0; q < shape.query_heads; ++q) {
+        HeadErrors& head = (*heads)[q / shape.group() * 2 + tensor];
+        head.candidates[i].queries[first + q % shape.group()] += errors[q];
+      }
     }
   }
   return {};
@@ -160,15 +163,15 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
                   std::uint64_t* saturated) {
   if (!dump.has_q())
     return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention needs", dump.path());
-  Geometry one_layer = dump.geometry();
-  one_layer.layers = 1;
+  LayerShape shape = dump.model().layers[layer];
+  shape.kv_layer.reset();  // its rows are those of that layer
+  const Model one_layer(std::vector{shape});
   const std::vector<std::size_t>& prompts = dump.prompt_tokens();
   Result<Cache> cache = Cache::Create(one_layer, Plan{one_layer, codecs, {}},
                                       std::ranges::max(prompts), {options.target});
   if (!cache.ok()) return cache.status();
-  const AttendOptions attention{.attention_scale = dump.attention_scale()};
-  const std::size_t q_row = one_layer.query_heads * one_layer.head_dim;
-  out->resize(dump.tokens() * q_row);
+  const std::size_t out_row = shape.query_heads * shape.v_dim;
+  out->resize(dump.tokens() * out_row);
   std::size_t first = 0;
   for (const std::size_t tokens : prompts) {
     Status s = cache->Truncate(0);
@@ -176,8 +179,8 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
       s = cache->Append(0, dump.k(layer).Tokens(first, tokens), dump.v(layer).Tokens(first, tokens),
                         options.num_threads);
     if (s.ok())
-      s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * q_row,
-                 attention, options.num_threads);
+      s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * out_row, {},
+                 options.num_threads);
     if (!s.ok()) return s;
     first += tokens;
   }
@@ -188,22 +191,28 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
 Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
                                                 const MeasureOptions& options) {
   if (Status s = CheckPlan(plan); !s.ok()) return s;
-  if (Status s = CheckModelMatches(plan, dump.geometry()); !s.ok())
-    return Error(s.code(), "{}: {}", dump.path(), s.message());
-  const Geometry& g = plan.geometry;
-  std::vector<AttentionError> errors(g.layers * g.query_heads);
+  const Model& model = dump.model();
+  if (plan.model != model && plan.model != Stored(model))
+    return Error(ErrorCode::kMismatch, "{}: plan: expected {}, found {}", dump.path(),
+                 ToString(model), ToString(plan.model));
+  const std::size_t layers = model.layers.size();
+  std::vector<AttentionError> errors(model.query_heads_before(layers));
   const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
+    const LayerShape& shape = model.layers[layer];
+    if (!shape.has_kv()) return Status();
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
-    const std::vector<HeadCodec> codecs(first, first + g.kv_heads * 2), exact_codecs(codecs.size());
+    const std::vector<HeadCodec> codecs(first, first + shape.kv_heads * 2),
+        exact_codecs(codecs.size());
     std::vector<float> exact, approximate;
     Status s = AttendDump(dump, layer, exact_codecs, within, &exact);
     if (s.ok()) s = AttendDump(dump, layer, codecs, within, &approximate);
     if (!s.ok()) return s;
-    std::ranges::copy(CompareLayer(exact, approximate, g, within),
-                      errors.begin() + static_cast<std::ptrdiff_t>(layer * g.query_heads));
+    std::ranges::copy(
+        CompareLayer(exact, approximate, shape, within),
+        errors.begin() + static_cast<std::ptrdiff_t>(model.query_heads_before(layer)));
     return s;
   };
-  if (Status s = ForLayers(0, g.layers, {&dump}, options, measure); !s.ok()) return s;
+  if (Status s = ForLayers(0, layers, {&dump}, options, measure); !s.ok()) return s;
   return errors;
 }
 
@@ -250,12 +259,11 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
   if (candidates.k.empty() || candidates.v.empty())
     return Error(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
   ErrorTable table;
-  table.geometry = dumps[0]->geometry();
-  table.attention_scale = dumps[0]->attention_scale();
   table.model = dumps[0]->model();
-  if (first_layer > last_layer || last_layer > table.geometry.layers)
+  table.model_name = dumps[0]->model_name();
+  if (first_layer > last_layer || last_layer > table.model.layers.size())
     return Error(ErrorCode::kInvalidArgument, "layers {} to {}: {} has layers 0 to {}", first_layer,
-                 last_layer, dumps[0]->path(), table.geometry.layers);
+                 last_layer, dumps[0]->path(), table.model.layers.size());
   for (const Dump* dump : dumps) {
     table.dumps.push_back(internal::FileName(dump->path()));
     table.tokens += dump->tokens();
@@ -263,10 +271,18 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
   }
   std::vector<std::vector<HeadErrors>> layers(last_layer - first_layer);
   const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
+    if (!table.model.layers[layer].owns_kv()) return Status();
     std::vector<HeadErrors>& heads = layers[layer - first_layer];
     Status s = StartLayer(dumps, candidates, layer, &heads);
-    for (const Dump* dump : dumps)
-      if (s.ok()) s = AddAttentionErrors(*dump, layer, within, &heads);
+    std::size_t first = 0;
+    for (const std::size_t reader : table.model.readers(layer)) {
+      for (const Dump* dump : dumps) {
+        if (s.ok() && reader != layer) s = dump->CheckFinite(reader);
+        if (s.ok()) s = AddAttentionErrors(*dump, reader, first, within, &heads);
+        if (reader != layer) dump->Release(reader);
+      }
+      first += table.model.layers[reader].group();
+    }
     return s;
   };
   if (Status s = ForLayers(first_layer, last_layer, dumps, options, measure); !s.ok()) return s;
@@ -278,12 +294,11 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
 Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b) {
   const auto origin = [](const ErrorTable& t) {
     return std::vector<std::pair<const char*, std::string>>{
-        {"geometry", ToString(t.geometry)},
-        {"model", t.model},
+        {"layers", ToString(t.model)},
+        {"model", t.model_name},
         {"dumps", fmt::format("{}", fmt::join(t.dumps, ","))},
         {"tokens", fmt::format("{}", t.tokens)},
-        {"longest prompt", fmt::format("{}", t.longest_prompt)},
-        {"attention scale", fmt::format("{}", t.attention_scale)}};
+        {"longest prompt", fmt::format("{}", t.longest_prompt)}};
   };
   const auto of_a = origin(a), of_b = origin(b);
   for (std::size_t i = 0; i < of_a.size(); ++i) {

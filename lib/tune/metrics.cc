@@ -68,11 +68,12 @@ AttentionError CompareOutputs(const float* exact, const float* approximate, std:
   return error;
 }
 
-Fidelity Summarize(const std::vector<AttentionError>& errors, const Geometry& geometry) {
+Fidelity Summarize(const std::vector<AttentionError>& errors, const Model& model) {
   Fidelity f;
   if (errors.empty()) return f;
   double sum_nmse = 0.0, sum_cosine = 0.0;
   f.worst_cosine = std::numeric_limits<double>::infinity();
+  std::size_t worst = 0;
   for (std::size_t i = 0; i < errors.size(); ++i) {
     const double cosine = errors[i].cosine();
     sum_nmse += errors[i].nmse();
@@ -80,10 +81,11 @@ Fidelity Summarize(const std::vector<AttentionError>& errors, const Geometry& ge
     f.worst_nmse = std::max(f.worst_nmse, errors[i].nmse());
     if (cosine < f.worst_cosine) {
       f.worst_cosine = cosine;
-      f.worst_layer = i / geometry.query_heads;
-      f.worst_query_head = i % geometry.query_heads;
+      worst = i;
     }
   }
+  while (model.query_heads_before(f.worst_layer + 1) <= worst) ++f.worst_layer;
+  f.worst_query_head = worst - model.query_heads_before(f.worst_layer);
   f.mean_nmse = sum_nmse / static_cast<double>(errors.size());
   f.mean_cosine = sum_cosine / static_cast<double>(errors.size());
   return f;

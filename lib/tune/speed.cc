@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <tuple>
 #include <utility>
 
 #include <fmt/format.h>
@@ -37,10 +36,10 @@ std::string SpeedName(const CodecKind& kind) {
 }
 
 const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_codec,
-                              std::size_t group, std::size_t head_dim, std::size_t context) const {
+                              const LayerShape& layer, std::size_t context) const {
   const auto it = std::ranges::find_if(speeds, [&](const HeadSpeed& s) {
-    return std::tie(s.k_codec, s.v_codec, s.group, s.head_dim, s.context) ==
-           std::tie(k_codec, v_codec, group, head_dim, context);
+    return s.k_codec == k_codec && s.v_codec == v_codec && s.group == layer.group() &&
+           s.k_dim == layer.k_dim && s.v_dim == layer.v_dim && s.context == layer.seen(context);
   });
   return it == speeds.end() ? nullptr : &*it;
 }
@@ -59,13 +58,13 @@ Status SaveWisdom(const Wisdom& wisdom, const std::string& path) {
                                  {"target", wisdom.target},
                                  {"library_version", wisdom.version}};
   json["speeds"] = nlohmann::ordered_json::array();
-  for (const HeadSpeed& s : wisdom.speeds)
-    json["speeds"].push_back({{"k", s.k_codec},
-                              {"v", s.v_codec},
-                              {"group", s.group},
-                              {"head_dim", s.head_dim},
-                              {"context", s.context},
-                              {"decode_ns", s.decode_ns}});
+  for (const HeadSpeed& s : wisdom.speeds) {
+    nlohmann::ordered_json& speed = json["speeds"].emplace_back();
+    speed = {{"k", s.k_codec}, {"v", s.v_codec}, {"group", s.group}, {"head_dim", s.k_dim}};
+    if (s.v_dim != s.k_dim) speed["v_dim"] = s.v_dim;
+    speed["context"] = s.context;
+    speed["decode_ns"] = s.decode_ns;
+  }
   return internal::WriteFileAtomically(
       path, json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
@@ -88,8 +87,9 @@ Result<Wisdom> LoadWisdom(const std::string& path, std::string_view target) {
     const double ns = s["decode_ns"].Number();
     if (!(ns > 0.0))
       s["decode_ns"].Fail(ErrorCode::kCorrupt, "a time above 0", fmt::format("{}", ns));
-    wisdom.speeds.push_back({s["k"].Text(), s["v"].Text(), s["group"].Count(),
-                             s["head_dim"].Count(), s["context"].Count(), ns});
+    wisdom.speeds.push_back(
+        {s["k"].Text(), s["v"].Text(), s["group"].Count(), s["head_dim"].Count(),
+         s[s.has("v_dim") ? "v_dim" : "head_dim"].Count(), s["context"].Count(), ns});
   }
   if (!status.ok()) return status;
   const Wisdom here = ThisMachine(target);
@@ -104,31 +104,36 @@ Result<Wisdom> LoadWisdom(const std::string& path, std::string_view target) {
 }
 
 Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<CodecKind>& v,
-                         std::size_t group, std::size_t head_dim, std::size_t context,
-                         double seconds, Wisdom* wisdom) {
-  const Geometry geometry{1, 1, group, head_dim};
-  if (Status s = CheckGeometry(geometry); !s.ok()) return s;
+                         const LayerShape& layer, std::size_t context, double seconds,
+                         Wisdom* wisdom) {
+  LayerShape alone = layer;
+  alone.kv_layer.reset();
+  if (Status s = CheckModel(Model(std::vector{alone})); !s.ok()) return s;
   if (context == 0) return {ErrorCode::kInvalidArgument, "context 0: expected 1 or more tokens"};
+  const std::size_t group = layer.group(), tokens = layer.seen(context);
+  const Model one_head(std::vector<LayerShape>{
+      {.kv_heads = 1, .query_heads = group, .k_dim = layer.k_dim, .v_dim = layer.v_dim}});
   std::vector<Half> k_rows, v_rows;
   Wisdom added;
   std::vector<Cache> caches;  // one KV head each, full: of the speeds in `added`
   for (const CodecKind& k_kind : k) {
     for (const CodecKind& v_kind : v) {
       const HeadCodec kc = CodecFor(k_kind), vc = CodecFor(v_kind);
-      HeadSpeed speed{ToString(kc.kind), ToString(vc.kind), group, head_dim, context, 0.0};
+      HeadSpeed speed{
+          ToString(kc.kind), ToString(vc.kind), group, layer.k_dim, layer.v_dim, tokens, 0.0};
       const auto known = [&](const Wisdom& w) {
-        return w.Find(speed.k_codec, speed.v_codec, group, head_dim, context) != nullptr;
+        return w.Find(speed.k_codec, speed.v_codec, layer, context) != nullptr;
       };
       if (known(*wisdom) || known(added)) continue;
       Result<Cache> cache =
-          Cache::Create(geometry, UniformPlan(geometry, kc, vc), context, {wisdom->target});
+          Cache::Create(one_head, UniformPlan(one_head, kc, vc), tokens, {wisdom->target});
       if (!cache.ok()) return cache.status();
       if (k_rows.empty()) {
-        k_rows = internal::RandomHalves(context * head_dim, 2);
-        v_rows = internal::RandomHalves(context * head_dim, 3);
+        k_rows = internal::RandomHalves(tokens * layer.k_dim, 2);
+        v_rows = internal::RandomHalves(tokens * layer.v_dim, 3);
       }
-      Status s = cache->Append(0, RowsView::F16(k_rows.data(), context, 1, head_dim),
-                               RowsView::F16(v_rows.data(), context, 1, head_dim));
+      Status s = cache->Append(0, RowsView::F16(k_rows.data(), tokens, 1, layer.k_dim),
+                               RowsView::F16(v_rows.data(), tokens, 1, layer.v_dim));
       if (!s.ok()) return s;
       caches.push_back(std::move(*cache));
       added.speeds.push_back(std::move(speed));
@@ -136,9 +141,9 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   }
   if (caches.empty()) return {};
   Status failed;
-  const std::vector<Half> q = internal::RandomHalves(group * head_dim, 1);
-  const RowsView queries = RowsView::F16(q.data(), 1, group, head_dim);
-  std::vector<float> out(q.size());
+  const std::vector<Half> q = internal::RandomHalves(group * layer.k_dim, 1);
+  const RowsView queries = RowsView::F16(q.data(), 1, group, layer.k_dim);
+  std::vector<float> out(group * layer.v_dim);
   std::vector<std::function<void()>> functions;
   functions.reserve(caches.size());
   for (const Cache& cache : caches) {

@@ -39,7 +39,7 @@ void Run(std::string_view bytes) {
   Require(saved.ok(), "a plan that can be saved", saved);
   const Result<Plan> second = LoadPlan(again.path());
   Require(second.ok(), "a plan that can be loaded again", second.status());
-  Require(second->geometry == plan->geometry && second->codecs == plan->codecs, "the same plan");
+  Require(second->model == plan->model && second->codecs == plan->codecs, "the same plan");
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ std::vector<std::string> Seeds() {
     const Status saved = SaveWisdom(wisdom, file.path());
     Require(saved.ok(), "wisdom that can be saved", saved);
     seeds.push_back(file.Read());
-    wisdom.speeds.push_back({codec, "i8-head", 6, 128, 4096, 12.5});
+    wisdom.speeds.push_back({codec, "i8-head", 6, 128, 96, 4096, 12.5});
   }
   wisdom.cpu = "another";
   Require(SaveWisdom(wisdom, file.path()).ok(), "wisdom that can be saved");

@@ -4,13 +4,15 @@
 // 1. safetensors: tensors `layers.N.k|v|q` of F16, BF16 or F32, [tokens, heads, head_dim] in C
 //    order, or [1, heads, tokens, head_dim], as Hugging Face has them. Metadata (strings): format
 //    `kvmix-dump-1`, model, corpus, layers, tokens, prompt_tokens (comma-separated lengths of the
-//    concatenated prompts), kv_heads, query_heads, head_dim, rope_theta, attention_scale. What
-//    safetensors' own reader refuses is refused. Metadata that are missing follow from the tensors
-//    (one prompt then); those that contradict them are an error. Without kv_heads and tokens in the
-//    metadata, tensors of more heads than tokens are refused: their axes are likely to be in
-//    another order. Tensors of other names are ignored.
-// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, f16, [tokens, heads, head_dim], the
-//    geometry given by the caller.
+//    concatenated prompts), layer_shapes (JSON, docs/formats.md), kv_heads, query_heads, head_dim,
+//    rope_theta, attention_scale. What safetensors' own reader refuses is refused. Metadata that
+//    are missing follow from the tensors (one prompt then); those that contradict them are an
+//    error. Without layer_shapes, kv_heads and tokens in the metadata, tensors of more heads than
+//    tokens are refused: their axes are likely to be in another order. Tensors of other names are
+//    ignored. Layers may differ. One that reads another's K and V has Q only, one without K and
+//    V has nothing; layer_shapes must say so.
+// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, f16, [tokens, heads, head_dim], all
+//    layers alike, their shape given by the caller.
 // Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
 #ifndef KVMIX_DUMP_H_
 #define KVMIX_DUMP_H_
@@ -46,16 +48,18 @@ class KVMIX_API Dump {
   ~Dump();
 
   const std::string& path() const;
-  const std::string& model() const;   // "" where unknown
-  const std::string& corpus() const;  // "" where unknown
-  // query_heads equals kv_heads where there is no Q and the metadata do not say.
-  const Geometry& geometry() const;
+  const std::string& model_name() const;  // "" where unknown
+  const std::string& corpus() const;      // "" where unknown
+  // Windows, soft caps and sinks as layer_shapes have them, attention scales also as
+  // attention_scale has it. query_heads equals kv_heads where there is no Q and the metadata do not
+  // say.
+  const Model& model() const;
   bool has_q() const;
   std::size_t tokens() const;
   const std::vector<std::size_t>& prompt_tokens() const;  // sums to tokens()
-  float attention_scale() const;                          // 1 / sqrt(head_dim) where unknown
 
-  // [tokens, heads, head_dim]. Without Q, q() has no data.
+  // [tokens, heads, head_dim]. Without Q, q() has no data. K and V of a layer that reads another's
+  // are the other's; a layer without any has no data.
   RowsView k(std::size_t layer) const;
   RowsView v(std::size_t layer) const;
   RowsView q(std::size_t layer) const;
@@ -64,10 +68,10 @@ class KVMIX_API Dump {
   std::string k_name(std::size_t layer) const;
   std::string v_name(std::size_t layer) const;
 
-  // NaN or Inf in this layer's K, V or Q: an error naming file, tensor, layer, head, token.
+  // NaN or Inf in this layer's own K, V or Q: an error naming file, tensor, layer, head, token.
   Status CheckFinite(std::size_t layer) const;
-  // Tells the kernel that this layer's pages are not needed for now, so that a long walk over
-  // layers keeps little in memory.
+  // Tells the kernel that the pages of this layer's own tensors are not needed for now, so that a
+  // long walk over layers keeps little in memory.
   void Release(std::size_t layer) const;
 
  private:

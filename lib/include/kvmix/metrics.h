@@ -29,8 +29,8 @@ struct KVMIX_API AttentionError {
 KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approximate,
                                         std::size_t rows, std::size_t stride, std::size_t head_dim);
 
-// The worst and the mean of all query heads. errors: [layers][query_heads].
-KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Geometry& geometry);
+// The worst and the mean of all query heads. errors: [layers with K and V][query_heads].
+KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Model& model);
 
 }  // namespace kvmix
 

@@ -2,9 +2,11 @@
 #ifndef KVMIX_MODEL_H_
 #define KVMIX_MODEL_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvmix/export.h"
@@ -32,6 +34,10 @@ struct LayerShape {
   bool has_kv() const { return kv_heads != 0; }
   bool owns_kv() const { return has_kv() && !kv_layer.has_value(); }
   std::size_t group() const { return query_heads / kv_heads; }
+  // How many of a context's tokens a query sees.
+  std::size_t seen(std::size_t context) const {
+    return window == 0 ? context : std::min(context, window);
+  }
   // attention_scale, or what 0 stands for.
   float scale() const;
   bool operator==(const LayerShape&) const = default;
@@ -57,6 +63,16 @@ struct KVMIX_API Model {
 
   // The layer whose K and V this layer reads: itself, or another's.
   std::size_t kv_layer(std::size_t layer) const { return layers[layer].kv_layer.value_or(layer); }
+  // The layers that read this one's K and V, itself first.
+  std::vector<std::size_t> readers(std::size_t layer) const;
+  // How many of a context's tokens they see: what the layer keeps.
+  std::size_t tokens_held(std::size_t layer, std::size_t context) const;
+  // KV heads that the layers before this one own, and query heads of those that have K and V: where
+  // a layer begins in lists over all heads. layer = layers.size(): how many there are.
+  std::size_t kv_heads_before(std::size_t layer) const;
+  std::size_t query_heads_before(std::size_t layer) const;
+  // The short form; nothing where layers differ or have more than it says.
+  std::optional<Geometry> geometry() const;
   bool operator==(const Model&) const = default;
 };
 
@@ -64,6 +80,9 @@ struct KVMIX_API Model {
 // counts <= kMaxCount), query_heads a multiple of kv_heads, sinks for every query head; a layer
 // that reads another's K and V has its kv_heads and widths. Else an error naming layer and number.
 KVMIX_API Status CheckModel(const Model& model);
+// What is stored, and how many queries read it: the same without windows, scales, soft caps and
+// sinks, which only attention knows.
+KVMIX_API Model Stored(Model model);
 // "24 layers x 2 KV heads x 64, 14 query heads"; unlike layers in groups.
 KVMIX_API std::string ToString(const Model& model);
 

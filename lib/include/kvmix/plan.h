@@ -15,10 +15,6 @@
 
 namespace kvmix {
 
-// Every number > 0, query_heads a multiple of kv_heads, head_dim <= kMaxHeadDim, the others <=
-// kMaxCount; else an error naming the number.
-KVMIX_API Status CheckGeometry(const Geometry& geometry);
-
 // Accuracy of a plan on one set of dumps: over all query heads, of attention outputs against exact
 // K and V.
 struct Fidelity {
@@ -45,40 +41,43 @@ struct Provenance {
 inline constexpr std::size_t kMostExactFirst = 64;
 
 struct Plan {
-  Geometry geometry;
-  std::vector<HeadCodec> codecs;  // [layers][kv_heads][K, V]
+  Model model;
+  std::vector<HeadCodec> codecs;  // [layers that own K and V][kv_heads][K, V]
   Provenance provenance;
   // The first tokens of every layer, which take much of the attention (sinks), are kept in f16
   // beside their codes, and attended to exactly. At most kMostExactFirst.
   std::size_t exact_first = 0;
 
+  // Of a layer that reads another's K and V: the other's. A layer without any is a bug.
   HeadCodec& codec(std::size_t layer, std::size_t kv_head, Tensor t) {
     return codecs[index(layer, kv_head, t)];
   }
   const HeadCodec& codec(std::size_t layer, std::size_t kv_head, Tensor t) const {
     return codecs[index(layer, kv_head, t)];
   }
-  std::size_t index(std::size_t layer, std::size_t kv_head, Tensor t) const {
-    return (layer * geometry.kv_heads + kv_head) * 2 + static_cast<std::size_t>(t);
-  }
+  KVMIX_API std::size_t index(std::size_t layer, std::size_t kv_head, Tensor t) const;
 };
 
 // All heads alike. K without centring or rotation (a plain "i8-token") ruins models whose keys have
 // a bias, as those of Qwen2 and Qwen2.5: give such models a plan of kvmix-tune.
-KVMIX_API Plan UniformPlan(const Geometry& geometry, const HeadCodec& k, const HeadCodec& v);
+KVMIX_API Plan UniformPlan(const Model& model, const HeadCodec& k, const HeadCodec& v);
 
-// A valid geometry, codecs of the right number, every codec whole (CheckCodec).
+// A valid model, codecs of the right number, every codec whole (CheckCodec).
 KVMIX_API Status CheckPlan(const Plan& plan);
 
 // A hash of all that decides what stored bytes mean: the model's shape and the codecs with their
 // numbers, not the provenance. The same on every machine.
 KVMIX_API std::uint64_t Fingerprint(const Plan& plan);
 
-// Bytes of one token over all layers and heads; of the same in fp16; and the fraction of the latter
-// that the plan saves.
+// Bytes that a context of so many tokens takes over all layers and heads; of the same in fp16; and
+// the fraction of the latter that the plan saves. Layers that share K and V count once, one with a
+// window holds at most the window.
+KVMIX_API std::size_t ContextBytes(const Plan& plan, std::size_t context);
+KVMIX_API std::size_t Fp16ContextBytes(const Model& model, std::size_t context);
+KVMIX_API double SavedFraction(const Plan& plan, std::size_t context = 1);
+// Of one token, which every window lets through.
 KVMIX_API std::size_t BytesPerToken(const Plan& plan);
-KVMIX_API std::size_t Fp16BytesPerToken(const Geometry& geometry);
-KVMIX_API double SavedFraction(const Plan& plan);
+KVMIX_API std::size_t Fp16BytesPerToken(const Model& model);
 
 // JSON. Save writes a temporary file beside `path` and renames it, so that `path` is whole or
 // untouched. Load refuses a newer major version, unknown codecs and anything that CheckPlan

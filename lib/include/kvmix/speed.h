@@ -10,6 +10,7 @@
 
 #include "kvmix/codec.h"
 #include "kvmix/export.h"
+#include "kvmix/model.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
@@ -17,13 +18,14 @@ namespace kvmix {
 // What times tell apart: storage and scale. The steps before and after the codes are a few percent.
 KVMIX_API std::string SpeedName(const CodecKind& kind);
 
-// Decode time of one KV head (its whole GQA group of query heads) over `context` tokens, in
+// Decode time of one KV head (its whole GQA group of query heads) that sees `context` tokens, in
 // nanoseconds, 1 thread.
 struct HeadSpeed {
   std::string k_codec;  // SpeedName: "i8-token"
   std::string v_codec;
   std::size_t group = 0;
-  std::size_t head_dim = 0;
+  std::size_t k_dim = 0;
+  std::size_t v_dim = 0;
   std::size_t context = 0;
   double decode_ns = 0.0;
 };
@@ -34,9 +36,9 @@ struct KVMIX_API Wisdom {
   std::string version;  // of the library
   std::vector<HeadSpeed> speeds;
 
-  // Null if not measured.
-  const HeadSpeed* Find(const std::string& k_codec, const std::string& v_codec, std::size_t group,
-                        std::size_t head_dim, std::size_t context) const;
+  // Of a head of a layer, over what its window lets through of a context. Null if not measured.
+  const HeadSpeed* Find(const std::string& k_codec, const std::string& v_codec,
+                        const LayerShape& layer, std::size_t context) const;
 };
 
 // An empty record for this machine, this library and a target, "" for the best.
@@ -47,10 +49,11 @@ KVMIX_API Status SaveWisdom(const Wisdom& wisdom, const std::string& path);
 KVMIX_API Result<Wisdom> LoadWisdom(const std::string& path, std::string_view target = {});
 
 // Measures every pair of `k` and `v` kinds, as storage and scale alone, that `wisdom` does not hold
-// yet, and adds it. On wisdom's target; the tiles are read as those of a model are, from memory.
+// yet for this layer, and adds it. On wisdom's target; the tiles are read as those of a model are,
+// from memory.
 KVMIX_API Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<CodecKind>& v,
-                                   std::size_t group, std::size_t head_dim, std::size_t context,
-                                   double seconds, Wisdom* wisdom);
+                                   const LayerShape& layer, std::size_t context, double seconds,
+                                   Wisdom* wisdom);
 
 }  // namespace kvmix
 

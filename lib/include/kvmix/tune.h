@@ -31,14 +31,16 @@ struct MeasureOptions {
   Progress progress = {};   // if given, called after each layer, by one thread at a time
 };
 
-// The causal attention of one layer of a dump, prompt by prompt, through a cache of `codecs`
-// ([kv_heads][K, V]). out: [tokens, query_heads, head_dim]. saturated, if not null, is increased by
+// The causal attention of one layer of a dump, with its window, scale, cap and sinks, prompt by
+// prompt, through a cache of `codecs` ([kv_heads][K, V]). out: [tokens, query_heads, v_dim].
+// saturated, if not null, is increased by
 // the values that were clamped.
 KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer,
                             const std::vector<HeadCodec>& codecs, const MeasureOptions& options,
                             std::vector<float>* out, std::uint64_t* saturated = nullptr);
 
-// The errors of a whole plan, [layers][query_heads]. Layers run side by side.
+// The errors of a whole plan, [layers with K and V][query_heads]. Windows, scales, caps and sinks
+// are the dump's; the plan has the same, or none. Layers run side by side.
 KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
                                                           const MeasureOptions& options = {});
 
@@ -62,7 +64,7 @@ KVMIX_API Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec&
 // What one candidate does to one KV head's K or V: this tensor encoded, the rest exact.
 struct CandidateError {
   HeadCodec codec;                      // whole: with its scale and mean
-  std::vector<AttentionError> queries;  // [group]
+  std::vector<AttentionError> queries;  // [layers that read the head, itself first][group]
   ErrorSums values;                     // of K or V itself
 };
 
@@ -75,17 +77,18 @@ struct HeadErrors {
 };
 
 struct ErrorTable {
-  Geometry geometry;
-  float attention_scale = 0.0f;
+  Model model;
   std::vector<std::string> dumps;  // names
-  std::string model;
+  std::string model_name;
   std::size_t tokens = 0;
   std::size_t longest_prompt = 0;
-  std::vector<HeadErrors> heads;  // sorted by layer, kv head, tensor; each once
+  // Of layers that own K and V. Sorted by layer, kv head, tensor; each once.
+  std::vector<HeadErrors> heads;
 };
 
 // Scales and means come from all `dumps` together (one model; their shapes must agree), errors are
-// measured on them all. Layers [first_layer, last_layer), side by side. NaN or Inf, or a dump
+// measured on them all, and by the queries of every layer that reads the head. Layers
+// [first_layer, last_layer), side by side. NaN or Inf, or a dump
 // without Q, is an error. Memory: a few times one layer's tensors for every layer in work; layers
 // whose outputs would take more than 1 GiB together wait their turn.
 KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps,
@@ -98,7 +101,7 @@ KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
 // ---- choose
 
 struct Constraints {
-  std::optional<double> budget;         // at least this fraction of the fp16 bytes is saved
+  std::optional<double> budget;         // this fraction of the fp16 bytes is saved, or more
   std::optional<double> min_cosine;     // of the predicted worst query head
   std::optional<double> max_decode_ns;  // of one token over all layers
   // >= 1: plans whose worst heads differ by no more than this factor count as alike. (From one text
@@ -142,6 +145,10 @@ struct Choice {
 // stays exact; in step 2 time gets the least price that holds the limit (a Lagrange multiplier: a
 // plan between two prices may be missed), and step 3 falls away. Infeasible: an error that says
 // what is possible. Wisdom must hold every pair of codecs in the table, at `context`.
+//
+// Bytes and saved fractions are those of a context of `context` tokens (ContextBytes), decode times
+// those of layers that see as much of it as their windows let through. Where windows leave sizes no
+// large common divisor, they are rounded up a little, and the choice is nearly exact.
 //
 // 80 layers x 8 KV heads take well below a second.
 KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
