@@ -216,9 +216,8 @@ inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor
 inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
                                     const std::vector<float>& q,
                                     const AttendOptions& options = {}) {
-  return reference::Attention(cache.model().geometry().value(), q,
-                              Decoded(cache, layer, Tensor::kK), Decoded(cache, layer, Tensor::kV),
-                              options);
+  return reference::Attention(cache.model().layers[layer], q, Decoded(cache, layer, Tensor::kK),
+                              Decoded(cache, layer, Tensor::kV), options);
 }
 
 template <typename T>

@@ -398,6 +398,110 @@ TEST(Choose, InfeasibleSaysWhatIsPossible) {
       << message(0.45, 0.9999999);
 }
 
+// Two layers that see a window, one of them read by a third that sees all.
+TEST(Choose, UnlikeLayersCountWhatAContextTakes) {
+  const LayerShape local{.kv_heads = 1, .query_heads = 2, .k_dim = 16, .v_dim = 16, .window = 64};
+  Model model({local, local, {.kv_heads = 1, .query_heads = 1, .k_dim = 48, .v_dim = 32}, {}});
+  LayerShape shared = local;
+  shared.window = 200;
+  shared.query_heads = 3;
+  shared.kv_layer = 1;
+  model.layers.push_back(shared);
+  ASSERT_TRUE(CheckModel(model).ok());
+  const CandidateKinds kinds = *Candidates("seed");
+  Wisdom wisdom;
+  std::mt19937 random(3);
+  std::uniform_real_distribution<double> log_error(-6.0, -3.0), ns(50.0, 150.0);
+  for (const LayerShape& layer : model.layers) {
+    for (const CodecKind& k : kinds.k) {
+      for (const CodecKind& v : kinds.v) {
+        if (layer.has_kv() && wisdom.Find(SpeedName(k), SpeedName(v), layer, kContext) == nullptr)
+          wisdom.speeds.push_back({SpeedName(k), SpeedName(v), layer.group(), layer.k_dim,
+                                   layer.v_dim, layer.seen(kContext), ns(random)});
+      }
+    }
+  }
+  EXPECT_EQ(wisdom.speeds.size(), 3u * 9u);
+  ErrorTable table;
+  table.model = model;
+  for (std::size_t i = 0; i < 6; ++i) {
+    const std::size_t layer = i / 2, queries = std::vector<std::size_t>{2, 5, 1}[layer];
+    HeadErrors head{layer, 0, static_cast<Tensor>(i % 2), 1.0, {}};
+    for (const CodecKind& kind : kinds.k) {
+      CandidateError c{Codec(kind, 0), {}, {}};
+      for (std::size_t q = 0; q < queries; ++q)
+        c.queries.push_back(
+            {kind.storage == Storage::kF16 ? 0.0 : std::pow(10.0, log_error(random)), 1.0, 1.0, 1});
+      head.candidates.push_back(c);
+    }
+    table.heads.push_back(head);
+  }
+  for (const double budget : {0.1, 0.3, 0.45}) {
+    Constraints constraints;
+    constraints.budget = budget;
+    constraints.time_tolerance = 1.0;
+    const auto choice = Choose(table, wisdom, kContext, constraints);
+    ASSERT_TRUE(choice.ok()) << choice.status().message();
+    EXPECT_GE(SavedFraction(choice->plan, kContext), budget);
+    // All plans, 3^6.
+    double least = kInf;
+    double of_choice = 0.0, ns_of_choice = 0.0;
+    for (std::size_t number = 0; number < 729; ++number) {
+      Plan plan{model, {}, {}};
+      double worst = 0.0, time = 0.0;
+      for (std::size_t i = 0, rest = number; i < 6; ++i, rest /= 3)
+        plan.codecs.push_back(table.heads[i].candidates[rest % 3].codec);
+      for (std::size_t i = 0, rest = number; i < 6; i += 2, rest /= 9) {
+        const auto &k = table.heads[i].candidates[rest % 3],
+                   &v = table.heads[i + 1].candidates[rest / 3 % 3];
+        for (std::size_t q = 0; q < k.queries.size(); ++q)
+          worst = std::max(worst, k.queries[q].nmse() + v.queries[q].nmse());
+        for (const std::size_t reader : model.readers(i / 2))
+          time += wisdom
+                      .Find(SpeedName(k.codec.kind), SpeedName(v.codec.kind), model.layers[reader],
+                            kContext)
+                      ->decode_ns;
+      }
+      if (plan.codecs == choice->plan.codecs) {
+        of_choice = worst;
+        ns_of_choice = time;
+      }
+      if (SavedFraction(plan, kContext) >= budget) least = std::min(least, worst);
+    }
+    EXPECT_LE(of_choice, least * constraints.worst_tolerance);
+    EXPECT_DOUBLE_EQ(choice->predicted.worst_nmse, of_choice);
+    EXPECT_DOUBLE_EQ(choice->decode_ns, ns_of_choice);
+    EXPECT_GT(choice->fp16_decode_ns, 0.0);
+    EXPECT_EQ(
+        choice->front.front().saved_fraction,
+        SavedFraction(UniformPlan(model, Codec(kinds.k[1], 0), Codec(kinds.k[1], 0)), kContext));
+  }
+  table.heads[2].candidates[0].queries.pop_back();  // a query of layer 4
+  EXPECT_EQ(Choose(table, wisdom, kContext, {.budget = 0.3}).status().code(), ErrorCode::kMismatch);
+}
+
+// Sizes that share no divisor would need a table of many gigabytes.
+TEST(Knapsack, RoundsSizesUpWhereItMust) {
+  std::mt19937 random(5);
+  std::vector<std::vector<KnapsackOption>> groups(200);
+  std::size_t smallest = 0, most = 0;
+  for (auto& options : groups) {
+    const std::size_t size = 1'000'000 + random() % 1'000'000;
+    options = {{2 * size, 0.0}, {size, 1.0}};
+    smallest += size;
+    most += 2 * size;
+  }
+  const std::size_t budget = (smallest + most) / 2;
+  const auto choice = SolveKnapsack(groups, budget);
+  ASSERT_TRUE(choice);
+  std::size_t bytes = 0;
+  for (std::size_t g = 0; g < groups.size(); ++g) bytes += groups[g][(*choice)[g]].bytes;
+  EXPECT_LE(bytes, budget);
+  EXPECT_GT(static_cast<double>(bytes), 0.98 * static_cast<double>(budget));
+  EXPECT_TRUE(SolveKnapsack(groups, smallest));
+  EXPECT_FALSE(SolveKnapsack(groups, smallest - 1));
+}
+
 TEST(Choose, RefusesTablesThatAreNotWhole) {
   ErrorTable table = RandomTable(kSmall, "seed", 1);
   Constraints constraints;

@@ -548,6 +548,130 @@ TEST(Dump, RefusesImpossibleGeometry) {
   ExpectRefused(parts.Bytes(), ErrorCode::kInvalidArgument, "query_heads: expected a multiple");
 }
 
+// Without layer_shapes, layers may still be unlike: each has the shape of its tensors.
+TEST(Dump, ShapesFollowFromTheTensorsOfEachLayer) {
+  const TempFolder folder;
+  DumpParts parts;
+  for (const char* key : {"kv_heads", "query_heads", "head_dim", "attention_scale"})
+    parts.header["__metadata__"].erase(key);
+  parts.header["layers.1.k"]["shape"] = {6, 1, 16};
+  parts.header["layers.1.v"]["shape"] = {6, 1, 16};
+  parts.header["layers.1.q"]["shape"] = {6, 2, 16};
+  const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
+  ASSERT_TRUE(dump.ok()) << dump.status().message();
+  EXPECT_EQ(dump->model(), Model({{2, 4, 8, 8}, {1, 2, 16, 16}}));
+  EXPECT_EQ(dump->head(1, 0, Tensor::kV).head_dim, 16u);
+  parts.header["__metadata__"]["head_dim"] = "8";
+  ExpectRefused(parts.Bytes(), ErrorCode::kMismatch,
+                "metadata head_dim: expected 16, as the tensors have it, found \"8\"");
+}
+
+// A windowed layer; values narrower than keys, with sinks; one without K and V; one that reads the
+// first one's.
+DumpParts UnlikeParts(bool with_q = true) {
+  DumpParts parts;
+  parts.header = nlohmann::ordered_json::object();
+  parts.buffer.clear();
+  parts.header["__metadata__"] = {{"layer_shapes", R"([
+      {"kv_heads": 2, "query_heads": 4, "k_dim": 8, "v_dim": 8, "window": 3, "soft_cap": 50},
+      {"kv_heads": 1, "query_heads": 2, "k_dim": 12, "v_dim": 4, "attention_scale": 0.28867513,
+       "sinks": [1, -2]},
+      null,
+      {"kv_heads": 2, "query_heads": 2, "k_dim": 8, "v_dim": 8, "kv_layer": 0}])"}};
+  const auto add = [&](const char* name, std::size_t heads, std::size_t dim) {
+    parts.Add(name, "F16", {5, heads, dim}, std::string(5 * heads * dim * 2, name[9]));
+  };
+  add("layers.0.k", 2, 8);
+  add("layers.0.v", 2, 8);
+  add("layers.1.k", 1, 12);
+  add("layers.1.v", 1, 4);
+  if (!with_q) return parts;
+  add("layers.0.q", 4, 8);
+  add("layers.1.q", 2, 12);
+  add("layers.3.q", 2, 8);
+  return parts;
+}
+
+TEST(Dump, UnlikeLayers) {
+  for (const bool with_q : {true, false}) {
+    const TempFolder folder;
+    const Result<Dump> dump = OpenBytes(folder, UnlikeParts(with_q).Bytes());
+    ASSERT_TRUE(dump.ok()) << dump.status().message();
+    const Model expected(
+        {{.kv_heads = 2, .query_heads = 4, .k_dim = 8, .v_dim = 8, .window = 3, .soft_cap = 50.0f},
+         {.kv_heads = 1, .query_heads = 2, .k_dim = 12, .v_dim = 4, .sinks = {1.0f, -2.0f}},
+         {},
+         {.kv_heads = 2, .query_heads = 2, .k_dim = 8, .v_dim = 8, .kv_layer = 0}});
+    EXPECT_EQ(dump->model(), expected);  // 0.28867513 is what layer 1 has anyway
+    EXPECT_EQ(dump->has_q(), with_q);
+    EXPECT_EQ(dump->tokens(), 5u);
+    EXPECT_EQ(dump->v(1).head_dim, 4u);
+    EXPECT_EQ(dump->k(3).data, dump->k(0).data);
+    EXPECT_EQ(dump->head(3, 1, Tensor::kV).tokens, 5u);
+    EXPECT_EQ(dump->q(3).heads, with_q ? 2u : 0u);
+    EXPECT_EQ(dump->k(2).data, nullptr);
+    for (std::size_t layer = 0; layer < 4; ++layer) {
+      EXPECT_TRUE(dump->CheckFinite(layer).ok());
+      dump->Release(layer);
+    }
+  }
+}
+
+TEST(Dump, RefusesLayersThatContradictTheirShapes) {
+  const auto rename = [](const char* from, const char* to) {
+    return [=](DumpParts& p) {
+      p.header[to] = p.header[from];
+      p.header.erase(from);
+    };
+  };
+  const auto replace = [](const std::string& from, const std::string& to) {
+    return [=](DumpParts& p) {
+      auto& shapes = p.header["__metadata__"]["layer_shapes"];
+      std::string text = shapes;
+      shapes = text.replace(text.find(from), from.size(), to);
+    };
+  };
+  const auto one_more = [](const char* name) {
+    return [=](DumpParts& p) { p.Add(name, "F16", {5, 2, 8}, std::string(160, '\1')); };
+  };
+  struct Wrong {
+    ErrorCode code;
+    const char* text;
+    std::function<void(DumpParts&)> damage;
+  };
+  const Wrong cases[] = {
+      {ErrorCode::kMismatch,
+       "layers.1.v: expected a tensor, as the shape of the layer says, found none",
+       rename("layers.1.v", "other")},
+      {ErrorCode::kMismatch, "layers.2.k: expected none, as the layer has no K and V, found one",
+       one_more("layers.2.k")},
+      {ErrorCode::kMismatch, "layers.3.q: expected a tensor", rename("layers.3.q", "other")},
+      {ErrorCode::kMismatch, "layers.3.k: expected none, as the layer reads K and V of layer 0",
+       one_more("layers.3.k")},
+      {ErrorCode::kMismatch, "layers.4.q: expected layers from 0 to 3, found one more",
+       rename("layers.3.q", "layers.4.q")},
+      {ErrorCode::kMismatch, "layers.1.v: expected shape [5, 1, 8], found [5, 1, 4]",
+       replace("\"v_dim\": 4", "\"v_dim\": 8")},
+      {ErrorCode::kCorrupt, "metadata layer_shapes: expected JSON", replace("null", "nothing")},
+      {ErrorCode::kCorrupt, "metadata layer_shapes: [2]: expected an object, found 7",
+       replace("null", "7")},
+      {ErrorCode::kCorrupt, "metadata layer_shapes: [0].window: expected a whole number",
+       replace("\"window\": 3", "\"window\": -3")},
+      {ErrorCode::kInvalidArgument, "layer 3: kv_layer: expected an earlier layer",
+       replace("\"kv_layer\": 0", "\"kv_layer\": 2")},
+      {ErrorCode::kInvalidArgument, "(a latent cache, MLA, is not supported), found 576",
+       replace("\"k_dim\": 12", "\"k_dim\": 576")},
+      {ErrorCode::kMismatch, "metadata attention_scale: expected 0.28867513, as layer_shapes",
+       [](DumpParts& p) { p.header["__metadata__"]["attention_scale"] = "0.5"; }},
+  };
+  for (const Wrong& wrong : cases) {
+    SCOPED_TRACE(wrong.text);
+    DumpParts parts = UnlikeParts();
+    wrong.damage(parts);
+    ExpectRefused(parts.Bytes(), wrong.code, wrong.text);
+  }
+}
+
 // Whatever the damage does, it ends in a one-line error or in a dump that can be walked through.
 TEST(Dump, SurvivesRandomDamage) {
   const std::string good = DumpParts().Bytes();

@@ -70,29 +70,30 @@ void EncodeAndDecode(const RowsView& rows, const HeadCodec& codec, std::size_t s
 // Attention of a layer, [tokens, query_heads, head_dim], through codecs [kv_heads][K, V].
 std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
                                     const std::vector<HeadCodec>& codecs) {
-  const Geometry g = dump.model().geometry().value();
-  const std::size_t kv_row = g.kv_heads * g.head_dim, q_row = g.query_heads * g.head_dim;
+  const LayerShape& shape = dump.model().layers[layer];
+  const std::size_t dims[] = {shape.k_dim, shape.v_dim};
+  const std::size_t q_row = shape.query_heads * shape.k_dim;
   std::vector<float> x[2];
   for (std::size_t tensor = 0; tensor < 2; ++tensor) {
+    const std::size_t kv_row = shape.kv_heads * dims[tensor];
     x[tensor].resize(dump.tokens() * kv_row);
-    for (std::size_t h = 0; h < g.kv_heads; ++h)
+    for (std::size_t h = 0; h < shape.kv_heads; ++h)
       EncodeAndDecode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor],
-                      kv_row, &x[tensor][h * g.head_dim]);
+                      kv_row, &x[tensor][h * dims[tensor]]);
   }
-  const AttendOptions options{.attention_scale = dump.model().layers[layer].scale()};
   std::vector<double> out;
   std::size_t first = 0;
   for (const std::size_t tokens : dump.prompt_tokens()) {
     const RowsView rows = dump.q(layer).Tokens(first, tokens);
     std::vector<float> q(tokens * q_row);
     for (std::size_t i = 0; i < q.size(); ++i)
-      q[i] = rows.At(i / q_row, i % q_row / g.head_dim, i % g.head_dim);
-    const auto part = [&](const std::vector<float>& all) {
-      return std::vector<float>(
-          all.begin() + static_cast<std::ptrdiff_t>(first * kv_row),
-          all.begin() + static_cast<std::ptrdiff_t>((first + tokens) * kv_row));
+      q[i] = rows.At(i / q_row, i % q_row / shape.k_dim, i % shape.k_dim);
+    const auto part = [&](std::size_t tensor) {
+      const std::size_t kv_row = shape.kv_heads * dims[tensor];
+      const auto begin = x[tensor].begin() + static_cast<std::ptrdiff_t>(first * kv_row);
+      return std::vector<float>(begin, begin + static_cast<std::ptrdiff_t>(tokens * kv_row));
     };
-    const std::vector<double> o = reference::Attention(g, q, part(x[0]), part(x[1]), options);
+    const std::vector<double> o = reference::Attention(shape, q, part(0), part(1));
     out.insert(out.end(), o.begin(), o.end());
     first += tokens;
   }
@@ -102,20 +103,20 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
 // [query_heads] errors of a layer.
 std::vector<AttentionError> DirectErrors(const Dump& dump, std::size_t layer,
                                          const std::vector<HeadCodec>& codecs) {
-  const Geometry g = dump.model().geometry().value();
+  const LayerShape& shape = dump.model().layers[layer];
   const std::vector<double> exact = DirectAttention(dump, layer,
-                                                    std::vector<HeadCodec>(2 * g.kv_heads)),
+                                                    std::vector<HeadCodec>(2 * shape.kv_heads)),
                             found = DirectAttention(dump, layer, codecs);
-  std::vector<AttentionError> errors(g.query_heads);
-  for (std::size_t row = 0; row * g.head_dim < exact.size(); ++row) {
+  std::vector<AttentionError> errors(shape.query_heads);
+  for (std::size_t row = 0; row * shape.v_dim < exact.size(); ++row) {
     double xx = 0.0, yy = 0.0, xy = 0.0, dd = 0.0;
-    for (std::size_t i = row * g.head_dim; i < (row + 1) * g.head_dim; ++i) {
+    for (std::size_t i = row * shape.v_dim; i < (row + 1) * shape.v_dim; ++i) {
       xx += exact[i] * exact[i];
       yy += found[i] * found[i];
       xy += exact[i] * found[i];
       dd += (exact[i] - found[i]) * (exact[i] - found[i]);
     }
-    errors[row % g.query_heads] += {dd, xx, xy / std::sqrt(xx * yy), 1};
+    errors[row % shape.query_heads] += {dd, xx, xy / std::sqrt(xx * yy), 1};
   }
   return errors;
 }
@@ -203,6 +204,74 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
       }
     }
   }
+}
+
+// Windows, caps, sinks and a scale; values narrower than keys; a layer without K and V, and two
+// whose queries judge another's codecs.
+Model UnlikeModel() {
+  return Model({{.kv_heads = 1, .query_heads = 2, .k_dim = 16, .v_dim = 16, .window = 8},
+                {.kv_heads = 2,
+                 .query_heads = 4,
+                 .k_dim = 24,
+                 .v_dim = 16,
+                 .attention_scale = 0.5f,
+                 .sinks = {1.0f, -1.0f, 0.5f, 2.0f}},
+                {},
+                {.kv_heads = 1, .query_heads = 3, .k_dim = 16, .v_dim = 16, .kv_layer = 0},
+                {.kv_heads = 2,
+                 .query_heads = 2,
+                 .k_dim = 24,
+                 .v_dim = 16,
+                 .window = 3,
+                 .soft_cap = 2.0f,
+                 .kv_layer = 1}});
+}
+
+TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
+  const Model model = UnlikeModel();
+  SyntheticDump{model, {40, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
+  const Dump dump = Open(folder_.file("unlike"));
+  ASSERT_EQ(dump.model(), model);
+  const auto measure = [&](std::size_t first, std::size_t last) {
+    return Measure({&dump}, *Candidates("seed"), first, last, {.num_threads = 2}).value();
+  };
+  const ErrorTable table = measure(0, 5);
+  ExpectSame(Merge(measure(1, 5), measure(0, 1)).value(), table);
+  ASSERT_EQ(table.heads.size(), 6u);
+  for (const HeadErrors& head : table.heads) {
+    for (const CandidateError& candidate : head.candidates) {
+      SCOPED_TRACE(::testing::Message()
+                   << head.layer << ' ' << head.kv_head << ' ' << ToString(candidate.codec.kind));
+      std::vector<HeadCodec> codecs(2 * model.layers[head.layer].kv_heads);
+      codecs[head.kv_head * 2 + static_cast<std::size_t>(head.tensor)] = candidate.codec;
+      std::size_t q = 0;
+      for (const std::size_t reader : {head.layer, head.layer + 3}) {
+        const std::vector<AttentionError> expected = DirectErrors(dump, reader, codecs);
+        const std::size_t group = model.layers[reader].group();
+        for (std::size_t i = 0; i < group; ++i, ++q) {
+          ASSERT_LT(q, candidate.queries.size());
+          ExpectClose(candidate.queries[q], expected[head.kv_head * group + i]);
+        }
+      }
+      EXPECT_EQ(candidate.queries.size(), q);
+    }
+  }
+  // The plan as a whole: of layers 0, 1, 3 and 4.
+  const HeadCodec int8{{Storage::kI8, Scale::kToken}};
+  const Plan plan = UniformPlan(Stored(model), int8, int8);  // it says nothing of attention
+  const auto errors = MeasurePlan(dump, plan, {.num_threads = 2});
+  ASSERT_TRUE(errors.ok()) << errors.status().message();
+  ASSERT_EQ(errors->size(), 11u);
+  const std::vector<AttentionError> expected =
+      DirectErrors(dump, 4, std::vector<HeadCodec>(4, int8));
+  for (std::size_t q = 0; q < 2; ++q) ExpectClose((*errors)[9 + q], expected[q]);
+  std::vector<AttentionError> worst(11);
+  worst[7] = {1.0, 1.0, 0.5, 1};
+  EXPECT_EQ(Summarize(worst, model).worst_layer, 3u);
+  EXPECT_EQ(Summarize(worst, model).worst_query_head, 1u);
+  Plan other = plan;
+  other.model.layers[0].window = 9;
+  ExpectError(MeasurePlan(dump, other).status(), ErrorCode::kMismatch, {"window 8", "window 9"});
 }
 
 TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
@@ -366,7 +435,7 @@ TEST_F(MeasureTest, DoesNotDependOnTheThreads) {
 
 // One layer has all threads to itself: they share its prompts, heads and rows.
 TEST_F(MeasureTest, DoesNotDependOnTheThreadsWithinALayer) {
-  SyntheticDump synthetic{{1, 2, 6, 32}, {700, 300}, 3, 0.4, 1.0, {{0, 1}}, 30.0};
+  SyntheticDump synthetic{Geometry{1, 2, 6, 32}, {700, 300}, 3, 0.4, 1.0, {{0, 1}}, 30.0};
   synthetic.Write(folder_.file("long.safetensors"));
   const Dump dump = Open(folder_.file("long.safetensors"));
   const CandidateKinds kinds = *Candidates("int8");

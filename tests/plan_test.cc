@@ -90,6 +90,58 @@ TEST(Model, ShortForm) {
   EXPECT_FALSE(Model().geometry().has_value());
 }
 
+// As Gemma has them: layers that see a window, a global one, each of its own shape; one without K
+// and V; one that reads the first layer's, with a longer window.
+Model UnlikeModel() {
+  const LayerShape local{
+      .kv_heads = 2, .query_heads = 4, .k_dim = 8, .v_dim = 8, .window = 64, .soft_cap = 50.0f};
+  LayerShape shared = local;
+  shared.window = 100;
+  shared.kv_layer = 0;
+  return Model({local,
+                local,
+                {},
+                {.kv_heads = 1,
+                 .query_heads = 2,
+                 .k_dim = 24,
+                 .v_dim = 16,
+                 .attention_scale = 0.1f,
+                 .sinks = {0.5f, -1.0f / 3.0f}},
+                shared});
+}
+
+TEST(Model, UnlikeLayers) {
+  const Model model = UnlikeModel();
+  ASSERT_TRUE(CheckModel(model).ok()) << CheckModel(model).message();
+  EXPECT_EQ(ToString(model),
+            "2 layers x 2 KV heads x 8, 4 query heads, window 64, soft cap 50; 1 layers x no K and "
+            "V; 1 layers x 1 KV heads x 24/16, 2 query heads, scale 0.1, sinks; 1 layers x 2 KV "
+            "heads x 8, 4 query heads, window 100, soft cap 50, of another layer");
+  EXPECT_EQ(model.readers(0), (std::vector<std::size_t>{0, 4}));
+  EXPECT_EQ(model.readers(2), std::vector<std::size_t>());
+  EXPECT_EQ(model.tokens_held(0, 4096), 100u);
+  EXPECT_EQ(model.tokens_held(1, 4096), 64u);
+  EXPECT_EQ(model.tokens_held(1, 10), 10u);
+  EXPECT_EQ(model.tokens_held(3, 4096), 4096u);
+  EXPECT_EQ(model.kv_heads_before(5), 5u);
+  EXPECT_EQ(model.query_heads_before(4), 10u);
+
+  Plan plan = UniformPlan(model, {}, Token());
+  EXPECT_EQ(plan.codecs.size(), 10u);
+  EXPECT_EQ(plan.index(4, 1, Tensor::kV), 3u);  // layer 0's
+  EXPECT_EQ(plan.index(3, 0, Tensor::kK), 8u);
+  EXPECT_EQ(BytesPerToken(plan), 2 * 2 * (16u + 12u) + 48u + 20u);
+  EXPECT_EQ(Fp16BytesPerToken(model), 2 * 2 * 32u + 80u);
+  EXPECT_EQ(ContextBytes(plan, 4096), (100 + 64) * 2 * 28u + 4096 * 68u);
+  EXPECT_EQ(Fp16ContextBytes(model, 4096), (100 + 64) * 2 * 32u + 4096 * 80u);
+  EXPECT_DOUBLE_EQ(SavedFraction(plan, 4096), 1.0 - 287712.0 / 338176.0);
+  const std::uint64_t fingerprint = Fingerprint(plan);
+  plan.model.layers[4].kv_layer = 1;
+  EXPECT_NE(Fingerprint(plan), fingerprint);
+  plan.model = Stored(model);
+  EXPECT_EQ(Fingerprint(plan), fingerprint);
+}
+
 TEST(Plan, CheckPlan) {
   const Geometry small{2, 2, 4, 3};
   const Plan good = UniformPlan(small, Head(), Token());
@@ -213,6 +265,32 @@ TEST(PlanFile, ComesBackExactly) {
   EXPECT_FALSE(written["codecs"][0][1].contains("v_factor"));
 }
 
+TEST(PlanFile, UnlikeLayersComeBackExactly) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  Plan plan = UniformPlan(UnlikeModel(), Token(), Token(Scale::kTokenBF16));
+  plan.codec(3, 0, Tensor::kK) = With(Token(), std::vector<float>(24, 0.1f));
+  plan.codec(4, 1, Tensor::kV) = Head(0.1f);  // layer 0's
+  ASSERT_TRUE(SavePlan(plan, path).ok());
+  const Result<Plan> loaded = LoadPlan(path);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->model, plan.model);
+  EXPECT_EQ(loaded->codecs, plan.codecs);
+  const json written = json::parse(ReadBytes(path));
+  EXPECT_EQ(written["version"], (json{1, 2}));
+  EXPECT_FALSE(written.contains("geometry"));
+  EXPECT_EQ(written["layers"][1], (json{{"kv_heads", 2},
+                                        {"query_heads", 4},
+                                        {"k_dim", 8},
+                                        {"v_dim", 8},
+                                        {"window", 64},
+                                        {"soft_cap", 50}}));
+  EXPECT_TRUE(written["layers"][2].is_null());
+  EXPECT_EQ(written["layers"][4]["kv_layer"], 0);
+  EXPECT_TRUE(written["codecs"][4].is_null());
+  EXPECT_EQ(written["codecs"][0][1]["v"], "i8-head");
+}
+
 TEST(PlanFile, EveryFloatComesBack) {
   const TempFolder folder;
   std::mt19937 random(5);
@@ -303,16 +381,51 @@ void ExpectRefused(const std::string& text, ErrorCode code, const std::string& c
   EXPECT_NE(plan.status().message().find(concerns), std::string::npos) << plan.status().message();
 }
 
+struct Case {
+  const char* pointer;
+  json value;  // discarded: the value is removed
+  const char* concerns;
+};
+const json removed(json::value_t::discarded);
+
+std::string Changed(json good, const Case& c) {
+  const json::json_pointer pointer(c.pointer);
+  json& parent = good[pointer.parent_pointer()];
+  if (!c.value.is_discarded())
+    good[pointer] = c.value;
+  else if (parent.is_array())
+    parent.erase(std::stoul(pointer.back()));
+  else
+    parent.erase(pointer.back());
+  return good.dump();
+}
+
+TEST(PlanFile, RefusesLayersThatAreWrong) {
+  const TempFolder folder;
+  ASSERT_TRUE(SavePlan(UniformPlan(UnlikeModel(), Token(), {}), folder.file("plan.json")).ok());
+  const json good = json::parse(ReadBytes(folder.file("plan.json")));
+  const Case cases[] = {
+      {"/layers", 5, "layers: expected an array, found 5"},
+      {"/layers/1", 5, "layers[1]: expected an object, found 5"},
+      {"/layers/1", nullptr, "codecs[1]: expected null, as the layer has no K and V of its own"},
+      {"/layers/2", removed, "codecs: expected 4 layers, found 5"},
+      {"/layers/3/v_dim", removed, "layers[3].v_dim: expected a value, found none"},
+      {"/layers/3/kv_heads", 0, "layers[3].kv_heads: expected at least 1, or null"},
+      {"/layers/3/kv_heads", 2, "codecs[3]: expected 2 KV heads, found 1"},
+      {"/layers/3/sinks", {1, 2, 3}, "layer 3: sinks: expected none or 2, found 3"},
+      {"/layers/0/window", -1, "layers[0].window: expected a whole number below 2^64, found -1"},
+      {"/layers/4/kv_layer", 2, "layer 4: kv_layer: expected an earlier layer"},
+      {"/layers/4/kv_layer", 3, "layer 4: kv_layer: expected a layer of 2 KV heads x 8/8"},
+      {"/layers/3/k_dim", 576, "layer 3: k_dim: expected 1 to 512 (a latent cache, MLA, is not"},
+      {"/codecs/3", nullptr, "codecs[3]: expected an array, found null"},
+      {"/codecs/2", json::array(), "codecs[2]: expected null, as the layer has no K and V"}};
+  for (const Case& c : cases) ExpectRefused(Changed(good, c), ErrorCode::kCorrupt, c.concerns);
+}
+
 TEST(PlanFile, RefusesWhatIsWrong) {
   const TempFolder folder;
   ASSERT_TRUE(SavePlan(RichPlan(), folder.file("plan.json")).ok());
   const json good = json::parse(ReadBytes(folder.file("plan.json")));
-  struct Case {
-    const char* pointer;
-    json value;  // discarded: the value is removed
-    const char* concerns;
-  };
-  const json removed(json::value_t::discarded);
   const Case cases[] = {
       {"/format", "kvmix-dump", "format: expected \"kvmix-plan\", found \"kvmix-dump\""},
       {"/format", removed, "format: expected a value, found none"},
@@ -369,18 +482,7 @@ TEST(PlanFile, RefusesWhatIsWrong) {
       {"/accuracy/holdout/mean_nmse", nullptr,
        "accuracy.holdout.mean_nmse: expected a number, found null"},
   };
-  for (const Case& c : cases) {
-    json bad = good;
-    const json::json_pointer pointer(c.pointer);
-    json& parent = bad[pointer.parent_pointer()];
-    if (!c.value.is_discarded())
-      bad[pointer] = c.value;
-    else if (parent.is_array())
-      parent.erase(std::stoul(pointer.back()));
-    else
-      parent.erase(pointer.back());
-    ExpectRefused(bad.dump(), ErrorCode::kCorrupt, c.concerns);
-  }
+  for (const Case& c : cases) ExpectRefused(Changed(good, c), ErrorCode::kCorrupt, c.concerns);
   json newer = good;
   newer["version"] = {2, 0};
   newer["geometry"] = "something else by then";

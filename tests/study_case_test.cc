@@ -41,9 +41,9 @@ Wisdom Speeds(const Geometry& g) {
 }
 
 TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
-  testing::SyntheticDump synthetic{{24, 2, 14, 64},       GetParam().prompt_tokens,
-                                   GetParam().seed,       GetParam().norm_spread,
-                                   GetParam().query_norm, kStudyHeads,
+  testing::SyntheticDump synthetic{Geometry{24, 2, 14, 64}, GetParam().prompt_tokens,
+                                   GetParam().seed,         GetParam().norm_spread,
+                                   GetParam().query_norm,   kStudyHeads,
                                    GetParam().offset};
   testing::TempFolder folder;
   synthetic.Write(folder.file("study.safetensors"));
@@ -53,7 +53,7 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   ASSERT_TRUE(table.ok()) << table.status().message();
   Constraints constraints;
   constraints.budget = 0.45;
-  const auto choice = Choose(*table, Speeds(synthetic.geometry), 4096, constraints);
+  const auto choice = Choose(*table, Speeds(*synthetic.model.geometry()), 4096, constraints);
   ASSERT_TRUE(choice.ok()) << choice.status().message();
   EXPECT_GE(SavedFraction(choice->plan), 0.45);
   Heads fp16_k, fp16_v;

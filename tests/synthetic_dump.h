@@ -17,12 +17,13 @@
 
 #include "dump_files.h"
 #include "kvmix/half.h"
-#include "kvmix/plan.h"
+#include "kvmix/model.h"
+#include "lib/plan/model_json.h"
 
 namespace kvmix::testing {
 
 struct SyntheticDump {
-  Geometry geometry;
+  Model model;
   std::vector<std::size_t> prompt_tokens;
   std::uint32_t seed = 1;
   // Tokens are normal, times exp(norm_spread * normal) of their own.
@@ -46,15 +47,18 @@ struct SyntheticDump {
     header["__metadata__"] = {{"format", "kvmix-dump-1"},
                               {"model", "synthetic"},
                               {"prompt_tokens", fmt::format("{}", fmt::join(prompt_tokens, ","))}};
+    if (!model.geometry()) header["__metadata__"]["layer_shapes"] = internal::LayersText(model);
     std::string buffer;
-    for (std::size_t layer = 0; layer < geometry.layers; ++layer) {
+    for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
+      const LayerShape& shape = model.layers[layer];
       for (const char tensor : {'k', 'q', 'v'}) {
+        if (tensor == 'q' ? !shape.has_kv() : !shape.owns_kv()) continue;
         const std::vector<Half> rows = Rows(layer, tensor, &random);
         header[fmt::format("layers.{}.{}", layer, tensor)] = {
             {"dtype", "F16"},
             {"shape",
-             {tokens(), tensor == 'q' ? geometry.query_heads : geometry.kv_heads,
-              geometry.head_dim}},
+             {tokens(), tensor == 'q' ? shape.query_heads : shape.kv_heads,
+              tensor == 'v' ? shape.v_dim : shape.k_dim}},
             {"data_offsets", {buffer.size(), buffer.size() + rows.size() * sizeof(Half)}}};
         buffer.append(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Half));
       }
@@ -66,13 +70,14 @@ struct SyntheticDump {
   std::vector<Half> Rows(std::size_t layer, char tensor, std::mt19937* random) const {
     std::normal_distribution<double> normal;
     std::vector<Half> rows;
-    const std::size_t heads = tensor == 'q' ? geometry.query_heads : geometry.kv_heads;
+    const LayerShape& shape = model.layers[layer];
+    const std::size_t heads = tensor == 'q' ? shape.query_heads : shape.kv_heads;
     for (std::size_t t = 0; t < tokens(); ++t) {
       for (std::size_t h = 0; h < heads; ++h) {
         const double norm =
             (tensor == 'q' ? query_norm : 1.0) * std::exp(norm_spread * normal(*random));
         const bool biased = tensor == 'k' && outliers.contains({layer, h});
-        for (std::size_t c = 0; c < geometry.head_dim; ++c) {
+        for (std::size_t c = 0; c < (tensor == 'v' ? shape.v_dim : shape.k_dim); ++c) {
           const double bias =
               biased && c % 16 == (layer + h) % 16 ? (c % 32 < 16 ? offset : -offset) : 0.0;
           rows.push_back(FloatToHalf(static_cast<float>(norm * normal(*random) + bias)));
