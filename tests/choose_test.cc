@@ -477,7 +477,7 @@ TEST(Choose, UnlikeLayersCountWhatAContextTakes) {
         SavedFraction(UniformPlan(model, Codec(kinds.k[1], 0), Codec(kinds.k[1], 0)), kContext));
   }
   table.heads[2].candidates[0].queries.pop_back();  // a query of layer 4
-  EXPECT_EQ(Choose(table, wisdom, kContext, {.budget = 0.3}).status().code(), ErrorCode::kMismatch);
+  EXPECT_EQ(Choose(table, wisdom, kContext, {}).status().code(), ErrorCode::kMismatch);
 }
 
 // Sizes that share no divisor would need a table of many gigabytes.

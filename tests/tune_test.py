@@ -3,7 +3,9 @@
 tune_test.py KVMIX-TUNE KVMIX-EVAL"""
 import json
 import pathlib
+import random
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,10 @@ import unittest
 
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 TUNE = pathlib.Path(sys.argv.pop()).resolve()
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / 'tools' / 'python'
+sys.path.insert(0, str(PACKAGE))
+from kvmix_tools.dump import header  # noqa: E402
 
 # What the sample gave at a budget of 0.45, by candidates, and how much play that has. Instruction
 # sets round differently, and between codecs that are about equally accurate that decides: the
@@ -186,6 +192,70 @@ class Files(Tune):
                                   stdout=full, stderr=subprocess.PIPE, text=True)
         self.assertNotEqual(done.returncode, 0)
         self.assertIn('standard output', done.stderr)
+
+
+class UnlikeLayers(Tune):
+    """As Gemma has them: five layers that see a window, a global one of another shape; and one
+    without K and V, and one that reads the global one's."""
+    LOCAL = {'kv_heads': 2, 'query_heads': 4, 'k_dim': 16, 'v_dim': 16, 'window': 64,
+             'soft_cap': 50}
+    GLOBAL = {'kv_heads': 1, 'query_heads': 4, 'k_dim': 32, 'v_dim': 16, 'sinks': [0.5, 1, -1, 0]}
+    LAYERS = [*[LOCAL] * 5, GLOBAL, None, {**GLOBAL, 'kv_layer': 5}]
+
+    def setUp(self):
+        super().setUp()
+        normal, shapes, data = random.Random(1), {}, b''
+        for i, layer in enumerate(self.LAYERS):
+            for name in (() if not layer else 'q' if 'kv_layer' in layer else 'kvq'):
+                heads = layer['query_heads' if name == 'q' else 'kv_heads']
+                shapes[f'layers.{i}.{name}'] = 120, heads, layer[f'{"kv"[name == "v"]}_dim']
+        for shape in shapes.values():
+            n = shape[0] * shape[1] * shape[2]
+            data += struct.pack(f'<{n}e', *(normal.gauss(0, 1) for _ in range(n)))
+        about = {'prompt_tokens': '100,20', 'layer_shapes': json.dumps(self.LAYERS)}
+        (self.folder / 'dump').write_bytes(header(shapes, about) + data)
+
+    def test_budget_is_that_of_the_context(self):
+        fp16 = 5 * 2 * 64 * 64 + 1024 * 96
+        text = self.succeed('dump', '--budget', '0.4', '--context', '1024', '-o', 'plan')
+        plan = json.loads((self.folder / 'plan').read_text())
+        self.assertEqual((plan['version'], len(plan['layers']), plan['layers'][6]),
+                         ([1, 2], 8, None))
+        self.assertEqual(plan['layers'][7]['kv_layer'], 5)
+        self.assertEqual([len(layer or ()) for layer in plan['codecs']],
+                         [2, 2, 2, 2, 2, 1, 0, 0])
+        found = re.search(r'\nPlan: (\d+) of (\d+) bytes at a context of 1024 tokens, ([\d.]+) %',
+                          text)
+        self.assertEqual(int(found[2]), fp16)
+        self.assertLessEqual(int(found[1]), 0.6 * fp16)
+        for words in ('5 layers x 2 KV heads x 16, 4 query heads, window 64, soft cap 50',
+                      'ms per KV head x 32/16, 4 queries, 1024 tokens',
+                      'ms per KV head x 16/16, 2 queries, 64 tokens'):
+            self.assertIn(words, text)
+        report = json.loads(self.succeed('dump', '--budget', '0.4', '--context', '1024', '--json'))
+        self.assertEqual(report['layers'], plan['layers'])
+        self.assertEqual((report['context_bytes'], report['fp16_context_bytes']),
+                         (int(found[1]), fp16))
+        self.assertAlmostEqual(report['saved_fraction'], 1 - int(found[1]) / fp16)
+        # Within the window all layers count alike.
+        text = self.succeed('dump', '--budget', '0.4', '--context', '60', '-o', 'short')
+        self.assertRegex(text, r'\nPlan: \d+ of 736 bytes per token')
+
+    def test_kvmix_eval_takes_them(self):
+        self.succeed('dump', '--budget', '0.4', '-o', 'plan')
+        def rows(*arguments):
+            return [line.split(',') for line in
+                    self.succeed(*arguments, program=EVAL).splitlines()]
+        quant = rows('quant', 'dump', '--plan', 'plan')
+        self.assertEqual(len(quant), 2 * (5 * 2 + 1))
+        self.assertEqual([row[5] for row in quant[-2:]], ['32', '16'])
+        for reference in ((), ('--reference',)):
+            found = rows('attention', 'dump', '--strategy', '2', *reference)
+            self.assertEqual(sorted({row[0] for row in found[1:]}), list('0123457'))
+            if reference:
+                self.assertLess(max(float(row[4]) for row in found[1:]), 1e-6)
+        size = rows('size', '--plan', 'plan', '--tokens', '65536')
+        self.assertEqual(size[1], ['fp16', '736', '0.0000', f'{6 + 40960 / 2**20:.2f}'])
 
 
 class Refusals(Tune):

@@ -57,7 +57,7 @@ void AddOptions(CLI::App* app, Options* o) {
                   "dumps of one model to calibrate on: safetensors files or raw folders; without "
                   "any, the built-in sample");
   app->add_option("--budget", o->constraints.budget,
-                  "save at least this fraction of the fp16 KV bytes")
+                  "save at least this fraction of the fp16 bytes of a context of --context tokens")
       ->check(Between(0.0, 1.0, false));
   app->add_option(
          "--min-cosine", o->constraints.min_cosine,
