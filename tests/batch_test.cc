@@ -40,15 +40,15 @@ struct Query {
   MaskView mask = {};
 
   Query(const Cache& of, std::size_t queries, unsigned seed)
-      : cache(&of), q(RandomQueries(of.plan().geometry, queries, seed)) {
+      : cache(&of), q(RandomQueries(of.model().geometry().value(), queries, seed)) {
     Clear();
   }
   void Clear() {
     out.assign(q.size(), -7.0f);
-    log_sum_exp.assign(q.size() / cache->plan().geometry.head_dim, -7.0f);
+    log_sum_exp.assign(q.size() / cache->model().geometry().value().head_dim, -7.0f);
   }
   AttendRequest Request() {
-    return {cache, QView(cache->plan().geometry, q), out.data(), log_sum_exp.data(), mask};
+    return {cache, QView(cache->model().geometry().value(), q), out.data(), log_sum_exp.data(), mask};
   }
 };
 

@@ -128,6 +128,58 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
+# Layer 1 has no K and V, layer 2 fewer heads than layer 0, layer 3 reads layer 0's.
+UNLIKE = [{'kv_heads': 2, 'query_heads': 4}, None, {'kv_heads': 1, 'query_heads': 2},
+          {'kv_heads': 2, 'query_heads': 2, 'kv_layer': 0}]
+UNLIKE_CODECS = [[{'k': 'f16', 'v': 'i8-token'}] * 2, None, [{'k': 'i8-token', 'v': 'f16'}], None]
+
+
+def unlike_files():
+    kv = [''.join(f'f,{layer},{x},64,{head},16,2,1.0,{1 + head},0\n' for layer, head in
+                  ((0, 0), (0, 1), (2, 0))) for x in 'kv']
+    rows = [f'{layer},{head},{1e-4 * (layer + 1)},0.999\n'
+            for layer, heads in ((0, 4), (2, 2), (3, 2)) for head in ('all', *range(heads))]
+    shape = {'layers': UNLIKE}
+    heads = [{'layer': layer, 'kv_head': h, 'tensor': x, 'codec': codec}
+             for layer, heads in enumerate(UNLIKE_CODECS) for h, head in enumerate(heads or ())
+             for x, codec in head.items()]
+    tune = {key: value for key, value in TUNE.items() if key != 'geometry'}
+    return {
+        'quant_s2.csv': ''.join(kv),
+        'attention_s2.csv': 'layer,head,nmse,cos_sim\n' + ''.join(rows),
+        'plan.json': json.dumps({'format': 'kvmix-plan', 'version': [1, 2],
+                                 'codecs': UNLIKE_CODECS, **shape}),
+        'tune.json': json.dumps({**tune, 'heads': heads, 'context_bytes': 12345, **shape})}
+
+
+class Unlike(Case):
+    def test_layers_that_differ(self):
+        text = Page(self.report(unlike_files())).text
+        self.assertIn('4 layers that differ, 3 KV heads, 8 query heads', text)
+        self.assertIn('12345 bytes at a context of 4096 tokens', text)
+
+    def test_without_a_plan_all_rows_must_be_there(self):
+        files = unlike_files()
+        (self.path / 'quant_s2.csv').write_text(files['quant_s2.csv'])
+        done = self.run_report('quant_s2.csv')
+        self.assertEqual(done.returncode, 1)
+        self.assertIn('quant_s2.csv: expected 12 rows (2 x 3 x 2: K and V, layers, KV heads), '
+                      'found 6', done.stderr)
+
+    def test_rows_of_other_layers(self):
+        for name, row, pattern in (
+                ('quant_s2.csv', 'f,1,k,64,0,16,2,1,1,0\n', 'layer 1: expected 0 KV heads'),
+                ('quant_s2.csv', 'f,4,k,64,0,16,2,1,1,0\n', 'expected 4 layers, .* layer 4'),
+                ('attention_s2.csv', '3,2,0.1,0.9\n', 'layer 3: expected 2 query heads, .* 3')):
+            files = unlike_files()
+            files[name] += row
+            for path, text in files.items():
+                (self.path / path).write_text(text)
+            done = self.run_report(*files)
+            self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
+            self.assertRegex(done.stderr, f'{name}: {pattern}')
+
+
 class Pages(Case):
     def test_all_charts(self):
         text = self.report(GOOD)

@@ -104,7 +104,12 @@ def labels(tables):
 
 
 def column(title, form, values):
-    return [title, *map(form.format, values)]
+    return [title, *(form.format(x) if x == x else '–' for x in values)]  # NaN: no such head
+
+
+def over_heads(reduce, values):
+    """values[.., layer, head] of each layer; NaN where it has no head."""
+    return reduce(np.ma.masked_invalid(values), axis=-1).filled(np.nan)
 
 
 def head_columns(layers, heads):
@@ -119,7 +124,7 @@ def error_columns(tables, errors):
 
 
 def mse_per_layer(tables):
-    means = [table.cells.mean(axis=2) for table in tables]
+    means = [over_heads(np.ma.mean, table.cells) for table in tables]
     layers = tables[0].layers
     return Chart(
         'mse_per_layer', 'Quantization error per layer',
@@ -134,7 +139,7 @@ def mse_per_layer(tables):
 def heatmap(tables):
     parts = [(x, table.label, errors.T) for table in tables for x, errors in zip('KV', table.cells)]
     values = np.concatenate([table.cells.ravel() for table in tables])
-    least, largest = values[values > 0].min(), values.max()
+    least, largest = values[values > 0].min(), np.nanmax(values)
     norm = LogNorm(least, largest if largest > least else 10 * least)
     colours = plt.get_cmap(COLOURMAP).copy()
     colours.set_bad(GRID)
@@ -142,20 +147,20 @@ def heatmap(tables):
     figure, axes = panels([f'{x}, {label}' for x, label, _ in parts],
                           0.8 + len(parts) * (0.42 + 0.16 * heads), fontsize=9)
     for ax, (*_, errors) in zip(axes, parts):
-        mesh = heads_as_cells(ax, errors, np.where(errors > 0, '', 'F'), cmap=colours, norm=norm)
+        mesh = heads_as_cells(ax, errors, np.where(errors == 0, 'F', ''), cmap=colours, norm=norm)
     bar = figure.colorbar(mesh, ax=axes, aspect=40, pad=0.02,
                           label='MSE (lighter is worse; F: fp16)')
     bar.outline.set_visible(False)
     log_axis(bar.ax.yaxis)
-    x, label, errors = max(parts, key=lambda part: part[2].max())
-    head, layer = np.unravel_index(errors.argmax(), errors.shape)
-    k, v = np.median(tables[0].cells, axis=(1, 2))
+    x, label, errors = max(parts, key=lambda part: np.nanmax(part[2]))
+    head, layer = np.unravel_index(np.nanargmax(errors), errors.shape)
+    k, v = np.nanmedian(tables[0].cells, axis=(1, 2))
     return Chart(
         'error_heatmap', 'Error of every KV head',
         'One cell per layer and KV head, one colour scale for all. The median K head has an MSE of '
         f'{k:.1e}, the median V head of {v:.1e} ({tables[0].label}).',
         'Heat maps of the mean squared error by layer and KV head, for K and V under: '
-        f'{labels(tables)}. The largest error is {errors.max():.2e}, {x} of layer {layer}, '
+        f'{labels(tables)}. The largest error is {np.nanmax(errors):.2e}, {x} of layer {layer}, '
         f'head {head}, {label}.',
         figure, head_columns(layers, heads) + error_columns(tables, [t.cells for t in tables]))
 
@@ -167,9 +172,10 @@ def attention_per_layer(tables):
         heads = cosine[:, 1:]
         columns += [column(f'NMSE, {table.label}', '{:.2e}', nmse[:, 0]),
                     column(f'cosine, {table.label}', '{:.6f}', cosine[:, 0]),
-                    column(f"worst head's cosine, {table.label}", '{:.6f}', heads.min(axis=1))]
-        layer, head = np.unravel_index(heads.argmin(), heads.shape)
-        worst.append(f'{table.label}: {heads.min():.5f} (layer {layer}, head {head})')
+                    column(f"worst head's cosine, {table.label}", '{:.6f}',
+                           over_heads(np.ma.min, heads))]
+        layer, head = np.unravel_index(np.nanargmin(heads), heads.shape)
+        worst.append(f'{table.label}: {np.nanmin(heads):.5f} (layer {layer}, head {head})')
     worst = '; '.join(worst)
     return Chart(
         'attention_per_layer', 'What attention makes of it',
@@ -179,7 +185,8 @@ def attention_per_layer(tables):
         f'logarithmic, for: {labels(tables)}. Worst cosines: {worst}.',
         lines(tables, 'NMSE of the output', {
             'All query heads together': [table.cells[0, :, 0] for table in tables],
-            'The worst query head': [table.cells[0, :, 1:].max(axis=1) for table in tables]}),
+            'The worst query head': [over_heads(np.ma.max, table.cells[0, :, 1:])
+                                     for table in tables]}),
         columns)
 
 
@@ -222,16 +229,18 @@ def pareto(tune):
 
 def plan_grid(plan):
     cells = plan['cells']
-    layers, heads = plan['geometry']['layers'], plan['geometry']['kv_heads']
+    by_layer = plan['by_layer']['KV heads']
+    layers, heads = len(by_layer), max(by_layer)
     count = Counter(cells.values())
     used = ['f16', *sorted(count.keys() - {'f16'})]
     letters = np.resize(list(LETTERS), len(used))
     colours = ListedColormap(CODEC_COLOURS, N=len(used))  # from the start again where they end
     figure, axes = panels(('Keys', 'Values'), 1.0 + 0.2 * len(used) + 0.4 * heads)
     for ax, x in zip(axes, 'kv'):
-        codes = np.array([[used.index(cells[x, head, layer]) for layer in range(layers)]
-                          for head in range(heads)])
-        heads_as_cells(ax, codes, letters[codes], color='#101010', cmap=colours,
+        codes = np.array([[used.index(cells[x, head, layer]) if head < by_layer[layer] else -1
+                           for layer in range(layers)] for head in range(heads)])
+        heads_as_cells(ax, np.where(codes < 0, np.nan, codes),
+                       np.where(codes < 0, '', letters[codes]), color='#101010', cmap=colours,
                        vmin=-0.5, vmax=len(used) - 0.5)
     legend_below(figure, [Patch(color=colours(i), label=f'{letters[i]}  {codec}: {count[codec]}')
                           for i, codec in enumerate(used)])
@@ -241,7 +250,8 @@ def plan_grid(plan):
         f'{", ".join(f"{codec} {count[codec]} times" for codec in used)}.',
         figure,
         [*head_columns(layers, heads),
-         *([x.upper(), *(cells[x, head, layer] for layer in range(layers) for head in range(heads))]
+         *([x.upper(), *(cells.get((x, head, layer), '–')
+                          for layer in range(layers) for head in range(heads))]
            for x in 'kv')])
 
 
@@ -290,7 +300,8 @@ def short_name(name):
 
 
 def draw_all(inputs):
-    rounded = any(table.cells.any() for table in inputs.quant)  # else the heat map has no scale
+    # Without an error the heat map has no scale.
+    rounded = any((table.cells > 0).any() for table in inputs.quant)
     charts = ((pareto, inputs.tune), (plan_grid, inputs.plan or inputs.tune),
               (attention_per_layer, inputs.attention), (mse_per_layer, inputs.quant),
               (heatmap, inputs.quant if rounded else None), (kernel_speeds, inputs.bench))

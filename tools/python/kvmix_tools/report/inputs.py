@@ -32,11 +32,13 @@ LABELS = {
 @dataclass
 class Table:
     """A CSV of errors. key: 's1' .. 'plan', or the file's stem. cells: MSE [K|V, layer, KV head],
-    or [NMSE|cosine, layer, 0: all query heads | 1 + query head]."""
+    or [NMSE|cosine, layer, 0: all query heads | 1 + query head]; NaN where a layer has no such
+    head. missing: what is wrong with that, unless layers differ."""
     path: str
     key: str
     heads: int
     cells: np.ndarray
+    missing: str
 
     @property
     def label(self):
@@ -83,16 +85,19 @@ def key_of(path, fallback=None):
 
 
 def array(entries, least, what):
-    """Entries (line, index, value) as an array that they fill; `least` is its smallest shape."""
+    """Entries (line, index, value) as an array, NaN where there is none, and what is wrong if any
+    is missing; `least` is its smallest shape."""
     cells = {}
     for line, index, value in entries:
         if index in cells:
             raise InputError(f'line {line}: its layer and head are there twice')
         cells[index] = value
     shape = [max(n - 1, *indices) + 1 for n, indices in zip(least, zip(*cells))]
-    rows = math.prod(shape)
-    expect(len(cells) == rows, f'{rows} rows ({" x ".join(map(str, shape))}: {what})', len(cells))
-    return np.array([cells[index] for index in np.ndindex(*shape)]).reshape(*shape, -1)
+    rows, none = math.prod(shape), np.full_like(next(iter(cells.values()), 0), np.nan, float)
+    missing = '' if len(cells) == rows else (
+        f'expected {rows} rows ({" x ".join(map(str, shape))}: {what}), found {len(cells)}')
+    filled = [cells.get(index, none) for index in np.ndindex(*shape)]
+    return np.array(filled).reshape(*shape, -1), missing
 
 
 def numbered(rows, first, columns, source):
@@ -113,8 +118,9 @@ def read_quant(path, rows):
         cells.append((line, ('kv'.index(row[2]), layer, head), error / max(tokens * dim, 1)))
         strategies.add(strategy)
     expect(len(strategies) == 1, 'rows of one strategy', ', '.join(map(str, sorted(strategies))))
-    errors = array(cells, (2, 1, 1), 'K and V, layers, KV heads')[..., 0]
-    return Table(path, key_of(path, f's{strategies.pop()}'), errors.shape[2], errors)
+    errors, missing = array(cells, (2, 1, 1), 'K and V, layers, KV heads')
+    return Table(path, key_of(path, f's{strategies.pop()}'), errors.shape[2], errors[..., 0],
+                 missing)
 
 
 def read_attention(path, rows):
@@ -125,8 +131,8 @@ def read_attention(path, rows):
         errors = (number(row[2], f'line {line}, nmse', 0),
                   number(row[3], f'line {line}, cos_sim', -1.001))
         cells.append((line, (layer, head), errors))
-    errors = np.moveaxis(array(cells, (1, 2), 'layers, all and each query head'), 2, 0)
-    return Table(path, key_of(path), errors.shape[2] - 1, errors)
+    errors, missing = array(cells, (1, 2), 'layers, all and each query head')
+    return Table(path, key_of(path), errors.shape[1] - 1, np.moveaxis(errors, 2, 0), missing)
 
 
 def read_size(rows):
@@ -145,12 +151,29 @@ def need(values, *keys):
             raise InputError(f'expected "{dotted}", which is missing') from None
 
 
-def shape(geometry):
+def shape(value):
+    if 'layers' in value:
+        kv, queries = value['by_layer'].values()
+        return (f'{len(kv)} layers that differ, {sum(kv)} KV heads of their own, {sum(queries)} '
+                'query heads')
     return ('{layers} layers x {kv_heads} KV heads x {head_dim}, {query_heads} query heads'
-            .format(**geometry))
+            .format(**value['geometry']))
 
 
-GEOMETRY = [f'geometry.{key}' for key in ('layers', 'kv_heads', 'query_heads', 'head_dim')]
+def by_layer(value):
+    """How many KV heads of its own and query heads each layer of a plan or a report has."""
+    if 'layers' not in value:
+        need([value], *(f'geometry.{key}'
+                        for key in ('layers', 'kv_heads', 'query_heads', 'head_dim')))
+        g = value['geometry']
+        return {what: [g[what.lower().replace(' ', '_')]] * g['layers']
+                for what in ('KV heads', 'query heads')}
+    layers = [layer or {'kv_heads': 0, 'query_heads': 0} for layer in value['layers']]
+    need(layers, 'kv_heads', 'query_heads')
+    return {'KV heads': [0 if 'kv_layer' in layer else layer['kv_heads'] for layer in layers],
+            'query heads': [layer['query_heads'] for layer in layers]}
+
+
 FIDELITY = [f'{part}.{which}_{error}' for part in ('predicted', 'calibration')
             for which in ('worst', 'mean') for error in ('cosine', 'nmse')]
 
@@ -159,26 +182,26 @@ def read_tune(value):
     expect(value['format'] == TUNE_FORMAT, f'format {TUNE_FORMAT}',
            f'{value["format"]}: written by another version of kvmix-tune')
     need([value], 'model', 'saved_fraction', 'bytes_per_token', 'fp16_heads', 'front', 'heads',
-         'holdout', 'decode_ns_per_token.plan', 'decode_ns_per_token.fp16', *GEOMETRY, *FIDELITY)
+         'holdout', 'decode_ns_per_token.plan', 'decode_ns_per_token.fp16', *FIDELITY)
     expect(value['front'], 'points of the Pareto front', 'none')
     need(value['front'], 'saved_fraction', 'predicted.worst_nmse', 'predicted.worst_cosine',
          'decode_ns', 'fp16_tensors')
     need(value['heads'], 'layer', 'kv_head', 'tensor', 'codec')
     cells = {(x['tensor'], x['kv_head'], x['layer']): x['codec'] for x in value['heads']}
-    return {**value, 'cells': cells}
+    return {**value, 'cells': cells, 'by_layer': by_layer(value)}
 
 
 def read_plan(value):
-    need([value], 'version', 'codecs', *GEOMETRY)
+    need([value], 'version', 'codecs')
     version, codecs = value['version'], value['codecs']
     expect(isinstance(version, list) and version[:1] == [PLAN_MAJOR],
            f'a plan of version {PLAN_MAJOR}', version)
-    layers, heads = value['geometry']['layers'], value['geometry']['kv_heads']
-    expect([len(layer) for layer in codecs] == [heads] * layers,
-           f'codecs of {layers} layers x {heads} KV heads', 'other numbers')
-    need(itertools.chain(*codecs), 'k', 'v')
-    cells = {(x, head, layer): codecs[layer][head][x]
-             for layer in range(layers) for head in range(heads) for x in 'kv'}
+    value = {**value, 'by_layer': by_layer(value)}
+    expect([len(layer or ()) for layer in codecs] == value['by_layer']['KV heads'],
+           f'codecs of {shape(value)}', 'other numbers')
+    need(itertools.chain(*filter(None, codecs)), 'k', 'v')
+    cells = {(x, i, layer): head[x] for layer, heads in enumerate(codecs)
+             for i, head in enumerate(heads or ()) for x in 'kv'}
     return {**value, 'cells': cells}
 
 
@@ -220,22 +243,40 @@ def read_csv(path, text, inputs):
         inputs.quant.append(read_quant(path, rows))
 
 
-def check_geometry(inputs):
+def check_shapes(inputs):
     """All files are of one model; the first that says its shape is right."""
     plan, known = inputs.plan, inputs.tune or inputs.plan
     if plan:
-        expect(plan['geometry'] == known['geometry'],
-               f'a plan for {shape(known["geometry"])}, as {known["path"]} has',
-               shape(plan['geometry']), plan['path'])
+        expect([plan.get(key) for key in ('geometry', 'layers')] ==
+               [known.get(key) for key in ('geometry', 'layers')],
+               f'a plan for {shape(known)}, as {known["path"]} has', shape(plan), plan['path'])
     for tables, what in ((inputs.quant, 'KV heads'), (inputs.attention, 'query heads')):
         for table in tables:
             layers, heads, path = tables[0].layers, tables[0].heads, tables[0].path
+            if known and 'layers' in known:
+                check_heads(table, known['by_layer'][what], f'{what}, as {known["path"]} has')
+                continue
+            if table.missing:
+                raise InputError(f'{table.path}: {table.missing}')
             if known:
-                g, path = known['geometry'], known['path']
-                layers, heads = g['layers'], g[what.lower().replace(' ', '_')]
+                by_layer, path = known['by_layer'][what], known['path']
+                layers, heads = len(by_layer), by_layer[0]
             expect((table.layers, table.heads) == (layers, heads),
                    f'{layers} layers x {heads} {what}, as {path} has',
                    f'{table.layers} x {table.heads}', table.path)
+
+
+def check_heads(table, by_layer, what):
+    """The table has rows for the heads of every layer, which may differ, and no others."""
+    extra = table.cells.shape[2] - table.heads  # the column of all heads together
+    size = (max(len(by_layer), table.layers), max(*by_layer, table.heads) + extra)
+    wanted, found = np.zeros(size, bool), np.zeros((len(table.cells), *size), bool)
+    for layer, heads in enumerate(by_layer):
+        wanted[layer, :heads + extra * (heads > 0)] = True
+    found[:, :table.layers, :table.heads + extra] = ~np.isnan(table.cells)
+    for layer in np.flatnonzero((found != wanted).any(axis=(0, 2))):
+        expect(False, f'{wanted[layer, extra:].sum()} {what}',
+               found[:, layer, extra:].sum(axis=1).max(), f'{table.path}: layer {layer}')
 
 
 def read(paths):
@@ -256,5 +297,5 @@ def read(paths):
             raise InputError(f'{path}: not as this version of kvmix writes it: {error!r}') from None
     for tables in (inputs.quant, inputs.attention):
         tables.sort(key=lambda table: (table.place, table.key))
-    check_geometry(inputs)
+    check_shapes(inputs)
     return inputs

@@ -48,20 +48,22 @@ def tiles(tune):
     text = 'held-out text' if tune['holdout'] else 'the calibration text'
     decode = tune['decode_ns_per_token']
     k = sum(head['tensor'] == 'k' for head in tune['fp16_heads'])
-    return [(f'{100 * tune["saved_fraction"]:.2f} %',
-             f'of the KV cache saved: {tune["bytes_per_token"]} bytes per token'),
+    context = decode.get('context', '?')
+    left = (f'{tune["context_bytes"]} bytes at a context of {context} tokens'
+            if 'context_bytes' in tune else f'{tune["bytes_per_token"]} bytes per token')
+    return [(f'{100 * tune["saved_fraction"]:.2f} %', f'of the KV cache saved: {left}'),
             (f'{measured["worst_cosine"]:.5f}', f'cosine of the worst query head, on {text}'),
             (f'{measured["mean_cosine"]:.5f}', f'mean cosine, on {text}'),
             (f'{k} + {len(tune["fp16_heads"]) - k}', 'heads whose K + V stay in fp16'),
             (f'{decode["fp16"] / decode["plan"]:.2f} ×', 'decode speed of attention against fp16, '
-             f'at context {decode.get("context", "?")}')]
+             f'at context {context}')]
 
 
 def about(tune):
     def dump(name, tokens):
         return f'{tune.get(name, "?")} ({tune.get(tokens, "?")} tokens)'
     decode = tune['decode_ns_per_token']
-    parts = [tune['model'] or 'unknown model', shape(tune['geometry']).replace(' x ', ' × '),
+    parts = [tune['model'] or 'unknown model', shape(tune).replace(' x ', ' × '),
              f'calibrated on {dump("calibration_dumps", "calibration_tokens")}',
              f'held out {dump("holdout_dump", "holdout_tokens")}' if tune['holdout'] else '',
              f'{decode["target"]} on {decode["cpu"]}' if 'cpu' in decode else '']
