@@ -93,7 +93,7 @@ Sequences MakeSequences(const Shape& shape, const Batch& b, bool share, const Po
 Workload PrepareBatch(const Shape& shape, const Batch& b, int threads, Bench& bench) {
   Workload w;
   const std::size_t token = BytesPerToken(
-      UniformPlan({1, shape.kv_heads, shape.query_heads, shape.head_dim}, kCodec, kCodec));
+      UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, kCodec, kCodec));
   const std::size_t tokens = b.sequences * (b.shared + b.own);
   Rotate((b.shared != 0 ? 2 : 1) * token * tokens, false, &w);
   if (threads > ThisMachine().cores) w.skip = "more threads than cores";

@@ -48,7 +48,8 @@ struct Query {
     log_sum_exp.assign(q.size() / cache->model().geometry().value().head_dim, -7.0f);
   }
   AttendRequest Request() {
-    return {cache, QView(cache->model().geometry().value(), q), out.data(), log_sum_exp.data(), mask};
+    return {cache, QView(cache->model().geometry().value(), q), out.data(), log_sum_exp.data(),
+            mask};
   }
 };
 

@@ -60,7 +60,7 @@ inline Status Import(Cache& cache, std::size_t layer, const LayerRows& all) {
 // Tokens [first, first + count) of rows, to one layer.
 inline Status AppendTokens(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
                            std::size_t count) {
-  const Geometry& g = cache.model().geometry().value();
+  const Geometry g = cache.model().geometry().value();
   return cache.Append(layer, KvView(g, rows.k).Tokens(first, count),
                       KvView(g, rows.v).Tokens(first, count));
 }
