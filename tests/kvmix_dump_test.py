@@ -92,6 +92,7 @@ class Record(Case):
         with dump.Recorder(self.path, layers, [256] * 3, ABOUT) as recorder:
             for _ in range(3):
                 for i in range(layers):
+                    x[1][0, 0, 0] = i  # K that no other layer has
                     recorder.add(i, *x, 0.25)
                 recorder.end_prompt()
         one = sum(part.nbytes for part in x)
@@ -109,24 +110,73 @@ class Record(Case):
 
     def test_refuses_what_a_dump_cannot_say(self):
         q, k, v = layer(1)
-        self.refused('window of 7 tokens', (0, q, k, v, 0.25, 7))
         self.refused('grouped-query', (0, q[:5], k, v, 0.25))
         self.refused('grouped-query', (0, q, k, v[:1], 0.25))
         self.refused('expected the 8 tokens of the prompt, found 9', (0, *layer(1, 9), 0.25))
-        self.refused('attention scale 0.5, others 0.25', (0, q, k, v, 0.25), (1, q, k, v, 0.5))
+        self.refused('at most 512 channels, found 576 .*MLA', (0, *layer(1, dim=576), 0.25))
         self.refused('layer 3: k has values beyond fp16', (3, q, k * np.float32(1e6), v, 0.25))
-        self.refused('one shape', (0, q, k, v, 0.25), (1, *layer(1, heads=3), 0.25))
 
     def test_refuses_layers_without_attention_after_the_first_prompt(self):
         x = (*layer(1), 0.25)
-        self.refused(r'layers \[0, 2\] of 3', (0, *x), (2, *x), layers=3, finish=True)
-        self.refused(r'layers \[0\] of 2', (0, *x), layers=2, finish=True)
-        self.refused(r'layers \[0, 0, 1\]', (0, *x), (0, *x), (1, *x), layers=2, finish=True)
-        self.refused(r'layers \[\]', finish=True)
+        self.refused('layer 0: expected one attention in a prompt', (0, *x), (0, *x), layers=2)
+        self.refused(r'layers \[0, 1, 2, 3\], found it in \[\]', finish=True)
+        with (self.assertRaisesRegex(InputError, r'in the layers \[1\], found it in \[0\]'),
+              dump.Recorder(self.path, 2, [8], ABOUT, [0, 1]) as recorder):
+            recorder.add(0, *x)
+            recorder.end_prompt()
 
-    def test_a_window_as_long_as_the_prompt_is_fine(self):
-        with dump.Recorder(self.path, 1, [8], ABOUT) as recorder:
-            recorder.add(0, *layer(1), 0.25, 8)
+    def test_refuses_layers_that_change_from_prompt_to_prompt(self):
+        for change, pattern in ((lambda r: r.add(0, *layer(3), 0.5), 'as in the first prompt'),
+                                (lambda r: r.add(1, *layer(3), 0.25), 'expected no attention'),
+                                (lambda r: None, r'in the layers \[0\], found it in \[\]')):
+            with (self.assertRaisesRegex(InputError, pattern),
+                  dump.Recorder(self.path, 2, [8, 8], ABOUT) as recorder):
+                recorder.add(0, *layer(1), 0.25)
+                recorder.end_prompt()
+                change(recorder)
+                recorder.end_prompt()
+
+    def record_unlike(self):
+        """A local layer, none, a global one of other widths, one with the K and V of the first."""
+        one, three = ([layer(seed + p, dim=16) for p in (0, 1)] for seed in (1, 3))
+        with dump.Recorder(self.path, 4, [8, 8], ABOUT) as recorder:
+            for p in (0, 1):
+                recorder.add(0, *one[p], 0.25, window=5, soft_cap=30)
+                q, k, v = layer(5 + p, heads=1, query_heads=2, dim=24)
+                recorder.add(2, q, k, v[..., :8], 0.5, sinks=[0.5, -1])
+                recorder.add(3, three[p][0], *one[p][1:], 0.25)
+                recorder.end_prompt()
+        return one, three, recorder.words()
+
+    def test_unlike_layers(self):
+        one, three, words = self.record_unlike()
+        self.assertEqual(words, '4 layers that differ (1 without K and V, 1 with those of '
+                                'another), 16 tokens')
+        tensors = read(self.path)
+        meta = tensors.pop('')
+        self.assertFalse(meta.keys() & {'kv_heads', 'head_dim', 'attention_scale'})
+        local = {'kv_heads': 2, 'query_heads': 6, 'k_dim': 16, 'v_dim': 16,
+                 'attention_scale': 0.25}
+        self.assertEqual(json.loads(meta['layer_shapes']), [
+            {**local, 'window': 5, 'soft_cap': 30}, None,
+            {'kv_heads': 1, 'query_heads': 2, 'k_dim': 24, 'v_dim': 8, 'attention_scale': 0.5,
+             'sinks': [0.5, -1]},
+            {**local, 'kv_layer': 0}])
+        self.assertEqual(sorted(tensors), sorted(
+            [f'layers.{i}.{x}' for i in (0, 2) for x in 'kvq'] + ['layers.3.q']))
+        self.assertEqual(tensors['layers.2.v'].shape, (16, 1, 8))
+        self.assertEqual(tensors['layers.0.v'][9, 1, 3], np.float16(one[1][2][1, 1, 3]))
+        self.assertEqual(tensors['layers.3.q'][9, 5, 3], np.float16(three[1][0][5, 1, 3]))
+
+    @unittest.skipUnless(TUNE, 'no kvmix-tune given')
+    def test_kvmix_tune_reads_unlike_layers(self):
+        self.record_unlike()
+        done = subprocess.run([TUNE, self.path, '--budget', '0.3', '--json'], cwd=self.folder,
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        layers = json.loads(done.stdout)['layers']
+        self.assertEqual((layers[0]['window'], layers[1], layers[3]['kv_layer']), (5, None, 0))
+        self.assertNotIn('attention_scale', layers[0])  # 1 / sqrt(16)
 
 
 class File(Case):
@@ -188,7 +238,8 @@ from kvmix_tools import dump
 done = []
 def run(prompt, add):
     for layer in range(2):
-        add(layer, *(np.full((heads, len(prompt), 16), len(done)) for heads in (4, 2, 2)), 0.25)
+        q, k, v = (np.full((heads, len(prompt), 16), len(done)) for heads in (4, 2, 2))
+        add(layer, q, k + layer, v, 0.25)
     done.append(prompt)
     print('prompt', len(done), flush=True)
     if len(done) == WAIT:
