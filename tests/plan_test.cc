@@ -113,6 +113,9 @@ Model UnlikeModel() {
 TEST(Model, UnlikeLayers) {
   const Model model = UnlikeModel();
   ASSERT_TRUE(CheckModel(model).ok()) << CheckModel(model).message();
+  Model bad = model;
+  bad.layers[3].sinks[1] = kInf;
+  EXPECT_EQ(CheckModel(bad).message(), "layer 3: sinks: expected finite numbers, found inf");
   EXPECT_EQ(ToString(model),
             "2 layers x 2 KV heads x 8, 4 query heads, window 64, soft cap 50; 1 layers x no K and "
             "V; 1 layers x 1 KV heads x 24/16, 2 query heads, scale 0.1, sinks; 1 layers x 2 KV "

@@ -42,6 +42,10 @@ Status CheckShape(const Model& model, std::size_t layer) {
   if (!shape.sinks.empty() && shape.sinks.size() != shape.query_heads) {
     return bad("sinks", fmt::format("none or {}", shape.query_heads), shape.sinks.size());
   }
+  const auto is_finite = [](float x) { return std::isfinite(x); };
+  if (const auto x = std::ranges::find_if_not(shape.sinks, is_finite); x != shape.sinks.end()) {
+    return bad("sinks", "finite numbers", *x);
+  }
   if (!shape.kv_layer.has_value()) return {};
   const std::size_t from = *shape.kv_layer;
   if (from >= layer || !model.layers[from].owns_kv()) {

@@ -24,6 +24,10 @@ std::vector<std::string> Seeds() {
           R"({"format": "kvmix-plan", "version": [1, 7], "a later field": [null],
 "geometry": {"layers": 1, "kv_heads": 1, "query_heads": 2, "head_dim": 2},
 "codecs": [[{"k": "f16", "v": "i8-token"}]]})",
+          R"({"format": "kvmix-plan", "version": [1, 2], "layers": [null,
+  {"kv_heads": 1, "query_heads": 2, "k_dim": 3, "v_dim": 2, "window": 64, "soft_cap": 50},
+  {"kv_heads": 1, "query_heads": 1, "k_dim": 3, "v_dim": 2, "attention_scale": 0.1, "sinks": [-1],
+   "kv_layer": 1}], "codecs": [null, [{"k": "i8-token", "v": "f16"}], null]})",
           R"({"format": "kvmix-plan", "version": [2, 0]})"};
 }
 
