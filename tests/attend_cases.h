@@ -63,6 +63,12 @@ struct Rows {
 
 // K has a constant offset in one channel of 16 (`offset`), as models with a bias have; V's tokens
 // differ in size.
+// The shape of a model whose layers have the same heads, whatever their windows.
+inline Geometry GeometryOf(const Model& model) {
+  const LayerShape& first = model.layers.front();
+  return {model.layers.size(), first.kv_heads, first.query_heads, first.k_dim};
+}
+
 inline Rows RandomRows(const Geometry& g, std::size_t tokens, unsigned seed, float offset = 4.0f) {
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal;
@@ -189,9 +195,9 @@ inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
   Result<Cache> cache =
       Cache::Create(plan.model, plan, capacity, CacheOptions{std::string(target)});
   if (!cache.ok()) ADD_FAILURE() << cache.status().message();
-  for (std::size_t layer = 0; layer < plan.model.geometry().value().layers; ++layer) {
-    const Status s = cache->Append(layer, KvView(plan.model.geometry().value(), rows.k),
-                                   KvView(plan.model.geometry().value(), rows.v));
+  for (std::size_t layer = 0; layer < GeometryOf(plan.model).layers; ++layer) {
+    const Status s = cache->Append(layer, KvView(GeometryOf(plan.model), rows.k),
+                                   KvView(GeometryOf(plan.model), rows.v));
     EXPECT_TRUE(s.ok()) << s.message();
   }
   return std::move(*cache);
@@ -199,7 +205,7 @@ inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
 
 // The rows that a layer's codes and scales stand for: [tokens, kv_heads, head_dim].
 inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor tensor) {
-  const Geometry g = cache.model().geometry().value();
+  const Geometry g = GeometryOf(cache.model());
   if (cache.tokens(layer) == 0) return {};
   const std::size_t tokens = cache.tokens(layer), stride = g.kv_heads * g.head_dim;
   std::vector<float> x(tokens * stride), scales(tokens);
@@ -224,8 +230,8 @@ template <typename T>
 std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q,
                             const AttendOptions& options = {}, int num_threads = 1) {
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
-  const Status s = Attend(cache, layer, QView(cache.model().geometry().value(), q), out.data(),
-                          options, num_threads);
+  const Status s =
+      Attend(cache, layer, QView(GeometryOf(cache.model()), q), out.data(), options, num_threads);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }

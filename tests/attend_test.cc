@@ -26,7 +26,7 @@ class Attention : public ::testing::Test {
  protected:
   void Check(const Plan& plan, const Rows& rows, const std::vector<Half>& q, double bound = kBound,
              const AttendOptions& options = {}) {
-    const Geometry g = plan.model.geometry().value();
+    const Geometry g = GeometryOf(plan.model);
     const std::size_t tokens = rows.k.size() / (g.kv_heads * g.head_dim);
     const std::vector<float> q_floats = ToFloats(q);
     const std::vector<double> expected = Expected(Filled(plan, rows, tokens), 0, q_floats, options);
@@ -266,7 +266,7 @@ TEST_F(Attention, RealRows) {
   const Result<Dump> dump =
       Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  Geometry g = dump->model().geometry().value();
+  Geometry g = GeometryOf(dump->model());
   g.layers = 1;
   const auto halves = [](const RowsView& x) {
     const Half* first = static_cast<const Half*>(x.data);

@@ -40,16 +40,15 @@ struct Query {
   MaskView mask = {};
 
   Query(const Cache& of, std::size_t queries, unsigned seed)
-      : cache(&of), q(RandomQueries(of.model().geometry().value(), queries, seed)) {
+      : cache(&of), q(RandomQueries(GeometryOf(of.model()), queries, seed)) {
     Clear();
   }
   void Clear() {
     out.assign(q.size(), -7.0f);
-    log_sum_exp.assign(q.size() / cache->model().geometry().value().head_dim, -7.0f);
+    log_sum_exp.assign(q.size() / GeometryOf(cache->model()).head_dim, -7.0f);
   }
   AttendRequest Request() {
-    return {cache, QView(cache->model().geometry().value(), q), out.data(), log_sum_exp.data(),
-            mask};
+    return {cache, QView(GeometryOf(cache->model()), q), out.data(), log_sum_exp.data(), mask};
   }
 };
 

@@ -28,7 +28,7 @@ using LayerRows = std::vector<HeadRows>;  // [kv_heads][K, V]
 inline LayerRows Export(const Cache& cache, std::size_t layer, std::size_t first,
                         std::size_t count) {
   LayerRows all;
-  for (std::size_t i = 0; i < 2 * cache.model().geometry().value().kv_heads; ++i) {
+  for (std::size_t i = 0; i < 2 * GeometryOf(cache.model()).kv_heads; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadRows rows{std::vector<std::uint8_t>(count * cache.RowBytes(layer, i / 2, tensor)),
                   std::vector<float>(count, -7.0f)};
@@ -60,14 +60,14 @@ inline Status Import(Cache& cache, std::size_t layer, const LayerRows& all) {
 // Tokens [first, first + count) of rows, to one layer.
 inline Status AppendTokens(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
                            std::size_t count) {
-  const Geometry g = cache.model().geometry().value();
+  const Geometry g = GeometryOf(cache.model());
   return cache.Append(layer, KvView(g, rows.k).Tokens(first, count),
                       KvView(g, rows.v).Tokens(first, count));
 }
 
 // The same to every layer.
 inline void AppendToAll(Cache& cache, const Rows& rows, std::size_t first, std::size_t count) {
-  for (std::size_t layer = 0; layer < cache.model().geometry().value().layers; ++layer) {
+  for (std::size_t layer = 0; layer < GeometryOf(cache.model()).layers; ++layer) {
     const Status s = AppendTokens(cache, layer, rows, first, count);
     ASSERT_TRUE(s.ok()) << s.message();
   }

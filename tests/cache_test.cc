@@ -76,7 +76,7 @@ using LayerCodes = std::vector<Codes>;  // [kv_heads][K, V]
 
 LayerCodes Export(const Cache& cache, std::size_t layer, std::size_t first, std::size_t count) {
   LayerCodes all;
-  const Geometry g = cache.model().geometry().value();
+  const Geometry g = GeometryOf(cache.model());
   for (std::size_t i = 0; i < 2 * g.kv_heads; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     Codes c{std::vector<std::uint8_t>(count * cache.RowBytes(layer, i / 2, tensor)),
@@ -108,7 +108,7 @@ Status Import(Cache& cache, std::size_t layer, const LayerCodes& all) {
 LayerCodes Reference(const Plan& plan, const RowsView& k, const RowsView& v,
                      std::uint64_t* saturated = nullptr) {
   LayerCodes all;
-  for (std::size_t i = 0; i < 2 * plan.model.geometry().value().kv_heads; ++i) {
+  for (std::size_t i = 0; i < 2 * GeometryOf(plan.model).kv_heads; ++i) {
     const HeadCodec& codec = plan.codec(0, i / 2, static_cast<Tensor>(i % 2));
     const RowsView& rows = i % 2 == 0 ? k : v;
     reference::Coded r = reference::Encode(rows.tokens != 0 ? rows.Head(i / 2) : rows, codec);
@@ -120,8 +120,8 @@ LayerCodes Reference(const Plan& plan, const RowsView& k, const RowsView& v,
 }
 
 LayerCodes Reference(const Plan& plan, const Rows& rows, std::uint64_t* saturated = nullptr) {
-  return Reference(plan, KvView(plan.model.geometry().value(), rows.k),
-                   KvView(plan.model.geometry().value(), rows.v), saturated);
+  return Reference(plan, KvView(GeometryOf(plan.model), rows.k),
+                   KvView(GeometryOf(plan.model), rows.v), saturated);
 }
 
 void ExpectSame(const LayerCodes& found, const LayerCodes& expected, const Plan& plan) {
@@ -142,14 +142,13 @@ Cache Empty(const Plan& plan, std::size_t capacity, std::string_view target = {}
 // Tokens [first, first + count) of rows for every KV head, to one layer.
 Status Append(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
               std::size_t count, int num_threads = 1) {
-  return cache.Append(layer, KvView(cache.model().geometry().value(), rows.k).Tokens(first, count),
-                      KvView(cache.model().geometry().value(), rows.v).Tokens(first, count),
-                      num_threads);
+  return cache.Append(layer, KvView(GeometryOf(cache.model()), rows.k).Tokens(first, count),
+                      KvView(GeometryOf(cache.model()), rows.v).Tokens(first, count), num_threads);
 }
 
 // Appends to one layer, `step` tokens at a time.
 void AppendInSteps(Cache& cache, std::size_t layer, const Rows& rows, std::size_t step) {
-  const std::size_t tokens = KvView(cache.model().geometry().value(), rows.k).tokens;
+  const std::size_t tokens = KvView(GeometryOf(cache.model()), rows.k).tokens;
   for (std::size_t t = 0; t < tokens; t += step) {
     const Status s = Append(cache, layer, rows, t, std::min(step, tokens - t));
     ASSERT_TRUE(s.ok()) << s.message();

@@ -161,7 +161,7 @@ struct Output {
 
 Output Attended(const Cache& cache, const std::vector<Half>& q, const AttendOptions& options,
                 const MaskView& mask) {
-  const Geometry g = cache.model().geometry().value();
+  const Geometry g = GeometryOf(cache.model());
   Output o{std::vector<float>(q.size(), kNaN), std::vector<float>(q.size() / g.head_dim, kNaN)};
   const AttendRequest request{&cache, QView(g, q), o.out.data(), o.log_sum_exp.data(), mask};
   const Status s = Attend({&request, 1}, 0, options);
@@ -406,9 +406,9 @@ TEST(MaskedAttention, RowsThatSeeNothing) {
 void ExpectRefused(const Cache& cache, const std::vector<Half>& q, const MaskView& mask,
                    ErrorCode code, const std::vector<std::string>& parts) {
   std::vector<float> out(q.size(), -7.0f),
-      sums(q.size() / cache.model().geometry().value().head_dim, -7.0f);
-  const AttendRequest request{&cache, QView(cache.model().geometry().value(), q), out.data(),
-                              sums.data(), mask};
+      sums(q.size() / GeometryOf(cache.model()).head_dim, -7.0f);
+  const AttendRequest request{&cache, QView(GeometryOf(cache.model()), q), out.data(), sums.data(),
+                              mask};
   ExpectError(Attend({&request, 1}, 0), code, parts);
   // Of a batch, the request is named.
   std::vector<float> good(q.size(), -7.0f);

@@ -41,7 +41,7 @@ struct Case {
 
 // The same rows, and the same bits of attention over them.
 void ExpectSame(const Cache& found, const Cache& expected) {
-  const Geometry g = found.model().geometry().value();
+  const Geometry g = GeometryOf(found.model());
   const std::vector<Half> q = RandomQueries(g, 3, 9);
   for (std::size_t layer = 0; layer < g.layers; ++layer) {
     ASSERT_EQ(found.tokens(layer), expected.tokens(layer));

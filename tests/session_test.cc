@@ -49,7 +49,7 @@ Status Load(Cache& cache, const std::string& bytes) {
 }
 
 void ExpectSame(const Cache& found, const Cache& expected, bool same_target = true) {
-  const Geometry g = found.model().geometry().value();
+  const Geometry g = GeometryOf(found.model());
   const std::vector<Half> q = RandomQueries(g, 3, 9);
   for (std::size_t layer = 0; layer < g.layers; ++layer) {
     ASSERT_EQ(found.tokens(layer), expected.tokens(layer));

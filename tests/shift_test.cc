@@ -60,7 +60,7 @@ std::vector<float> TurnedBack(std::vector<float> k, const Geometry& g, const Rop
 // Error of a head's decoded K against `exact`.
 double KeyError(const Cache& cache, std::size_t layer, std::size_t head,
                 const std::vector<float>& exact) {
-  const Geometry g = cache.model().geometry().value();
+  const Geometry g = GeometryOf(cache.model());
   const std::vector<double> found = Decoded(cache, layer, Tensor::kK);
   double error = 0.0, size = 0.0;
   for (std::size_t i = 0; i < exact.size(); ++i) {

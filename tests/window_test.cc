@@ -1,6 +1,5 @@
 // Layers with a window forget what their next query does not see: the bits stay those of a cache
-// that keeps everything, and memory stays that of the window. (A plan cannot say a layer's window
-// yet, so that these tests put it into the pool.)
+// that keeps everything, and memory stays that of the window.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -27,20 +26,20 @@ struct Case {
       : rows(RandomRows(g, tokens, 1)),
         plan(MakePlan(g, rows, {"i8-token-bf16+centre+hadamard", "f16"}, {"i8-token", "i8-head"})) {
   }
-  Cache Windowed(std::size_t window, std::string_view target = {}) const {
-    Cache cache = Filled(plan, {}, 8000, target);
-    internal::PoolImpl& pool = *internal::Access::Of(cache)->pool;
-    pool.model.layers[0].window = pool.layers[0].shape.window = pool.layers[0].window = window;
-    pool.layers[0].run_log2 = 0;
-    pool.layers[0].run_kind = pool.layers[0].one_block_kind;
-    return cache;
+  Cache Windowed(std::size_t window, std::string_view target = {}, std::size_t rollback = 0) const {
+    Plan windowed = plan;
+    windowed.model.layers[0].window = window;
+    Result<Cache> cache = Cache::Create(windowed.model, windowed, 8000,
+                                        {.target = std::string(target), .rollback = rollback});
+    EXPECT_TRUE(cache.ok()) << cache.status().message();
+    return std::move(*cache);
   }
 };
 
 // The last queries of what was appended: all that they see is there.
 void ExpectSameAttention(const Cache& windowed, const Cache& whole, std::size_t queries,
                          std::size_t window) {
-  const std::vector<Half> q = RandomQueries(whole.plan().geometry, queries, 3);
+  const std::vector<Half> q = RandomQueries(GeometryOf(whole.model()), queries, 3);
   AttendOptions options;
   options.sliding_window = window;
   EXPECT_TRUE(SameBits(Attended(windowed, 0, q), Attended(whole, 0, q, options)))
@@ -143,6 +142,23 @@ TEST(Window, ForksTakeForgottenPages) {
     AppendToAll(fork, c.rows, 0, 100);  // writes pages that `cache` reads until it lets them go
     ExpectSameAttention(cache, whole, 100, 256);
   }
+}
+
+// Drafts that were appended one by one can be taken back, as many as the cache was told.
+TEST(Window, RollsBack) {
+  const Case c(3000);
+  constexpr std::size_t kWindow = 512, kRollback = 8;
+  Cache cache = c.Windowed(kWindow, {}, kRollback), whole = Filled(c.plan, {}, 8000);
+  for (std::size_t tokens = 0; tokens < 1500; ++tokens) {
+    AppendToAll(cache, c.rows, tokens, 1);
+    AppendToAll(whole, c.rows, tokens, 1);
+  }
+  EXPECT_FALSE(cache.Truncate(1500 - kRollback - 2).ok());
+  ASSERT_TRUE(cache.Truncate(1500 - kRollback).ok());
+  ASSERT_TRUE(whole.Truncate(1500 - kRollback).ok());
+  AppendToAll(cache, c.rows, 0, 3);
+  AppendToAll(whole, c.rows, 0, 3);
+  ExpectSameAttention(cache, whole, 3, kWindow);
 }
 
 }  // namespace

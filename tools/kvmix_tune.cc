@@ -33,6 +33,7 @@ struct Options {
   std::optional<double> max_ms;
   std::string candidates = "all";
   std::size_t context = 4096;
+  std::size_t exact_first = 0;
   int threads = 0;
   std::string wisdom;
   std::string output;
@@ -73,6 +74,10 @@ void AddOptions(CLI::App* app, Options* o) {
   app->add_option("--context", o->context,
                   "tokens in the cache, for decode times, and for bytes where layers have a window")
       ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  app->add_option("--exact-first", o->exact_first,
+                  "keep so many first tokens of every layer in f16 beside their codes")
+      ->check(CLI::Range(std::size_t{0}, kMostExactFirst))
       ->capture_default_str();
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
@@ -145,7 +150,7 @@ Wisdom Speeds(const Options& o, const Model& model, const CandidateKinds& candid
 }
 
 MeasureOptions WithBar(int threads, ProgressBar* bar) {
-  return {threads, "", [bar](std::size_t done, std::size_t all) { bar->Update(done, all); }};
+  return {threads, "", [bar](std::size_t done, std::size_t all) { bar->Update(done, all); }, 0};
 }
 
 // The plan as a whole over several dumps.
@@ -175,8 +180,9 @@ TuneReport Tune(const Options& o) {
   report.wisdom = Speeds(o, model, candidates);
   {
     ProgressBar bar("measuring every head and codec");
-    report.table =
-        Require(Measure(calibration, candidates, 0, model.layers.size(), WithBar(o.threads, &bar)));
+    MeasureOptions how = WithBar(o.threads, &bar);
+    how.exact_first = o.exact_first;
+    report.table = Require(Measure(calibration, candidates, 0, model.layers.size(), how));
   }
   report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
 

@@ -63,9 +63,11 @@ std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
   return outliers;
 }
 
-// Whether windows make a context take less than its tokens alone would.
-bool WindowsMatter(const TuneReport& r) {
-  return Fp16ContextBytes(r.table.model, r.context) < r.context * Fp16BytesPerToken(r.table.model);
+// Whether a context takes another number of bytes than its tokens alone would: less by windows,
+// more by tokens that are kept twice.
+bool ContextMatters(const TuneReport& r) {
+  return r.table.exact_first != 0 ||
+         Fp16ContextBytes(r.table.model, r.context) < r.context * Fp16BytesPerToken(r.table.model);
 }
 
 // ---- text
@@ -240,7 +242,7 @@ std::string ReportText(const TuneReport& r) {
                                  p.model.empty() ? "unknown model" : p.model, ToString(plan.model),
                                  p.calibration, p.calibration_tokens);
   if (r.holdout) text += fmt::format("held out {} ({} tokens)\n", p.holdout, p.holdout_tokens);
-  const std::size_t tokens = WindowsMatter(r) ? r.context : 1;
+  const std::size_t tokens = ContextMatters(r) ? r.context : 1;
   text +=
       fmt::format("\n{}\nPlan: {} of {} bytes {}, {:.2f} % saved\n{}\n{}\n{}\n{}", OutlierText(r),
                   ContextBytes(plan, tokens), Fp16ContextBytes(plan.model, tokens),
@@ -286,7 +288,7 @@ std::string ReportJson(const TuneReport& r) {
                  {"context", r.context},
                  {"cpu", r.wisdom.cpu},
                  {"target", r.wisdom.target}}}});
-  if (WindowsMatter(r)) {
+  if (ContextMatters(r)) {
     json["context_bytes"] = ContextBytes(plan, r.context);
     json["fp16_context_bytes"] = Fp16ContextBytes(plan.model, r.context);
   }

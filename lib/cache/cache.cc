@@ -133,7 +133,8 @@ Result<Cache> Cache::Create(const Model& model, const Plan& plan, std::size_t ca
                             const CacheOptions& options) {
   if (Status s = CheckPlan(plan); !s.ok()) return s;
   if (Status s = CheckModelMatches(plan, model); !s.ok()) return s;
-  Result<std::shared_ptr<PoolImpl>> pool = internal::MakePool(plan, {.target = options.target});
+  Result<std::shared_ptr<PoolImpl>> pool =
+      internal::MakePool(plan, {.target = options.target, .rollback = options.rollback});
   if (!pool.ok()) return pool.status();
   const std::size_t most = (*pool)->memory->most();
   if (internal::BytesForTokens(**pool, capacity) > most) {

@@ -29,6 +29,7 @@ struct PoolLayer {
   std::size_t run_log2 = 0;
   CompiledHeads exact_k = {}, exact_v = {};  // f16, where the plan keeps first tokens exact
   std::size_t window = 0;  // of this layer and those that read it, the longest; 0: all is seen
+  std::size_t kept = 0;    // the window and what may be rolled back; 0: all tokens
   std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
   std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
 

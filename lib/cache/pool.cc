@@ -104,6 +104,7 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
     }
     const std::size_t held = plan.model.tokens_held(i, SIZE_MAX);
     layer.window = held == SIZE_MAX ? 0 : held;
+    if (layer.window != 0) layer.kept = layer.window + options.rollback;
     if (layer.window == 0) {  // a window lets blocks go one by one
       layer.run_log2 =
           std::min<std::size_t>(2, std::bit_width((kRunBytes * shape.kv_heads - 1) / bytes));
@@ -129,8 +130,7 @@ std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens) {
   std::size_t sum = 0;
   for (const PoolLayer& layer : pool.layers) {
     if (!layer.shape.owns_kv()) continue;
-    const std::size_t held =
-        layer.window != 0 ? std::min(tokens, layer.window + kBlockTokens) : tokens;
+    const std::size_t held = layer.kept != 0 ? std::min(tokens, layer.kept + kBlockTokens) : tokens;
     const std::size_t blocks = held / kBlockTokens + (held % kBlockTokens != 0);
     const std::size_t block = pool.memory->page_bytes(layer.one_block_kind);
     if (blocks > (SIZE_MAX - sum) / block) return SIZE_MAX;
@@ -176,10 +176,8 @@ void CopyPage(const PoolLayer& shape, const CacheLayer& layer, std::size_t page,
   }
 }
 
-// Pages of a window.
-std::size_t Cycle(const PoolLayer& shape) {
-  return (shape.window + kBlockTokens - 1) / kBlockTokens;
-}
+// Pages of what a layer with a window keeps.
+std::size_t Cycle(const PoolLayer& shape) { return (shape.kept + kBlockTokens - 1) / kBlockTokens; }
 
 // Whether tokens up to `end`, in the place of those a cycle before, overwrite any that is seen.
 bool OverwritesSeen(const PoolLayer& shape, const CacheLayer& layer, std::size_t end) {
@@ -238,7 +236,7 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
   }
   Grow(*c.pool, shape, at, last_page + 1);
   const bool overwrites = OverwritesSeen(shape, at, first + count);
-  if (shape.window != 0 && first_page == last_page && first_page >= Cycle(shape) && !overwrites &&
+  if (shape.kept != 0 && first_page == last_page && first_page >= Cycle(shape) && !overwrites &&
       at.again == SIZE_MAX && at.pages[first_page] == nullptr &&
       IsOwn(at.pages[first_page - Cycle(shape)])) {
     at.again = first_page;
@@ -280,11 +278,11 @@ void DropUnused(CacheImpl& c, std::size_t layer) {
 }
 
 void ForgetPast(CacheImpl& c, std::size_t layer, std::size_t next) {
-  const std::size_t window = c.pool->layers[layer].window;
-  if (window == 0 || next + 1 <= window) return;
+  const std::size_t kept = c.pool->layers[layer].kept;
+  if (kept == 0 || next + 1 <= kept) return;
   CacheLayer& at = c.layers[layer];
   const std::size_t before = at.forgotten;
-  at.forgotten = std::max(before, std::min(at.tokens, next + 1 - window));
+  at.forgotten = std::max(before, std::min(at.tokens, next + 1 - kept));
   if (at.forgotten / kBlockTokens != before / kBlockTokens) DropUnused(c, layer);
 }
 

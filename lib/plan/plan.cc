@@ -4,6 +4,7 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include <algorithm>
 #include <span>
 
 #include "lib/files/check.h"
@@ -52,7 +53,20 @@ Status CheckPlan(const Plan& plan) {
   return {};
 }
 
-std::size_t ContextBytes(const Plan& plan, std::size_t context) {
+namespace {
+
+std::size_t ExactBytes(const Plan& plan, std::size_t context) {
+  std::size_t bytes = 0;
+  for (std::size_t layer = 0; layer < plan.model.layers.size(); ++layer) {
+    const LayerShape& shape = plan.model.layers[layer];
+    if (!shape.owns_kv()) continue;
+    bytes += std::min(plan.exact_first, plan.model.tokens_held(layer, context)) * shape.kv_heads *
+             (shape.k_dim + shape.v_dim) * 2;  // f16
+  }
+  return bytes;
+}
+
+std::size_t CodedBytes(const Plan& plan, std::size_t context) {
   const std::vector<LayerShape>& layers = plan.model.layers;
   std::size_t bytes = 0, first = 0;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
@@ -68,16 +82,23 @@ std::size_t ContextBytes(const Plan& plan, std::size_t context) {
   return bytes;
 }
 
+}  // namespace
+
+std::size_t ContextBytes(const Plan& plan, std::size_t context) {
+  return CodedBytes(plan, context) + ExactBytes(plan, context);
+}
+
 std::size_t Fp16ContextBytes(const Model& model, std::size_t context) {
   return ContextBytes(UniformPlan(model, {}, {}), context);
 }
 
 double SavedFraction(const Plan& plan, std::size_t context) {
-  return 1.0 - static_cast<double>(ContextBytes(plan, context)) /
-                   static_cast<double>(Fp16ContextBytes(plan.model, context));
+  const std::size_t bytes = context == 0 ? BytesPerToken(plan) : ContextBytes(plan, context);
+  return 1.0 - static_cast<double>(bytes) / static_cast<double>(Fp16ContextBytes(
+                                                plan.model, std::max<std::size_t>(context, 1)));
 }
 
-std::size_t BytesPerToken(const Plan& plan) { return ContextBytes(plan, 1); }
+std::size_t BytesPerToken(const Plan& plan) { return CodedBytes(plan, 1); }
 std::size_t Fp16BytesPerToken(const Model& model) { return Fp16ContextBytes(model, 1); }
 
 std::uint64_t Fingerprint(const Plan& plan) {

@@ -1,6 +1,6 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
 // minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
-// layers that differ.
+// layers that differ and exact_first.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -28,7 +28,7 @@ namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
-constexpr std::size_t kMinor = 1, kMinorOfLayers = 2;
+constexpr std::size_t kMinor = 1, kMinorOfLayers = 2;  // and of exact_first
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -95,7 +95,7 @@ std::string PlanText(const Plan& plan) {
       R"({{
   "format": "{}",
   "version": [{}, {}],
-  {},
+  {},{}
   "bytes_per_token": {},
   "saved_fraction": {},
   "provenance": {{"model": {}, "calibration": {}, "calibration_tokens": {}, "longest_prompt": {}, )"
@@ -106,7 +106,9 @@ std::string PlanText(const Plan& plan) {
   ]
 }}
 )",
-      kFormat, kMajor, plan.model.geometry() ? kMinor : kMinorOfLayers, ModelText(plan.model),
+      kFormat, kMajor, plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers,
+      ModelText(plan.model),
+      plan.exact_first == 0 ? "" : fmt::format("\n  \"exact_first\": {},", plan.exact_first),
       BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
       p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,
       AccuracyText(p), CodecsText(plan));
@@ -212,6 +214,7 @@ Result<Plan> LoadPlan(const std::string& path) {
   Plan plan;
   plan.model = ReadModel(root);
   plan.codecs = ReadCodecs(root["codecs"], plan.model);
+  if (root.has("exact_first")) plan.exact_first = root["exact_first"].Count();
   plan.provenance = ReadProvenance(root);
   if (!status.ok()) return status;
   if (Status s = CheckPlan(plan); !s.ok())

@@ -112,9 +112,10 @@ Result<Menu> MakeMenu(const ErrorTable& table, const Wisdom& wisdom, std::size_t
                        "no speed is known of K {} with V {} in layer {} ({}), context {}", k_name,
                        v_name, layer, ToString(Model(std::vector{shape})), context);
         Pair p{.k = &k, .v = &v, .decode_ns = *ns};
-        p.bytes =
-            table.model.tokens_held(layer, context) *
-            (BytesPerToken(k.codec.kind, shape.k_dim) + BytesPerToken(v.codec.kind, shape.v_dim));
+        const std::size_t tokens = table.model.tokens_held(layer, context);
+        p.bytes = tokens * (BytesPerToken(k.codec.kind, shape.k_dim) +
+                            BytesPerToken(v.codec.kind, shape.v_dim)) +
+                  std::min(tokens, table.exact_first) * (shape.k_dim + shape.v_dim) * sizeof(Half);
         for (std::size_t q = 0; q < k.queries.size(); ++q) {
           p.worst_nmse = std::max(p.worst_nmse, Nmse(p, q));
           p.sum_nmse += Nmse(p, q);
@@ -429,6 +430,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
 
   Choice choice;
   choice.plan.model = table.model;
+  choice.plan.exact_first = table.exact_first;
   for (std::size_t i = 0; i < picks->size(); ++i) {
     const Pair& p = (*picks)[i];
     choice.plan.codecs.push_back(p.k->codec);

@@ -167,8 +167,9 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
   shape.kv_layer.reset();  // its rows are those of that layer
   const Model one_layer(std::vector{shape});
   const std::vector<std::size_t>& prompts = dump.prompt_tokens();
-  Result<Cache> cache = Cache::Create(one_layer, Plan{one_layer, codecs, {}},
-                                      std::ranges::max(prompts), {options.target});
+  const Plan plan{one_layer, codecs, {}, options.exact_first};
+  Result<Cache> cache =
+      Cache::Create(one_layer, plan, std::ranges::max(prompts), {.target = options.target});
   if (!cache.ok()) return cache.status();
   const std::size_t out_row = shape.query_heads * shape.v_dim;
   out->resize(dump.tokens() * out_row);
@@ -197,9 +198,10 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
                  ToString(model), ToString(plan.model));
   const std::size_t layers = model.layers.size();
   std::vector<AttentionError> errors(model.query_heads_before(layers));
-  const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
+  const auto measure = [&](std::size_t layer, MeasureOptions within) {
     const LayerShape& shape = model.layers[layer];
     if (!shape.has_kv()) return Status();
+    within.exact_first = plan.exact_first;
     const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
     const std::vector<HeadCodec> codecs(first, first + shape.kv_heads * 2),
         exact_codecs(codecs.size());
@@ -260,6 +262,7 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
     return Error(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
   ErrorTable table;
   table.model = dumps[0]->model();
+  table.exact_first = options.exact_first;
   table.model_name = dumps[0]->model_name();
   if (first_layer > last_layer || last_layer > table.model.layers.size())
     return Error(ErrorCode::kInvalidArgument, "layers {} to {}: {} has layers 0 to {}", first_layer,
@@ -297,6 +300,7 @@ Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b) {
         {"layers", ToString(t.model)},
         {"model", t.model_name},
         {"dumps", fmt::format("{}", fmt::join(t.dumps, ","))},
+        {"exact first tokens", fmt::format("{}", t.exact_first)},
         {"tokens", fmt::format("{}", t.tokens)},
         {"longest prompt", fmt::format("{}", t.longest_prompt)}};
   };

@@ -32,11 +32,15 @@ struct Access;
 
 struct CacheOptions {
   std::string target = {};  // the instruction set, a name of Targets(); "": the best of this CPU
+  // Tokens beyond its window that a layer keeps, so that Truncate can take back as many that were
+  // appended one by one. (What one call appended can always be taken back.)
+  std::size_t rollback = 0;
 };
 
 struct PoolOptions {
   std::size_t bytes = 0;  // of pages in use, at most; 0: as much memory as this process may have
   std::string target = {};
+  std::size_t rollback = 0;
 };
 
 // Memory for caches of one model and plan: pages of 256 tokens of a layer, or of a few times as

@@ -71,10 +71,11 @@ KVMIX_API std::uint64_t Fingerprint(const Plan& plan);
 
 // Bytes that a context of so many tokens takes over all layers and heads; of the same in fp16; and
 // the fraction of the latter that the plan saves. Layers that share K and V count once, one with a
-// window holds at most the window.
+// window holds at most the window, exact first tokens count beside their codes. Context 0: of a
+// token alone.
 KVMIX_API std::size_t ContextBytes(const Plan& plan, std::size_t context);
 KVMIX_API std::size_t Fp16ContextBytes(const Model& model, std::size_t context);
-KVMIX_API double SavedFraction(const Plan& plan, std::size_t context = 1);
+KVMIX_API double SavedFraction(const Plan& plan, std::size_t context = 0);
 // Of one token, which every window lets through.
 KVMIX_API std::size_t BytesPerToken(const Plan& plan);
 KVMIX_API std::size_t Fp16BytesPerToken(const Model& model);

@@ -26,9 +26,10 @@ using Progress = std::function<void(std::size_t done, std::size_t total)>;
 
 // How to measure. The results do not depend on the threads.
 struct MeasureOptions {
-  int num_threads = 0;      // OpenMP threads; 0: as many as this process may use
-  std::string target = {};  // the instruction set, a name of Targets(); "": the best
-  Progress progress = {};   // if given, called after each layer, by one thread at a time
+  int num_threads = 0;          // OpenMP threads; 0: as many as this process may use
+  std::string target = {};      // the instruction set, a name of Targets(); "": the best
+  Progress progress = {};       // if given, called after each layer, by one thread at a time
+  std::size_t exact_first = 0;  // as Plan::exact_first
 };
 
 // The causal attention of one layer of a dump, with its window, scale, cap and sinks, prompt by
@@ -78,6 +79,7 @@ struct HeadErrors {
 
 struct ErrorTable {
   Model model;
+  std::size_t exact_first = 0;     // of the plans that the errors are those of
   std::vector<std::string> dumps;  // names
   std::string model_name;
   std::size_t tokens = 0;
