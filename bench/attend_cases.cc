@@ -61,8 +61,9 @@ HeadCodec CodecNamed(const char* name) {
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
-  return UniformPlan(Geometry{layers, c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim},
-                     CodecNamed(c.codecs.k), CodecNamed(c.codecs.v));
+  const LayerShape layer{c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim, c.shape.v_dim};
+  return UniformPlan(Model(std::vector(layers, layer)), CodecNamed(c.codecs.k),
+                     CodecNamed(c.codecs.v));
 }
 
 // Every layer gets the same 256 random tokens over and over: what rotates must be distinct memory,
@@ -76,7 +77,7 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
   const std::vector<Half> rows = RandomHalves(2 * kTokens * row);
   const RowsView k = RowsView::F16(rows.data(), kTokens, c.shape.kv_heads, c.shape.head_dim);
   const RowsView v =
-      RowsView::F16(rows.data() + kTokens * row, kTokens, c.shape.kv_heads, c.shape.head_dim);
+      RowsView::F16(rows.data() + kTokens * row, kTokens, c.shape.kv_heads, c.shape.v_dim);
 #pragma omp parallel for
   for (std::size_t layer = 0; layer < layers; ++layer) {
     for (std::size_t t = 0; t < c.context.tokens; t += kTokens) Require(cache.Append(layer, k, v));
@@ -104,9 +105,10 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
   if (!w.skip.empty()) return w;
   const double pairs = static_cast<double>(c.queries) * (static_cast<double>(c.context.tokens) -
                                                          static_cast<double>(c.queries - 1) / 2);
-  const std::size_t outputs = c.queries * c.shape.query_heads * c.shape.head_dim;
-  w.bytes = static_cast<double>(layer_bytes + outputs * (sizeof(Half) + sizeof(float)));
-  w.macs = 2 * pairs * static_cast<double>(c.shape.query_heads * c.shape.head_dim);
+  const std::size_t rows = c.queries * c.shape.query_heads;
+  w.bytes = static_cast<double>(
+      layer_bytes + rows * (c.shape.head_dim * sizeof(Half) + c.shape.v_dim * sizeof(float)));
+  w.macs = pairs * static_cast<double>(c.shape.query_heads * (c.shape.head_dim + c.shape.v_dim));
   w.Bound(bench.limits.Memory(Access::kRead, c.context.cold ? kCold : layer_bytes, c.threads),
           w.bytes);
   w.Bound(Arithmetic(bench.limits, c), w.macs);

@@ -25,7 +25,8 @@
 namespace kvmix::bench {
 
 std::string Shape::name() const {
-  return fmt::format("q{}kv{}d{}", query_heads, kv_heads, head_dim);
+  const std::string v = v_dim != head_dim ? fmt::format("x{}", v_dim) : "";
+  return fmt::format("q{}kv{}d{}{}", query_heads, kv_heads, head_dim, v);
 }
 
 std::size_t Rotate(std::size_t bytes, bool cold, Workload* w) {
@@ -54,7 +55,9 @@ constexpr const char* kExamples = R"(
 Names:
   attend_decode/TARGET/k=CODEC,v=CODEC/SHAPE/CONTEXT/tTHREADS
   attend_prefill/TARGET/k=CODEC,v=CODEC/SHAPE/QUERIESxCONTEXT/tTHREADS
+  attend_batch/TARGET/k=CODEC,v=CODEC/SHAPE/SEQUENCESxCONTEXT/tTHREADS
   quantize_token|quantize_head|dequantize_f32|dequantize_f16|append/TARGET/SHAPE/SIZE/tTHREADS
+  store|fork|shift/TARGET/SHAPE/SIZE/t1
 SHAPE q14kv2d64: 14 query heads, 2 KV heads, head_dim 64. Contexts of 32k and 128k, and 8k of
 q32kv32d128, are cold. All flags of Google Benchmark work: --benchmark_filter=REGEX,
 --benchmark_list_tests, --benchmark_format=json|console|csv, --benchmark_out=FILE,
@@ -129,7 +132,7 @@ void SaveWisdomFile(const Options& options) {
   for (const Shape& shape : kShapes) {
     ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
                              shape.head_dim));
-    Require(MeasureHeadSpeeds(kinds, kinds, {1, shape.group(), shape.head_dim, shape.head_dim},
+    Require(MeasureHeadSpeeds(kinds, kinds, {1, shape.group(), shape.head_dim, shape.v_dim},
                               kWisdomContext, options.seconds(), &wisdom));
   }
   ShowProgress("");

@@ -204,6 +204,7 @@ Workload PrepareAppend(const Shape& shape, Bench& bench) {
 void AddRowCases(const char* target, std::vector<Case>* cases) {
   for (const Kind& kind : kKinds) {
     for (const Shape& shape : kShapes) {
+      if (shape.v_dim != shape.head_dim) continue;  // rows are K's or V's
       for (const Size& size : kSizes) {
         const bool quick = (&shape == &kShapes[kSmallShape] || &shape == &kShapes[kLargeShape]) &&
                            &size != &kSizes[0];
@@ -215,6 +216,7 @@ void AddRowCases(const char* target, std::vector<Case>* cases) {
     }
   }
   for (const Shape& shape : kShapes) {
+    if (shape.v_dim != shape.head_dim) continue;
     cases->push_back({fmt::format("append/{}/{}/1/t1", target, shape.name()),
                       &shape == &kShapes[kLargeShape],
                       [&shape](Bench& bench) { return PrepareAppend(shape, bench); }});

@@ -16,19 +16,21 @@ namespace kvmix::bench {
 // A model's attention layer.
 struct Shape {
   std::size_t query_heads, kv_heads, head_dim;
-  std::string name() const;  // "q14kv2d64"
+  std::size_t v_dim = head_dim;
+  std::string name() const;  // "q14kv2d64"; "q16kv16d192x128" where V is narrower than K
   std::size_t group() const { return query_heads / kv_heads; }
 };
 
 inline constexpr Shape kShapes[] = {
-    {14, 2, 64},    // Qwen2.5-0.5B
-    {12, 2, 128},   // Qwen2.5-1.5B
-    {32, 8, 128},   // Llama-3-8B
-    {4, 1, 256},    // Gemma-3
-    {32, 32, 128},  // MHA
-    {10, 2, 80},    // awkward: not a multiple of 32
-    {24, 4, 256},   // a group of six
-    {8, 1, 512},    // the global layers of Gemma 4
+    {14, 2, 64},         // Qwen2.5-0.5B
+    {12, 2, 128},        // Qwen2.5-1.5B
+    {32, 8, 128},        // Llama-3-8B
+    {4, 1, 256},         // Gemma-3
+    {32, 32, 128},       // MHA
+    {10, 2, 80},         // awkward: not a multiple of 32
+    {24, 4, 256},        // a group of six
+    {8, 1, 512},         // the global layers of Gemma 4
+    {16, 16, 192, 128},  // V narrower than K, as DeepSeek's without its latent cache
 };
 // Those that --quick keeps.
 inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;

@@ -14,11 +14,13 @@ import unittest
 
 PROGRAM = sys.argv.pop(1) if len(sys.argv) > 1 else 'kvmix-bench'
 CODEC = r'(f16|i8-token|i8-head|i8-token\+hadamard)'
-SHAPE = r'q\d+kv\d+d\d+'
+SHAPE = r'q\d+kv\d+d\d+(x\d+)?'
 NAME = re.compile(rf'attend_decode/\w+/k={CODEC},v={CODEC}/{SHAPE}/(512|4k|8k|32k|128k)/t[12]|'
                   rf'attend_prefill/\w+/k={CODEC},v={CODEC}/{SHAPE}/512x(512|4k)/t[12]|'
                   rf'(quantize_token|quantize_head|dequantize_f32|dequantize_f16)/\w+/{SHAPE}/'
-                  rf'(24k|128k|256m)/t1|append/\w+/{SHAPE}/1/t1')
+                  rf'(24k|128k|256m)/t1|(append|store)/\w+/{SHAPE}/1/t1|'
+                  rf'(fork|shift)/\w+/{SHAPE}/4k/t1|'
+                  rf'attend_batch/\w+/k={CODEC},v={CODEC}/{SHAPE}/(16x2k|64x4k\+64)/t[12]')
 # Small and hot, one of each kind.
 TINY = (r'(attend_decode/.*k=i8-token,v=i8-token/q14kv2d64/512|quantize_token/.*/q14kv2d64/24k|'
         r'append/.*/q14kv2d64/1)/t1$')
@@ -46,7 +48,7 @@ class BenchTest(unittest.TestCase):
         self.assertEqual([n for n in listed if not NAME.fullmatch(n)], [])
         self.assertEqual(len(set(listed)), len(listed))
         for shape in ('q14kv2d64', 'q12kv2d128', 'q32kv8d128', 'q4kv1d256', 'q32kv32d128',
-                      'q10kv2d80'):
+                      'q10kv2d80', 'q24kv4d256', 'q8kv1d512', 'q16kv16d192x128'):
             for rest in ('k=f16,v=f16/{}/4k/t1', 'k=i8-token,v=i8-token/{}/128k/t2',
                          'k=i8-head,v=i8-token/{}/512x4k/t1'):
                 end = rest.format(shape)
