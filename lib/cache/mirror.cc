@@ -1,0 +1,261 @@
+#include "kvmix/mirror.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <algorithm>
+#include <vector>
+
+#include <fmt/format.h>
+
+namespace kvmix {
+namespace {
+
+// Cells whose rows every call compares with their hashes, in turn: a change of all rows (a context
+// shift) is found at once, and then all rows are compared.
+constexpr std::size_t kProbes = 4;
+
+std::uint64_t HashOf(const EngineRows& rows, std::size_t cell) {
+  return XXH3_64bits(static_cast<const std::uint8_t*>(rows.data) + cell * rows.stride, rows.bytes);
+}
+
+// Rows that were told of and not yet encoded.
+struct Pending {
+  std::vector<std::int64_t> cells;
+  std::vector<float> rows;  // [cells][heads][channels]
+};
+
+struct Stream {
+  Cache cache;
+  // Of the engine's rows of K and of V when they were encoded; `fresh` cells have none yet, for the
+  // engine writes its rows only after the mirror has taken them.
+  enum class State : std::uint8_t { kNever, kFresh, kHashed };
+  std::vector<State> state;
+  std::vector<std::uint64_t> k_hash, v_hash;
+  std::vector<std::uint8_t> seen;  // by the last call
+  std::size_t probe = 0;
+};
+
+}  // namespace
+
+struct Mirror::Impl {
+  LayerShape shape;
+  std::size_t cells = 0;  // of a stream
+  std::vector<Stream> streams;
+  Pending pending[2];  // K, V
+  MirrorCounts counts;
+  std::vector<std::int64_t> changed;
+  std::vector<float> k_rows, v_rows;
+  std::vector<AttendRequest> requests;
+
+  std::size_t Channels(Tensor t) const {
+    return shape.kv_heads * (t == Tensor::kK ? shape.k_dim : shape.v_dim);
+  }
+  RowsView View(Tensor t, const float* rows, std::size_t tokens) const {
+    return RowsView::F32(rows, tokens, shape.kv_heads, t == Tensor::kK ? shape.k_dim : shape.v_dim);
+  }
+  Status StorePending();
+  Status Follow(const MirrorRequest& r);
+  Status Read(const MirrorRequest& r, Stream& stream);
+};
+
+// K and V of the same cells go into the cache, stream by stream.
+Status Mirror::Impl::StorePending() {
+  Pending &k = pending[0], &v = pending[1];
+  if (k.cells.empty() && v.cells.empty()) return {};
+  const bool together = k.cells == v.cells;
+  const std::size_t k_row = Channels(Tensor::kK), v_row = Channels(Tensor::kV);
+  for (std::size_t i = 0, n; together && i < k.cells.size(); i += n) {
+    const std::size_t stream = static_cast<std::size_t>(k.cells[i]) / cells;
+    const std::int64_t first = static_cast<std::int64_t>(stream * cells);
+    n = 0;
+    while (i + n < k.cells.size() && static_cast<std::size_t>(k.cells[i + n]) / cells == stream) {
+      k.cells[i + n] -= first;
+      ++n;
+    }
+    Stream& to = streams[stream];
+    const std::span<const std::int64_t> at(k.cells.data() + i, n);
+    const Status s = to.cache.Store(0, at, View(Tensor::kK, k.rows.data() + i * k_row, n),
+                                    View(Tensor::kV, v.rows.data() + i * v_row, n));
+    if (!s.ok()) return s;
+    for (const std::int64_t cell : at)
+      to.state[static_cast<std::size_t>(cell)] = Stream::State::kFresh;
+    counts.written += n;
+  }
+  // Of K or of V alone: what was there is no longer true, and is read from the engine.
+  for (Pending* p : {&k, &v}) {
+    for (const std::int64_t cell : p->cells) {
+      if (together) break;
+      const std::size_t at = static_cast<std::size_t>(cell);
+      streams[at / cells].state[at % cells] = Stream::State::kNever;
+    }
+    p->cells.clear();
+    p->rows.clear();
+  }
+  return {};
+}
+
+// Makes the cells that a request sees what the engine's rows are.
+Status Mirror::Impl::Follow(const MirrorRequest& r) {
+  Stream& s = streams[r.stream];
+  changed.clear();
+  const auto same = [&](std::size_t c) {
+    return s.k_hash[c] == HashOf(r.k, c) && s.v_hash[c] == HashOf(r.v, c);
+  };
+  const auto check = [&](std::size_t c) {
+    if (s.state[c] == Stream::State::kFresh) {
+      s.k_hash[c] = HashOf(r.k, c);
+      s.v_hash[c] = HashOf(r.v, c);
+      s.state[c] = Stream::State::kHashed;
+    } else if (s.state[c] == Stream::State::kNever || !same(c)) {
+      changed.push_back(static_cast<std::int64_t>(c));
+    }
+  };
+  // Cells that come into sight, or were just written.
+  std::size_t seen = 0;
+  for (std::size_t c = 0; c < r.mask.cells; ++c) {
+    if (r.seen[c] == 0) continue;
+    ++seen;
+    if (s.seen[c] == 0 || s.state[c] != Stream::State::kHashed) check(c);
+  }
+  // And a few of those that were in sight before.
+  bool all = false;
+  for (std::size_t i = 0, probes = 0; i < r.mask.cells && probes < kProbes && seen != 0; ++i) {
+    s.probe = s.probe + 1 < r.mask.cells ? s.probe + 1 : 0;
+    if (r.seen[s.probe] == 0 || s.state[s.probe] != Stream::State::kHashed) continue;
+    ++probes;
+    all |= !same(s.probe);
+  }
+  if (all) {
+    changed.clear();
+    for (std::size_t c = 0; c < r.mask.cells; ++c) {
+      if (r.seen[c] != 0) check(c);
+    }
+  }
+  std::copy(r.seen, r.seen + r.mask.cells, s.seen.begin());
+  std::fill(s.seen.begin() + static_cast<std::ptrdiff_t>(r.mask.cells), s.seen.end(),
+            std::uint8_t{0});
+  return changed.empty() ? Status() : Read(r, s);
+}
+
+// The changed cells, from the engine's rows.
+Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
+  const std::size_t k_row = Channels(Tensor::kK), v_row = Channels(Tensor::kV);
+  k_rows.resize(changed.size() * k_row);
+  v_rows.resize(changed.size() * v_row);
+  for (std::size_t i = 0; i < changed.size(); ++i) {
+    const std::size_t c = static_cast<std::size_t>(changed[i]);
+    const auto row = [&](const EngineRows& rows) {
+      return static_cast<const std::uint8_t*>(rows.data) + c * rows.stride;
+    };
+    r.k.to_float(row(r.k), k_rows.data() + i * k_row, static_cast<std::int64_t>(k_row));
+    r.v.to_float(row(r.v), v_rows.data() + i * v_row, static_cast<std::int64_t>(v_row));
+    s.k_hash[c] = HashOf(r.k, c);
+    s.v_hash[c] = HashOf(r.v, c);
+    s.state[c] = Stream::State::kHashed;
+  }
+  counts.read += changed.size();
+  return s.cache.Store(0, changed, View(Tensor::kK, k_rows.data(), changed.size()),
+                       View(Tensor::kV, v_rows.data(), changed.size()));
+}
+
+void SeenCells(const MaskView& mask, std::uint8_t* cells) {
+  std::fill(cells, cells + mask.cells, std::uint8_t{0});
+  const auto add = [&]<typename Bits>(const Bits* values, Bits hidden) {
+    for (std::size_t q = 0; q < mask.queries; ++q) {
+      const Bits* const row = values + static_cast<std::ptrdiff_t>(q) * mask.stride;
+      for (std::size_t c = 0; c < mask.cells; ++c) {
+        cells[c] = static_cast<std::uint8_t>(cells[c] | (row[c] != hidden));
+      }
+    }
+  };
+  switch (mask.dtype) {  // -inf
+    case Dtype::kF32:
+      return add(static_cast<const std::uint32_t*>(mask.data), std::uint32_t{0xFF800000});
+    case Dtype::kBF16:
+      return add(static_cast<const std::uint16_t*>(mask.data), std::uint16_t{0xFF80});
+    default:
+      return add(static_cast<const std::uint16_t*>(mask.data), std::uint16_t{0xFC00});
+  }
+}
+
+Mirror::Mirror(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Mirror::Mirror(Mirror&&) noexcept = default;
+Mirror& Mirror::operator=(Mirror&&) noexcept = default;
+Mirror::~Mirror() = default;
+
+Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t cells,
+                              const PoolOptions& options) {
+  const Result<Pool> pool = Pool::Create(plan, options);
+  if (!pool.ok()) return pool.status();
+  auto impl = std::make_unique<Impl>();
+  for (std::size_t i = 0; i < streams; ++i) {
+    impl->streams.push_back({Cache::Create(*pool, cells), std::vector<Stream::State>(cells),
+                             std::vector<std::uint64_t>(cells), std::vector<std::uint64_t>(cells),
+                             std::vector<std::uint8_t>(cells)});
+  }
+  if (streams == 0 || impl->streams[0].cache.model().layers.size() != 1) {
+    return Status(ErrorCode::kInvalidArgument,
+                  "a mirror: expected a plan of one layer, and one stream or more");
+  }
+  impl->shape = impl->streams[0].cache.model().layers[0];
+  impl->cells = cells;
+  return Mirror(std::move(impl));
+}
+
+Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const RowsView& rows) {
+  const std::size_t all = impl_->cells * impl_->streams.size();
+  const std::size_t dim = tensor == Tensor::kK ? impl_->shape.k_dim : impl_->shape.v_dim;
+  if (rows.heads != impl_->shape.kv_heads || rows.head_dim != dim || rows.tokens != cells.size()) {
+    return {ErrorCode::kMismatch,
+            fmt::format("a mirror's write: expected {} rows of {} heads x {}, found {} of {} x {}",
+                        cells.size(), impl_->shape.kv_heads, dim, rows.tokens, rows.heads,
+                        rows.head_dim)};
+  }
+  if (std::ranges::any_of(
+          cells, [&](std::int64_t c) { return c < 0 || static_cast<std::size_t>(c) >= all; })) {
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("a mirror's write: expected cells from 0 to below {}", all)};
+  }
+  Pending& p = impl_->pending[tensor == Tensor::kV];
+  p.cells.insert(p.cells.end(), cells.begin(), cells.end());
+  for (std::size_t t = 0; t < rows.tokens; ++t) {
+    for (std::size_t h = 0; h < rows.heads; ++h) {
+      if (rows.dtype == Dtype::kF32) {
+        const float* const row = static_cast<const float*>(rows.row(t, h));
+        p.rows.insert(p.rows.end(), row, row + dim);
+      } else {
+        for (std::size_t c = 0; c < dim; ++c) p.rows.push_back(rows.At(t, h, c));
+      }
+    }
+  }
+  return {};
+}
+
+Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
+                      int num_threads) {
+  if (Status s = impl_->StorePending(); !s.ok()) return s;
+  impl_->requests.clear();
+  for (const MirrorRequest& r : requests) {
+    if (r.stream >= impl_->streams.size() || r.mask.cells > impl_->cells) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("a mirror: stream {} with {} cells, of {} with {}", r.stream,
+                          r.mask.cells, impl_->streams.size(), impl_->cells)};
+    }
+    if (Status s = impl_->Follow(r); !s.ok()) return s;
+    impl_->requests.push_back({&impl_->streams[r.stream].cache, r.q, r.out, nullptr, r.mask});
+  }
+  AttendOptions by_mask = options;
+  by_mask.causal = false;
+  return kvmix::Attend(impl_->requests, 0, by_mask, num_threads);
+}
+
+const LayerShape& Mirror::shape() const { return impl_->shape; }
+const MirrorCounts& Mirror::counts() const { return impl_->counts; }
+std::size_t Mirror::bytes() const {
+  std::size_t sum = 0;
+  for (const Stream& s : impl_->streams) sum += s.cache.bytes();
+  return sum;
+}
+
+}  // namespace kvmix

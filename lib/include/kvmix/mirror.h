@@ -1,0 +1,83 @@
+// A mirror of one layer of an engine's own KV cache, for engines that kvmix is loaded into.
+//
+// The engine goes on writing K and V into cells of its own tensors. The mirror is told of every
+// write that can be seen, and keeps the cells in codecs; attention reads these. What the engine
+// changed behind the mirror's back (a context shift, a restored state) is found by hashes of the
+// engine's rows, and read again.
+#ifndef KVMIX_MIRROR_H_
+#define KVMIX_MIRROR_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "kvmix/attention.h"
+#include "kvmix/cache.h"
+#include "kvmix/export.h"
+#include "kvmix/plan.h"
+#include "kvmix/rows.h"
+#include "kvmix/status.h"
+
+namespace kvmix {
+
+// The engine's rows of K or V of one stream: cell c has its heads' channels side by side at
+// data + c * stride.
+struct EngineRows {
+  const void* data = nullptr;
+  std::size_t stride = 0;  // bytes
+  std::size_t bytes = 0;   // of a cell
+  // Of a cell's bytes to its numbers, as f32.
+  void (*to_float)(const void* row, float* out, std::int64_t count) = nullptr;
+};
+
+// One stream's part of a call. A cell is seen by the mask alone.
+struct MirrorRequest {
+  std::size_t stream = 0;
+  RowsView q;
+  float* out = nullptr;
+  MaskView mask;
+  // [mask.cells] not 0 where any query sees the cell: SeenCells(mask).
+  const std::uint8_t* seen = nullptr;
+  EngineRows k, v;  // as they are now
+};
+
+// What the mirror did, since it was made.
+struct MirrorCounts {
+  std::uint64_t written = 0;  // cells, told of by Write
+  std::uint64_t read = 0;     // cells that were read from the engine's rows
+};
+
+// cells[c] <- whether any query sees it. [mask.cells]
+KVMIX_API void SeenCells(const MaskView& mask, std::uint8_t* cells);
+
+// Movable. One thread at a time.
+class KVMIX_API Mirror {
+ public:
+  // plan: of a model of one layer. Every stream has `cells` cells.
+  static Result<Mirror> Create(const Plan& plan, std::size_t streams, std::size_t cells,
+                               const PoolOptions& options = {});
+  Mirror(Mirror&&) noexcept;
+  Mirror& operator=(Mirror&&) noexcept;
+  ~Mirror();
+
+  // The engine writes rows of K or V: token t into cell cells[t], counted over all streams. The
+  // numbers are kept until the next Attend, which takes those of K and of V together.
+  Status Write(Tensor tensor, std::span<const std::int64_t> cells, const RowsView& rows);
+  // Attention of all requests, after the cells that they see are as the engine has them.
+  Status Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
+                int num_threads);
+
+  const LayerShape& shape() const;
+  const MirrorCounts& counts() const;
+  std::size_t bytes() const;  // of the codes
+
+ private:
+  struct Impl;
+  explicit Mirror(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvmix
+
+#endif  // KVMIX_MIRROR_H_

@@ -1,0 +1,52 @@
+// KVMIX_DUMP: what the engine's attention saw, as a file that kvmix-tune reads (docs/formats.md).
+#ifndef KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
+#define KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
+
+#include <cstddef>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <kvmix/attention.h>
+#include <kvmix/model.h>
+#include <kvmix/rows.h>
+#include <kvmix/status.h>
+
+namespace kvmix::llama {
+
+// Rows stream into one file a tensor, in a folder beside the dump; Finish makes the dump of them.
+// Whatever ends before leaves no dump, and what was there untouched.
+class Dump {
+ public:
+  explicit Dump(std::string path);
+  ~Dump();
+
+  // Q of one call, and K and V of its tokens, [tokens, heads, channels] of f32. The mask tells
+  // where prompts begin: a token that sees only itself is a first one. Tokens that do not follow on
+  // what is there already (a cache that is shifted, or shared) are left out, and counted.
+  Status Add(std::size_t layer, const LayerShape& shape, const RowsView& q, const RowsView& k,
+             const RowsView& v, const MaskView& mask);
+  // Writes the dump, if there is anything to write; says what it holds.
+  Status Finish();
+
+ private:
+  struct Layer {
+    LayerShape shape;
+    std::FILE *k = nullptr, *v = nullptr, *q = nullptr;
+    std::vector<std::size_t> prompts;  // tokens of each
+    std::size_t seen = 0;              // by the last token, for the next to follow on
+  };
+  std::string Part(std::size_t layer, const char* tensor) const;
+  Status Open(std::size_t number, Layer* layer);
+  bool DropShortPrompt(Layer* layer);
+
+  std::string path_, folder_;
+  std::map<std::size_t, Layer> layers_;
+  std::size_t left_out_ = 0;
+};
+
+}  // namespace kvmix::llama
+
+#endif  // KVMIX_TOOLS_LLAMA_CPP_DUMP_H_

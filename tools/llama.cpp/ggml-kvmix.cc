@@ -1,0 +1,418 @@
+// A back-end of ggml that takes llama.cpp's attention: FLASH_ATTN_EXT over the KV cache, and the
+// SET_ROWS that fill it. README.md says how to build and load it.
+//
+// llama.cpp adds every device of type ACCEL to a context, and gives it the nodes that it supports
+// and whose tensors are in host memory. The engine's cache tensors stay what they are: rows are
+// written to them as well, so that all that reads them (state files, a context shift) goes on
+// working, and a Mirror of each layer notices when they change.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ggml-backend-impl.h"
+#include "ggml.h"
+
+#include <kvmix/mirror.h>
+#include <kvmix/version.h>
+
+#include "dump.h"
+#include "settings.h"
+
+namespace kvmix::llama {
+namespace {
+
+void Say(const std::string& line) { std::fprintf(stderr, "kvmix: %s\n", line.c_str()); }
+// The same line only once.
+void SayOnce(const std::string& line) {
+  static std::mutex mutex;
+  static std::map<std::string, bool> said;
+  const std::lock_guard lock(mutex);
+  if (!std::exchange(said[line], true)) Say(line);
+}
+
+// ---- the engine's tensors
+
+const ggml_tensor* Base(const ggml_tensor* t) { return t->view_src != nullptr ? t->view_src : t; }
+
+// "cache_k_l12" -> 12; nothing for other tensors.
+std::optional<std::size_t> LayerOf(const ggml_tensor* t, Tensor tensor) {
+  const std::string_view name = Base(t)->name;
+  const std::string_view prefix = tensor == Tensor::kK ? "cache_k_l" : "cache_v_l";
+  if (!name.starts_with(prefix) || name.size() == prefix.size()) return {};
+  return std::strtoul(name.data() + prefix.size(), nullptr, 10);
+}
+
+// A type that rows can be read from and written to.
+bool IsRowType(ggml_type type) {
+  return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
+         type == GGML_TYPE_Q8_0;
+}
+
+void CopyFloats(const void* from, float* to, std::int64_t n) {
+  std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
+}
+
+EngineRows RowsOf(const ggml_tensor* view, std::size_t stream) {
+  const auto to_float = ggml_get_type_traits(view->type)->to_float;
+  return {static_cast<const char*>(view->data) + stream * view->nb[3], view->nb[1],
+          ggml_row_size(view->type, view->ne[0] * view->ne[2]),
+          view->type == GGML_TYPE_F32 ? CopyFloats : to_float};
+}
+
+// ---- what is taken
+
+struct Attention {
+  std::size_t layer;
+  LayerShape shape;
+  AttendOptions options;
+  float max_bias;
+};
+
+std::optional<Attention> Read(const ggml_tensor* op) {
+  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2];
+  const auto k_layer = LayerOf(k, Tensor::kK), v_layer = LayerOf(v, Tensor::kV);
+  if (!k_layer || k_layer != v_layer) return {};
+  const auto size = [](std::int64_t n) { return static_cast<std::size_t>(n); };
+  Attention a{*k_layer,
+              {.kv_heads = size(k->ne[2]),
+               .query_heads = size(q->ne[2]),
+               .k_dim = size(k->ne[0]),
+               .v_dim = size(v->ne[0])},
+              {},
+              0.0f};
+  std::memcpy(&a.options.attention_scale, op->op_params, sizeof(float));
+  std::memcpy(&a.max_bias, reinterpret_cast<const float*>(op->op_params) + 1, sizeof(float));
+  std::memcpy(&a.options.soft_cap, reinterpret_cast<const float*>(op->op_params) + 2,
+              sizeof(float));
+  if (op->src[4] != nullptr) a.options.sinks = static_cast<const float*>(op->src[4]->data);
+  return a;
+}
+
+// Why an attention stays with the CPU; empty: it does not.
+std::string Refusal(const ggml_tensor* op) {
+  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+  const std::optional<Attention> a = Read(op);
+  if (!a) return "attention without a KV cache";
+  if (q->type != GGML_TYPE_F32 || !IsRowType(k->type) || !IsRowType(v->type)) {
+    return std::string("K of ") + ggml_type_name(k->type) + ", V of " + ggml_type_name(v->type);
+  }
+  if (mask == nullptr || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32)) {
+    return "attention without a mask";
+  }
+  if (k->nb[2] != ggml_row_size(k->type, k->ne[0]) ||
+      v->nb[2] != ggml_row_size(v->type, v->ne[0])) {
+    return "heads of a cell that do not lie side by side";
+  }
+  const Model model{std::vector<LayerShape>{a->shape}};
+  if (const Status s = CheckModel(model); !s.ok()) return s.message();
+  return {};
+}
+
+// The plan of one layer; an error names both models.
+Result<Plan> PlanOf(const Settings& settings, const Attention& a) {
+  const Model model{std::vector<LayerShape>{a.shape}};
+  if (!settings.plan) return UniformPlan(model, settings.codec, settings.codec);
+  const Plan& plan = *settings.plan;
+  const std::vector<LayerShape>& layers = plan.model.layers;
+  const auto same = [&](const LayerShape& shape) {
+    return shape.owns_kv() && shape.kv_heads == a.shape.kv_heads && shape.k_dim == a.shape.k_dim &&
+           shape.v_dim == a.shape.v_dim && shape.query_heads == a.shape.query_heads;
+  };
+  if (a.layer >= layers.size() || !same(layers[a.layer])) {
+    return Status(ErrorCode::kMismatch, settings.plan_path + ": a plan of " + ToString(plan.model) +
+                                            " (" + plan.provenance.model + "); layer " +
+                                            std::to_string(a.layer) + " here is " +
+                                            ToString(model));
+  }
+  Plan one = UniformPlan(model, {}, {});
+  one.exact_first = plan.exact_first;
+  for (std::size_t h = 0; h < a.shape.kv_heads; ++h) {
+    for (const Tensor t : {Tensor::kK, Tensor::kV}) one.codec(0, h, t) = plan.codec(a.layer, h, t);
+  }
+  return one;
+}
+
+// ---- a context's back-end
+
+using NewRows = std::vector<float>;  // [tokens][heads][channels]
+
+struct Context {
+  int threads = 1;
+  std::map<const void*, Mirror> mirrors;  // by the data of the layer's K
+  std::vector<std::uint8_t> seen;         // by any query of `seen_mask`
+  const ggml_tensor* seen_mask = nullptr;
+  std::vector<float> slopes;
+  const void* last_k = nullptr;  // the K that SET_ROWS wrote to last
+  std::unique_ptr<Dump> dump;    // of what attention sees, with the rows written before it
+  NewRows new_k, new_v;
+};
+
+// Made at the first attention of a layer.
+Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const Attention& a) {
+  const ggml_tensor* const base = Base(k);
+  if (const auto it = c.mirrors.find(base->data); it != c.mirrors.end()) return &it->second;
+  const Result<Plan> plan = PlanOf(TheSettings(), a);
+  if (!plan.ok()) return plan.status();
+  Result<Mirror> mirror =
+      Mirror::Create(*plan, static_cast<std::size_t>(base->ne[2]),
+                     static_cast<std::size_t>(base->ne[1]), {.target = TheSettings().target});
+  if (!mirror.ok()) return mirror.status();
+  return &c.mirrors.emplace(base->data, std::move(*mirror)).first->second;
+}
+
+// SET_ROWS: the engine's own rows, and the mirror's if there is one already.
+Status SetRows(Context& c, const ggml_tensor* op) {
+  const ggml_tensor *from = op->src[0], *cells = op->src[1], *to = op->src[2];
+  const Tensor tensor = LayerOf(to, Tensor::kK) ? Tensor::kK : Tensor::kV;
+  const std::int64_t *const at = static_cast<const std::int64_t*>(cells->data), n = from->ne[0];
+  for (std::int64_t i = 0; i < from->ne[1]; ++i) {
+    const float* const row = reinterpret_cast<const float*>(
+        static_cast<const char*>(from->data) + static_cast<std::size_t>(i) * from->nb[1]);
+    char* const dst = static_cast<char*>(to->data) + static_cast<std::size_t>(at[i]) * to->nb[1];
+    if (to->type == GGML_TYPE_F32) {
+      std::memcpy(dst, row, static_cast<std::size_t>(n) * sizeof(float));
+    } else if (to->type == GGML_TYPE_F16) {
+      ggml_fp32_to_fp16_row(row, reinterpret_cast<ggml_fp16_t*>(dst), n);
+    } else {
+      ggml_get_type_traits(to->type)->from_float_ref(row, dst, n);
+    }
+  }
+  // V's rows belong to the K that was written before them.
+  if (tensor == Tensor::kK) c.last_k = Base(to)->data;
+  if (c.dump != nullptr) {
+    NewRows& rows = tensor == Tensor::kK ? c.new_k : c.new_v;
+    rows.clear();
+    for (std::int64_t i = 0; i < from->ne[1]; ++i) {
+      const float* const row = static_cast<const float*>(from->data) +
+                               static_cast<std::size_t>(i) * from->nb[1] / sizeof(float);
+      rows.insert(rows.end(), row, row + n);
+    }
+  }
+  const auto mirror = c.mirrors.find(c.last_k);
+  if (mirror == c.mirrors.end()) return {};
+  const std::size_t heads = mirror->second.shape().kv_heads;
+  RowsView view =
+      RowsView::F32(static_cast<const float*>(from->data), static_cast<std::size_t>(from->ne[1]),
+                    heads, static_cast<std::size_t>(n) / heads);
+  view.token_stride = static_cast<std::ptrdiff_t>(from->nb[1] / sizeof(float));
+  return mirror->second.Write(tensor, {at, static_cast<std::size_t>(from->ne[1])}, view);
+}
+
+// ggml's slopes of ALiBi.
+void MakeSlopes(std::size_t heads, float max_bias, std::vector<float>* slopes) {
+  const float n = std::exp2(std::floor(std::log2(static_cast<float>(heads))));
+  const float m0 = std::exp2(-max_bias / n), m1 = std::exp2(-max_bias / 2.0f / n);
+  slopes->resize(heads);
+  for (std::size_t h = 0; h < heads; ++h) {
+    const float i = static_cast<float>(h);
+    (*slopes)[h] = i < n ? std::pow(m0, i + 1.0f) : std::pow(m1, 2.0f * (i - n) + 1.0f);
+  }
+}
+
+Status Attend(Context& c, const ggml_tensor* op) {
+  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+  const std::optional<Attention> a = Read(op);
+  const Result<Mirror*> mirror = MirrorOf(c, k, *a);
+  if (!mirror.ok()) return mirror.status();
+  const std::size_t streams = static_cast<std::size_t>(q->ne[3]),
+                    queries = static_cast<std::size_t>(q->ne[1]),
+                    cells = static_cast<std::size_t>(k->ne[1]);
+  if (a->max_bias > 0.0f) MakeSlopes(a->shape.query_heads, a->max_bias, &c.slopes);
+  const bool is_new = c.seen_mask != mask;  // all layers of a kind have one mask
+  c.seen_mask = mask;
+  c.seen.resize(streams * cells);
+  std::vector<MirrorRequest> requests(streams);
+  const std::size_t first_stream = k->view_offs / std::max<std::size_t>(Base(k)->nb[2], 1);
+  for (std::size_t s = 0; s < streams; ++s) {
+    MirrorRequest& r = requests[s];
+    const bool f32 = mask->type == GGML_TYPE_F32;
+    const std::size_t number = f32 ? sizeof(float) : sizeof(Half);
+    r.stream = first_stream + s;
+    r.q = {static_cast<const char*>(q->data) + s * q->nb[3],
+           Dtype::kF32,
+           queries,
+           a->shape.query_heads,
+           a->shape.k_dim,
+           static_cast<std::ptrdiff_t>(q->nb[1] / sizeof(float)),
+           static_cast<std::ptrdiff_t>(q->nb[2] / sizeof(float))};
+    r.out = reinterpret_cast<float*>(static_cast<char*>(op->data) + s * op->nb[3]);
+    r.mask = {static_cast<const char*>(mask->data) +
+                  s % static_cast<std::size_t>(mask->ne[3]) * mask->nb[3],
+              f32 ? Dtype::kF32 : Dtype::kF16,
+              queries,
+              cells,
+              static_cast<std::ptrdiff_t>(mask->nb[1] / number),
+              a->max_bias > 0.0f ? c.slopes.data() : nullptr};
+    r.seen = c.seen.data() + s * cells;
+    if (is_new) SeenCells(r.mask, c.seen.data() + s * cells);
+    r.k = RowsOf(k, s);
+    r.v = RowsOf(v, s);
+  }
+  if (c.dump != nullptr && streams == 1) {
+    LayerShape shape = a->shape;
+    shape.attention_scale = a->options.attention_scale;
+    shape.soft_cap = a->options.soft_cap;
+    const auto view = [&](const NewRows& rows, std::size_t dim) {
+      const std::size_t heads = shape.kv_heads;
+      return RowsView::F32(rows.data(), rows.size() / heads / dim, heads, dim);
+    };
+    const Status s = c.dump->Add(a->layer, shape, requests[0].q, view(c.new_k, shape.k_dim),
+                                 view(c.new_v, shape.v_dim), requests[0].mask);
+    if (!s.ok()) {  // a full disk, say: the engine goes on
+      Say(s.message() + ". The dump is dropped.");
+      c.dump.reset();
+    }
+  }
+  return (*mirror)->Attend(requests, a->options, c.threads);
+}
+
+ggml_status Compute(ggml_backend_t backend, ggml_cgraph* graph) {
+  Context& c = *static_cast<Context*>(backend->context);
+  c.seen_mask = nullptr;
+  for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+    const ggml_tensor* const node = ggml_graph_node(graph, i);
+    Status s;
+    if (node->op == GGML_OP_SET_ROWS) s = SetRows(c, node);
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) s = Attend(c, node);
+    if (s.ok()) continue;
+    Say(std::string(node->name) + ": " + s.message());
+    return GGML_STATUS_FAILED;
+  }
+  return GGML_STATUS_SUCCESS;
+}
+
+// ---- ggml's tables
+
+const char* Name(ggml_backend_t) { return "KVMIX"; }
+const char* DeviceName(ggml_backend_dev_t) { return "KVMIX"; }
+const char* DeviceDescription(ggml_backend_dev_t) { return "attention by kvmix"; }
+const char* RegistryName(ggml_backend_reg_t) { return "KVMIX"; }
+
+void Free(ggml_backend_t backend) {
+  const Context* const c = static_cast<Context*>(backend->context);
+  if (c->dump != nullptr) {
+    if (const Status s = c->dump->Finish(); !s.ok()) Say(s.message());
+  }
+  if (TheSettings().verbose) {
+    MirrorCounts sum;
+    std::size_t bytes = 0;
+    for (const auto& [_, mirror] : c->mirrors) {
+      sum.written += mirror.counts().written;
+      sum.read += mirror.counts().read;
+      bytes += mirror.bytes();
+    }
+    Say(std::to_string(c->mirrors.size()) + " layers, " + std::to_string(sum.written) +
+        " cells written, " + std::to_string(sum.read) + " read from the engine's, " +
+        std::to_string(bytes >> 20) + " MiB of codes");
+  }
+  delete c;
+  delete backend;
+}
+
+ggml_guid_t Guid() {
+  static ggml_guid guid = {0x6b, 0x76, 0x6d, 0x69, 0x78, 0x2d, 0x67, 0x67,
+                           0x6d, 0x6c, 0x2d, 0x61, 0x74, 0x74, 0x6e, 0x31};
+  return &guid;
+}
+
+ggml_backend_t Init(ggml_backend_dev_t device, const char*) {
+  static const ggml_backend_i kBackend = [] {
+    ggml_backend_i b{};
+    b.get_name = Name;
+    b.free = Free;
+    b.graph_compute = Compute;
+    return b;
+  }();
+  auto context = std::make_unique<Context>();
+  if (!TheSettings().dump.empty()) context->dump = std::make_unique<Dump>(TheSettings().dump);
+  return new ggml_backend{Guid(), kBackend, device, context.release()};
+}
+
+void SetThreads(ggml_backend_t backend, int threads) {
+  static_cast<Context*>(backend->context)->threads = threads;
+}
+
+bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* op) {
+  switch (op->op) {
+    case GGML_OP_NONE:
+    case GGML_OP_RESHAPE:
+    case GGML_OP_VIEW:
+    case GGML_OP_PERMUTE:
+    case GGML_OP_TRANSPOSE:
+      return true;
+    case GGML_OP_SET_ROWS: {
+      const ggml_tensor* const to = op->src[2];
+      return (LayerOf(to, Tensor::kK) || LayerOf(to, Tensor::kV)) && IsRowType(to->type) &&
+             op->src[0]->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I64 &&
+             op->src[0]->ne[2] == 1 && op->src[0]->ne[3] == 1;
+    }
+    case GGML_OP_FLASH_ATTN_EXT: {
+      std::string why = Refusal(op);
+      if (why.empty()) {
+        if (const Result<Plan> plan = PlanOf(TheSettings(), *Read(op)); !plan.ok()) {
+          why = plan.status().message();
+        }
+      }
+      if (!why.empty()) SayOnce("not taken, and left to the CPU: " + why);
+      return why.empty();
+    }
+    default:
+      return false;
+  }
+}
+
+bool SupportsBuffer(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
+  return ggml_backend_buft_is_host(type);
+}
+ggml_backend_buffer_type_t BufferType(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
+void Memory(ggml_backend_dev_t, std::size_t* free, std::size_t* total) { *free = *total = 0; }
+enum ggml_backend_dev_type DeviceType(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+void Properties(ggml_backend_dev_t device, ggml_backend_dev_props* p) {
+  *p = {};
+  p->name = DeviceName(device);
+  p->description = DeviceDescription(device);
+  p->type = DeviceType(device);
+}
+
+std::size_t DeviceCount(ggml_backend_reg_t) { return 1; }
+ggml_backend_dev_t Device(ggml_backend_reg_t registry, std::size_t) {
+  static ggml_backend_device device = [&] {
+    ggml_backend_device d{};
+    d.iface.get_name = DeviceName;
+    d.iface.get_description = DeviceDescription;
+    d.iface.get_memory = Memory;
+    d.iface.get_type = DeviceType;
+    d.iface.get_props = Properties;
+    d.iface.init_backend = Init;
+    d.iface.get_buffer_type = BufferType;
+    d.iface.supports_op = SupportsOp;
+    d.iface.supports_buft = SupportsBuffer;
+    d.reg = registry;
+    return d;
+  }();
+  return &device;
+}
+void* Procedure(ggml_backend_reg_t, const char* name) {
+  const bool threads = std::string_view(name) == "ggml_backend_set_n_threads";
+  return threads ? reinterpret_cast<void*>(SetThreads) : nullptr;
+}
+
+}  // namespace
+}  // namespace kvmix::llama
+
+// Null: the engine goes on without kvmix, and has been told why.
+extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
+  using namespace kvmix::llama;
+  if (!LoadSettings()) return nullptr;
+  static ggml_backend_reg registry = {
+      GGML_BACKEND_API_VERSION, {RegistryName, DeviceCount, Device, Procedure}, nullptr};
+  return &registry;
+}

@@ -1,0 +1,29 @@
+// The settings of the plug-in: environment variables.
+#ifndef KVMIX_TOOLS_LLAMA_CPP_SETTINGS_H_
+#define KVMIX_TOOLS_LLAMA_CPP_SETTINGS_H_
+
+#include <optional>
+#include <string>
+
+#include <kvmix/codec.h>
+#include <kvmix/plan.h>
+
+namespace kvmix::llama {
+
+struct Settings {
+  std::optional<Plan> plan;  // KVMIX_PLAN
+  std::string plan_path;
+  HeadCodec codec;     // KVMIX_CODEC, where there is no plan
+  std::string target;  // KVMIX_TARGET
+  std::string dump;    // KVMIX_DUMP
+  bool verbose = false;
+};
+
+// Reads the KVMIX_* variables and says in one line what they come to; with KVMIX_HELP, lists them.
+// False, with a line that says why: one of them is wrong, or unknown.
+bool LoadSettings();
+const Settings& TheSettings();
+
+}  // namespace kvmix::llama
+
+#endif  // KVMIX_TOOLS_LLAMA_CPP_SETTINGS_H_
