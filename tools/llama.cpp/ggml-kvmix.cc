@@ -30,12 +30,12 @@ namespace kvmix::llama {
 namespace {
 
 void Say(const std::string& line) { std::fprintf(stderr, "kvmix: %s\n", line.c_str()); }
-// The same line only once.
-void SayOnce(const std::string& line) {
+// A line for every reason only once.
+void SayOnce(const std::string& reason, const std::string& line) {
   static std::mutex mutex;
   static std::map<std::string, bool> said;
   const std::lock_guard lock(mutex);
-  if (!std::exchange(said[line], true)) Say(line);
+  if (!std::exchange(said[reason], true)) Say(line);
 }
 
 // ---- the engine's tensors
@@ -301,7 +301,7 @@ void Free(ggml_backend_t backend) {
   if (c->dump != nullptr) {
     if (const Status s = c->dump->Finish(); !s.ok()) Say(s.message());
   }
-  if (TheSettings().verbose) {
+  if (TheSettings().verbose && !c->mirrors.empty()) {
     MirrorCounts sum;
     std::size_t bytes = 0;
     for (const auto& [_, mirror] : c->mirrors) {
@@ -355,13 +355,14 @@ bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* op) {
              op->src[0]->ne[2] == 1 && op->src[0]->ne[3] == 1;
     }
     case GGML_OP_FLASH_ATTN_EXT: {
-      std::string why = Refusal(op);
+      std::string why = Refusal(op), reason = why;
       if (why.empty()) {
         if (const Result<Plan> plan = PlanOf(TheSettings(), *Read(op)); !plan.ok()) {
           why = plan.status().message();
+          reason = "plan";
         }
       }
-      if (!why.empty()) SayOnce("not taken, and left to the CPU: " + why);
+      if (!why.empty()) SayOnce(reason, "not taken, and left to the CPU: " + why);
       return why.empty();
     }
     default:
