@@ -53,7 +53,10 @@ HWY_INLINE void WithStores(const T* out, std::size_t stride, std::size_t tokens,
   const std::size_t vector = lanes * sizeof(T);
   const bool aligned =
       reinterpret_cast<std::uintptr_t>(out) % vector == 0 && stride * sizeof(T) % vector == 0;
-  if (vector >= 16 && aligned && tokens * dim * sizeof(T) >= kLarge) {
+  // A row's rest would go through the caches: a line that is written both ways costs 30 times as
+  // much.
+  const bool no_rest = dim % lanes == 0;
+  if (vector >= 16 && aligned && no_rest && tokens * dim * sizeof(T) >= kLarge) {
     f(Streamed());
     hwy::FlushStream();
   } else {
@@ -446,7 +449,8 @@ HWY_INLINE void DecodeI8Row(const CodedRows& in, std::size_t r, Out* HWY_RESTRIC
   std::size_t i = 0;
   for (; i + 4 * kLanes <= dim; i += 4 * kLanes)
     Unroll<4>([&](auto v) KVMIX_LAMBDA { decode(IO(), i + v * kLanes); });
-  ForVectors<Tail::kOverlap>(i, dim, decode);
+  for (; i + kLanes <= dim; i += kLanes) decode(IO(), i);
+  if (i < dim) ForVectors<Tail::kOverlap>(i, dim, decode);
 }
 
 template <bool kMean, class IO, class Out>
