@@ -44,6 +44,7 @@ struct To {
 // values.
 std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const RowsView& x,
                           std::size_t first, std::size_t count, std::size_t cell) {
+  if (count == 0) return 0;  // x may have no data
   internal::KeepExact(*to.cache, to.layer, tensor, head, cell,
                       internal::TokenRows(x, head, first, count));
   Coded coded;
