@@ -22,7 +22,7 @@ export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive
 . tools/shell.sh
 . tools/get_highway.sh
 . tools/check.sh
-. tools/llama.cpp/demo.sh
+. tools/llama_cpp/demo.sh
 
 prepare() { # MESON-OPTION...
   install_packages "${packages[@]}"

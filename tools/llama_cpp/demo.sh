@@ -16,7 +16,7 @@ import json, sys
 print(next(o["value"] for o in json.load(sys.stdin) if o["name"] == "prefix"))')
   mkdir -p "$dir"
   get_llama
-  quietly cmake -S tools/llama.cpp -B "$plug" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP="$tree" \
+  quietly cmake -S tools/llama_cpp -B "$plug" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP="$tree" \
     -DGGML_LIBRARIES="$bin" -DCMAKE_PREFIX_PATH="$prefix" || fail "cmake failed"
   quietly cmake --build "$plug" || fail "the plug-in does not build"
   run_llama
