@@ -54,15 +54,14 @@ struct Mirror::Impl {
   RowsView View(Tensor t, const float* rows, std::size_t tokens) const {
     return RowsView::F32(rows, tokens, shape.kv_heads, t == Tensor::kK ? shape.k_dim : shape.v_dim);
   }
-  Status StorePending();
+  void StorePending();
   Status Follow(const MirrorRequest& r);
   Status Read(const MirrorRequest& r, Stream& stream);
 };
 
 // K and V of the same cells go into the cache, stream by stream.
-Status Mirror::Impl::StorePending() {
+void Mirror::Impl::StorePending() {
   Pending &k = pending[0], &v = pending[1];
-  if (k.cells.empty() && v.cells.empty()) return {};
   const bool together = k.cells == v.cells;
   const std::size_t k_row = Channels(Tensor::kK), v_row = Channels(Tensor::kV);
   for (std::size_t i = 0, n; together && i < k.cells.size(); i += n) {
@@ -75,12 +74,16 @@ Status Mirror::Impl::StorePending() {
     }
     Stream& to = streams[stream];
     const std::span<const std::int64_t> at(k.cells.data() + i, n);
-    const Status s = to.cache.Store(0, at, View(Tensor::kK, k.rows.data() + i * k_row, n),
-                                    View(Tensor::kV, v.rows.data() + i * v_row, n));
-    if (!s.ok()) return s;
-    for (const std::int64_t cell : at)
-      to.state[static_cast<std::size_t>(cell)] = Stream::State::kFresh;
-    counts.written += n;
+    // A pool that is full: those who see the cells read them, and are told.
+    const bool stored = to.cache
+                            .Store(0, at, View(Tensor::kK, k.rows.data() + i * k_row, n),
+                                   View(Tensor::kV, v.rows.data() + i * v_row, n))
+                            .ok();
+    for (const std::int64_t cell : at) {
+      to.state[static_cast<std::size_t>(cell)] =
+          stored ? Stream::State::kFresh : Stream::State::kNever;
+    }
+    if (stored) counts.written += n;
   }
   // Of K or of V alone: what was there is no longer true, and is read from the engine.
   for (Pending* p : {&k, &v}) {
@@ -92,7 +95,6 @@ Status Mirror::Impl::StorePending() {
     p->cells.clear();
     p->rows.clear();
   }
-  return {};
 }
 
 // Makes the cells that a request sees what the engine's rows are.
@@ -152,11 +154,16 @@ Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
     r.v.to_float(row(r.v), v_rows.data() + i * v_row, static_cast<std::int64_t>(v_row));
     s.k_hash[c] = HashOf(r.k, c);
     s.v_hash[c] = HashOf(r.v, c);
-    s.state[c] = Stream::State::kHashed;
+    s.state[c] = Stream::State::kNever;  // what is stored is not this, until it is
+  }
+  const Status status = s.cache.Store(0, changed, View(Tensor::kK, k_rows.data(), changed.size()),
+                                      View(Tensor::kV, v_rows.data(), changed.size()));
+  if (!status.ok()) return status;
+  for (const std::int64_t c : changed) {
+    s.state[static_cast<std::size_t>(c)] = Stream::State::kHashed;
   }
   counts.read += changed.size();
-  return s.cache.Store(0, changed, View(Tensor::kK, k_rows.data(), changed.size()),
-                       View(Tensor::kV, v_rows.data(), changed.size()));
+  return {};
 }
 
 void SeenCells(const MaskView& mask, std::uint8_t* cells) {
@@ -234,7 +241,7 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
 
 Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
                       int num_threads) {
-  if (Status s = impl_->StorePending(); !s.ok()) return s;
+  impl_->StorePending();
   impl_->requests.clear();
   for (const MirrorRequest& r : requests) {
     if (r.stream >= impl_->streams.size() || r.mask.cells > impl_->cells) {
