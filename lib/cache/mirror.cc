@@ -105,15 +105,21 @@ Status Mirror::Impl::Follow(const MirrorRequest& r) {
     return s.k_hash[c] == HashOf(r.k, c) && s.v_hash[c] == HashOf(r.v, c);
   };
   const auto check = [&](std::size_t c) {
-    if (s.state[c] == Stream::State::kFresh) {
-      s.k_hash[c] = HashOf(r.k, c);
-      s.v_hash[c] = HashOf(r.v, c);
-      s.state[c] = Stream::State::kHashed;
-    } else if (s.state[c] == Stream::State::kNever || !same(c)) {
+    if (s.state[c] == Stream::State::kNever || !same(c)) {
       changed.push_back(static_cast<std::int64_t>(c));
     }
   };
-  // Cells that come into sight, or were just written.
+  // What was just written is now in the engine's rows as well, whether a query sees it or not: a
+  // later change is found by its hash. Rows past the mask may not be there to read.
+  for (std::size_t c = 0; c < cells; ++c) {
+    if (s.state[c] != Stream::State::kFresh) continue;
+    s.state[c] = Stream::State::kNever;
+    if (c >= r.mask.cells) continue;
+    s.k_hash[c] = HashOf(r.k, c);
+    s.v_hash[c] = HashOf(r.v, c);
+    s.state[c] = Stream::State::kHashed;
+  }
+  // Cells that come into sight, or are not what the engine has.
   std::size_t seen = 0;
   for (std::size_t c = 0; c < r.mask.cells; ++c) {
     if (r.seen[c] == 0) continue;
