@@ -255,6 +255,10 @@ Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptio
               fmt::format("a mirror: stream {} with {} cells, of {} with {}", r.stream,
                           r.mask.cells, impl_->streams.size(), impl_->cells)};
     }
+    if (r.mask.data == nullptr) {
+      return {ErrorCode::kInvalidArgument,
+              "a mirror: expected a mask, which says what is seen, found none"};
+    }
     if (Status s = impl_->Follow(r); !s.ok()) return s;
     impl_->requests.push_back({&impl_->streams[r.stream].cache, r.q, r.out, nullptr, r.mask});
   }
