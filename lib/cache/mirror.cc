@@ -14,6 +14,10 @@ namespace {
 // Cells whose rows every call compares with their hashes, in turn: a change of all rows (a context
 // shift) is found at once, and then all rows are compared.
 constexpr std::size_t kProbes = 4;
+// Rows that are kept for the next call, where a write itself has not more; and rows that are read
+// from the engine at a time.
+constexpr std::size_t kMostPending = 4096;
+constexpr std::size_t kReadRows = 256;
 
 std::uint64_t HashOf(const EngineRows& rows, std::size_t cell) {
   return XXH3_64bits(static_cast<const std::uint8_t*>(rows.data) + cell * rows.stride, rows.bytes);
@@ -149,26 +153,32 @@ Status Mirror::Impl::Follow(const MirrorRequest& r) {
 // The changed cells, from the engine's rows.
 Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
   const std::size_t k_row = Channels(Tensor::kK), v_row = Channels(Tensor::kV);
-  k_rows.resize(changed.size() * k_row);
-  v_rows.resize(changed.size() * v_row);
-  for (std::size_t i = 0; i < changed.size(); ++i) {
-    const std::size_t c = static_cast<std::size_t>(changed[i]);
-    const auto row = [&](const EngineRows& rows) {
-      return static_cast<const std::uint8_t*>(rows.data) + c * rows.stride;
-    };
-    r.k.to_float(row(r.k), k_rows.data() + i * k_row, static_cast<std::int64_t>(k_row));
-    r.v.to_float(row(r.v), v_rows.data() + i * v_row, static_cast<std::int64_t>(v_row));
-    s.k_hash[c] = HashOf(r.k, c);
-    s.v_hash[c] = HashOf(r.v, c);
-    s.state[c] = Stream::State::kNever;  // what is stored is not this, until it is
+  for (const std::int64_t c : changed) {  // what is stored is not this, until it is
+    s.state[static_cast<std::size_t>(c)] = Stream::State::kNever;
   }
-  const Status status = s.cache.Store(0, changed, View(Tensor::kK, k_rows.data(), changed.size()),
-                                      View(Tensor::kV, v_rows.data(), changed.size()));
-  if (!status.ok()) return status;
-  for (const std::int64_t c : changed) {
-    s.state[static_cast<std::size_t>(c)] = Stream::State::kHashed;
+  for (std::size_t first = 0, n; first < changed.size(); first += n) {
+    n = std::min(changed.size() - first, kReadRows);
+    const std::span<const std::int64_t> now(changed.data() + first, n);
+    k_rows.resize(n * k_row);
+    v_rows.resize(n * v_row);
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::size_t c = static_cast<std::size_t>(now[i]);
+      const auto row = [&](const EngineRows& rows) {
+        return static_cast<const std::uint8_t*>(rows.data) + c * rows.stride;
+      };
+      r.k.to_float(row(r.k), k_rows.data() + i * k_row, static_cast<std::int64_t>(k_row));
+      r.v.to_float(row(r.v), v_rows.data() + i * v_row, static_cast<std::int64_t>(v_row));
+      s.k_hash[c] = HashOf(r.k, c);
+      s.v_hash[c] = HashOf(r.v, c);
+    }
+    const Status status = s.cache.Store(0, now, View(Tensor::kK, k_rows.data(), n),
+                                        View(Tensor::kV, v_rows.data(), n));
+    if (!status.ok()) return status;
+    for (const std::int64_t c : now) {
+      s.state[static_cast<std::size_t>(c)] = Stream::State::kHashed;
+    }
+    counts.read += n;
   }
-  counts.read += changed.size();
   return {};
 }
 
@@ -231,6 +241,8 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
             fmt::format("a mirror's write: expected cells from 0 to below {}", all)};
   }
   Pending& p = impl_->pending[tensor == Tensor::kV];
+  // Nobody attends: pairs are stored now, others are read when they are seen.
+  if (!p.cells.empty() && p.cells.size() + cells.size() > kMostPending) impl_->StorePending();
   p.cells.insert(p.cells.end(), cells.begin(), cells.end());
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t h = 0; h < rows.heads; ++h) {

@@ -62,8 +62,9 @@ class KVMIX_API Mirror {
   ~Mirror();
 
   // The engine writes rows of K or V: token t into cell cells[t], counted over all streams. The
-  // numbers are kept until the next Attend, which takes those of K and of V together. The engine's
-  // own cells have them when their stream is attended to next.
+  // numbers are kept until the next Attend, which takes those of K and of V together, or until they
+  // are too many. The engine's own cells have them when their stream is attended to next. Errors:
+  // rows of another shape, cells that are none; nothing is written then.
   Status Write(Tensor tensor, std::span<const std::int64_t> cells, const RowsView& rows);
   // Attention of all requests, after the cells that they see are as the engine has them.
   Status Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
