@@ -124,14 +124,16 @@ Status Mirror::Impl::Follow(const MirrorRequest& r) {
     s.state[c] = Stream::State::kHashed;
   }
   // Cells that come into sight, or are not what the engine has.
-  std::size_t seen = 0;
+  std::size_t seen = 0, left = 0;
   for (std::size_t c = 0; c < r.mask.cells; ++c) {
+    left += s.seen[c] != 0 && r.seen[c] == 0;
     if (r.seen[c] == 0) continue;
     ++seen;
     if (s.seen[c] == 0 || s.state[c] != Stream::State::kHashed) check(c);
   }
-  // And a few of those that were in sight before.
-  bool all = false;
+  // And a few of those that were in sight before; all where more cells left sight than a window
+  // leaves behind: a context shift drops the tokens before those that it moves.
+  bool all = left > r.mask.queries;
   for (std::size_t i = 0, probes = 0; i < r.mask.cells && probes < kProbes && seen != 0; ++i) {
     s.probe = s.probe + 1 < r.mask.cells ? s.probe + 1 : 0;
     if (r.seen[s.probe] == 0 || s.state[s.probe] != Stream::State::kHashed) continue;
