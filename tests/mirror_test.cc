@@ -103,12 +103,15 @@ TEST(Mirror, WritesInPieces) {
 
 TEST(Mirror, ManyWritesWithoutAttention) {
   Engine e(Type::kF16, 2, 64);
+  e.Write({63});
+  e.Expect({{0, {{63}}}});
+  e.Write({63});
   for (int i = 0; i < 300; ++i) e.Write(Iota(i % 3, 61));
-  e.Expect({{0, {Iota(0, 63)}}});
+  e.Expect({{0, {Iota(0, 64)}}});
   EXPECT_EQ(e.mirror.counts().read, 0u);
   for (int i = 0; i < 300; ++i) e.Tell(Tensor::kK, Iota(i % 3, 61));
   e.ExpectOwn(Iota(0, 63));
-  e.Expect({{0, {Iota(0, 63)}}});
+  e.Expect({{0, {Iota(0, 64)}}});
   EXPECT_EQ(e.mirror.counts().read, 63u);
 }
 
@@ -134,6 +137,13 @@ TEST(Mirror, ChangedOutOfSight) {
     e.Change(Iota(15, 5));
     e.Expect({{0, {Iota(0, 30)}}});
     e.ExpectCounts(30, 5);
+    for (Side& s : e.side) {  // K or V alone
+      e.Expect({{0, {Iota(0, 10)}}});
+      e.Put(s, {12});
+      e.ExpectOwn({12});
+      e.Expect({{0, {Iota(0, 30)}}});
+    }
+    e.ExpectCounts(30, 7);
   });
 }
 
@@ -267,6 +277,8 @@ TEST(Mirror, FullPool) {
   for (int i = 0; i < 3; ++i) {
     EXPECT_EQ(e.Attend({{0, {{3, 4999}}}}).status.code(), ErrorCode::kOutOfMemory);
   }
+  e.Change({5});
+  EXPECT_EQ(e.Attend({{0, {{5, 4999}}}}).status.code(), ErrorCode::kOutOfMemory);
   e.Expect({{0, {Iota(0, 20)}}});
 }
 
