@@ -89,8 +89,12 @@ Status Dump::Add(std::size_t number, const LayerShape& shape, const RowsView& q,
     } else if (layer.prompts.empty() || (seen != layer.seen + 1 && seen != layer.seen)) {
       ++left_out_;
       continue;
-    } else if (seen == layer.seen) {
+    } else if (seen == layer.seen && seen == layer.most) {
       layer.shape.window = seen;  // it no longer grows
+    }
+    if (seen > layer.most) {  // it does: a token was computed twice
+      layer.most = seen;
+      layer.shape.window = 0;
     }
     layer.seen = seen;
     if (!WriteToken(k, t, layer.k) || !WriteToken(v, t, layer.v) || !WriteToken(q, t, layer.q)) {

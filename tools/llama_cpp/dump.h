@@ -37,6 +37,7 @@ class Dump {
     std::FILE *k = nullptr, *v = nullptr, *q = nullptr;
     std::vector<std::size_t> prompts;  // tokens of each
     std::size_t seen = 0;              // by the last token, for the next to follow on
+    std::size_t most = 0;              // by any token
   };
   std::string Part(std::size_t layer, const char* tensor) const;
   Status Open(std::size_t number, Layer* layer);
