@@ -1,6 +1,8 @@
 #include "dump.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -17,6 +19,12 @@ Status IoError(const std::string& path, const char* what) {
 
 // An engine warms up on a token or two; that is no text.
 constexpr std::size_t kShortestPrompt = 8;
+
+// All digits, with a point in every locale.
+std::string Number(float x) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof(text), x).ptr};
+}
 
 // Token t of a view as halves, appended to a file.
 bool WriteToken(const RowsView& rows, std::size_t t, std::FILE* file) {
@@ -145,9 +153,9 @@ Status Dump::Finish() {
     if (s.window != 0) shapes += ", \\\"window\\\": " + std::to_string(s.window);
     const float usual = 1.0f / std::sqrt(static_cast<float>(s.k_dim));
     if (std::abs(s.attention_scale / usual - 1.0f) > 1e-6f) {
-      shapes += ", \\\"attention_scale\\\": " + std::to_string(s.attention_scale);
+      shapes += ", \\\"attention_scale\\\": " + Number(s.attention_scale);
     }
-    if (s.soft_cap != 0.0f) shapes += ", \\\"soft_cap\\\": " + std::to_string(s.soft_cap);
+    if (s.soft_cap != 0.0f) shapes += ", \\\"soft_cap\\\": " + Number(s.soft_cap);
     shapes += "}, ";
     struct Tensor {
       const char* name;
