@@ -136,11 +136,16 @@ Status Dump::Finish() {
   }
   const std::vector<std::size_t>& prompts = layers_.begin()->second.prompts;
   const std::size_t tokens = std::accumulate(prompts.begin(), prompts.end(), std::size_t{0});
+  if (std::ranges::all_of(layers_, [](const auto& l) { return l.second.prompts.empty(); })) {
+    return {ErrorCode::kMismatch, path_ + ": expected a prompt of " +
+                                      std::to_string(kShortestPrompt) +
+                                      " tokens or more, found none"};
+  }
   std::string tensors, shapes, lengths;
   std::size_t at = 0, next = 0;
   std::vector<std::FILE*> files;
   for (auto& [number, layer] : layers_) {
-    if (layer.prompts != prompts || tokens == 0) {
+    if (layer.prompts != prompts) {
       return {ErrorCode::kMismatch, path_ + ": layers saw unlike prompts"};
     }
     for (; next < number; ++next) shapes += "null, ";

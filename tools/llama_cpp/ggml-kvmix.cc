@@ -266,6 +266,8 @@ Status Attend(Context& c, const ggml_tensor* op) {
     };
     const Status s = c.dump->Add(a->layer, shape, requests[0].q, view(c.new_k, shape.k_dim),
                                  view(c.new_v, shape.v_dim), requests[0].mask);
+    c.new_k.clear();  // a layer that reads another's K and V has written none
+    c.new_v.clear();
     if (!s.ok()) {  // a full disk, say: the engine goes on
       Say(s.message() + ". The dump is dropped.");
       c.dump.reset();
