@@ -9,7 +9,7 @@
 
 #include "dump_files.h"
 #include "kvmix/dump.h"
-#include "tools/llama.cpp/dump.h"
+#include "tools/llama_cpp/dump.h"
 
 namespace kvmix::testing {
 namespace {
