@@ -84,7 +84,7 @@ void PageMemory::Release(Page* page) {
   page->next = std::exchange(k.dirty, page);
   dirty_ += k.bytes;
   used_.fetch_sub(k.bytes, std::memory_order_relaxed);
-  if (dirty_ > std::max(used() / kKeptFraction, kKeptBytes)) GiveBack();
+  if (used() == 0 || dirty_ > std::max(used() / kKeptFraction, kKeptBytes)) GiveBack();
 }
 
 void PageMemory::GiveBack() {
@@ -94,6 +94,10 @@ void PageMemory::GiveBack() {
       madvise(page->memory, k.bytes, MADV_DONTNEED);
       page->next = std::exchange(k.clean, page);
     }
+  }
+  // A huge page can reach beyond the pages.
+  for (const Chunk& chunk : chunks_) {
+    if (used() == 0) madvise(chunk.memory, chunk.bytes, MADV_DONTNEED);
   }
   dirty_ = 0;
 }
