@@ -32,9 +32,13 @@ struct Batch {
 };
 constexpr Batch kBatches[] = {{16, 0, 2048, "16x2k"}, {64, 4096, 64, "64x4k+64"}};
 
-Pool MakePool(const Shape& shape, const char* target) {
+Plan PlanOf(const Shape& shape) {
   const Geometry geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim};
-  return Require(Pool::Create(UniformPlan(geometry, kCodec, kCodec), {.target = target}));
+  return UniformPlan(geometry, kCodec, kCodec);
+}
+
+Pool MakePool(const Shape& shape, const char* target) {
+  return Require(Pool::Create(PlanOf(shape), {.target = target}));
 }
 
 // Random rows, the same kChunk tokens over and over.
@@ -92,8 +96,7 @@ Sequences MakeSequences(const Shape& shape, const Batch& b, bool share, const Po
 
 Workload PrepareBatch(const Shape& shape, const Batch& b, int threads, Bench& bench) {
   Workload w;
-  const std::size_t token = BytesPerToken(
-      UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, kCodec, kCodec));
+  const std::size_t token = BytesPerToken(PlanOf(shape));
   const std::size_t tokens = b.sequences * (b.shared + b.own);
   Rotate((b.shared != 0 ? 2 : 1) * token * tokens, false, &w);
   if (threads > ThisMachine().cores) w.skip = "more threads than cores";
@@ -187,8 +190,7 @@ constexpr Kind kKinds[] = {{"store", Store, kChunk, 1, AppendInstead},
 Workload PrepareKind(const Kind& kind, const Shape& shape, Bench& bench) {
   Workload w;
   w.calls = kind.calls;
-  const Geometry geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim};
-  w.bytes = static_cast<double>(BytesPerToken(UniformPlan(geometry, kCodec, kCodec)) * kind.tokens);
+  w.bytes = static_cast<double>(BytesPerToken(PlanOf(shape)) * kind.tokens);
   const auto data = bench.Data<CacheData>(fmt::format("full {}", shape.name()),
                                           [&] { return FullCaches(shape, bench.kernels.target); });
   w.call = [data, &kind] { kind.call(*data); };

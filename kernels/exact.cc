@@ -15,8 +15,6 @@ HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 float Dot(const float* HWY_RESTRICT q, const std::uint16_t* HWY_RESTRICT k, std::size_t dim) {
   VF sum = hn::Zero(DF());
   ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {

@@ -20,7 +20,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
 

@@ -42,6 +42,7 @@ using VI32 = hn::Vec<DI32>;
 using VI16 = hn::Vec<DI16>;
 using VI8 = hn::Vec<DI8>;
 
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr std::size_t kLanes = hn::MaxLanes(DF());  // numbers of f32 or i32 in a vector
 
 // f(0), f(1), ... f(N - 1) with the number as a compile-time constant: arrays of vectors indexed by

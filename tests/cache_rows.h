@@ -1,5 +1,5 @@
-// What the tests of sequences share: canonical rows out of a cache and into one, and what an error
-// has to say.
+// What the tests of caches share: canonical rows out of a cache and into one, and when two caches
+// are the same.
 #ifndef KVMIX_TESTS_CACHE_ROWS_H_
 #define KVMIX_TESTS_CACHE_ROWS_H_
 
@@ -11,16 +11,18 @@
 #include <vector>
 
 #include "tests/attend_cases.h"
+#include "tests/expect_error.h"
 
 namespace kvmix::testing {
 
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float kUntouched = -7.0f;
 
 // One KV head's K or V in the canonical form.
 struct HeadRows {
   std::vector<std::uint8_t> codes;  // [count][RowBytes]
-  std::vector<float> scales;        // [count], -7 where the codec stores none
+  std::vector<float> scales;        // [count], kUntouched where the codec stores none
   bool operator==(const HeadRows&) const = default;
 };
 using LayerRows = std::vector<HeadRows>;  // [kv_heads][K, V]
@@ -31,7 +33,7 @@ inline LayerRows Export(const Cache& cache, std::size_t layer, std::size_t first
   for (std::size_t i = 0; i < 2 * GeometryOf(cache.model()).kv_heads; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadRows rows{std::vector<std::uint8_t>(count * cache.RowBytes(layer, i / 2, tensor)),
-                  std::vector<float>(count, -7.0f)};
+                  std::vector<float>(count, kUntouched)};
     const Status s =
         cache.ExportRows(layer, i / 2, tensor, first, count, rows.codes.data(), rows.scales.data());
     EXPECT_TRUE(s.ok()) << s.message();
@@ -59,10 +61,10 @@ inline Status Import(Cache& cache, std::size_t layer, const LayerRows& all) {
 
 // Tokens [first, first + count) of rows, to one layer.
 inline Status AppendTokens(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
-                           std::size_t count) {
+                           std::size_t count, int num_threads = 1) {
   const Geometry g = GeometryOf(cache.model());
   return cache.Append(layer, KvView(g, rows.k).Tokens(first, count),
-                      KvView(g, rows.v).Tokens(first, count));
+                      KvView(g, rows.v).Tokens(first, count), num_threads);
 }
 
 // The same to every layer.
@@ -78,18 +80,22 @@ inline std::vector<Half> RandomQueries(const Geometry& g, std::size_t queries, u
   return RandomHalves(rng, queries * g.query_heads * g.head_dim);
 }
 
-// An error of this kind, on one line, that names all of `parts`.
-inline void ExpectError(const Status& s, ErrorCode code, const std::vector<std::string>& parts) {
-  EXPECT_EQ(s.code(), code) << s.message();
-  EXPECT_EQ(s.message().find('\n'), std::string::npos) << s.message();
-  for (const std::string& part : parts) {
-    EXPECT_NE(s.message().find(part), std::string::npos)
-        << "\"" << s.message() << "\" does not name " << part;
-  }
-}
-
 inline bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// The same rows, and, where both are of one target, the same bits of attention over them.
+inline void ExpectSame(const Cache& found, const Cache& expected, bool same_target = true) {
+  const Geometry g = GeometryOf(found.model());
+  const std::vector<Half> q = RandomQueries(g, 3, 9);
+  for (std::size_t layer = 0; layer < g.layers; ++layer) {
+    ASSERT_EQ(found.tokens(layer), expected.tokens(layer));
+    ASSERT_EQ(found.forgotten(layer), expected.forgotten(layer));
+    EXPECT_TRUE(Export(found, layer) == Export(expected, layer)) << "layer " << layer;
+    if (!same_target) continue;
+    EXPECT_TRUE(SameBits(Attended(found, layer, q), Attended(expected, layer, q)))
+        << "layer " << layer;
+  }
 }
 
 }  // namespace kvmix::testing

@@ -19,14 +19,13 @@
 #include <utility>
 #include <vector>
 
-#include "tests/attend_cases.h"
+#include "tests/cache_rows.h"
 #include "tests/reference/quantize.h"
 
 namespace kvmix::testing {
 namespace {
 
 constexpr Half kHalfInf = 0x7C00, kHalfNan = 0x7E01, kHalfMax = 0x7BFF, kHalfSign = 0x8000;
-constexpr float kUntouched = -7.0f;
 
 // Runs of heads of one kind, whose rows of one token are encoded together, between heads of other
 // kinds; with every step in both tensors.
@@ -66,43 +65,7 @@ Names AllKinds() {
   return names;
 }
 
-// One KV head's K or V in the canonical form.
-struct Codes {
-  std::vector<std::uint8_t> codes;  // [count, head_dim]
-  std::vector<float> scales;        // [count], kUntouched where the codec stores none
-  bool operator==(const Codes&) const = default;
-};
-using LayerCodes = std::vector<Codes>;  // [kv_heads][K, V]
-
-LayerCodes Export(const Cache& cache, std::size_t layer, std::size_t first, std::size_t count) {
-  LayerCodes all;
-  const Geometry g = GeometryOf(cache.model());
-  for (std::size_t i = 0; i < 2 * g.kv_heads; ++i) {
-    const Tensor tensor = static_cast<Tensor>(i % 2);
-    Codes c{std::vector<std::uint8_t>(count * cache.RowBytes(layer, i / 2, tensor)),
-            std::vector<float>(count, kUntouched)};
-    const Status s =
-        cache.ExportRows(layer, i / 2, tensor, first, count, c.codes.data(), c.scales.data());
-    EXPECT_TRUE(s.ok()) << s.message();
-    all.push_back(std::move(c));
-  }
-  return all;
-}
-
-LayerCodes Export(const Cache& cache, std::size_t layer) {
-  return Export(cache, layer, 0, cache.tokens(layer));
-}
-
-Status Import(Cache& cache, std::size_t layer, const LayerCodes& all) {
-  std::vector<const void*> codes[2];
-  std::vector<const float*> scales[2];
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    codes[i % 2].push_back(all[i].codes.data());
-    scales[i % 2].push_back(all[i].scales.data());
-  }
-  return cache.ImportRows(layer, all[0].scales.size(), codes[0].data(), scales[0].data(),
-                          codes[1].data(), scales[1].data());
-}
+using LayerCodes = LayerRows;
 
 // What a cache has to hold after these rows, and how many of their values saturate.
 LayerCodes Reference(const Plan& plan, const RowsView& k, const RowsView& v,
@@ -139,25 +102,13 @@ Cache Empty(const Plan& plan, std::size_t capacity, std::string_view target = {}
   return Filled(plan, {}, capacity, target);
 }
 
-// Tokens [first, first + count) of rows for every KV head, to one layer.
-Status Append(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
-              std::size_t count, int num_threads = 1) {
-  return cache.Append(layer, KvView(GeometryOf(cache.model()), rows.k).Tokens(first, count),
-                      KvView(GeometryOf(cache.model()), rows.v).Tokens(first, count), num_threads);
-}
-
 // Appends to one layer, `step` tokens at a time.
 void AppendInSteps(Cache& cache, std::size_t layer, const Rows& rows, std::size_t step) {
   const std::size_t tokens = KvView(GeometryOf(cache.model()), rows.k).tokens;
   for (std::size_t t = 0; t < tokens; t += step) {
-    const Status s = Append(cache, layer, rows, t, std::min(step, tokens - t));
+    const Status s = AppendTokens(cache, layer, rows, t, std::min(step, tokens - t));
     ASSERT_TRUE(s.ok()) << s.message();
   }
-}
-
-std::vector<Half> RandomQueries(const Geometry& g, std::size_t queries, unsigned seed) {
-  std::mt19937 rng(seed);
-  return RandomHalves(rng, queries * g.query_heads * g.head_dim);
 }
 
 // NaN, infinities and the largest halves here and there.
@@ -165,14 +116,6 @@ void Damage(std::vector<Half>& x) {
   constexpr Half kBad[] = {kHalfNan, kHalfInf, kHalfInf | kHalfSign, kHalfMax,
                            kHalfNan | kHalfSign};
   for (std::size_t i = 5, n = 0; i < x.size(); i += 97, ++n) x[i] = kBad[n % 5];
-}
-
-void ExpectError(const Status& s, ErrorCode code, const std::vector<std::string>& parts) {
-  EXPECT_EQ(s.code(), code) << s.message();
-  EXPECT_EQ(s.message().find('\n'), std::string::npos) << s.message();
-  for (const std::string& part : parts)
-    EXPECT_NE(s.message().find(part), std::string::npos)
-        << s.message() << " does not name " << part;
 }
 
 // ---- Create
@@ -234,7 +177,7 @@ TEST(CacheCreate, CapacityZeroHoldsNothing) {
   const Rows rows = RandomRows(g, 1, 1);
   const RowsView nothing = RowsView::F16(nullptr, 0, g.kv_heads, g.head_dim);
   EXPECT_TRUE(cache.Append(0, nothing, nothing).ok());
-  ExpectError(Append(cache, 0, rows, 0, 1), ErrorCode::kOutOfMemory, {"0 of 0"});
+  ExpectError(AppendTokens(cache, 0, rows, 0, 1), ErrorCode::kOutOfMemory, {"0 of 0"});
   EXPECT_TRUE(cache.Truncate(0).ok());
   EXPECT_EQ(Attended(cache, 0, RandomQueries(g, 2, 2)),
             std::vector<float>(2 * g.query_heads * g.head_dim, 0.0f));
@@ -317,7 +260,7 @@ TEST(CacheStores, ZeroForNanAndTheLargestHalfForInfinity) {
       HeadCodec codec = MakeCodec(name, g, {}, 0);
       if (codec.kind.scale == Scale::kHead) codec.head_scale = 65504.0f / 127.0f;
       Cache cache = Empty(UniformPlan(g, codec, codec), 1, target);
-      ASSERT_TRUE(Append(cache, 0, {x, x}, 0, 1).ok());
+      ASSERT_TRUE(AppendTokens(cache, 0, {x, x}, 0, 1).ok());
       for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
         const std::vector<double> y = Decoded(cache, 0, tensor);
         EXPECT_EQ(y[0], 0.0);
@@ -443,11 +386,11 @@ TEST(CacheStores, SaturatedCountsSinceCreate) {
   std::vector<Half> inside(8, FloatToHalf(127.0f)), beyond = inside;
   beyond[2] = FloatToHalf(128.0f);
   beyond[5] = kHalfInf;
-  ASSERT_TRUE(Append(cache, 0, {inside, inside}, 0, 1).ok());
+  ASSERT_TRUE(AppendTokens(cache, 0, {inside, inside}, 0, 1).ok());
   EXPECT_EQ(cache.saturated(), 0u);
-  ASSERT_TRUE(Append(cache, 0, {beyond, inside}, 0, 1).ok());
+  ASSERT_TRUE(AppendTokens(cache, 0, {beyond, inside}, 0, 1).ok());
   EXPECT_EQ(cache.saturated(), 2u);
-  ASSERT_TRUE(Append(cache, 1, {beyond, beyond}, 0, 1).ok());
+  ASSERT_TRUE(AppendTokens(cache, 1, {beyond, beyond}, 0, 1).ok());
   EXPECT_EQ(cache.saturated(), 6u);
   ASSERT_TRUE(cache.Truncate(0).ok());
   EXPECT_EQ(cache.saturated(), 6u);
@@ -467,7 +410,7 @@ struct Prompt {
 
   Cache Start(std::string_view target = {}) const {
     Cache cache = Empty(plan, 2200, target);
-    EXPECT_TRUE(Append(cache, 0, rows, 0, held).ok());
+    EXPECT_TRUE(AppendTokens(cache, 0, rows, 0, held).ok());
     return cache;
   }
   RowsView k() const { return KvView(g, rows.k).Tokens(held, 2200 - held); }
@@ -594,7 +537,8 @@ TEST(CacheRefuses, ToGrowPastItsCapacity) {
             ErrorCode::kOutOfMemory, {"100 of 150", std::to_string(tokens)});
       }
     }
-    ExpectError(Append(cache, 2, more, 0, 1), ErrorCode::kInvalidArgument, {"layer 2", "2 layers"});
+    ExpectError(AppendTokens(cache, 2, more, 0, 1), ErrorCode::kInvalidArgument,
+                {"layer 2", "2 layers"});
     ExpectError(Import(cache, 0, Reference(plan, more)), ErrorCode::kOutOfMemory,
                 {"100 of 150", "60"});
     ExpectError(Import(cache, 7, Reference(plan, more)), ErrorCode::kInvalidArgument, {"layer 7"});
@@ -602,7 +546,7 @@ TEST(CacheRefuses, ToGrowPastItsCapacity) {
     EXPECT_EQ(cache.saturated(), saturated);
     ExpectSame(Export(cache, 0), codes, plan);
     EXPECT_EQ(Attended(cache, 0, q), attended);
-    EXPECT_TRUE(Append(cache, 0, more, 0, 50).ok());  // to the brim
+    EXPECT_TRUE(AppendTokens(cache, 0, more, 0, 50).ok());  // to the brim
     EXPECT_EQ(cache.tokens(0), 150u);
     EXPECT_EQ(cache.tokens(1), 100u);
   });
@@ -633,8 +577,8 @@ TEST(CacheRefuses, ToTruncateToMoreThanALayerHolds) {
   const Geometry g{2, 1, 2, 16};
   const Rows rows = RandomRows(g, 20, 8);
   Cache cache = Empty(UniformPlan(g, {}, {}), 20);
-  ASSERT_TRUE(Append(cache, 0, rows, 0, 20).ok());
-  ASSERT_TRUE(Append(cache, 1, rows, 0, 10).ok());
+  ASSERT_TRUE(AppendTokens(cache, 0, rows, 0, 20).ok());
+  ASSERT_TRUE(AppendTokens(cache, 1, rows, 0, 10).ok());
   ExpectError(cache.Truncate(11), ErrorCode::kInvalidArgument, {"11", "layer 1 holds 10"});
   EXPECT_EQ(cache.tokens(0), 20u);
   EXPECT_EQ(cache.tokens(1), 10u);
@@ -720,10 +664,10 @@ TEST(CacheRows, AreForgottenOnceTruncated) {
       const std::vector<Half> q = RandomQueries(g, 2, 13);
       ForAllTargets([&](std::string_view target) {
         Cache cache = Empty(plan, 900, target);
-        ASSERT_TRUE(Append(cache, 0, rows, 0, kept).ok());
-        ASSERT_TRUE(Append(cache, 0, {huge, huge}, 0, 500).ok());
+        ASSERT_TRUE(AppendTokens(cache, 0, rows, 0, kept).ok());
+        ASSERT_TRUE(AppendTokens(cache, 0, {huge, huge}, 0, 500).ok());
         ASSERT_TRUE(cache.Truncate(kept).ok());
-        ASSERT_TRUE(Append(cache, 0, rows, kept, added).ok());
+        ASSERT_TRUE(AppendTokens(cache, 0, rows, kept, added).ok());
         const Cache fresh = Filled(plan, seen, 900, target);
         ExpectSame(Export(cache, 0), Export(fresh, 0), plan);
         EXPECT_EQ(Attended(cache, 0, q), Attended(fresh, 0, q));

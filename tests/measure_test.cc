@@ -17,6 +17,7 @@
 #include "kvmix/tune.h"
 #include "kvmix/version.h"
 #include "synthetic_dump.h"
+#include "tests/expect_error.h"
 #include "tests/reference/attention.h"
 #include "tests/reference/quantize.h"
 
@@ -161,14 +162,6 @@ void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
         ExpectSame(x.candidates[c].queries[q], y.candidates[c].queries[q]);
     }
   }
-}
-
-void ExpectError(const Status& s, ErrorCode code, const std::vector<std::string>& parts) {
-  EXPECT_EQ(s.code(), code) << s.message();
-  EXPECT_EQ(s.message().find('\n'), std::string::npos) << s.message();
-  for (const std::string& part : parts)
-    EXPECT_NE(s.message().find(part), std::string::npos)
-        << s.message() << " does not name " << part;
 }
 
 // ---- measure

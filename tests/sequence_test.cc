@@ -39,19 +39,6 @@ struct Case {
   Cache Fresh() const { return Filled(plan, {}, 1 << 14); }
 };
 
-// The same rows, and the same bits of attention over them.
-void ExpectSame(const Cache& found, const Cache& expected) {
-  const Geometry g = GeometryOf(found.model());
-  const std::vector<Half> q = RandomQueries(g, 3, 9);
-  for (std::size_t layer = 0; layer < g.layers; ++layer) {
-    ASSERT_EQ(found.tokens(layer), expected.tokens(layer));
-    ASSERT_EQ(found.forgotten(layer), expected.forgotten(layer));
-    EXPECT_TRUE(Export(found, layer) == Export(expected, layer)) << "layer " << layer;
-    EXPECT_TRUE(SameBits(Attended(found, layer, q), Attended(expected, layer, q)))
-        << "layer " << layer;
-  }
-}
-
 // ---- forks
 
 TEST(Fork, BothGoOnAsIfAlone) {

@@ -68,11 +68,13 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::si
     const std::size_t n = std::min(heads.alike(h), kRowsAtATime), row_bytes = heads[h].row_bytes();
     clamped += heads[h].EncodeHeads(internal::HeadRows(x, token, h, n), coded.rows, coded.scales);
     for (std::size_t i = 0; i < n; ++i, ++h) {
-      internal::KeepExact(*to.cache, to.layer, tensor, h, cell,
-                          internal::TokenRows(x, h, token, 1));
       internal::StoreRows(*to.cache, to.layer, tensor, h, cell, 1, coded.rows + i * row_bytes,
                           coded.scales + i);
     }
+  }
+  if (cell >= to.cache->pool->plan.exact_first) return clamped;
+  for (std::size_t h = 0; h < heads.size(); ++h) {
+    internal::KeepExact(*to.cache, to.layer, tensor, h, cell, internal::TokenRows(x, h, token, 1));
   }
   return clamped;
 }
@@ -97,8 +99,7 @@ void Count(CacheImpl& c, std::uint64_t clamped) {
 
 // What prevents a write of rows, for those that Fit() refuses.
 Status RowsRefusal(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
-  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  if (Status s = internal::CheckOwnLayer(*c, layer); !s.ok()) return s;
+  if (Status s = internal::CheckOwnLayer(c, layer); !s.ok()) return s;
   const LayerShape& shape = c->pool->layers[layer].shape;
   if (Status s = internal::CheckRows(k, "K", shape.kv_heads, shape.k_dim); !s.ok()) return s;
   if (Status s = internal::CheckRows(v, "V", shape.kv_heads, shape.v_dim); !s.ok()) return s;
@@ -206,11 +207,10 @@ Status Append(std::span<const AppendRequest> requests, std::size_t layer, int nu
   if (Status s = internal::CheckThreads(num_threads); !s.ok()) return s;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AppendRequest& r = requests[i];
-    CacheImpl* const cache = r.cache != nullptr ? internal::Access::Of(*r.cache) : nullptr;
-    if (Status s = Prepare(cache, layer, r.k, r.v); !s.ok()) {
+    if (Status s = Prepare(internal::Access::Of(r.cache), layer, r.k, r.v); !s.ok()) {
       // Pages that the requests before this one got ready go back.
       for (const AppendRequest& ready : requests.first(i)) {
-        internal::DropUnused(*internal::Access::Of(*ready.cache), layer);
+        internal::DropUnused(*internal::Access::Of(ready.cache), layer);
       }
       return {s.code(), fmt::format("request {} of {}: {}", i, requests.size(), s.message())};
     }
@@ -218,7 +218,7 @@ Status Append(std::span<const AppendRequest> requests, std::size_t layer, int nu
   const int threads = internal::ThreadsFor(num_threads, requests.size());
   internal::RunParts(requests.size(), threads, 1, [&](std::size_t i) {
     const AppendRequest& r = requests[i];
-    AppendAll({internal::Access::Of(*r.cache), layer}, r.k, r.v);
+    AppendAll({internal::Access::Of(r.cache), layer}, r.k, r.v);
   });
   return {};
 }

@@ -12,6 +12,7 @@
 
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/parallel.h"
+#include "lib/cache/round.h"
 #include "lib/cache/schedule.h"
 #include "lib/files/machine.h"
 
@@ -24,6 +25,7 @@ using internal::CacheLayer;
 using internal::Part;
 using internal::PoolImpl;
 using internal::PoolLayer;
+using internal::RoundUp;
 using internal::Unit;
 using kernels::kBlockTokens;
 
@@ -38,8 +40,6 @@ constexpr float kNothingSeen = -0x1p99f;
 // arithmetic takes longer than memory.
 constexpr std::size_t kMostSharingRows = 16;
 constexpr std::size_t kFewestSharedBlocks = 2;
-
-std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 std::size_t L2Bytes() {
   static const std::size_t bytes = internal::Caches().l2;
@@ -95,6 +95,7 @@ struct AttendJob::Impl {
     float* log_sum_exp;
     kernels::Mask mask;
     bool masked;
+    RowsView numbers;  // of the mask, [queries][1][cells]
   };
 
   const PoolImpl* pool = nullptr;
@@ -123,8 +124,8 @@ struct AttendJob::Impl {
   void Merge(const Unit& unit, const float* bias, const Outputs* own) const;
   void GatherQueries(const Unit& unit, float* rows) const;
   Outputs AttendExact(const Unit& unit, const float* bias) const;
-  float MaskNumber(const kernels::Mask& mask, std::size_t query, std::size_t token,
-                   std::size_t kv_head, std::size_t row) const;
+  static float MaskNumber(const Request& request, std::size_t query, std::size_t token,
+                          std::size_t query_head);
 };
 
 // The options are those of the layer where they say nothing.
@@ -135,7 +136,7 @@ Status AttendJob::Impl::Start(std::span<const AttendRequest> asked, std::size_t 
   sequences.clear();
   ranges.clear();
   if (asked.empty()) return {};
-  const CacheImpl* const first = asked[0].cache != nullptr ? Access::Of(*asked[0].cache) : nullptr;
+  const CacheImpl* const first = Access::Of(asked[0].cache);
   if (Status s = internal::CheckAlive(first); !s.ok()) return s;
   if (Status s = internal::CheckLayer(*first, at_layer); !s.ok()) return s;
   if (Status s = CheckOptions(o); !s.ok()) return s;
@@ -170,12 +171,14 @@ Status AttendJob::Impl::Start(std::span<const AttendRequest> asked, std::size_t 
   if (done.size() < schedule.units.size()) {
     done = std::vector<std::atomic<std::uint32_t>>(schedule.units.size());
   }
-  for (auto& d : done) d.store(0, std::memory_order_relaxed);
+  for (std::size_t u = 0; u < schedule.units.size(); ++u) {
+    done[u].store(0, std::memory_order_relaxed);
+  }
   return {};
 }
 
 Status AttendJob::Impl::Add(const AttendRequest& asked, std::size_t at_layer) {
-  const CacheImpl* const cache = asked.cache != nullptr ? Access::Of(*asked.cache) : nullptr;
+  const CacheImpl* const cache = Access::Of(asked.cache);
   if (Status s = internal::CheckAlive(cache); !s.ok()) return s;
   if (cache->pool.get() != pool) {
     return {ErrorCode::kMismatch, "the caches of a batch are expected to be of one pool"};
@@ -183,7 +186,8 @@ Status AttendJob::Impl::Add(const AttendRequest& asked, std::size_t at_layer) {
   if (Status s = internal::CheckRows(asked.q, "Q", shape->query_heads, shape->k_dim); !s.ok()) {
     return s;
   }
-  requests.push_back({&cache->held(at_layer), asked.q, asked.out, asked.log_sum_exp, {}, false});
+  requests.push_back(
+      {&cache->held(at_layer), asked.q, asked.out, asked.log_sum_exp, {}, false, {}});
   sequences.push_back({.queries = asked.q.tokens,
                        .tokens = requests.back().held->tokens,
                        .window = options.sliding_window,
@@ -208,15 +212,15 @@ Status AttendJob::Impl::Scan(const AttendRequest& asked, const CacheImpl& cache)
             fmt::format("mask: expected slopes > 0, found {} for query head {}", m.slopes[h], h)};
   }
   const CacheLayer& held = *request.held;
-  const std::size_t blocks = RoundUp(m.cells, kBlockTokens) / kBlockTokens;
+  request.numbers = RowsView::Dense(m.data, m.dtype, m.queries, 1, m.cells);
+  request.numbers.token_stride = m.stride;
+  const std::size_t blocks = internal::CeilDiv(m.cells, kBlockTokens);
   const std::size_t at = ranges.size();
   ranges.resize(at + blocks * m.queries);
   for (std::size_t q = 0; q < m.queries; ++q) {
-    const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(q) * m.stride;
-    const char* const row = static_cast<const char*>(m.data) +
-                            first * static_cast<std::ptrdiff_t>(m.dtype == Dtype::kF32 ? 4 : 2);
     kernels::MaskRange* const seen = ranges.data() + at + q * blocks;
-    if (!pool->kernels->mask.scan(row, internal::KernelDtype(m.dtype), m.cells, seen)) {
+    if (!pool->kernels->mask.scan(request.numbers.row(q, 0), internal::KernelDtype(m.dtype),
+                                  m.cells, seen)) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("mask: NaN or +inf in the row of query {}", q)};
     }
@@ -347,9 +351,7 @@ void AttendJob::Impl::RunPart(std::size_t index) {
   task.causal = s.causal && units.size() == 1;  // what many read all of them see whole
   kernels::Mask mask = request.mask;
   if (request.masked) {
-    const std::ptrdiff_t skipped = static_cast<std::ptrdiff_t>(first.first_query) * mask.stride;
-    mask.values = static_cast<const char*>(mask.values) +
-                  skipped * static_cast<std::ptrdiff_t>(kernels::BytesOf(mask.dtype));
+    mask.values = request.numbers.row(first.first_query, 0);
     mask.ranges += first.first_query * mask.blocks;
     if (mask.slopes != nullptr) mask.slopes += part.kv_head * group;
     task.mask = &mask;
@@ -404,34 +406,32 @@ Outputs AttendJob::Impl::AttendExact(const Unit& unit, const float* bias) const 
   GatherQueries(unit, queries);
   for (std::size_t r = 0; r < rows; ++r) {
     const std::size_t query = unit.first_query + r / shape->group();
+    const std::size_t query_head = unit.kv_head * shape->group() + r % shape->group();
     const std::size_t end = s.tokens - s.queries + query + 1;  // may be huge: before token 0
     for (std::size_t t = 0; t < s.exact; ++t) {
       const bool in_causal = !s.causal || (end <= s.tokens && t < end);
       const bool in_window = s.window == 0 || end > s.tokens || t + s.window >= end;
       float number = in_causal && in_window && t >= s.forgotten ? 0.0f : -kInf;
-      if (request.masked) number += MaskNumber(request.mask, query, t, unit.kv_head, r);
+      if (request.masked) number += MaskNumber(request, query, t, query_head);
       added[r * s.exact + t] = number - (options.soft_cap != 0.0f ? 0.0f : bias[r]);
     }
   }
-  pool->kernels->exact.attend({ExactRows(*pool, *layer, *request.held, Tensor::kK, unit.kv_head),
-                               ExactRows(*pool, *layer, *request.held, Tensor::kV, unit.kv_head),
-                               s.exact, shape->k_dim, shape->v_dim, queries, rows,
-                               options.attention_scale, options.soft_cap, added, to.out, to.max,
-                               to.sum});
+  const Half* const rows_of_all = request.held->exact.data();
+  const auto exact_rows = [&](Tensor t) {
+    return rows_of_all + internal::ExactPlace(*pool, layer->shape, t, unit.kv_head);
+  };
+  pool->kernels->exact.attend({exact_rows(Tensor::kK), exact_rows(Tensor::kV), s.exact,
+                               shape->k_dim, shape->v_dim, queries, rows, options.attention_scale,
+                               options.soft_cap, added, to.out, to.max, to.sum});
   return to;
 }
 
 // A mask's number for one row and token, with its slope.
-float AttendJob::Impl::MaskNumber(const kernels::Mask& mask, std::size_t query, std::size_t token,
-                                  std::size_t kv_head, std::size_t row) const {
-  if (token >= mask.tokens) return -kInf;
-  const std::ptrdiff_t at =
-      static_cast<std::ptrdiff_t>(query) * mask.stride + static_cast<std::ptrdiff_t>(token);
-  const std::size_t group = shape->group();
-  const float slope = mask.slopes != nullptr ? mask.slopes[kv_head * group + row % group] : 1.0f;
-  if (mask.dtype == kernels::Dtype::kF32) return slope * static_cast<const float*>(mask.values)[at];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(mask.values)[at];
-  return slope * (mask.dtype == kernels::Dtype::kF16 ? HalfToFloat(bits) : BFloatToFloat(bits));
+float AttendJob::Impl::MaskNumber(const Request& request, std::size_t query, std::size_t token,
+                                  std::size_t query_head) {
+  if (token >= request.numbers.head_dim) return -kInf;
+  const float* const slopes = request.mask.slopes;
+  return (slopes != nullptr ? slopes[query_head] : 1.0f) * request.numbers.At(query, 0, token);
 }
 
 // out = sum over parts of 2^(max_p - max) out_p / (sum over parts of 2^(max_p - max) sum_p + sink),

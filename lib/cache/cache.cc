@@ -34,9 +34,10 @@ Status CheckLayer(const CacheImpl& c, std::size_t layer) {
   return {ErrorCode::kInvalidArgument, fmt::format("layer {} has no K and V", layer)};
 }
 
-Status CheckOwnLayer(const CacheImpl& c, std::size_t layer) {
-  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
-  const LayerShape& shape = c.pool->plan.model.layers[layer];
+Status CheckOwnLayer(const CacheImpl* c, std::size_t layer) {
+  if (Status s = CheckAlive(c); !s.ok()) return s;
+  if (Status s = CheckLayer(*c, layer); !s.ok()) return s;
+  const LayerShape& shape = c->pool->plan.model.layers[layer];
   if (shape.owns_kv()) return {};
   return {ErrorCode::kInvalidArgument,
           fmt::format("layer {} has no K and V of its own: it reads those of layer {}", layer,
@@ -57,18 +58,10 @@ Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std:
                                             heads, head_dim, rows.heads, rows.head_dim)};
 }
 
-const Half* ExactRows(const PoolImpl& pool, const PoolLayer& shape, const CacheLayer& layer,
-                      Tensor tensor, std::size_t head) {
-  const std::size_t k_dim = shape.shape.k_dim, before = tensor == Tensor::kK ? 0 : k_dim;
-  return layer.exact.data() + pool.plan.exact_first * (head * (k_dim + shape.shape.v_dim) + before);
-}
-
-std::span<Half> ExactRows(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head) {
-  const PoolLayer& shape = c.pool->layers[layer];
-  const Half* const first = ExactRows(*c.pool, shape, c.layers[layer], tensor, head);
-  return {
-      c.layers[layer].exact.data() + (first - c.layers[layer].exact.data()),
-      c.pool->plan.exact_first * (tensor == Tensor::kK ? shape.shape.k_dim : shape.shape.v_dim)};
+std::size_t ExactPlace(const PoolImpl& pool, const LayerShape& shape, Tensor tensor,
+                       std::size_t head) {
+  const std::size_t before = tensor == Tensor::kK ? 0 : shape.k_dim;
+  return pool.plan.exact_first * (head * (shape.k_dim + shape.v_dim) + before);
 }
 
 void KeepExact(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head, std::size_t cell,
@@ -77,9 +70,22 @@ void KeepExact(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
   if (cell >= exact) return;
   const PoolLayer& shape = c.pool->layers[layer];
   const CompiledCodec& f16 = (tensor == Tensor::kK ? shape.exact_k : shape.exact_v)[head];
-  Half* const to = ExactRows(c, layer, tensor, head).data() + cell * rows.dim;
+  Half* const to = c.layers[layer].exact.data() + ExactPlace(*c.pool, shape.shape, tensor, head) +
+                   cell * rows.dim;
   f16.Encode(rows.From(0, std::min(rows.count, exact - cell)), reinterpret_cast<std::uint8_t*>(to),
              nullptr);
+}
+
+void KeepExactOf(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head, std::size_t cell,
+                 std::size_t count, const void* rows, const float* scales) {
+  const std::size_t exact = c.pool->plan.exact_first;
+  if (cell >= exact) return;
+  const PoolLayer& shape = c.pool->layers[layer];
+  const std::size_t n = std::min(count, exact - cell), dim = shape.shape.dim(tensor);
+  std::vector<float> floats(n * dim);
+  shape.heads(tensor)[head].Decode(rows, scales, n, floats.data(), dim);
+  KeepExact(c, layer, tensor, head, cell,
+            TokenRows(RowsView::F32(floats.data(), n, 1, dim), 0, 0, n));
 }
 
 void StoreRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
@@ -154,13 +160,7 @@ Result<Cache> Cache::Fork() const {
   if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
   Cache fork = Access::Make(impl_->pool, impl_->capacity);
   fork.impl_->layers = impl_->layers;
-  for (const CacheLayer& layer : fork.impl_->layers) {
-    for (std::size_t p = 0; p < layer.pages.size(); ++p) {
-      if (layer.pages[p] != nullptr && p != layer.again) {
-        internal::PageMemory::Share(layer.pages[p]);
-      }
-    }
-  }
+  for (const CacheLayer& layer : fork.impl_->layers) layer.ForPages(internal::PageMemory::Share);
   return fork;
 }
 
@@ -192,8 +192,7 @@ Status Cache::Truncate(std::size_t tokens) {
 }
 
 Status Cache::Forget(std::size_t layer, std::size_t first) {
-  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
-  if (Status s = CheckOwnLayer(*impl_, layer); !s.ok()) return s;
+  if (Status s = CheckOwnLayer(impl_.get(), layer); !s.ok()) return s;
   CacheLayer& at = impl_->layers[layer];
   if (first > at.tokens) {
     return {ErrorCode::kInvalidArgument,
@@ -206,9 +205,8 @@ Status Cache::Forget(std::size_t layer, std::size_t first) {
 
 Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
                          std::size_t count, void* codes, float* scales) const {
-  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
+  if (Status s = CheckOwnLayer(impl_.get(), layer); !s.ok()) return s;
   const CacheImpl& c = *impl_;
-  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
   const CacheLayer& at = c.layers[layer];
   const std::size_t heads = c.pool->layers[layer].formats.size();
   if (kv_head >= heads || first < at.forgotten || first > at.tokens || count > at.tokens - first) {
@@ -225,9 +223,8 @@ Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, 
 Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
                          const float* const* k_scales, const void* const* v_codes,
                          const float* const* v_scales) {
-  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
+  if (Status s = CheckOwnLayer(impl_.get(), layer); !s.ok()) return s;
   CacheImpl& c = *impl_;
-  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
   if (Status s = CheckRoom(c, layer, count); !s.ok()) return s;
   const PoolLayer& shape = c.pool->layers[layer];
   const auto for_tensors = [&](const auto& f) -> Status {
@@ -253,17 +250,7 @@ Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const
   s = for_tensors([&](Tensor t, std::size_t h, const void* codes, const float* const* all) {
     internal::StoreRows(c, layer, t, h, held, count, static_cast<const std::uint8_t*>(codes),
                         scales_of(t, h, all));
-    // First tokens are as exact as their codes.
-    const std::size_t dim = t == Tensor::kK ? shape.shape.k_dim : shape.shape.v_dim;
-    for (std::size_t r = 0; held + r < c.pool->plan.exact_first && r < count; ++r) {
-      float row[kMaxHeadDim];
-      const CompiledCodec& codec = shape.heads(t)[h];
-      const float* const scale = codec.stores_scales() ? all[h] + r : nullptr;
-      codec.Decode(static_cast<const std::uint8_t*>(codes) + r * codec.row_bytes(), scale, 1, row,
-                   dim);
-      internal::KeepExact(c, layer, t, h, held + r,
-                          internal::TokenRows(RowsView::F32(row, 1, 1, dim), 0, 0, 1));
-    }
+    internal::KeepExactOf(c, layer, t, h, held, count, codes, scales_of(t, h, all));
     return Status();
   });
   c.layers[layer].tokens += count;
@@ -288,10 +275,8 @@ std::size_t Cache::forgotten(std::size_t layer) const {
 std::size_t Cache::bytes() const {
   std::size_t sum = 0;
   for (const CacheLayer& layer : impl_->layers) {
-    for (std::size_t p = 0; p < layer.pages.size(); ++p) {
-      if (layer.pages[p] == nullptr || p == layer.again) continue;
-      sum += impl_->pool->memory->page_bytes(layer.pages[p]->kind);
-    }
+    layer.ForPages(
+        [&](const internal::Page* page) { sum += impl_->pool->memory->page_bytes(page->kind); });
   }
   return sum;
 }

@@ -63,6 +63,13 @@ struct CacheLayer {
   std::uint8_t* const* blocks_of(std::size_t kv_head) const {
     return blocks.data() + kv_head * block_stride;
   }
+  // f(page) for every page that this cache is a user of, the last first.
+  template <class F>
+  void ForPages(const F& f) const {
+    for (std::size_t p = pages.size(); p-- > 0;) {
+      if (pages[p] != nullptr && p != again) f(pages[p]);
+    }
+  }
 };
 
 struct CacheImpl {
@@ -87,6 +94,8 @@ std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens);
 // A Cache's inside, for the library's own files.
 struct Access {
   static CacheImpl* Of(const Cache& cache) { return cache.impl_.get(); }
+  // Null for no cache as for a released one.
+  static CacheImpl* Of(const Cache* cache) { return cache != nullptr ? Of(*cache) : nullptr; }
   static Cache Make(std::shared_ptr<PoolImpl> pool, std::size_t capacity) {
     return Cache(std::make_unique<CacheImpl>(std::move(pool), capacity));
   }
@@ -96,8 +105,8 @@ struct Access {
 Status CheckAlive(const CacheImpl* cache);
 // A layer of the model, with K and V.
 Status CheckLayer(const CacheImpl& cache, std::size_t layer);
-// A layer whose K and V can be written.
-Status CheckOwnLayer(const CacheImpl& cache, std::size_t layer);
+// The cache is alive, and the layer one whose K and V can be written.
+Status CheckOwnLayer(const CacheImpl* cache, std::size_t layer);
 Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
 // A view of rows has this many heads and this head_dim.
 Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim);
@@ -116,10 +125,12 @@ void ForgetPast(CacheImpl& cache, std::size_t layer, std::size_t next);
 // exact as well.
 void KeepExact(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
                std::size_t cell, const kernels::RowsIn& rows);
-// Exact rows of a head's K or V, [exact_first][channels].
-std::span<Half> ExactRows(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head);
-const Half* ExactRows(const PoolImpl& pool, const PoolLayer& shape, const CacheLayer& layer,
-                      Tensor tensor, std::size_t head);
+// The same for canonical rows: they are kept as exact as their codes.
+void KeepExactOf(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
+                 std::size_t cell, std::size_t count, const void* rows, const float* scales);
+// Where a head's K or V begins in CacheLayer::exact, [exact_first][channels].
+std::size_t ExactPlace(const PoolImpl& pool, const LayerShape& shape, Tensor tensor,
+                       std::size_t head);
 
 // Canonical rows of one head into cells, and out of them.
 void StoreRows(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,

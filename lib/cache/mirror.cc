@@ -35,6 +35,7 @@ struct Stream {
   // engine writes its rows only after the mirror has taken them.
   enum class State : std::uint8_t { kNever, kFresh, kHashed };
   std::vector<State> state;
+  std::vector<std::size_t> fresh;  // cells that became so, some of them perhaps no longer
   std::vector<std::uint64_t> k_hash, v_hash;
   std::vector<std::uint8_t> seen;  // by the last call
   std::size_t probe = 0;
@@ -52,11 +53,9 @@ struct Mirror::Impl {
   std::vector<float> k_rows, v_rows;
   std::vector<AttendRequest> requests;
 
-  std::size_t Channels(Tensor t) const {
-    return shape.kv_heads * (t == Tensor::kK ? shape.k_dim : shape.v_dim);
-  }
+  std::size_t Channels(Tensor t) const { return shape.kv_heads * shape.dim(t); }
   RowsView View(Tensor t, const float* rows, std::size_t tokens) const {
-    return RowsView::F32(rows, tokens, shape.kv_heads, t == Tensor::kK ? shape.k_dim : shape.v_dim);
+    return RowsView::F32(rows, tokens, shape.kv_heads, shape.dim(t));
   }
   void StorePending();
   Status Follow(const MirrorRequest& r);
@@ -84,8 +83,9 @@ void Mirror::Impl::StorePending() {
                                    View(Tensor::kV, v.rows.data() + i * v_row, n))
                             .ok();
     for (const std::int64_t cell : at) {
-      to.state[static_cast<std::size_t>(cell)] =
-          stored ? Stream::State::kFresh : Stream::State::kNever;
+      const std::size_t c = static_cast<std::size_t>(cell);
+      to.state[c] = stored ? Stream::State::kFresh : Stream::State::kNever;
+      if (stored) to.fresh.push_back(c);
     }
     if (stored) counts.written += n;
   }
@@ -115,7 +115,7 @@ Status Mirror::Impl::Follow(const MirrorRequest& r) {
   };
   // What was just written is now in the engine's rows as well, whether a query sees it or not: a
   // later change is found by its hash. Rows past the mask may not be there to read.
-  for (std::size_t c = 0; c < cells; ++c) {
+  for (const std::size_t c : s.fresh) {
     if (s.state[c] != Stream::State::kFresh) continue;
     s.state[c] = Stream::State::kNever;
     if (c >= r.mask.cells) continue;
@@ -123,6 +123,7 @@ Status Mirror::Impl::Follow(const MirrorRequest& r) {
     s.v_hash[c] = HashOf(r.v, c);
     s.state[c] = Stream::State::kHashed;
   }
+  s.fresh.clear();
   // Cells that come into sight, or are not what the engine has.
   std::size_t seen = 0, left = 0;
   for (std::size_t c = 0; c < r.mask.cells; ++c) {
@@ -215,8 +216,11 @@ Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t
   if (!pool.ok()) return pool.status();
   auto impl = std::make_unique<Impl>();
   for (std::size_t i = 0; i < streams; ++i) {
-    impl->streams.push_back({Cache::Create(*pool, cells), std::vector<Stream::State>(cells),
-                             std::vector<std::uint64_t>(cells), std::vector<std::uint64_t>(cells),
+    impl->streams.push_back({Cache::Create(*pool, cells),
+                             std::vector<Stream::State>(cells),
+                             {},
+                             std::vector<std::uint64_t>(cells),
+                             std::vector<std::uint64_t>(cells),
                              std::vector<std::uint8_t>(cells)});
   }
   if (streams == 0 || impl->streams[0].cache.model().layers.size() != 1) {
@@ -230,7 +234,7 @@ Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t
 
 Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const RowsView& rows) {
   const std::size_t all = impl_->cells * impl_->streams.size();
-  const std::size_t dim = tensor == Tensor::kK ? impl_->shape.k_dim : impl_->shape.v_dim;
+  const std::size_t dim = impl_->shape.dim(tensor);
   if (rows.heads != impl_->shape.kv_heads || rows.head_dim != dim || rows.tokens != cells.size()) {
     return {ErrorCode::kMismatch,
             fmt::format("a mirror's write: expected {} rows of {} heads x {}, found {} of {} x {}",

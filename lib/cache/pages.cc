@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "lib/cache/round.h"
+
 namespace kvmix::internal {
 namespace {
 
@@ -20,8 +22,6 @@ void Populate([[maybe_unused]] std::uint8_t* memory, [[maybe_unused]] std::size_
   madvise(memory, bytes, MADV_POPULATE_WRITE);
 #endif
 }
-
-std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 

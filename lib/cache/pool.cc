@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/cache/round.h"
 #include "lib/files/machine.h"
 
 namespace kvmix {
@@ -36,7 +37,7 @@ CompiledHeads Compile(const Plan& plan, std::size_t layer, Tensor tensor,
   const LayerShape& shape = plan.model.layers[layer];
   std::vector<const HeadCodec*> codecs;
   for (std::size_t h = 0; h < shape.kv_heads; ++h) codecs.push_back(&plan.codec(layer, h, tensor));
-  return CompiledHeads(codecs, tensor == Tensor::kK ? shape.k_dim : shape.v_dim, kernels);
+  return CompiledHeads(codecs, shape.dim(tensor), kernels);
 }
 
 bool SameTile(const kernels::TileFormat& a, const kernels::TileFormat& b) {
@@ -104,8 +105,9 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
     }
     const std::size_t held = plan.model.tokens_held(i, SIZE_MAX);
     layer.window = held == SIZE_MAX ? 0 : held;
-    if (layer.window != 0) layer.kept = layer.window + options.rollback;
-    if (layer.window == 0) {  // a window lets blocks go one by one
+    if (layer.window != 0) {  // lets blocks go one by one
+      layer.kept = layer.window + options.rollback;
+    } else {
       layer.run_log2 =
           std::min<std::size_t>(2, std::bit_width((kRunBytes * shape.kv_heads - 1) / bytes));
     }
@@ -131,7 +133,7 @@ std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens) {
   for (const PoolLayer& layer : pool.layers) {
     if (!layer.shape.owns_kv()) continue;
     const std::size_t held = layer.kept != 0 ? std::min(tokens, layer.kept + kBlockTokens) : tokens;
-    const std::size_t blocks = held / kBlockTokens + (held % kBlockTokens != 0);
+    const std::size_t blocks = CeilDiv(held, kBlockTokens);
     const std::size_t block = pool.memory->page_bytes(layer.one_block_kind);
     if (blocks > (SIZE_MAX - sum) / block) return SIZE_MAX;
     sum += blocks * block;
@@ -167,7 +169,7 @@ void Grow(const PoolImpl& pool, const PoolLayer& shape, CacheLayer& layer, std::
 // Copies the blocks of a page that hold tokens.
 void CopyPage(const PoolLayer& shape, const CacheLayer& layer, std::size_t page, Page& to) {
   const std::size_t first = shape.FirstBlock(page), blocks = shape.BlocksOf(page);
-  const std::size_t end = layer.tokens / kBlockTokens + (layer.tokens % kBlockTokens != 0);
+  const std::size_t end = CeilDiv(layer.tokens, kBlockTokens);
   if (end <= first) return;
   for (std::size_t h = 0; h < shape.formats.size(); ++h) {
     const std::size_t at = blocks * shape.head_bytes[h];
@@ -177,7 +179,7 @@ void CopyPage(const PoolLayer& shape, const CacheLayer& layer, std::size_t page,
 }
 
 // Pages of what a layer with a window keeps.
-std::size_t Cycle(const PoolLayer& shape) { return (shape.kept + kBlockTokens - 1) / kBlockTokens; }
+std::size_t Cycle(const PoolLayer& shape) { return CeilDiv(shape.kept, kBlockTokens); }
 
 // Whether tokens up to `end`, in the place of those a cycle before, overwrite any that is seen.
 bool OverwritesSeen(const PoolLayer& shape, const CacheLayer& layer, std::size_t end) {
@@ -193,7 +195,7 @@ void SetPage(CacheImpl& c, std::size_t layer, std::size_t page, Page* to) {
     c.pool->memory->Release(at.pages[page]);
   }
   at.pages[page] = to;
-  PointTo(*c.pool, c.pool->layers[layer], at, page);
+  PointTo(*c.pool, shape, at, page);
 }
 
 bool IsOwn(const Page* page) {
@@ -287,11 +289,7 @@ void ForgetPast(CacheImpl& c, std::size_t layer, std::size_t next) {
 }
 
 CacheImpl::~CacheImpl() {
-  for (CacheLayer& layer : layers) {
-    for (std::size_t p = layer.pages.size(); p-- > 0;) {
-      if (layer.pages[p] != nullptr && p != layer.again) pool->memory->Release(layer.pages[p]);
-    }
-  }
+  for (CacheLayer& layer : layers) layer.ForPages([&](Page* page) { pool->memory->Release(page); });
 }
 
 }  // namespace internal

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/formats.h"
+#include "lib/cache/round.h"
 
 namespace kvmix::internal {
 namespace {
@@ -19,9 +20,6 @@ constexpr std::size_t kRowsPerSharedPart = 256;
 // merging would cost more than a few percent.
 constexpr std::size_t kPartsWanted = 32;
 constexpr std::size_t kShortestSpan = 1024;
-
-std::size_t CeilDiv(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
-std::size_t RoundUp(std::size_t n, std::size_t to) { return CeilDiv(n, to) * to; }
 
 std::size_t SpanOf(std::size_t tokens, std::size_t parts) {
   return std::max(kShortestSpan, RoundUp(CeilDiv(tokens * parts, kPartsWanted), kBlockTokens));

@@ -6,16 +6,17 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <filesystem>
+#include <cstdio>
 #include <fstream>
+#include <functional>
 #include <istream>
 #include <ostream>
 #include <vector>
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/files/file.h"
 
 namespace kvmix {
 namespace {
@@ -47,11 +48,15 @@ class Hash {
   XXH3_state_t state_;
 };
 
+// Takes bytes; false where they are not taken.
+using Sink = std::function<bool(const char* data, std::size_t bytes)>;
+
 class Writer {
  public:
-  explicit Writer(std::ostream& out) : out_(out) {}
+  explicit Writer(const Sink& sink) : sink_(sink) {}
+  bool good() const { return good_; }
   void Bytes(const void* data, std::size_t bytes) {
-    out_.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+    good_ = good_ && sink_(static_cast<const char*>(data), bytes);
     hash_.Add(data, bytes);
   }
   template <typename T>
@@ -60,11 +65,12 @@ class Writer {
   }
   void Checksum() {
     const std::uint64_t hash = hash_.Take();
-    out_.write(reinterpret_cast<const char*>(&hash), sizeof(hash));
+    good_ = good_ && sink_(reinterpret_cast<const char*>(&hash), sizeof(hash));
   }
 
  private:
-  std::ostream& out_;
+  const Sink& sink_;
+  bool good_ = true;
   Hash hash_;
 };
 
@@ -207,70 +213,74 @@ Status LoadHeader(const CacheImpl& c, Reader& in) {
                       Named(c.pool->plan.provenance.model, own), Named(name, fingerprint))};
 }
 
+bool Save(const CacheImpl& c, const Sink& sink) {
+  Writer out(sink);
+  const std::string name = c.pool->plan.provenance.model.substr(0, kLongestName);
+  out.Bytes(kMagic.data(), kMagic.size());
+  out.Number(kVersion);
+  out.Number(Fingerprint(c.pool->plan));
+  out.Number(static_cast<std::uint32_t>(name.size()));
+  out.Bytes(name.data(), name.size());
+  out.Checksum();
+  for (std::size_t layer = 0; out.good() && layer < c.layers.size(); ++layer) {
+    if (c.pool->layers[layer].shape.owns_kv()) SaveLayer(c, layer, out);
+  }
+  return out.good();
+}
+
+// whole: nothing may follow. What is loaded takes the place of what is there once all of it is
+// good.
+Status Load(CacheImpl& c, std::istream& stream, bool whole) {
+  Reader in(stream);
+  if (Status s = LoadHeader(c, in); !s.ok()) return s;
+  CacheImpl loaded(c.pool, c.capacity);
+  for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
+    if (!c.pool->layers[layer].shape.owns_kv()) continue;
+    if (Status s = LoadLayer(loaded, layer, in); !s.ok()) return s;
+  }
+  if (whole && stream.peek() != std::istream::traits_type::eof()) {
+    return Damaged("end", "nothing after the last layer");
+  }
+  std::swap(c.layers, loaded.layers);
+  return {};
+}
+
 }  // namespace
 
 Status SaveSession(const Cache& cache, std::ostream& stream) {
   const CacheImpl* const c = Access::Of(cache);
   if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  Writer out(stream);
-  const std::string name = c->pool->plan.provenance.model.substr(0, kLongestName);
-  out.Bytes(kMagic.data(), kMagic.size());
-  out.Number(kVersion);
-  out.Number(Fingerprint(c->pool->plan));
-  out.Number(static_cast<std::uint32_t>(name.size()));
-  out.Bytes(name.data(), name.size());
-  out.Checksum();
-  for (std::size_t layer = 0; layer < c->layers.size(); ++layer) {
-    if (c->pool->layers[layer].shape.owns_kv()) SaveLayer(*c, layer, out);
-  }
-  stream.flush();
-  if (stream.good()) return {};
+  const bool saved = Save(*c, [&](const char* data, std::size_t bytes) {
+    return stream.write(data, static_cast<std::streamsize>(bytes)).good();
+  });
+  if (saved && stream.flush().good()) return {};
   return {ErrorCode::kIo, "session: the stream does not take what is written"};
 }
 
 Status LoadSession(Cache& cache, std::istream& stream) {
   CacheImpl* const c = Access::Of(cache);
   if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  Reader in(stream);
-  if (Status s = LoadHeader(*c, in); !s.ok()) return s;
-  CacheImpl loaded(c->pool, c->capacity);
-  for (std::size_t layer = 0; layer < c->layers.size(); ++layer) {
-    if (!c->pool->layers[layer].shape.owns_kv()) continue;
-    if (Status s = LoadLayer(loaded, layer, in); !s.ok()) return s;
-  }
-  std::swap(c->layers, loaded.layers);
-  return {};
+  return Load(*c, stream, false);
 }
 
 Status SaveSession(const Cache& cache, const std::string& path) {
-  const std::string temporary = fmt::format("{}.{}.tmp", path, getpid());
-  std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
-  Status s = SaveSession(cache, out);
-  out.close();
-  std::error_code error;
-  if (s.ok() && out.good()) {
-    std::filesystem::rename(temporary, path, error);
-    if (!error) return {};
-    s = {ErrorCode::kIo, error.message()};
-  }
-  std::filesystem::remove(temporary, error);
-  return {s.code(), fmt::format("{}: {}", path, s.message())};
+  const CacheImpl* const c = Access::Of(cache);
+  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  return internal::WriteFileAtomically(path, "room for the session and the right to write it",
+                                       [&](std::FILE* file) {
+                                         return Save(*c, [&](const char* data, std::size_t bytes) {
+                                           return std::fwrite(data, 1, bytes, file) == bytes;
+                                         });
+                                       });
 }
 
 Status LoadSession(Cache& cache, const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in) return {ErrorCode::kIo, fmt::format("{}: expected a file that can be read", path)};
-  // Loaded beside: a file that goes on after its session is damaged, and the cache stays as it was.
   CacheImpl* const c = Access::Of(cache);
   if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  Cache loaded = Access::Make(c->pool, c->capacity);
-  Status s = LoadSession(loaded, in);
-  if (s.ok() && in.peek() != std::ifstream::traits_type::eof()) {
-    s = Damaged("end", "nothing after the last layer");
-  }
-  if (!s.ok()) return {s.code(), fmt::format("{}: {}", path, s.message())};
-  std::swap(c->layers, Access::Of(loaded)->layers);
-  return {};
+  const Status s = Load(*c, in, true);
+  return s.ok() ? s : Status(s.code(), fmt::format("{}: {}", path, s.message()));
 }
 
 }  // namespace kvmix

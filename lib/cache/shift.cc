@@ -82,7 +82,7 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
   const PoolLayer& shape = c.pool->layers[layer];
   const std::size_t dim = shape.shape.k_dim;
   std::vector<std::uint8_t> rows(kRowsAtATime * kMaxHeadDim * sizeof(Half));
-  std::vector<float> scales(kRowsAtATime), keys(kRowsAtATime * dim), values;
+  std::vector<float> scales(kRowsAtATime), keys(kRowsAtATime * dim);
   std::uint64_t clamped = 0;
   for (std::size_t h = 0; h < shape.formats.size(); ++h) {
     for (std::size_t t = first; t < c.layers[layer].tokens; t += kRowsAtATime) {
@@ -97,12 +97,7 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
       internal::StoreRows(c, layer, Tensor::kK, h, t - drop, n, rows.data(), scales.data());
       internal::LoadRows(c, layer, Tensor::kV, h, t, n, rows.data(), scales.data());
       internal::StoreRows(c, layer, Tensor::kV, h, t - drop, n, rows.data(), scales.data());
-      if (t - drop >= c.pool->plan.exact_first) continue;
-      values.resize(kRowsAtATime * shape.shape.v_dim);
-      shape.v[h].Decode(rows.data(), scales.data(), n, values.data(), shape.shape.v_dim);
-      internal::KeepExact(
-          c, layer, Tensor::kV, h, t - drop,
-          internal::TokenRows(RowsView::F32(values.data(), n, 1, shape.shape.v_dim), 0, 0, n));
+      internal::KeepExactOf(c, layer, Tensor::kV, h, t - drop, n, rows.data(), scales.data());
     }
   }
   return clamped;

@@ -29,8 +29,8 @@ Status SystemError(const std::string& path, std::string_view expected, int error
 }
 
 // Closes in any case; where something fails, errno says what.
-bool WriteAndClose(std::FILE* file, std::string_view text) {
-  const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
+bool WriteAndClose(std::FILE* file, const FileWriter& write) {
+  const bool written = write(file);
   return std::fclose(file) == 0 && written;
 }
 
@@ -99,14 +99,15 @@ void ReleasePages(std::string_view bytes) {
   madvise(const_cast<char*>(bytes.data()) + (begin - first), end - begin, MADV_DONTNEED);
 }
 
-Status WriteFileAtomically(const std::string& path, std::string_view text) {
+Status WriteFileAtomically(const std::string& path, std::string_view expected,
+                           const FileWriter& write) {
   std::error_code error;
   const fs::file_status now = fs::status(path, error);
   if (fs::is_directory(now))
     return FileError(ErrorCode::kIo, path, "", "a file to write to", "a folder");
   if (fs::is_other(now)) {
     std::FILE* file = std::fopen(path.c_str(), "we");
-    if (file != nullptr && WriteAndClose(file, text)) return {};
+    if (file != nullptr && WriteAndClose(file, write)) return {};
     return SystemError(path, "a file that can be written", errno);
   }
   std::string target = path;
@@ -116,13 +117,20 @@ Status WriteFileAtomically(const std::string& path, std::string_view text) {
   std::string temporary;
   std::FILE* file = CreateBeside(target, &temporary);
   if (file == nullptr) return SystemError(path, "a folder that a file can be created in", errno);
-  if (!WriteAndClose(file, text) || std::rename(temporary.c_str(), target.c_str()) != 0) {
+  if (!WriteAndClose(file, write) || std::rename(temporary.c_str(), target.c_str()) != 0) {
     const int failure = errno;
     unlink(temporary.c_str());
-    return SystemError(
-        path, fmt::format("room for {} bytes and the right to write them", text.size()), failure);
+    return SystemError(path, std::string(expected), failure);
   }
   return {};
+}
+
+Status WriteFileAtomically(const std::string& path, std::string_view text) {
+  return WriteFileAtomically(
+      path, fmt::format("room for {} bytes and the right to write them", text.size()),
+      [&](std::FILE* file) {
+        return std::fwrite(text.data(), 1, text.size(), file) == text.size();
+      });
 }
 
 }  // namespace kvmix::internal

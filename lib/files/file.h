@@ -4,6 +4,8 @@
 #define KVMIX_LIB_FILES_FILE_H_
 
 #include <cstddef>
+#include <cstdio>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -57,6 +59,11 @@ void ReleasePages(std::string_view bytes);
 // that is no regular file (a device, a pipe) is written to directly. On an error nothing is left
 // behind.
 Status WriteFileAtomically(const std::string& path, std::string_view text);
+// The same, with what `write` writes; it returns false where that fails. `expected` is what an
+// error says was hoped for.
+using FileWriter = std::function<bool(std::FILE* file)>;
+Status WriteFileAtomically(const std::string& path, std::string_view expected,
+                           const FileWriter& write);
 
 }  // namespace kvmix::internal
 

@@ -4,11 +4,14 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <numeric>
 
 #include <unistd.h>
+
+#include <kvmix/mirror.h>
 
 namespace kvmix::llama {
 namespace {
@@ -37,16 +40,15 @@ bool WriteToken(const RowsView& rows, std::size_t t, std::FILE* file) {
   return std::fwrite(halves.data(), sizeof(Half), halves.size(), file) == halves.size();
 }
 
-// Cells that query i of a mask sees.
-std::size_t Seen(const MaskView& mask, std::size_t query) {
-  const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(query) * mask.stride;
-  if (mask.dtype == Dtype::kF32) {
-    const float* const row = static_cast<const float*>(mask.data) + first;
-    return static_cast<std::size_t>(
-        std::count_if(row, row + mask.cells, [](float x) { return x > -INFINITY; }));
-  }
-  const Half* const row = static_cast<const Half*>(mask.data) + first;
-  return mask.cells - static_cast<std::size_t>(std::count(row, row + mask.cells, Half{0xFC00}));
+// Cells that one query of a mask sees.
+std::size_t Seen(MaskView mask, std::size_t query) {
+  const std::ptrdiff_t number = mask.dtype == Dtype::kF32 ? 4 : 2;
+  mask.data = static_cast<const char*>(mask.data) +
+              static_cast<std::ptrdiff_t>(query) * mask.stride * number;
+  mask.queries = 1;
+  std::vector<std::uint8_t> cells(mask.cells);
+  SeenCells(mask, cells.data());
+  return mask.cells - static_cast<std::size_t>(std::ranges::count(cells, 0));
 }
 
 }  // namespace

@@ -171,11 +171,16 @@ Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const Attention& a) {
 // SET_ROWS: the engine's own rows, and the mirror's if there is one already.
 Status SetRows(Context& c, const ggml_tensor* op) {
   const ggml_tensor *from = op->src[0], *cells = op->src[1], *to = op->src[2];
-  const Tensor tensor = LayerOf(to, Tensor::kK) ? Tensor::kK : Tensor::kV;
   const std::int64_t *const at = static_cast<const std::int64_t*>(cells->data), n = from->ne[0];
+  const Tensor tensor = LayerOf(to, Tensor::kK) ? Tensor::kK : Tensor::kV;
+  // V's rows belong to the K that was written before them.
+  if (tensor == Tensor::kK) c.last_k = Base(to)->data;
+  NewRows& kept = tensor == Tensor::kK ? c.new_k : c.new_v;
+  kept.clear();
   for (std::int64_t i = 0; i < from->ne[1]; ++i) {
     const float* const row = reinterpret_cast<const float*>(
         static_cast<const char*>(from->data) + static_cast<std::size_t>(i) * from->nb[1]);
+    if (c.dump != nullptr) kept.insert(kept.end(), row, row + n);
     char* const dst = static_cast<char*>(to->data) + static_cast<std::size_t>(at[i]) * to->nb[1];
     if (to->type == GGML_TYPE_F32) {
       std::memcpy(dst, row, static_cast<std::size_t>(n) * sizeof(float));
@@ -183,17 +188,6 @@ Status SetRows(Context& c, const ggml_tensor* op) {
       ggml_fp32_to_fp16_row(row, reinterpret_cast<ggml_fp16_t*>(dst), n);
     } else {
       ggml_get_type_traits(to->type)->from_float_ref(row, dst, n);
-    }
-  }
-  // V's rows belong to the K that was written before them.
-  if (tensor == Tensor::kK) c.last_k = Base(to)->data;
-  if (c.dump != nullptr) {
-    NewRows& rows = tensor == Tensor::kK ? c.new_k : c.new_v;
-    rows.clear();
-    for (std::int64_t i = 0; i < from->ne[1]; ++i) {
-      const float* const row = static_cast<const float*>(from->data) +
-                               static_cast<std::size_t>(i) * from->nb[1] / sizeof(float);
-      rows.insert(rows.end(), row, row + n);
     }
   }
   const auto mirror = c.mirrors.find(c.last_k);

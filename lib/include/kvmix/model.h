@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvmix/codec.h"
 #include "kvmix/export.h"
 #include "kvmix/status.h"
 
@@ -34,6 +35,7 @@ struct LayerShape {
   bool has_kv() const { return kv_heads != 0; }
   bool owns_kv() const { return has_kv() && !kv_layer.has_value(); }
   std::size_t group() const { return query_heads / kv_heads; }
+  std::size_t dim(Tensor t) const { return t == Tensor::kK ? k_dim : v_dim; }
   // How many of a context's tokens a query sees.
   std::size_t seen(std::size_t context) const {
     return window == 0 ? context : std::min(context, window);
