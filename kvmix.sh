@@ -9,6 +9,7 @@
 # ./kvmix.sh fuzz     feeds damaged files to the readers for two minutes
 # ./kvmix.sh check    lint, then all tests with clang, with sanitizers and with gcc: what CI runs
 # ./kvmix.sh llama    runs llama.cpp with kvmix inside: fetches and builds it, tunes, measures
+# ./kvmix.sh graphs   compares graphs of llama.cpp through the plug-in with ggml's own results
 # KVMIX_BUILD names another build folder, CXX another compiler for a new one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -22,7 +23,7 @@ export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive
 . tools/shell.sh
 . tools/get_highway.sh
 . tools/check.sh
-. tools/llama_cpp/demo.sh
+. tools/llama_cpp/llama.sh
 
 prepare() { # MESON-OPTION...
   install_packages "${packages[@]}"
@@ -72,6 +73,6 @@ shift || true
 case $command in
   demo) demo "$@" ;;
   test) run_tests "$@" ;;
-  lint | tidy | fuzz | check | llama) "$command" ;;
-  *) sed -n '2,13s/^# //p' "$0"; exit 2 ;;
+  lint | tidy | fuzz | check | llama | graphs) "$command" ;;
+  *) sed -n '2,14s/^# //p' "$0"; exit 2 ;;
 esac

@@ -92,7 +92,7 @@ struct Engine {
   std::vector<bool> held;  // cells that attention may see
   std::mt19937 rng{7};
 
-  Engine(Type of, std::size_t num_streams, std::size_t num_cells, const PoolOptions& options = {})
+  Engine(Type of, std::size_t num_streams, std::size_t num_cells, const MirrorOptions& options = {})
       : type(of),
         streams(num_streams),
         cells(num_cells),
@@ -120,6 +120,12 @@ struct Engine {
       all.insert(all.end(), row.begin(), row.end());
     }
     return all;
+  }
+  // The engine's own rows of a stream become zeros, as pages that went back to the system are.
+  void Empty(std::size_t stream) {
+    for (Side& s : side) {
+      std::fill_n(Own(s, stream * cells), cells * (s.bytes + kPadding), std::uint8_t{0});
+    }
   }
   // Attention should see the engine's own rows.
   void ExpectOwn(const Cells& at) {

@@ -222,13 +222,31 @@ TEST(Mirror, OneOfKAndVAlone) {
   });
 }
 
+TEST(Mirror, ToldOfChanges) {
+  ForAllTypes(2, 400, [](Engine& e) {
+    e.Write(Iota(0, 300));
+    e.Write(Iota(400, 300));
+    e.Expect({{0, {Iota(0, 300)}}, {1, {Iota(0, 300)}}});
+    e.Change({290, 400 + 17});
+    e.mirror.Changed(290, 1);
+    e.mirror.Changed(417, 1);
+    e.Expect({{0, {Iota(0, 300)}}, {1, {Iota(0, 300)}}});
+    e.ExpectCounts(600, 2);
+    e.mirror.Changed(0, 800);
+    EXPECT_EQ(e.mirror.bytes(), 0u);
+    e.ExpectOwn(Iota(0, 300));
+    e.Expect({{0, {Iota(0, 300)}}});
+    e.ExpectCounts(600, 302);
+  });
+}
+
 // ---- errors
 
 TEST(Mirror, Refusals) {
   const Plan plan = ThePlan();
   EXPECT_FALSE(Mirror::Create(plan, 0, 64).ok());
   EXPECT_FALSE(Mirror::Create(UniformPlan(Geometry{2, 1, 1, 64}, {}, {}), 1, 64).ok());
-  EXPECT_FALSE(Mirror::Create(plan, 1, 64, {.target = "none"}).ok());
+  EXPECT_FALSE(Mirror::Create(plan, 1, 64, {.pool = {.target = "none"}}).ok());
 
   Engine e(Type::kF16, 2, 64);
   e.Write(Iota(0, 64));
@@ -269,7 +287,7 @@ TEST(Mirror, FullPool) {
   Engine most(Type::kF16, 1, 5000);
   most.Write({0});
   most.Expect({{0, {{0}}}});
-  Engine e(Type::kF16, 2, 5000, {.bytes = most.mirror.bytes()});
+  Engine e(Type::kF16, 2, 5000, {.pool = {.bytes = most.mirror.bytes()}});
   e.Write(Iota(0, 20));
   e.Expect({{0, {Iota(0, 20)}}});
   e.Write({4999, 3});
@@ -280,6 +298,85 @@ TEST(Mirror, FullPool) {
   e.Change({5});
   EXPECT_EQ(e.Attend({{0, {{5, 4999}}}}).status.code(), ErrorCode::kOutOfMemory);
   e.Expect({{0, {Iota(0, 20)}}});
+}
+
+// ---- a mirror that is alone
+
+// Rows of before are taken over, also where no query sees them; then the engine's are not needed.
+TEST(MirrorAlone, TakesOverAndGoesOn) {
+  for (const Type type : kTypes) {
+    Engine e(type, 2, 400, {.alone = true});
+    e.Change(Iota(0, 300));
+    e.Change(Iota(400, 10));
+    e.Write({300, 410});
+    e.Expect({{0, {Iota(0, 100)}}});  // a part of the cells
+    e.Empty(0);
+    e.Expect({{0, {Iota(0, 301)}}, {1, Causal(Iota(0, 11), 1)}});
+    e.Empty(1);
+    for (std::int64_t t = 301; t < 320; ++t) {
+      e.Write({t, t + 400});
+      e.Expect({{0, Causal(Iota(0, t + 1), 1)}, {1, {{0, 5, t}}}});
+    }
+    e.ExpectCounts(2 + 38, 310);
+  }
+}
+
+TEST(MirrorAlone, DecodesAndReadsWhatChanged) {
+  Engine e(Type::kF32, 2, 400, {.alone = true});
+  e.Write(Iota(0, 300));
+  e.Write(Iota(400, 20));
+  e.Expect({{0, {Iota(0, 300)}}, {1, {Iota(0, 20)}}});
+  e.Empty(0);
+  e.Empty(1);
+  EXPECT_TRUE(e.mirror.Holds(299));
+  EXPECT_FALSE(e.mirror.Holds(300));
+  EXPECT_TRUE(e.mirror.Holds(419));
+  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    const Side& s = e.side[t == Tensor::kV];
+    std::vector<float> rows(290 * s.row);
+    e.mirror.Decode(t, 3, 290, rows.data());
+    double error = 0.0, sum = 0.0;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const double x = s.expected[3 * s.row + i];
+      error += (rows[i] - x) * (rows[i] - x);
+      sum += x * x;
+    }
+    EXPECT_LT(error, 2e-4 * sum);
+    EXPECT_GT(error, 0.0);
+    e.mirror.Decode(t, 419, 1, rows.data());
+    EXPECT_NEAR(rows[0], s.expected[419 * s.row], 0.05);
+  }
+  // A state is read into cells of one stream, another is cleared.
+  e.Change(Iota(40, 30));
+  e.mirror.Changed(40, 30);
+  EXPECT_FALSE(e.mirror.Holds(40));
+  e.Expect({{1, {Iota(0, 20)}}});
+  e.Expect({{0, {Iota(0, 300)}}});
+  EXPECT_TRUE(e.mirror.Holds(40));
+  EXPECT_GT(e.mirror.bytes(), 0u);
+  e.mirror.Changed(0, 800);
+  EXPECT_EQ(e.mirror.bytes(), 0u);
+  EXPECT_FALSE(e.mirror.Holds(0));
+  e.Change({7});
+  e.Expect({{0, {{7}}}});
+}
+
+// Rows that are nowhere are an error for all that follows, until everything is cleared.
+TEST(MirrorAlone, LostRows) {
+  Engine most(Type::kF16, 1, 5000);
+  most.Write({0});
+  most.Expect({{0, {{0}}}});
+  Engine e(Type::kF16, 1, 5000, {.pool = {.bytes = most.mirror.bytes()}, .alone = true});
+  e.Write({0, 4999});
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(e.Attend({{0, {{0}}}}).status.code(), ErrorCode::kOutOfMemory);
+  }
+  e.Empty(0);
+  e.mirror.Changed(0, 5000);
+  e.Write({1});
+  e.Expect({{0, {{1}}}});
+  e.Tell(Tensor::kK, {2});
+  ExpectError(e.Attend({{0, {{1}}}}).status, ErrorCode::kMismatch, {"K and V"});
 }
 
 // ---- masks

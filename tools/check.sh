@@ -106,6 +106,7 @@ check() {
     -Dcpp_args="-fno-sanitize-recover=all -fno-sanitize=alignment" \
     -Doptimization=1 -Ddebug=true -Ddefault_library=static -Dbench=false -Dtools=false
   stage gcc ./kvmix.sh test -Dwerror=true
+  stage graphs ./kvmix.sh graphs
   [ ${#failed_stages[@]} -eq 0 ] || say "FAILED stages: ${failed_stages[*]}"
   printf '%s passed, %s failed\n' "$passed" "$failed"
   [ "$failed" -eq 0 ]

@@ -8,6 +8,8 @@
 
 #include <fmt/format.h>
 
+#include "lib/cache/cache_impl.h"
+
 namespace kvmix {
 namespace {
 
@@ -39,6 +41,7 @@ struct Stream {
   std::vector<std::uint64_t> k_hash, v_hash;
   std::vector<std::uint8_t> seen;  // by the last call
   std::size_t probe = 0;
+  bool unread = true;  // cells, perhaps, that only the engine has; of a mirror that is alone
 };
 
 }  // namespace
@@ -46,6 +49,8 @@ struct Stream {
 struct Mirror::Impl {
   LayerShape shape;
   std::size_t cells = 0;  // of a stream
+  bool alone = false;
+  Status lost;  // why rows are gone: of a mirror that is alone
   std::vector<Stream> streams;
   Pending pending[2];  // K, V
   MirrorCounts counts;
@@ -59,6 +64,8 @@ struct Mirror::Impl {
   }
   void StorePending();
   Status Follow(const MirrorRequest& r);
+  void FindUnread(const MirrorRequest& r, Stream& s);
+  void FindChanged(const MirrorRequest& r, Stream& s);
   Status Read(const MirrorRequest& r, Stream& stream);
 };
 
@@ -78,18 +85,21 @@ void Mirror::Impl::StorePending() {
     Stream& to = streams[stream];
     const std::span<const std::int64_t> at(k.cells.data() + i, n);
     // A pool that is full: those who see the cells read them, and are told.
-    const bool stored = to.cache
-                            .Store(0, at, View(Tensor::kK, k.rows.data() + i * k_row, n),
-                                   View(Tensor::kV, v.rows.data() + i * v_row, n))
-                            .ok();
+    const Status status = to.cache.Store(0, at, View(Tensor::kK, k.rows.data() + i * k_row, n),
+                                         View(Tensor::kV, v.rows.data() + i * v_row, n));
+    const bool stored = status.ok();
+    if (!stored && alone) lost = status;
     for (const std::int64_t cell : at) {
       const std::size_t c = static_cast<std::size_t>(cell);
       to.state[c] = stored ? Stream::State::kFresh : Stream::State::kNever;
-      if (stored) to.fresh.push_back(c);
+      if (stored && !alone) to.fresh.push_back(c);
     }
     if (stored) counts.written += n;
   }
   // Of K or of V alone: what was there is no longer true, and is read from the engine.
+  if (!together && alone) {
+    lost = {ErrorCode::kMismatch, "a mirror's write: expected K and V of the same cells"};
+  }
   for (Pending* p : {&k, &v}) {
     for (const std::int64_t cell : p->cells) {
       if (together) break;
@@ -105,6 +115,33 @@ void Mirror::Impl::StorePending() {
 Status Mirror::Impl::Follow(const MirrorRequest& r) {
   Stream& s = streams[r.stream];
   changed.clear();
+  if (alone) {
+    FindUnread(r, s);
+  } else {
+    FindChanged(r, s);
+  }
+  return changed.empty() ? Status() : Read(r, s);
+}
+
+// Cells that only the engine has: those with any bit set, and those that are seen.
+void Mirror::Impl::FindUnread(const MirrorRequest& r, Stream& s) {
+  const auto is_zero = [](const EngineRows& rows, std::size_t cell) {
+    const std::uint8_t* const row =
+        static_cast<const std::uint8_t*>(rows.data) + cell * rows.stride;
+    return std::all_of(row, row + rows.bytes, [](std::uint8_t b) { return b == 0; });
+  };
+  const std::size_t all = s.unread ? cells : r.mask.cells;
+  for (std::size_t c = 0; c < all; ++c) {
+    if (s.state[c] != Stream::State::kNever) continue;
+    const bool seen = c < r.mask.cells && r.seen[c] != 0;
+    if (seen || (s.unread && !(is_zero(r.k, c) && is_zero(r.v, c)))) {
+      changed.push_back(static_cast<std::int64_t>(c));
+    }
+  }
+  s.unread = false;
+}
+
+void Mirror::Impl::FindChanged(const MirrorRequest& r, Stream& s) {
   const auto same = [&](std::size_t c) {
     return s.k_hash[c] == HashOf(r.k, c) && s.v_hash[c] == HashOf(r.v, c);
   };
@@ -150,7 +187,6 @@ Status Mirror::Impl::Follow(const MirrorRequest& r) {
   std::copy(r.seen, r.seen + r.mask.cells, s.seen.begin());
   std::fill(s.seen.begin() + static_cast<std::ptrdiff_t>(r.mask.cells), s.seen.end(),
             std::uint8_t{0});
-  return changed.empty() ? Status() : Read(r, s);
 }
 
 // The changed cells, from the engine's rows.
@@ -171,6 +207,7 @@ Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
       };
       r.k.to_float(row(r.k), k_rows.data() + i * k_row, static_cast<std::int64_t>(k_row));
       r.v.to_float(row(r.v), v_rows.data() + i * v_row, static_cast<std::int64_t>(v_row));
+      if (alone) continue;
       s.k_hash[c] = HashOf(r.k, c);
       s.v_hash[c] = HashOf(r.v, c);
     }
@@ -211,17 +248,18 @@ Mirror& Mirror::operator=(Mirror&&) noexcept = default;
 Mirror::~Mirror() = default;
 
 Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t cells,
-                              const PoolOptions& options) {
-  const Result<Pool> pool = Pool::Create(plan, options);
+                              const MirrorOptions& options) {
+  const Result<Pool> pool = Pool::Create(plan, options.pool);
   if (!pool.ok()) return pool.status();
   auto impl = std::make_unique<Impl>();
+  const std::size_t compared = options.alone ? 0 : cells;
   for (std::size_t i = 0; i < streams; ++i) {
     impl->streams.push_back({Cache::Create(*pool, cells),
                              std::vector<Stream::State>(cells),
                              {},
-                             std::vector<std::uint64_t>(cells),
-                             std::vector<std::uint64_t>(cells),
-                             std::vector<std::uint8_t>(cells)});
+                             std::vector<std::uint64_t>(compared),
+                             std::vector<std::uint64_t>(compared),
+                             std::vector<std::uint8_t>(compared)});
   }
   if (streams == 0 || impl->streams[0].cache.model().layers.size() != 1) {
     return Status(ErrorCode::kInvalidArgument,
@@ -229,6 +267,7 @@ Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t
   }
   impl->shape = impl->streams[0].cache.model().layers[0];
   impl->cells = cells;
+  impl->alone = options.alone;
   return Mirror(std::move(impl));
 }
 
@@ -266,6 +305,7 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
 Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
                       int num_threads) {
   impl_->StorePending();
+  if (!impl_->lost.ok()) return impl_->lost;
   impl_->requests.clear();
   for (const MirrorRequest& r : requests) {
     if (r.stream >= impl_->streams.size() || r.mask.cells > impl_->cells) {
@@ -283,6 +323,44 @@ Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptio
   AttendOptions by_mask = options;
   by_mask.causal = false;
   return kvmix::Attend(impl_->requests, 0, by_mask, num_threads);
+}
+
+bool Mirror::Holds(std::size_t cell) {
+  impl_->StorePending();
+  return impl_->streams[cell / impl_->cells].state[cell % impl_->cells] != Stream::State::kNever;
+}
+
+void Mirror::Decode(Tensor tensor, std::size_t first, std::size_t count, float* rows) {
+  impl_->StorePending();
+  const std::size_t dim = impl_->shape.dim(tensor), heads = impl_->shape.kv_heads;
+  const internal::CacheImpl& cache =
+      *internal::Access::Of(impl_->streams[first / impl_->cells].cache);
+  const internal::PoolLayer& layer = cache.pool->layers[0];
+  std::vector<std::uint8_t> codes(kReadRows * kMaxHeadDim * sizeof(Half));
+  std::vector<float> scales(kReadRows);
+  for (std::size_t done = 0, n; done < count; done += n) {
+    n = std::min(count - done, kReadRows);
+    for (std::size_t h = 0; h < heads; ++h) {
+      internal::LoadRows(cache, 0, tensor, h, first % impl_->cells + done, n, codes.data(),
+                         scales.data());
+      (tensor == Tensor::kK ? layer.k : layer.v)[h].Decode(
+          codes.data(), scales.data(), n, rows + (done * heads + h) * dim, heads * dim);
+    }
+  }
+}
+
+void Mirror::Changed(std::size_t first, std::size_t count) {
+  impl_->StorePending();
+  const bool all = count == impl_->cells * impl_->streams.size();
+  if (all) impl_->lost = {};
+  for (std::size_t c = first; c < first + count; ++c) {
+    Stream& s = impl_->streams[c / impl_->cells];
+    s.state[c % impl_->cells] = Stream::State::kNever;
+    s.unread = true;
+  }
+  for (Stream& s : impl_->streams) {
+    if (all) static_cast<void>(s.cache.Truncate(0));  // as many as this can always be dropped
+  }
 }
 
 const LayerShape& Mirror::shape() const { return impl_->shape; }

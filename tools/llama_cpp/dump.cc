@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <numeric>
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <kvmix/mirror.h>
@@ -20,6 +21,7 @@ Status IoError(const std::string& path, const char* what) {
   return {ErrorCode::kIo, path + ": cannot " + what + ": " + std::strerror(errno)};
 }
 
+constexpr const char* kParts = ".parts";
 // An engine warms up on a token or two; that is no text.
 constexpr std::size_t kShortestPrompt = 8;
 
@@ -54,7 +56,7 @@ std::size_t Seen(MaskView mask, std::size_t query) {
 }  // namespace
 
 Dump::Dump(std::string path)
-    : path_(std::move(path)), folder_(path_ + "." + std::to_string(getpid()) + ".parts") {}
+    : path_(std::move(path)), folder_(path_ + "." + std::to_string(getpid()) + kParts) {}
 
 Dump::~Dump() {
   for (auto& [_, layer] : layers_) {
@@ -70,8 +72,27 @@ std::string Dump::Part(std::size_t layer, const char* tensor) const {
   return folder_ + "/" + std::to_string(layer) + "." + tensor;
 }
 
+// The parts of an engine that was killed.
+void Dump::RemoveStale() const {
+  const std::filesystem::path folder(folder_);
+  const std::string begin = std::filesystem::path(path_).filename().string() + ".";
+  std::error_code error;
+  const std::filesystem::path parent = folder.has_parent_path() ? folder.parent_path() : ".";
+  for (const auto& entry : std::filesystem::directory_iterator(parent, error)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(begin) || !name.ends_with(kParts)) continue;
+    const std::string digits =
+        name.substr(begin.size(), name.size() - begin.size() - std::strlen(kParts));
+    const pid_t process = static_cast<pid_t>(std::strtol(digits.c_str(), nullptr, 10));
+    if (process > 0 && kill(process, 0) != 0 && errno == ESRCH) {
+      std::filesystem::remove_all(entry.path(), error);
+    }
+  }
+}
+
 Status Dump::Open(std::size_t number, Layer* layer) {
   std::error_code error;
+  if (layers_.size() == 1) RemoveStale();
   std::filesystem::create_directories(folder_, error);
   for (auto& [file, name] : {std::pair{&layer->k, "k"}, {&layer->v, "v"}, {&layer->q, "q"}}) {
     *file = std::fopen(Part(number, name).c_str(), "wb+");

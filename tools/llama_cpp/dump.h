@@ -40,6 +40,7 @@ class Dump {
     std::size_t most = 0;              // by any token
   };
   std::string Part(std::size_t layer, const char* tensor) const;
+  void RemoveStale() const;
   Status Open(std::size_t number, Layer* layer);
   bool DropShortPrompt(Layer* layer);
 

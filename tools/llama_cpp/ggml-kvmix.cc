@@ -5,6 +5,8 @@
 // and whose tensors are in host memory. The engine's cache tensors stay what they are: rows are
 // written to them as well, so that all that reads them (state files, a context shift) goes on
 // working, and a Mirror of each layer notices when they change.
+#include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,13 +20,16 @@
 #include <vector>
 
 #include "ggml-backend-impl.h"
+#include "ggml-backend.h"
 #include "ggml.h"
 
 #include <kvmix/mirror.h>
 #include <kvmix/version.h>
 
 #include "dump.h"
+#include "rows.h"
 #include "settings.h"
+#include "watch.h"
 
 namespace kvmix::llama {
 namespace {
@@ -40,31 +45,32 @@ void SayOnce(const std::string& reason, const std::string& line) {
 
 // ---- the engine's tensors
 
-const ggml_tensor* Base(const ggml_tensor* t) { return t->view_src != nullptr ? t->view_src : t; }
+ggml_tensor* Base(const ggml_tensor* t) {
+  return t->view_src != nullptr ? t->view_src : const_cast<ggml_tensor*>(t);
+}
 
 // "cache_k_l12" -> 12; nothing for other tensors.
 std::optional<std::size_t> LayerOf(const ggml_tensor* t, Tensor tensor) {
   const std::string_view name = Base(t)->name;
   const std::string_view prefix = tensor == Tensor::kK ? "cache_k_l" : "cache_v_l";
-  if (!name.starts_with(prefix) || name.size() == prefix.size()) return {};
-  return std::strtoul(name.data() + prefix.size(), nullptr, 10);
+  if (!name.starts_with(prefix)) return {};
+  const char *const digits = name.data() + prefix.size(), *const end = name.data() + name.size();
+  std::size_t layer = 0;
+  const auto [stop, error] = std::from_chars(digits, end, layer);
+  if (error != std::errc() || stop != end) return {};
+  return layer;
 }
 
-// A type that rows can be read from and written to.
-bool IsRowType(ggml_type type) {
-  return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
-         type == GGML_TYPE_Q8_0;
-}
-
-void CopyFloats(const void* from, float* to, std::int64_t n) {
-  std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
+// K (1) or V (2) of an attention: llama.cpp gives it a copy of an f32 cache in f16.
+const ggml_tensor* CacheOf(const ggml_tensor* op, int src) {
+  const ggml_tensor* const t = op->src[src];
+  const bool is_copy = t->op == GGML_OP_CPY && t->src[0]->type == GGML_TYPE_F32;
+  return is_copy ? t->src[0] : t;
 }
 
 EngineRows RowsOf(const ggml_tensor* view, std::size_t stream) {
-  const auto to_float = ggml_get_type_traits(view->type)->to_float;
   return {static_cast<const char*>(view->data) + stream * view->nb[3], view->nb[1],
-          ggml_row_size(view->type, view->ne[0] * view->ne[2]),
-          view->type == GGML_TYPE_F32 ? CopyFloats : to_float};
+          ggml_row_size(view->type, view->ne[0] * view->ne[2]), ToFloats(view->type)};
 }
 
 // ---- what is taken
@@ -77,7 +83,7 @@ struct Attention {
 };
 
 std::optional<Attention> Read(const ggml_tensor* op) {
-  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2];
+  const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2);
   const auto k_layer = LayerOf(k, Tensor::kK), v_layer = LayerOf(v, Tensor::kV);
   if (!k_layer || k_layer != v_layer) return {};
   const auto size = [](std::int64_t n) { return static_cast<std::size_t>(n); };
@@ -98,11 +104,14 @@ std::optional<Attention> Read(const ggml_tensor* op) {
 
 // Why an attention stays with the CPU; empty: it does not.
 std::string Refusal(const ggml_tensor* op) {
-  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+  const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2), *mask = op->src[3];
   const std::optional<Attention> a = Read(op);
   if (!a) return "attention without a KV cache";
   if (q->type != GGML_TYPE_F32 || !IsRowType(k->type) || !IsRowType(v->type)) {
     return std::string("K of ") + ggml_type_name(k->type) + ", V of " + ggml_type_name(v->type);
+  }
+  if (TheSettings().memory && (k != op->src[1] || v != op->src[2])) {
+    return "a cache of f32, which the engine copies, with KVMIX_MEMORY";
   }
   if (mask == nullptr || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32)) {
     return "attention without a mask";
@@ -116,28 +125,61 @@ std::string Refusal(const ggml_tensor* op) {
   return {};
 }
 
-// The plan of one layer; an error names both models.
-Result<Plan> PlanOf(const Settings& settings, const Attention& a) {
-  const Model model{std::vector<LayerShape>{a.shape}};
-  if (!settings.plan) return UniformPlan(model, settings.codec, settings.codec);
+// The plan is one of this model, as far as a layer shows; an error names both.
+Status CheckPlan(const Settings& settings, const Attention& a) {
+  if (!settings.plan) return {};
   const Plan& plan = *settings.plan;
   const std::vector<LayerShape>& layers = plan.model.layers;
   const auto same = [&](const LayerShape& shape) {
     return shape.owns_kv() && shape.kv_heads == a.shape.kv_heads && shape.k_dim == a.shape.k_dim &&
            shape.v_dim == a.shape.v_dim && shape.query_heads == a.shape.query_heads;
   };
-  if (a.layer >= layers.size() || !same(layers[a.layer])) {
-    return Status(ErrorCode::kMismatch, settings.plan_path + ": a plan of " + ToString(plan.model) +
-                                            " (" + plan.provenance.model + "); layer " +
-                                            std::to_string(a.layer) + " here is " +
-                                            ToString(model));
-  }
-  Plan one = UniformPlan(model, {}, {});
-  one.exact_first = plan.exact_first;
+  if (a.layer < layers.size() && same(layers[a.layer])) return {};
+  return {ErrorCode::kMismatch, settings.plan_path + ": a plan of " + ToString(plan.model) + " (" +
+                                    plan.provenance.model + "); layer " + std::to_string(a.layer) +
+                                    " here is " +
+                                    ToString(Model{std::vector<LayerShape>{a.shape}})};
+}
+
+// The plan of one layer, of a plan that was checked.
+Plan PlanOf(const Settings& settings, const Attention& a) {
+  const Model model{std::vector<LayerShape>{a.shape}};
+  Plan one = UniformPlan(model, settings.codec, settings.codec);
+  if (!settings.plan) return one;
+  one.exact_first = settings.plan->exact_first;
   for (std::size_t h = 0; h < a.shape.kv_heads; ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) one.codec(0, h, t) = plan.codec(a.layer, h, t);
+    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+      one.codec(0, h, t) = settings.plan->codec(a.layer, h, t);
+    }
   }
   return one;
+}
+
+bool IsView(ggml_op op) {
+  return op == GGML_OP_NONE || op == GGML_OP_RESHAPE || op == GGML_OP_VIEW ||
+         op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
+}
+
+// A part of the engine's cache.
+bool IsCache(const ggml_tensor* t) {
+  return t != nullptr && (LayerOf(t, Tensor::kK) || LayerOf(t, Tensor::kV));
+}
+
+// Attention, and writes to the cache, that are computed here.
+bool IsTaken(const ggml_tensor* op) {
+  if (op->op == GGML_OP_SET_ROWS) {
+    return IsCache(op->src[2]) && IsRowType(op->src[2]->type) && op->src[2]->ne[0] > 1 &&
+           op->src[0]->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I64 &&
+           op->src[0]->ne[2] == 1 && op->src[0]->ne[3] == 1;
+  }
+  if (op->op != GGML_OP_FLASH_ATTN_EXT) return false;
+  std::string why = Refusal(op), reason = why;
+  if (why.empty()) {
+    why = CheckPlan(TheSettings(), *Read(op)).message();
+    reason = "plan";
+  }
+  if (!why.empty()) SayOnce(reason, "not taken, and left to the CPU: " + why);
+  return why.empty();
 }
 
 // ---- a context's back-end
@@ -153,44 +195,44 @@ struct Context {
   const void* last_k = nullptr;  // the K that SET_ROWS wrote to last
   std::unique_ptr<Dump> dump;    // of what attention sees, with the rows written before it
   NewRows new_k, new_v;
+  std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)> cpu{nullptr, ggml_backend_free};
 };
 
 // Made at the first attention of a layer.
-Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const Attention& a) {
-  const ggml_tensor* const base = Base(k);
+Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const ggml_tensor* v,
+                         const Attention& a) {
+  ggml_tensor* const base = Base(k);
   if (const auto it = c.mirrors.find(base->data); it != c.mirrors.end()) return &it->second;
-  const Result<Plan> plan = PlanOf(TheSettings(), a);
-  if (!plan.ok()) return plan.status();
   Result<Mirror> mirror =
-      Mirror::Create(*plan, static_cast<std::size_t>(base->ne[2]),
-                     static_cast<std::size_t>(base->ne[1]), {.target = TheSettings().target});
+      Mirror::Create(PlanOf(TheSettings(), a), static_cast<std::size_t>(base->ne[2]),
+                     static_cast<std::size_t>(base->ne[1]),
+                     {.pool = {.target = TheSettings().target}, .alone = TheSettings().memory});
   if (!mirror.ok()) return mirror.status();
-  return &c.mirrors.emplace(base->data, std::move(*mirror)).first->second;
+  Mirror* const made = &c.mirrors.emplace(base->data, std::move(*mirror)).first->second;
+  Watch(made, base, Base(v), TheSettings().memory);
+  return made;
 }
 
-// SET_ROWS: the engine's own rows, and the mirror's if there is one already.
+// SET_ROWS: the engine's own rows, and the mirror's if there is one already; that one's alone where
+// the engine's are given back.
 Status SetRows(Context& c, const ggml_tensor* op) {
   const ggml_tensor *from = op->src[0], *cells = op->src[1], *to = op->src[2];
   const std::int64_t *const at = static_cast<const std::int64_t*>(cells->data), n = from->ne[0];
   const Tensor tensor = LayerOf(to, Tensor::kK) ? Tensor::kK : Tensor::kV;
   // V's rows belong to the K that was written before them.
   if (tensor == Tensor::kK) c.last_k = Base(to)->data;
+  const auto mirror = c.mirrors.find(c.last_k);
+  const bool alone = mirror != c.mirrors.end() && TheSettings().memory;
   NewRows& kept = tensor == Tensor::kK ? c.new_k : c.new_v;
   kept.clear();
   for (std::int64_t i = 0; i < from->ne[1]; ++i) {
     const float* const row = reinterpret_cast<const float*>(
         static_cast<const char*>(from->data) + static_cast<std::size_t>(i) * from->nb[1]);
     if (c.dump != nullptr) kept.insert(kept.end(), row, row + n);
-    char* const dst = static_cast<char*>(to->data) + static_cast<std::size_t>(at[i]) * to->nb[1];
-    if (to->type == GGML_TYPE_F32) {
-      std::memcpy(dst, row, static_cast<std::size_t>(n) * sizeof(float));
-    } else if (to->type == GGML_TYPE_F16) {
-      ggml_fp32_to_fp16_row(row, reinterpret_cast<ggml_fp16_t*>(dst), n);
-    } else {
-      ggml_get_type_traits(to->type)->from_float_ref(row, dst, n);
-    }
+    if (alone) continue;
+    FromFloats(to->type, row,
+               static_cast<char*>(to->data) + static_cast<std::size_t>(at[i]) * to->nb[1], n);
   }
-  const auto mirror = c.mirrors.find(c.last_k);
   if (mirror == c.mirrors.end()) return {};
   const std::size_t heads = mirror->second.shape().kv_heads;
   RowsView view =
@@ -212,9 +254,9 @@ void MakeSlopes(std::size_t heads, float max_bias, std::vector<float>* slopes) {
 }
 
 Status Attend(Context& c, const ggml_tensor* op) {
-  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+  const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2), *mask = op->src[3];
   const std::optional<Attention> a = Read(op);
-  const Result<Mirror*> mirror = MirrorOf(c, k, *a);
+  const Result<Mirror*> mirror = MirrorOf(c, k, v, *a);
   if (!mirror.ok()) return mirror.status();
   const std::size_t streams = static_cast<std::size_t>(q->ne[3]),
                     queries = static_cast<std::size_t>(q->ne[1]),
@@ -267,17 +309,42 @@ Status Attend(Context& c, const ggml_tensor* op) {
       c.dump.reset();
     }
   }
-  return (*mirror)->Attend(requests, a->options, c.threads);
+  const Status s = (*mirror)->Attend(requests, a->options, c.threads);
+  if (s.ok()) GiveBack(*mirror, first_stream, streams);
+  return s;
+}
+
+// What else reads or writes a cache that is not there: the CPU, once its rows are.
+Status RunOnCpu(Context& c, ggml_tensor* node) {
+  for (const ggml_tensor* t : node->src) {
+    if (t != nullptr) Restore(t);
+  }
+  Restore(node);
+  if (c.cpu == nullptr) {
+    c.cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+  }
+  const std::unique_ptr<ggml_context, decltype(&ggml_free)> memory(
+      ggml_init({ggml_graph_overhead_custom(1, false), nullptr, true}), ggml_free);
+  ggml_cgraph* const graph = ggml_new_graph_custom(memory.get(), 1, false);
+  ggml_graph_add_node(graph, node);
+  if (c.cpu != nullptr && ggml_backend_graph_compute(c.cpu.get(), graph) == GGML_STATUS_SUCCESS) {
+    return {};
+  }
+  return {ErrorCode::kMismatch, std::string("the CPU does not compute ") + ggml_op_name(node->op)};
 }
 
 ggml_status Compute(ggml_backend_t backend, ggml_cgraph* graph) {
   Context& c = *static_cast<Context*>(backend->context);
   c.seen_mask = nullptr;
   for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-    const ggml_tensor* const node = ggml_graph_node(graph, i);
+    ggml_tensor* const node = ggml_graph_node(graph, i);
     Status s;
-    if (node->op == GGML_OP_SET_ROWS) s = SetRows(c, node);
-    if (node->op == GGML_OP_FLASH_ATTN_EXT) s = Attend(c, node);
+    if (IsView(node->op)) continue;
+    if (IsTaken(node)) {
+      s = node->op == GGML_OP_SET_ROWS ? SetRows(c, node) : Attend(c, node);
+    } else {
+      s = RunOnCpu(c, node);
+    }
     if (s.ok()) continue;
     Say(std::string(node->name) + ": " + s.message());
     return GGML_STATUS_FAILED;
@@ -293,7 +360,7 @@ const char* DeviceDescription(ggml_backend_dev_t) { return "attention by kvmix";
 const char* RegistryName(ggml_backend_reg_t) { return "KVMIX"; }
 
 void Free(ggml_backend_t backend) {
-  const Context* const c = static_cast<Context*>(backend->context);
+  Context* const c = static_cast<Context*>(backend->context);
   if (c->dump != nullptr) {
     if (const Status s = c->dump->Finish(); !s.ok()) Say(s.message());
   }
@@ -309,6 +376,7 @@ void Free(ggml_backend_t backend) {
         " cells written, " + std::to_string(sum.read) + " read from the engine's, " +
         std::to_string(bytes >> 20) + " MiB of codes");
   }
+  for (auto& [_, mirror] : c->mirrors) Unwatch(&mirror);
   delete c;
   delete backend;
 }
@@ -337,33 +405,14 @@ void SetThreads(ggml_backend_t backend, int threads) {
 }
 
 bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* op) {
-  switch (op->op) {
-    case GGML_OP_NONE:
-    case GGML_OP_RESHAPE:
-    case GGML_OP_VIEW:
-    case GGML_OP_PERMUTE:
-    case GGML_OP_TRANSPOSE:
-      return true;
-    case GGML_OP_SET_ROWS: {
-      const ggml_tensor* const to = op->src[2];
-      return (LayerOf(to, Tensor::kK) || LayerOf(to, Tensor::kV)) && IsRowType(to->type) &&
-             op->src[0]->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I64 &&
-             op->src[0]->ne[2] == 1 && op->src[0]->ne[3] == 1;
-    }
-    case GGML_OP_FLASH_ATTN_EXT: {
-      std::string why = Refusal(op), reason = why;
-      if (why.empty()) {
-        if (const Result<Plan> plan = PlanOf(TheSettings(), *Read(op)); !plan.ok()) {
-          why = plan.status().message();
-          reason = "plan";
-        }
-      }
-      if (!why.empty()) SayOnce(reason, "not taken, and left to the CPU: " + why);
-      return why.empty();
-    }
-    default:
-      return false;
+  if (IsView(op->op) || IsTaken(op)) return true;
+  if (op->op == GGML_OP_MUL_MAT && LayerOf(op->src[0], Tensor::kK)) {
+    SayOnce("flash",
+            "not taken, and left to the CPU: attention that is no flash attention (-fa on)");
   }
+  // Nobody else may touch a cache that is not there.
+  const auto is_away = [](const ggml_tensor* t) { return IsCache(t) && IsGivenBack(t); };
+  return TheSettings().memory && (is_away(op) || std::ranges::any_of(op->src, is_away));
 }
 
 bool SupportsBuffer(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
@@ -402,13 +451,25 @@ void* Procedure(ggml_backend_reg_t, const char* name) {
   return threads ? reinterpret_cast<void*>(SetThreads) : nullptr;
 }
 
+// The libraries that this was built for: the structs of ggml change with its version.
+bool AreLibrariesThese() {
+  const auto is_same = [](const char* library, std::string_view built, std::string_view found) {
+    if (built == found) return true;
+    Say(std::string("error: built for ") + library + " " + std::string(built) + ", found " +
+        std::string(found) + ". kvmix is not used.");
+    return false;
+  };
+  return is_same("ggml", KVMIX_GGML_VERSION, ggml_version()) &&
+         is_same("libkvmix", KVMIX_VERSION, Version());
+}
+
 }  // namespace
 }  // namespace kvmix::llama
 
 // Null: the engine goes on without kvmix, and has been told why.
 extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
   using namespace kvmix::llama;
-  if (!LoadSettings()) return nullptr;
+  if (!AreLibrariesThese() || !LoadSettings()) return nullptr;
   static ggml_backend_reg registry = {
       GGML_BACKEND_API_VERSION, {RegistryName, DeviceCount, Device, Procedure}, nullptr};
   return &registry;

@@ -49,11 +49,13 @@ std::string SetDump(const std::string& value) {
   settings.dump = value;
   return {};
 }
-std::string SetVerbose(const std::string& value) {
+std::string SetSwitch(const std::string& value, bool* on) {
   if (value != "0" && value != "1") return "expected 0 or 1, found " + value;
-  settings.verbose = value == "1";
+  *on = value == "1";
   return {};
 }
+std::string SetMemory(const std::string& value) { return SetSwitch(value, &settings.memory); }
+std::string SetVerbose(const std::string& value) { return SetSwitch(value, &settings.verbose); }
 std::string Help(const std::string&);
 
 struct Variable {
@@ -66,6 +68,7 @@ constexpr Variable kVariables[] = {
     {"KVMIX_CODEC", "without a plan: the codec of all heads (i8-token-bf16+hadamard)", SetCodec},
     {"KVMIX_TARGET", "the instruction set (the best of this CPU)", SetTarget},
     {"KVMIX_DUMP", "a file to write K, V and Q to, for kvmix-tune", SetDump},
+    {"KVMIX_MEMORY", "1: give the engine's own K and V back to the system", SetMemory},
     {"KVMIX_VERBOSE", "1: say at the end what was done", SetVerbose},
     {"KVMIX_HELP", "1: this list", Help},
 };

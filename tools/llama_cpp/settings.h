@@ -16,6 +16,7 @@ struct Settings {
   HeadCodec codec;     // KVMIX_CODEC, where there is no plan
   std::string target;  // KVMIX_TARGET
   std::string dump;    // KVMIX_DUMP
+  bool memory = false;
   bool verbose = false;
 };
 

@@ -4,6 +4,9 @@
 // write that can be seen, and keeps the cells in codecs; attention reads these. What the engine
 // changed behind the mirror's back (a context shift, a restored state) is found by hashes of the
 // engine's rows, and read again.
+//
+// A mirror that is alone takes the place of these rows: the engine gives their memory back. What
+// reads or writes them all the same goes through Holds, Decode and Changed.
 #ifndef KVMIX_MIRROR_H_
 #define KVMIX_MIRROR_H_
 
@@ -48,6 +51,13 @@ struct MirrorCounts {
   std::uint64_t read = 0;     // cells that were read from the engine's rows
 };
 
+struct MirrorOptions {
+  PoolOptions pool = {};
+  // The engine keeps no rows of its own. An Attend reads all cells of its streams that the engine
+  // wrote without telling; after it nothing of these streams' rows is needed.
+  bool alone = false;
+};
+
 // cells[c] <- whether any query sees it. [mask.cells]
 KVMIX_API void SeenCells(const MaskView& mask, std::uint8_t* cells);
 
@@ -56,7 +66,7 @@ class KVMIX_API Mirror {
  public:
   // plan: of a model of one layer. Every stream has `cells` cells.
   static Result<Mirror> Create(const Plan& plan, std::size_t streams, std::size_t cells,
-                               const PoolOptions& options = {});
+                               const MirrorOptions& options = {});
   Mirror(Mirror&&) noexcept;
   Mirror& operator=(Mirror&&) noexcept;
   ~Mirror();
@@ -66,9 +76,19 @@ class KVMIX_API Mirror {
   // are too many. The engine's own cells have them when their stream is attended to next. Errors:
   // rows of another shape, cells that are none; nothing is written then.
   Status Write(Tensor tensor, std::span<const std::int64_t> cells, const RowsView& rows);
-  // Attention of all requests, after the cells that they see are as the engine has them.
+  // Attention of all requests, after the cells that they see are as the engine has them. A mirror
+  // that is alone reads rows of all of the streams' cells. kOutOfMemory: a pool that is full.
   Status Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
                 int num_threads);
+
+  // The engine's rows of these cells, counted over all streams, are now what the cells hold: for
+  // writes that are told late, and without numbers. All cells: the codes' memory goes back.
+  void Changed(std::size_t first, std::size_t count);
+  // Of a mirror that is alone. Whether the cell's numbers are here; otherwise they are the
+  // engine's.
+  bool Holds(std::size_t cell);
+  // Numbers of `count` cells that are here, all of one stream: [count][kv_heads][channels].
+  void Decode(Tensor tensor, std::size_t first, std::size_t count, float* rows);
 
   const LayerShape& shape() const;
   const MirrorCounts& counts() const;
