@@ -197,6 +197,9 @@ TEST(FullPool, RefusesAndLeavesEverythingAsItWas) {
   const AppendRequest batch[] = {{&b, k.Tokens(0, 300), v.Tokens(0, 300)},
                                  {&d, k.Tokens(0, 1), v.Tokens(0, 1)}};
   ExpectError(Append(batch, 0), ErrorCode::kOutOfMemory, {"request 1 of 2", "layer 0"});
+  const AppendRequest twice[] = {batch[1], {&b, k.Tokens(0, 1), v.Tokens(0, 1)}, batch[1]};
+  ExpectError(Append(twice, 0), ErrorCode::kInvalidArgument, {"request 2 of 3", "request 0"});
+  EXPECT_EQ(d.tokens(0), 0u);
   EXPECT_EQ(b.tokens(0), 0u);
   EXPECT_EQ(pool.bytes(), 4 * page) << "what the first request got goes back";
   // There is room again once somebody has left.

@@ -128,6 +128,23 @@ Status Prepare(CacheImpl* c, std::size_t layer, const RowsView& k, const RowsVie
   return internal::MakeWritable(*c, layer, held, k.tokens);
 }
 
+Status CheckNamedOnce(std::span<const AppendRequest> requests) {
+  if (requests.size() < 2) return {};
+  std::vector<std::pair<const CacheImpl*, std::size_t>> named;
+  for (const AppendRequest& r : requests) {
+    named.emplace_back(internal::Access::Of(r.cache), named.size());
+  }
+  std::ranges::sort(named);
+  const auto same = [](const auto& a, const auto& b) {
+    return a.first == b.first && a.first != nullptr;
+  };
+  const auto twice = std::ranges::adjacent_find(named, same);
+  if (twice == named.end()) return {};
+  return {ErrorCode::kInvalidArgument,
+          fmt::format("request {} of {}: expected another cache than that of request {}",
+                      std::next(twice)->second, requests.size(), twice->second)};
+}
+
 bool IsOnePart(const RowsView& k) { return k.tokens * k.heads * k.head_dim <= kOnePart; }
 
 // All of it, after Prepare.
@@ -205,6 +222,7 @@ Status Cache::Append(std::size_t layer, const RowsView& k, const RowsView& v, in
 
 Status Append(std::span<const AppendRequest> requests, std::size_t layer, int num_threads) {
   if (Status s = internal::CheckThreads(num_threads); !s.ok()) return s;
+  if (Status s = CheckNamedOnce(requests); !s.ok()) return s;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AppendRequest& r = requests[i];
     if (Status s = Prepare(internal::Access::Of(r.cache), layer, r.k, r.v); !s.ok()) {

@@ -225,10 +225,18 @@ Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
 void SeenCells(const MaskView& mask, std::uint8_t* cells) {
   std::fill(cells, cells + mask.cells, std::uint8_t{0});
   const auto add = [&]<typename Bits>(const Bits* values, Bits hidden) {
-    for (std::size_t q = 0; q < mask.queries; ++q) {
-      const Bits* const row = values + static_cast<std::ptrdiff_t>(q) * mask.stride;
-      for (std::size_t c = 0; c < mask.cells; ++c) {
-        cells[c] = static_cast<std::uint8_t>(cells[c] | (row[c] != hidden));
+    // The last query sees the most: few others are looked at.
+    for (std::size_t begin = 0, n; begin < mask.cells; begin += n) {
+      n = std::min<std::size_t>(mask.cells - begin, 256);
+      std::uint8_t* const to = cells + begin;
+      for (std::size_t q = mask.queries; q-- > 0;) {
+        const Bits* const row = values + static_cast<std::ptrdiff_t>(q) * mask.stride + begin;
+        std::uint8_t all = 1;
+        for (std::size_t c = 0; c < n; ++c) {
+          to[c] = static_cast<std::uint8_t>(to[c] | (row[c] != hidden));
+          all &= to[c];
+        }
+        if (all != 0) break;
       }
     }
   };
