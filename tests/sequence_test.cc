@@ -213,6 +213,34 @@ TEST(FullPool, RefusesAndLeavesEverythingAsItWas) {
   ExpectSame(e, expected);
 }
 
+// Pools of unlike plans in the same memory, and under the same bound.
+TEST(Pool, Beside) {
+  const Case c(600);
+  const Plan other = UniformPlan(Geometry{1, 1, 1, 64}, {}, {});
+  Result<Pool> first = Pool::Create(c.plan, {.bytes = std::size_t{64} << 20});
+  ASSERT_TRUE(first.ok());
+  Pool second = Pool::Create(other, {.beside = &*first}).value();
+  EXPECT_EQ(second.most_bytes(), first->most_bytes());
+  Cache a = Cache::Create(*first, 600);
+  const Cache expected = Filled(c.plan, c.rows, 600);
+  AppendToAll(a, c.rows, 0, 600);
+  const std::size_t bytes = first->bytes();
+  EXPECT_EQ(second.bytes(), bytes);
+  Cache b = Cache::Create(second, std::size_t{1} << 30);
+  const std::vector<float> rows(64 * 256, 1.0f);
+  const RowsView view = RowsView::F32(rows.data(), 256, 1, 64);
+  ASSERT_TRUE(b.Append(0, view, view).ok());
+  EXPECT_EQ(first->bytes(), bytes + b.bytes());
+  first = Status(ErrorCode::kNotFound, "");  // the memory stays as long as anybody has some
+  Status s;
+  while (s.ok()) s = b.Append(0, view, view);
+  EXPECT_EQ(s.code(), ErrorCode::kOutOfMemory);
+  ExpectSame(a, expected);
+  b.Release();
+  EXPECT_EQ(second.bytes(), bytes);
+  ExpectSame(a, expected);
+}
+
 std::size_t ResidentBytes() {
   std::ifstream in("/proc/self/statm");
   std::size_t all = 0, resident = 0;

@@ -44,7 +44,7 @@ struct PoolImpl {
   Plan plan;
   const kernels::Kernels* kernels = nullptr;  // the tiles are made by and for these
   std::vector<PoolLayer> layers;
-  std::unique_ptr<PageMemory> memory;
+  std::shared_ptr<PageMemory> memory;     // perhaps of several pools
   std::unique_ptr<std::uint8_t[]> zeros;  // a block for whoever reads where nothing was written
 };
 
@@ -93,6 +93,7 @@ std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens);
 
 // A Cache's inside, for the library's own files.
 struct Access {
+  static const PoolImpl* Of(const Pool& pool) { return pool.impl_.get(); }
   static CacheImpl* Of(const Cache& cache) { return cache.impl_.get(); }
   // Null for no cache as for a released one.
   static CacheImpl* Of(const Cache* cache) { return cache != nullptr ? Of(*cache) : nullptr; }

@@ -20,6 +20,8 @@ constexpr std::size_t kProbes = 4;
 // from the engine at a time.
 constexpr std::size_t kMostPending = 4096;
 constexpr std::size_t kReadRows = 256;
+// Rows whose memory is kept for the next call.
+constexpr std::size_t kKeptRows = 16;
 
 std::uint64_t HashOf(const EngineRows& rows, std::size_t cell) {
   return XXH3_64bits(static_cast<const std::uint8_t*>(rows.data) + cell * rows.stride, rows.bytes);
@@ -47,6 +49,9 @@ struct Stream {
 }  // namespace
 
 struct Mirror::Impl {
+  explicit Impl(const Pool& of) : pool(of) {}
+
+  Pool pool;
   LayerShape shape;
   std::size_t cells = 0;  // of a stream
   bool alone = false;
@@ -106,6 +111,8 @@ void Mirror::Impl::StorePending() {
       const std::size_t at = static_cast<std::size_t>(cell);
       streams[at / cells].state[at % cells] = Stream::State::kNever;
     }
+    // A prompt's rows would stay as large as they are in every layer's mirror.
+    if (p->cells.size() > kKeptRows) p->rows = std::vector<float>();
     p->cells.clear();
     p->rows.clear();
   }
@@ -219,6 +226,10 @@ Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
     }
     counts.read += n;
   }
+  if (changed.size() > kKeptRows) {
+    k_rows = std::vector<float>();
+    v_rows = std::vector<float>();
+  }
   return {};
 }
 
@@ -259,7 +270,7 @@ Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t
                               const MirrorOptions& options) {
   const Result<Pool> pool = Pool::Create(plan, options.pool);
   if (!pool.ok()) return pool.status();
-  auto impl = std::make_unique<Impl>();
+  auto impl = std::make_unique<Impl>(*pool);
   const std::size_t compared = options.alone ? 0 : cells;
   for (std::size_t i = 0; i < streams; ++i) {
     impl->streams.push_back({Cache::Create(*pool, cells),
@@ -371,6 +382,7 @@ void Mirror::Changed(std::size_t first, std::size_t count) {
   }
 }
 
+const Pool& Mirror::pool() const { return impl_->pool; }
 const LayerShape& Mirror::shape() const { return impl_->shape; }
 const MirrorCounts& Mirror::counts() const { return impl_->counts; }
 std::size_t Mirror::bytes() const {

@@ -30,8 +30,14 @@ PageMemory::~PageMemory() {
 }
 
 std::size_t PageMemory::AddKind(std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
   kinds_.push_back({RoundUp(bytes, 4096), nullptr, nullptr});
   return kinds_.size() - 1;
+}
+
+std::size_t PageMemory::page_bytes(std::size_t kind) const {
+  const std::lock_guard lock(mutex_);
+  return kinds_[kind].bytes;
 }
 
 // Memory that was never used, all zeros; null if the system has none.

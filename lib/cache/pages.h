@@ -41,7 +41,7 @@ class PageMemory {
 
   std::size_t most() const { return most_; }
   std::size_t used() const { return used_.load(std::memory_order_relaxed); }
-  std::size_t page_bytes(std::size_t kind) const { return kinds_[kind].bytes; }
+  std::size_t page_bytes(std::size_t kind) const;
 
  private:
   struct Kind {
@@ -57,7 +57,7 @@ class PageMemory {
   void GiveBack();
 
   const std::size_t most_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::vector<Kind> kinds_;
   std::vector<std::unique_ptr<Page>> pages_;
   std::vector<Chunk> chunks_;

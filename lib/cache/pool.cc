@@ -76,7 +76,10 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
   auto pool = std::make_shared<PoolImpl>();
   pool->plan = plan;
   pool->kernels = *kernels;
-  pool->memory = std::make_unique<PageMemory>(options.bytes != 0 ? options.bytes : MemoryBytes());
+  pool->memory =
+      options.beside != nullptr
+          ? Access::Of(*options.beside)->memory
+          : std::make_shared<PageMemory>(options.bytes != 0 ? options.bytes : MemoryBytes());
 
   std::size_t largest = 0;
   for (std::size_t i = 0; i < plan.model.layers.size(); ++i) {

@@ -203,10 +203,11 @@ Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const ggml_tensor* v,
                          const Attention& a) {
   ggml_tensor* const base = Base(k);
   if (const auto it = c.mirrors.find(base->data); it != c.mirrors.end()) return &it->second;
-  Result<Mirror> mirror =
-      Mirror::Create(PlanOf(TheSettings(), a), static_cast<std::size_t>(base->ne[2]),
-                     static_cast<std::size_t>(base->ne[1]),
-                     {.pool = {.target = TheSettings().target}, .alone = TheSettings().memory});
+  const Pool* const beside = c.mirrors.empty() ? nullptr : &c.mirrors.begin()->second.pool();
+  Result<Mirror> mirror = Mirror::Create(
+      PlanOf(TheSettings(), a), static_cast<std::size_t>(base->ne[2]),
+      static_cast<std::size_t>(base->ne[1]),
+      {.pool = {.target = TheSettings().target, .beside = beside}, .alone = TheSettings().memory});
   if (!mirror.ok()) return mirror.status();
   Mirror* const made = &c.mirrors.emplace(base->data, std::move(*mirror)).first->second;
   Watch(made, base, Base(v), TheSettings().memory);

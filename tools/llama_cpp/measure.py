@@ -63,6 +63,8 @@ def saved(setting, plan):
 
 def chosen(args):
     names = args.settings.split(';') if args.settings else list(SETTINGS)
+    if args.command == 'kl':
+        names = [n for n in names if n != 'f16']  # what the others are compared with
     unknown = [n for n in names if n not in SETTINGS]
     if unknown:
         sys.exit(f'measure.py: error: no setting {unknown[0]!r}; there are {list(SETTINGS)}')
@@ -143,8 +145,8 @@ def draw(args):
     for name, panels in (('speed', decode), ('kl', models)):
         if not panels:
             continue
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2),
-                                       squeeze=False, layout='constrained')
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4),
+                                       squeeze=False)
         for axis, key in zip(axes[0], panels):
             if name == 'speed':
                 for setting, found in panels[key].items():
@@ -160,8 +162,9 @@ def draw(args):
                 axis.set(title=key, xlabel='bytes of the cache, % of f16', yscale='log',
                          ylabel='KL against f16', xlim=(0, 105))
         handles = {h.get_label(): h for a in axes[0] for h in a.get_lines()}
-        figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=5,
-                      frameon=False)
+        figure.legend(handles.values(), handles.keys(), loc='lower center', frameon=False,
+                      ncols=len(handles) if len(panels) > 1 else 2)
+        figure.tight_layout(rect=(0, 0.09, 1, 1))
         figure.savefig(pathlib.Path(args.output) / f'{name}.svg', metadata={'Date': None})
 
 

@@ -37,10 +37,15 @@ struct CacheOptions {
   std::size_t rollback = 0;
 };
 
+class Pool;
+
 struct PoolOptions {
   std::size_t bytes = 0;  // of pages in use, at most; 0: as much memory as this process may have
   std::string target = {};
   std::size_t rollback = 0;
+  // Another pool, for instance of another model, whose memory this one takes, and whose bound on
+  // bytes: both count what is in use together.
+  const Pool* beside = nullptr;
 };
 
 // Memory for caches of one model and plan: pages of 256 tokens of a layer, or of a few times as
@@ -54,11 +59,12 @@ class KVMIX_API Pool {
 
   const Plan& plan() const;
   const char* target() const;  // whose kernels and tiles its caches use, "AVX2"
-  std::size_t bytes() const;   // of pages in use, shared ones counted once
+  std::size_t bytes() const;   // of pages in use, shared ones counted once, and of pools beside
   std::size_t most_bytes() const;
 
  private:
   friend class Cache;
+  friend struct internal::Access;
   explicit Pool(std::shared_ptr<internal::PoolImpl> impl) : impl_(std::move(impl)) {}
   std::shared_ptr<internal::PoolImpl> impl_;
 };

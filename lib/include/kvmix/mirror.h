@@ -90,6 +90,7 @@ class KVMIX_API Mirror {
   // Numbers of `count` cells that are here, all of one stream: [count][kv_heads][channels].
   void Decode(Tensor tensor, std::size_t first, std::size_t count, float* rows);
 
+  const Pool& pool() const;  // for mirrors of other layers to be beside
   const LayerShape& shape() const;
   const MirrorCounts& counts() const;
   std::size_t bytes() const;  // of the codes
