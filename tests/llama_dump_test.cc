@@ -1,7 +1,10 @@
 // What the plug-in for llama.cpp writes is a dump of what attention saw.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <filesystem>
 #include <map>
 #include <string>
 #include <utility>
@@ -38,7 +41,7 @@ struct Engine {
   }
 
   // A call of tokens that see so many cells. kept: the dump has them.
-  Status Call(std::size_t layer, const Seen& seen, bool kept = true) {
+  Status Call(std::size_t layer, const Seen& seen, bool kept = true, std::size_t stream = 0) {
     constexpr std::size_t kCells = 40, kStride = 43;
     const std::size_t n = seen.size();
     std::vector<Half> halves(n * kStride, Half{0x7E00});
@@ -64,7 +67,7 @@ struct Engine {
     const auto v = rows(shape.kv_heads, shape.v_dim, &Rows::v);
     return dump.Add(layer, shape, RowsView::F32(q.data(), n, shape.query_heads, shape.k_dim),
                     RowsView::F32(k.data(), n, shape.kv_heads, shape.k_dim),
-                    RowsView::F32(v.data(), n, shape.kv_heads, shape.v_dim), mask);
+                    RowsView::F32(v.data(), n, shape.kv_heads, shape.v_dim), mask, stream);
   }
   void Run(std::size_t layer, const Seen& seen, bool kept = true) {
     const Status s = Call(layer, seen, kept);
@@ -140,6 +143,51 @@ TEST(LlamaDump, Prompts) {
     }
     EXPECT_EQ(folder.entries(), 1u);
   }
+}
+
+// Prompts of several streams, in pieces that take turns.
+TEST(LlamaDump, Streams) {
+  const TempFolder folder;
+  Engine e(folder.file("dump"));
+  const auto run = [&](const Seen& seen, std::size_t stream) {
+    for (const std::size_t layer : {0, 1}) {
+      const Status s = e.Call(layer, seen, true, stream);
+      ASSERT_TRUE(s.ok()) << s.message();
+    }
+  };
+  run(Count(1, 5), 2);
+  const std::map<std::size_t, Engine::Rows> first = std::exchange(e.expected, {});
+  run(Count(1, 12), 0);
+  run(Count(13, 20), 0);
+  const std::map<std::size_t, Engine::Rows> other = std::exchange(e.expected, first);
+  run(Count(6, 9), 2);
+  run(Count(1, 8), 2);
+  for (auto& [layer, rows] : e.expected) {  // streams follow on each other
+    const Engine::Rows& before = other.at(layer);
+    rows.q.insert(rows.q.begin(), before.q.begin(), before.q.end());
+    rows.k.insert(rows.k.begin(), before.k.begin(), before.k.end());
+    rows.v.insert(rows.v.begin(), before.v.begin(), before.v.end());
+  }
+  e.Finish();
+  ExpectDump(folder.file("dump"), e, {20, 9, 8});
+}
+
+// The parts of an engine that was killed go, those of one that runs stay.
+TEST(LlamaDump, RemovesStaleParts) {
+  const TempFolder folder;
+  const std::string path = folder.file("dump");
+  const pid_t gone = fork();
+  if (gone == 0) _exit(0);
+  waitpid(gone, nullptr, 0);
+  const std::string stale = path + "." + std::to_string(gone) + ".parts";
+  const std::string alive = path + "." + std::to_string(getppid()) + ".parts";
+  std::filesystem::create_directory(stale);
+  std::filesystem::create_directory(alive);
+  Engine e(path);
+  e.Run(0, Count(1, 9));
+  e.Finish();
+  EXPECT_FALSE(std::filesystem::exists(stale));
+  EXPECT_TRUE(std::filesystem::exists(alive));
 }
 
 TEST(LlamaDump, Windows) {

@@ -31,15 +31,20 @@ std::string Number(float x) {
   return {text, std::to_chars(text, text + sizeof(text), x).ptr};
 }
 
-// Token t of a view as halves, appended to a file.
-bool WriteToken(const RowsView& rows, std::size_t t, std::FILE* file) {
-  std::vector<Half> halves;
+// A token of a view as halves.
+void PutToken(const RowsView& rows, std::size_t token, std::vector<Half>* halves) {
   for (std::size_t h = 0; h < rows.heads; ++h) {
     for (std::size_t c = 0; c < rows.head_dim; ++c) {
-      halves.push_back(FloatToHalf(rows.At(t, h, c)));
+      halves->push_back(FloatToHalf(rows.At(token, h, c)));
     }
   }
-  return std::fwrite(halves.data(), sizeof(Half), halves.size(), file) == halves.size();
+}
+
+bool Append(const std::string& path, const std::vector<Half>& halves) {
+  std::FILE* const file = std::fopen(path.c_str(), "ab");
+  if (file == nullptr) return false;
+  const bool good = std::fwrite(halves.data(), sizeof(Half), halves.size(), file) == halves.size();
+  return std::fclose(file) == 0 && good;
 }
 
 // Cells that one query of a mask sees.
@@ -59,17 +64,16 @@ Dump::Dump(std::string path)
     : path_(std::move(path)), folder_(path_ + "." + std::to_string(getpid()) + kParts) {}
 
 Dump::~Dump() {
-  for (auto& [_, layer] : layers_) {
-    for (std::FILE* file : {layer.k, layer.v, layer.q}) {
-      if (file != nullptr) std::fclose(file);
-    }
-  }
   std::error_code ignored;
   std::filesystem::remove_all(folder_, ignored);
 }
 
-std::string Dump::Part(std::size_t layer, const char* tensor) const {
-  return folder_ + "/" + std::to_string(layer) + "." + tensor;
+std::array<Dump::Tensor, 3> Dump::Tensors(const LayerShape& s) {
+  return {{{"k", s.kv_heads, s.k_dim}, {"v", s.kv_heads, s.v_dim}, {"q", s.query_heads, s.k_dim}}};
+}
+
+std::string Dump::Part(std::size_t layer, std::size_t stream, const char* tensor) const {
+  return folder_ + "/" + std::to_string(layer) + "." + std::to_string(stream) + "." + tensor;
 }
 
 // The parts of an engine that was killed.
@@ -90,85 +94,103 @@ void Dump::RemoveStale() const {
   }
 }
 
-Status Dump::Open(std::size_t number, Layer* layer) {
-  std::error_code error;
-  if (layers_.size() == 1) RemoveStale();
-  std::filesystem::create_directories(folder_, error);
-  for (auto& [file, name] : {std::pair{&layer->k, "k"}, {&layer->v, "v"}, {&layer->q, "q"}}) {
-    *file = std::fopen(Part(number, name).c_str(), "wb+");
-    if (*file == nullptr) return IoError(Part(number, name), "be written");
-  }
-  return {};
-}
-
 Status Dump::Add(std::size_t number, const LayerShape& shape, const RowsView& q, const RowsView& k,
-                 const RowsView& v, const MaskView& mask) {
-  Layer& layer = layers_[number];
-  if (layer.k == nullptr) {
-    layer.shape = shape;
-    if (Status s = Open(number, &layer); !s.ok()) return s;
+                 const RowsView& v, const MaskView& mask, std::size_t stream) {
+  if (layers_.empty()) {
+    RemoveStale();
+    std::error_code ignored;  // the first part says it
+    std::filesystem::create_directories(folder_, ignored);
   }
+  const auto [at, is_new] = layers_.try_emplace(number);
+  Layer& layer = at->second;
+  if (is_new) layer.shape = shape;
   if (k.tokens != q.tokens || v.tokens != q.tokens) {  // reads another's K, or padded
     left_out_ += q.tokens;
     return {};
   }
+  Stream& s = layer.streams[stream];
+  std::vector<Half> rows[3];
+  const auto write = [&]() -> Status {
+    std::size_t i = 0;
+    for (const Tensor& t : Tensors(shape)) {
+      const std::string part = Part(number, stream, t.name);
+      if (!Append(part, rows[i])) return IoError(part, "be written");
+      rows[i++].clear();
+    }
+    return {};
+  };
   for (std::size_t t = 0; t < q.tokens; ++t) {
     const std::size_t seen = Seen(mask, t);
     if (seen == 1) {
-      if (!DropShortPrompt(&layer)) return IoError(folder_, "be written");
-      layer.prompts.push_back(0);
-    } else if (layer.prompts.empty() || (seen != layer.seen + 1 && seen != layer.seen)) {
+      if (Status error = write(); !error.ok()) return error;
+      if (Status error = DropShortPrompt(number, stream); !error.ok()) return error;
+      s.prompts.push_back(0);
+    } else if (s.prompts.empty() || (seen != s.seen + 1 && seen != s.seen)) {
       ++left_out_;
       continue;
-    } else if (seen == layer.seen && seen == layer.most) {
+    } else if (seen == s.seen && seen == layer.most) {
       layer.shape.window = seen;  // it no longer grows
     }
     if (seen > layer.most) {  // it does: a token was computed twice
       layer.most = seen;
       layer.shape.window = 0;
     }
-    layer.seen = seen;
-    if (!WriteToken(k, t, layer.k) || !WriteToken(v, t, layer.v) || !WriteToken(q, t, layer.q)) {
-      return IoError(folder_, "be written");
-    }
-    ++layer.prompts.back();
+    s.seen = seen;
+    PutToken(k, t, &rows[0]);
+    PutToken(v, t, &rows[1]);
+    PutToken(q, t, &rows[2]);
+    ++s.prompts.back();
   }
-  return {};
+  return write();
 }
 
 // The last prompt, if it is too short to be one.
-bool Dump::DropShortPrompt(Layer* layer) {
-  if (layer->prompts.empty() || layer->prompts.back() >= kShortestPrompt) return true;
-  const std::size_t tokens = layer->prompts.back();
-  layer->prompts.pop_back();
+Status Dump::DropShortPrompt(std::size_t number, std::size_t stream) {
+  Layer& layer = layers_.at(number);
+  std::vector<std::size_t>& prompts = layer.streams.at(stream).prompts;
+  if (prompts.empty() || prompts.back() >= kShortestPrompt) return {};
+  const std::size_t tokens = prompts.back();
+  prompts.pop_back();
   left_out_ += tokens;
-  const LayerShape& s = layer->shape;
-  const auto back = [&](std::FILE* file, std::size_t row) {
-    const long bytes = static_cast<long>(tokens * row * sizeof(Half));
-    return std::fseek(file, -bytes, SEEK_CUR) == 0;
-  };
-  return back(layer->k, s.kv_heads * s.k_dim) && back(layer->v, s.kv_heads * s.v_dim) &&
-         back(layer->q, s.query_heads * s.k_dim);
+  for (const Tensor& t : Tensors(layer.shape)) {
+    const std::string part = Part(number, stream, t.name);
+    std::error_code error;
+    const std::uintmax_t bytes = std::filesystem::file_size(part, error);
+    if (!error) {
+      std::filesystem::resize_file(part, bytes - tokens * t.heads * t.dim * sizeof(Half), error);
+    }
+    if (error) return {ErrorCode::kIo, part + ": cannot be cut: " + error.message()};
+  }
+  return {};
 }
 
 // The header says where every tensor lies; the parts follow as they are.
 Status Dump::Finish() {
   if (layers_.empty()) return {};  // a context that the engine only tried
-  for (auto& [_, layer] : layers_) {
-    if (!DropShortPrompt(&layer)) return IoError(folder_, "be written");
+  const auto prompts_of = [](const Layer& layer) {
+    std::vector<std::size_t> all;
+    for (const auto& [_, s] : layer.streams) {
+      all.insert(all.end(), s.prompts.begin(), s.prompts.end());
+    }
+    return all;
+  };
+  for (const auto& [number, layer] : layers_) {
+    for (const auto& [stream, _] : layer.streams) {
+      if (Status error = DropShortPrompt(number, stream); !error.ok()) return error;
+    }
   }
-  const std::vector<std::size_t>& prompts = layers_.begin()->second.prompts;
+  const std::vector<std::size_t> prompts = prompts_of(layers_.begin()->second);
   const std::size_t tokens = std::accumulate(prompts.begin(), prompts.end(), std::size_t{0});
-  if (std::ranges::all_of(layers_, [](const auto& l) { return l.second.prompts.empty(); })) {
+  if (std::ranges::all_of(layers_, [&](const auto& l) { return prompts_of(l.second).empty(); })) {
     return {ErrorCode::kMismatch, path_ + ": expected a prompt of " +
                                       std::to_string(kShortestPrompt) +
-                                      " tokens or more, found none"};
+                                      " tokens or more into an empty cache, found none"};
   }
   std::string tensors, shapes, lengths;
   std::size_t at = 0, next = 0;
-  std::vector<std::FILE*> files;
+  std::vector<std::string> parts;
   for (auto& [number, layer] : layers_) {
-    if (layer.prompts != prompts) {
+    if (prompts_of(layer) != prompts) {
       return {ErrorCode::kMismatch, path_ + ": layers saw unlike prompts"};
     }
     for (; next < number; ++next) shapes += "null, ";
@@ -185,21 +207,14 @@ Status Dump::Finish() {
     }
     if (s.soft_cap != 0.0f) shapes += ", \\\"soft_cap\\\": " + Number(s.soft_cap);
     shapes += "}, ";
-    struct Tensor {
-      const char* name;
-      std::FILE* file;
-      std::size_t heads, dim;
-    };
-    for (const Tensor& t :
-         {Tensor{"k", layer.k, s.kv_heads, s.k_dim}, Tensor{"v", layer.v, s.kv_heads, s.v_dim},
-          Tensor{"q", layer.q, s.query_heads, s.k_dim}}) {
+    for (const Tensor& t : Tensors(s)) {
       const std::size_t end = at + tokens * t.heads * t.dim * sizeof(Half);
       tensors += ", \"layers." + std::to_string(number) + "." + t.name +
                  "\": {\"dtype\": \"F16\", \"shape\": [" + std::to_string(tokens) + ", " +
                  std::to_string(t.heads) + ", " + std::to_string(t.dim) + "], \"data_offsets\": [" +
                  std::to_string(at) + ", " + std::to_string(end) + "]}";
       at = end;
-      files.push_back(t.file);
+      for (const auto& [stream, _] : layer.streams) parts.push_back(Part(number, stream, t.name));
     }
   }
   shapes.resize(shapes.size() - 2);
@@ -215,14 +230,17 @@ Status Dump::Finish() {
   bool good = std::fwrite(&size, sizeof(size), 1, out) == 1 &&
               std::fwrite(header.data(), 1, header.size(), out) == header.size();
   std::vector<char> buffer(1 << 20);
-  for (std::FILE* file : files) {
-    // What was written after the last place was dropped.
-    std::size_t left = static_cast<std::size_t>(std::ftell(file));
-    std::rewind(file);
-    for (std::size_t n; good && left > 0; left -= n) {
-      n = std::fread(buffer.data(), 1, std::min(left, buffer.size()), file);
-      good = n > 0 && std::fwrite(buffer.data(), 1, n, out) == n;
+  for (const std::string& part : parts) {
+    std::FILE* const file = std::fopen(part.c_str(), "rb");
+    if (file == nullptr) {
+      std::fclose(out);
+      return IoError(part, "be read");
     }
+    for (std::size_t n = 1; good && n > 0;) {
+      n = std::fread(buffer.data(), 1, buffer.size(), file);
+      good = std::ferror(file) == 0 && std::fwrite(buffer.data(), 1, n, out) == n;
+    }
+    std::fclose(file);
   }
   good = std::fclose(out) == 0 && good;
   if (!good) return IoError(whole, "be written");

@@ -2,10 +2,9 @@
 #ifndef KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
 #define KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
 
+#include <array>
 #include <cstddef>
-#include <cstdio>
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,33 +15,41 @@
 
 namespace kvmix::llama {
 
-// Rows stream into one file a tensor, in a folder beside the dump; Finish makes the dump of them.
-// Whatever ends before leaves no dump, and what was there untouched.
+// Rows stream into one file for every tensor and stream of the engine's cache, in a folder beside
+// the dump; Finish makes the dump of them. Whatever ends before leaves no dump, and what was there
+// untouched.
 class Dump {
  public:
   explicit Dump(std::string path);
   ~Dump();
 
-  // Q of one call, and K and V of its tokens, [tokens, heads, channels] of f32. The mask tells
-  // where prompts begin: a token that sees only itself is a first one. Tokens that do not follow on
-  // what is there already (a cache that is shifted, or shared) are left out, and counted.
+  // Q of one call, and K and V of its tokens, [tokens, heads, channels] of f32, all of one stream.
+  // The mask tells where prompts begin: a token that sees only itself is a first one. Tokens that
+  // do not follow on what is there already (a cache that is shifted, or shared) are left out, and
+  // counted.
   Status Add(std::size_t layer, const LayerShape& shape, const RowsView& q, const RowsView& k,
-             const RowsView& v, const MaskView& mask);
+             const RowsView& v, const MaskView& mask, std::size_t stream = 0);
   // Writes the dump, if there is anything to write; says what it holds.
   Status Finish();
 
  private:
-  struct Layer {
-    LayerShape shape;
-    std::FILE *k = nullptr, *v = nullptr, *q = nullptr;
+  struct Stream {
     std::vector<std::size_t> prompts;  // tokens of each
     std::size_t seen = 0;              // by the last token, for the next to follow on
-    std::size_t most = 0;              // by any token
   };
-  std::string Part(std::size_t layer, const char* tensor) const;
+  struct Layer {
+    LayerShape shape;
+    std::size_t most = 0;  // seen by any token
+    std::map<std::size_t, Stream> streams;
+  };
+  struct Tensor {
+    const char* name;
+    std::size_t heads, dim;
+  };
+  static std::array<Tensor, 3> Tensors(const LayerShape& shape);
+  std::string Part(std::size_t layer, std::size_t stream, const char* tensor) const;
   void RemoveStale() const;
-  Status Open(std::size_t number, Layer* layer);
-  bool DropShortPrompt(Layer* layer);
+  Status DropShortPrompt(std::size_t layer, std::size_t stream);
 
   std::string path_, folder_;
   std::map<std::size_t, Layer> layers_;

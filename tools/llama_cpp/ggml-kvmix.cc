@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -136,7 +137,7 @@ Status CheckPlan(const Settings& settings, const Attention& a) {
   };
   if (a.layer < layers.size() && same(layers[a.layer])) return {};
   return {ErrorCode::kMismatch, settings.plan_path + ": a plan of " + ToString(plan.model) + " (" +
-                                    plan.provenance.model + "); layer " + std::to_string(a.layer) +
+                                    NameOf(plan) + "); layer " + std::to_string(a.layer) +
                                     " here is " +
                                     ToString(Model{std::vector<LayerShape>{a.shape}})};
 }
@@ -254,6 +255,26 @@ void MakeSlopes(std::size_t heads, float max_bias, std::vector<float>* slopes) {
   }
 }
 
+// What the requests see, with the rows that were written before them, stream by stream.
+Status AddToDump(Context& c, const Attention& a, std::span<const MirrorRequest> requests) {
+  LayerShape shape = a.shape;
+  shape.attention_scale = a.options.attention_scale;
+  shape.soft_cap = a.options.soft_cap;
+  const auto view = [&](const NewRows& rows, std::size_t dim, std::size_t request) {
+    const std::size_t heads = shape.kv_heads, n = rows.size() / heads / dim / requests.size();
+    return RowsView::F32(rows.data() + request * n * heads * dim, n, heads, dim);
+  };
+  Status s;
+  for (std::size_t i = 0; s.ok() && i < requests.size(); ++i) {
+    const MirrorRequest& r = requests[i];
+    s = c.dump->Add(a.layer, shape, r.q, view(c.new_k, shape.k_dim, i),
+                    view(c.new_v, shape.v_dim, i), r.mask, r.stream);
+  }
+  c.new_k.clear();  // a layer that reads another's K and V has written none
+  c.new_v.clear();
+  return s;
+}
+
 Status Attend(Context& c, const ggml_tensor* op) {
   const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2), *mask = op->src[3];
   const std::optional<Attention> a = Read(op);
@@ -293,20 +314,9 @@ Status Attend(Context& c, const ggml_tensor* op) {
     r.k = RowsOf(k, s);
     r.v = RowsOf(v, s);
   }
-  if (c.dump != nullptr && streams == 1) {
-    LayerShape shape = a->shape;
-    shape.attention_scale = a->options.attention_scale;
-    shape.soft_cap = a->options.soft_cap;
-    const auto view = [&](const NewRows& rows, std::size_t dim) {
-      const std::size_t heads = shape.kv_heads;
-      return RowsView::F32(rows.data(), rows.size() / heads / dim, heads, dim);
-    };
-    const Status s = c.dump->Add(a->layer, shape, requests[0].q, view(c.new_k, shape.k_dim),
-                                 view(c.new_v, shape.v_dim), requests[0].mask);
-    c.new_k.clear();  // a layer that reads another's K and V has written none
-    c.new_v.clear();
-    if (!s.ok()) {  // a full disk, say: the engine goes on
-      Say(s.message() + ". The dump is dropped.");
+  if (c.dump != nullptr) {
+    if (const Status s = AddToDump(c, *a, requests); !s.ok()) {  // a full disk, say
+      Say(s.message() + ". The dump is dropped, the engine goes on.");
       c.dump.reset();
     }
   }

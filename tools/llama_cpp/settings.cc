@@ -84,6 +84,11 @@ std::string Help(const std::string&) {
 
 const Settings& TheSettings() { return settings; }
 
+std::string NameOf(const Plan& plan) {
+  const Provenance& p = plan.provenance;
+  return p.model.empty() ? "calibrated on " + p.calibration : p.model;
+}
+
 bool LoadSettings() {
   SetCodec(kDefaultCodec);
   const auto refuse = [](std::string_view name, const std::string& why) {
@@ -103,9 +108,8 @@ bool LoadSettings() {
       return refuse(name, why);
     }
   }
-  const std::string plan = settings.plan
-                               ? settings.plan_path + " (" + settings.plan->provenance.model + ")"
-                               : ToString(settings.codec.kind) + " in all heads";
+  const std::string plan = settings.plan ? settings.plan_path + " (" + NameOf(*settings.plan) + ")"
+                                         : ToString(settings.codec.kind) + " in all heads";
   const std::string target =
       settings.target.empty() ? std::string(Targets().front()) : settings.target;
   std::fprintf(stderr, "kvmix %s: %s, %s\n", std::string(Version()).c_str(), plan.c_str(),

@@ -24,6 +24,8 @@ struct Settings {
 // False, with a line that says why: one of them is wrong, or unknown.
 bool LoadSettings();
 const Settings& TheSettings();
+// The model of a plan, or what it was calibrated on.
+std::string NameOf(const Plan& plan);
 
 }  // namespace kvmix::llama
 
