@@ -88,7 +88,7 @@ get_tree() {
   [ ! -d "$tree" ] || return 0
   install_packages "${packages[@]}"
   say "llama-cpp-python's source package, for the llama.cpp in it"
-  quietly python3 -m pip download -q --no-deps --no-binary :all: -d "$dir" \
+  quietly python3 -m pip download -q --no-deps --no-binary llama-cpp-python -d "$dir" \
     llama-cpp-python==0.3.36 || return 1
   tar -xzf "$dir"/llama_cpp_python-0.3.36.tar.gz -C "$dir"
   mv "$dir"/llama_cpp_python-0.3.36/vendor/llama.cpp "$tree"
