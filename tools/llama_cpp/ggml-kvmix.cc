@@ -212,6 +212,7 @@ Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const ggml_tensor* v,
   if (!mirror.ok()) return mirror.status();
   Mirror* const made = &c.mirrors.emplace(base->data, std::move(*mirror)).first->second;
   Watch(made, base, Base(v), TheSettings().memory);
+  SayOnce("threads", std::to_string(c.threads) + " threads");
   return made;
 }
 

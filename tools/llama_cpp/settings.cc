@@ -112,8 +112,11 @@ bool LoadSettings() {
                                          : ToString(settings.codec.kind) + " in all heads";
   const std::string target =
       settings.target.empty() ? std::string(Targets().front()) : settings.target;
-  std::fprintf(stderr, "kvmix %s: %s, %s\n", std::string(Version()).c_str(), plan.c_str(),
-               target.c_str());
+  std::fprintf(stderr,
+               "kvmix %s: %s, %s%s; takes flash attention (-fa on) over caches of f16, bf16, f32 "
+               "and q8_0\n",
+               std::string(Version()).c_str(), plan.c_str(), target.c_str(),
+               settings.memory ? ", in place of the engine's cache" : "");
   return true;
 }
 
