@@ -9,15 +9,8 @@ llama() {
   model=$dir/smollm2.gguf
   install_kvmix
   get_tree || fail "pip download of llama-cpp-python failed"
-  if [ ! -x "$bin"/llama-quantize ]; then
-    say "building llama.cpp: some minutes"
-    quietly cmake -S "$tree" -B "$dir"/llama.cpp-build -G Ninja -DCMAKE_BUILD_TYPE=Release \
-      -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF \
-      -DLLAMA_BUILD_TESTS=OFF || fail "cmake failed"
-    quietly ninja -C "$dir"/llama.cpp-build llama-bench llama-perplexity llama-quantize ||
-      fail "llama.cpp does not build"
-  fi
-  build_plug_in "$bin"
+  build_llama llama-bench llama-perplexity llama-quantize
+  build_plug_in
   get_model
   run_llama
 }
@@ -31,16 +24,9 @@ graphs() {
     return
   fi
   install_kvmix
-  bin=$dir/ggml-build/src
-  if [ ! -f "$bin"/libggml-cpu.so ]; then
-    say "building ggml: some minutes"
-    quietly cmake -S "$tree"/ggml -B "$dir"/ggml-build -G Ninja -DCMAKE_BUILD_TYPE=Release \
-      -DBUILD_SHARED_LIBS=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF ||
-      fail "cmake failed"
-    quietly ninja -C "$dir"/ggml-build ggml ggml-base ggml-cpu || fail "ggml does not build"
-  fi
+  build_llama ggml ggml-base ggml-cpu
   plug=$dir/graphs
-  build_plug_in "$bin" -DKVMIX_GRAPH_TEST=ON
+  build_plug_in -DKVMIX_GRAPH_TEST=ON
   report=$plug/report.xml
   for memory in 0 1; do
     for codec in f16 i8-token-bf16+hadamard; do
@@ -73,13 +59,22 @@ install_kvmix() {
     fail "meson install failed"
 }
 
-build_plug_in() { # FOLDER-OF-GGML'S-LIBRARIES CMAKE-OPTION...
+build_llama() { # TARGET...
+  [ -f "$dir"/llama.cpp-build/build.ninja ] ||
+    quietly cmake -S "$tree" -B "$dir"/llama.cpp-build -G Ninja -DCMAKE_BUILD_TYPE=Release \
+      -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF \
+      -DLLAMA_BUILD_TESTS=OFF || fail "cmake failed"
+  say "building $* of llama.cpp: some minutes"
+  quietly ninja -C "$dir"/llama.cpp-build "$@" || fail "llama.cpp does not build"
+}
+
+build_plug_in() { # CMAKE-OPTION...
   local prefix
   prefix=$dir/kvmix$(meson introspect "$build" --buildoptions | python3 -c '
 import json, sys
 print(next(o["value"] for o in json.load(sys.stdin) if o["name"] == "prefix"))')
   quietly cmake -S tools/llama_cpp -B "$plug" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP="$tree" \
-    -DGGML_LIBRARIES="$1" -DCMAKE_PREFIX_PATH="$prefix" "${@:2}" || fail "cmake failed"
+    -DGGML_LIBRARIES="$bin" -DCMAKE_PREFIX_PATH="$prefix" "$@" || fail "cmake failed"
   quietly cmake --build "$plug" || fail "the plug-in does not build"
 }
 
