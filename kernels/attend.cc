@@ -69,8 +69,12 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
       }
     }
   }
+  for (std::size_t step = RoundUp(dim, S::kWidth) / S::kWidth; step < KSteps<S>(dim);
+       ++step, to += rows * P::kTermBytes) {
+    std::memset(to, 0, P::kTermBytes);
+  }
   info = {!P::kFixedPoint || nothing ? 1.0f : scale, 0, 0};
-  if constexpr (S::kFlipK != 0) {
+  if constexpr (P::kFixedPoint && KVMIX_UNSIGNED_QUADS) {
     info.start_high = -128 * hn::ReduceSum(DI32(), sum_high);
     info.start_low = -128 * hn::ReduceSum(DI32(), sum_low);
   }
@@ -82,11 +86,11 @@ HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block,
                         Work& w) {
   static_assert(kTokenStep % (kVecs * kLanes) == 0);
   using S = typename P::Stored;
-  const std::size_t tile_bytes = KTileBytes<S>(f.k.row.dim), steps = KSteps<S>(f.k.row.dim);
+  const std::size_t tile_bytes = KTileBytes<S>(f.k.row.dim), vectors = KVectors<S>(f.k.row.dim);
   for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
     const std::uint8_t* tile = block + f.k.codes_offset + token / kLanes * tile_bytes;
     Multiply<P, QueryTerms<P, kRows>, kRows, kVecs>(
-        tile, tile_bytes, queries, info, 0, steps, prefetch,
+        tile, tile_bytes, queries, info, 0, vectors, prefetch,
         [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           const std::size_t at = token + v * kLanes;
           hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
@@ -138,7 +142,7 @@ HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* 
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
     const std::uint8_t* tile = block + f.v.codes_offset + channel / kLanes * kVTileBytes<S>;
     Multiply<P, WeightTerms, kRows, vecs>(
-        tile, kVTileBytes<S>, w.weights[0], kFromZero, w.first / S::kWidth, w.last / S::kWidth,
+        tile, kVTileBytes<S>, w.weights[0], kFromZero, w.first / kTerms<S>, w.last / kTerms<S>,
         prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           float* to = out + r * out_stride + channel + v * kLanes;
           const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));

@@ -8,25 +8,35 @@
 
 namespace kvmix::kernels {
 
-enum class Storage : std::uint8_t { kF16, kI8 };
+enum class Storage : std::uint8_t { kF16, kI8, kI4 };
 
-// Where the scale of a row is: one number for the head, or stored beside each row.
+// Where the scale of a row is: one number for the head, or stored beside each row. i4 has the
+// latter only.
 enum class ScaleStore : std::uint8_t { kConstant, kF32, kBF16 };
 
 // Most channels of a row: i32 sums of 16-bit by 8-bit products stay exact up to here.
 inline constexpr std::size_t kMaxDim = 512;
 
-// The canonical form of rows: codes [count][dim], and where the scale is stored, scales [count] as
-// f32 (those of kBF16 are bf16 numbers). The same bytes on every target.
+// The canonical form of rows: codes [count][dim], those of i4 two a byte (kernels/levels.h), and
+// where the scale is stored, scales [count] as f32 (those of kBF16 are bf16 numbers). The same
+// bytes on every target.
 struct RowFormat {
   Storage storage = Storage::kF16;
   ScaleStore scale = ScaleStore::kConstant;
   float constant = 1.0f;  // kConstant: the scale of all rows (1 for f16)
-  std::size_t dim = 0;    // channels
+  std::size_t dim = 0;    // channels; of i4 an even number
 };
 
 constexpr std::size_t RowBytes(const RowFormat& f) {
-  return f.storage == Storage::kF16 ? 2 * f.dim : f.dim;
+  switch (f.storage) {
+    case Storage::kF16:
+      return 2 * f.dim;
+    case Storage::kI8:
+      return f.dim;
+    case Storage::kI4:
+      break;
+  }
+  return f.dim / 2;
 }
 
 // Tokens of a block.

@@ -48,6 +48,17 @@ struct LoopI32 {
   Native native;
   HWY_INLINE void Set(VI32 v) { native = reinterpret_cast<Native>(v.raw); }
   HWY_INLINE VI32 Get() const { return VI32{reinterpret_cast<decltype(VI32::raw)>(native)}; }
+  // Has the value now. Else gcc adds the products of several steps to each other first, in more
+  // registers than there are.
+  HWY_INLINE void Pin() {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+    asm("" : "+v"(native));
+#elif HWY_ARCH_X86
+    asm("" : "+x"(native));
+#else
+    asm("" : "+w"(native));
+#endif
+  }
 };
 
 // What a row of q says of itself beside its terms.
@@ -75,6 +86,10 @@ struct FloatProduct {
   static constexpr float kLargestQuery = 1.0f, kLargestWeight = 1.0f;
   using Sum = VF;
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum = hn::Zero(DF()); }
+  template <std::size_t kPart>
+  static HWY_INLINE VF Codes(const std::uint8_t* p) {
+    return S::template Codes<false, kPart>(p);
+  }
   static HWY_INLINE VF Terms(const std::uint8_t* at, std::size_t) {
     return hn::Set(DF(), LoadScalar<float>(at));
   }
@@ -107,6 +122,10 @@ struct IntProduct {
   static constexpr float kLargestWeight = KVMIX_UNSIGNED_QUADS ? 65500.0f : 32500.0f;
   struct Sum {
     LoopI32 high, low;
+    HWY_INLINE void Pin() {
+      high.Pin();
+      low.Pin();
+    }
   };
   struct Limbs {
     VI32 high, low;
@@ -114,6 +133,10 @@ struct IntProduct {
   static HWY_INLINE void Start(const RowInfo& r, Sum& sum) {
     sum.high.Set(hn::Set(DI32(), r.start_high));
     sum.low.Set(hn::Set(DI32(), r.start_low));
+  }
+  template <std::size_t kPart>
+  static HWY_INLINE VI32 Codes(const std::uint8_t* p) {
+    return S::template Codes<kOfK, kPart>(p);
   }
   static HWY_INLINE Limbs Terms(const std::uint8_t* at, std::size_t to_low) {
     return {hn::Set(DI32(), LoadScalar<std::int32_t>(at)),
@@ -173,7 +196,7 @@ struct IntProduct {
 // A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
 // of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns
 // and are added in pairs at the end.
-template <class S, bool>
+template <class S, bool kOfK>
 struct IntProduct {
   using Stored = S;
   static constexpr bool kFixedPoint = true;
@@ -183,6 +206,10 @@ struct IntProduct {
   static constexpr float kLargestWeight = 32750.0f;  // with room for the error of Exp2
   struct Sum {
     LoopI32 a, b;
+    HWY_INLINE void Pin() {
+      a.Pin();
+      if constexpr (kTwoSums) b.Pin();
+    }
   };
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) {
     sum.a.Set(hn::Zero(DI32()));
@@ -195,6 +222,10 @@ struct IntProduct {
   }
   static HWY_INLINE VF ToFloat(const Sum& sum) {
     return hn::ConvertTo(DF(), hn::RearrangeToOddPlusEven(sum.a.Get(), sum.b.Get()));
+  }
+  template <std::size_t kPart>
+  static HWY_INLINE VI16 Codes(const std::uint8_t* p) {
+    return S::template Codes<kOfK, kPart>(p);
   }
   static HWY_INLINE VI16 Terms(const std::uint8_t* at, std::size_t) {
     return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(at)));
@@ -246,7 +277,8 @@ constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                        
 // instructions; two lines a step read it at 0.70-0.83.
 template <class P, std::size_t kRows>
 constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
-                                            64 / kVectorBytes<typename P::Stored>);
+                                            (P::Stored::kParts > 2 ? 128 : 64) /
+                                                kVectorBytes<typename P::Stored>);
 
 // Fetches the next block into L2 while this one is read; each turn fetches a share. Not into L1,
 // which would hold its few miss buffers for longer. They bind even so: lines must be asked for once
@@ -272,15 +304,21 @@ struct Prefetcher {
 // Where the terms of row r for a step lie: at r * kRow + step * kStep, low limbs kToLow bytes after
 // the high ones. All are constants, so that one register addresses the rows.
 template <class P, std::size_t kRows>
-struct QueryTerms {  // [steps][kRows][kTermBytes]
+struct QueryTerms {  // [steps][kRows][kTermBytes]; see KSteps
   static constexpr std::size_t kRow = P::kTermBytes, kStep = kRows * kRow, kToLow = 4;
 };
 struct WeightTerms {  // [kMaxRows][limbs][kBlockTokens], 4 bytes a token in all
   static constexpr std::size_t kRow = 4 * kBlockTokens, kStep = 4, kToLow = kBlockTokens;
 };
 
-// One register block: kRows rows times kVecs neighbouring tile vectors (tile_bytes apart), over
-// steps [first, last). emit(row, vec, sums as floats) is called for every pair.
+// The steps of all of K's channels, those that fill the last tile vector as well.
+template <class S>
+HWY_INLINE constexpr std::size_t KSteps(std::size_t dim) {
+  return KVectors<S>(dim) * S::kParts;
+}
+
+// One register block: kRows rows times kVecs neighbouring tiles (tile_bytes apart), over their
+// vectors [first, last). emit(row, vec, sums as floats) is called for every pair.
 template <class P, class Terms, std::size_t kRows, std::size_t kVecs, class Emit>
 HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const std::uint8_t* rows,
                          const RowInfo* info, std::size_t first, std::size_t last,
@@ -293,15 +331,22 @@ HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const
     Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::Start(info[r], sum[r][v]); });
   });
   KVMIX_ROLLED
-  for (std::size_t step = first; step < last; ++step) {
-    decltype(S::Codes(tile)) t[kVecs];
-    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
-      t[v] = S::Codes(tile + v * tile_bytes + step * kVectorBytes<S>);
-    });
-    if (prefetch.turns != 0) prefetch.template Advance<kVecs * kVectorBytes<S>>(share);
-    Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-      const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
-      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
+  for (std::size_t vector = first; vector < last; ++vector) {
+    Unroll<S::kParts>([&](auto part) KVMIX_LAMBDA {
+      decltype(P::template Codes<part>(tile)) t[kVecs];
+      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
+        t[v] = P::template Codes<part>(tile + v * tile_bytes + vector * kVectorBytes<S>);
+      });
+      if (part == 0 && prefetch.turns != 0)
+        prefetch.template Advance<kVecs * kVectorBytes<S>>(share);
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+        const std::size_t step = vector * S::kParts + part;
+        const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
+        Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
+          P::MulAdd(sum[r][v], t[v], terms);
+          if constexpr (S::kParts > 1) sum[r][v].Pin();
+        });
+      });
     });
   }
   prefetcher = prefetch;

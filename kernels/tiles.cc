@@ -1,5 +1,5 @@
-// Rows <-> tiles, token by token: K's row is scattered in groups of `width` channels; V's row is
-// merged, `width` tokens to a word, with one read-modify-write of a tile vector per `lanes`
+// Rows <-> tiles, token by token: K's row is scattered in words of some channels; V's row is
+// merged, some tokens to a word, with one read-modify-write of a tile vector per `lanes`
 // channels.
 #include "kernels/tiles.h"
 
@@ -10,6 +10,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
+#include "kernels/nibbles-inl.h"
 #include "kernels/storage-inl.h"
 #include "kernels/vectors-inl.h"
 
@@ -61,21 +62,19 @@ HWY_INLINE Byte* KRow(const TileFormat& f, Byte* block, std::size_t token) {
          token % kLanes * sizeof(typename S::Word);
 }
 
-// The codes of V's row `token` lie kWidth codes apart in vectors that are kVTileBytes apart.
+// The codes of V's row `token` lie a word apart in vectors that are kVTileBytes apart.
 template <class S, typename Byte>
 HWY_INLINE Byte* VRow(const TileFormat& f, Byte* block, std::size_t token) {
-  return block + f.codes_offset + token / S::kWidth * kVectorBytes<S>;
+  return block + f.codes_offset + token / kTerms<S> * kVectorBytes<S>;
 }
 
 template <class S>
 HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t* to) {
   using Word = typename S::Word;
-  constexpr Word kFlips =
-      static_cast<Word>(static_cast<Word>(~Word{0}) / 0xFF * std::uint32_t{S::kFlipK});
   const auto scatter = [&](std::size_t i, std::size_t bytes) KVMIX_LAMBDA {
     Word word = 0;
     std::memcpy(&word, row + i, bytes);
-    word ^= kFlips;
+    word = S::KWord(word);
     std::memcpy(to + i * kLanes, &word, sizeof(Word));
   };
   std::size_t i = 0;
@@ -85,9 +84,10 @@ HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t row_bytes, std::ui
 
 template <class S>
 HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t row_bytes, std::uint8_t* row) {
-  constexpr std::size_t kWord = sizeof(typename S::Word);
-  for (std::size_t i = 0; i < row_bytes; ++i) {
-    row[i] = static_cast<std::uint8_t>(from[i / kWord * kWord * kLanes + i % kWord] ^ S::kFlipK);
+  using Word = typename S::Word;
+  for (std::size_t i = 0; i < row_bytes; i += sizeof(Word)) {
+    const Word word = S::Canonical(LoadScalar<Word>(from + i * kLanes));
+    std::memcpy(row + i, &word, HWY_MIN(sizeof(Word), row_bytes - i));
   }
 }
 
@@ -96,13 +96,18 @@ HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t row_bytes, std::ui
 template <class S>
 HWY_INLINE void MergeV(const std::uint8_t* row, std::size_t dim, std::size_t sub,
                        std::uint8_t* to) {
+  HWY_ALIGN std::uint8_t one_a_byte[S::kStorage == Storage::kI4 ? kMaxDim : 1];
+  if constexpr (S::kStorage == Storage::kI4) {
+    SpreadNibbles(row, dim, one_a_byte, [](VU8 codes) KVMIX_LAMBDA { return codes; });
+    row = one_a_byte;
+  }
   using Code = typename S::Code;
   using Word = typename S::Word;
   const hn::CappedTag<Word, kLanes> dw;
   const hn::Rebind<Code, decltype(dw)> dc;
   const Code* codes = reinterpret_cast<const Code*>(row);
-  const int shift = static_cast<int>(8 * sizeof(Code) * sub);
-  const Word own = static_cast<Word>(static_cast<Word>(static_cast<Code>(~Code{0})) << shift);
+  const int shift = S::Shift(sub);
+  const Word own = static_cast<Word>(S::kMask << shift);
   const auto keep = hn::Set(dw, static_cast<Word>(~own));
   const auto merge = [&](auto values, std::uint8_t* at) KVMIX_LAMBDA {
     Word* words = reinterpret_cast<Word*>(at);
@@ -121,10 +126,18 @@ HWY_INLINE void MergeV(const std::uint8_t* row, std::size_t dim, std::size_t sub
 template <class S>
 HWY_INLINE void SplitV(const std::uint8_t* from, std::size_t dim, std::size_t sub,
                        std::uint8_t* row) {
-  constexpr std::size_t kCode = sizeof(typename S::Code);
+  using Code = typename S::Code;
+  using Word = typename S::Word;
+  const int shift = S::Shift(sub);
   for (std::size_t c = 0; c < dim; ++c) {
-    const std::size_t code = c % kLanes * S::kWidth + sub;
-    std::memcpy(row + c * kCode, from + c / kLanes * kVTileBytes<S> + code * kCode, kCode);
+    const Word word =
+        LoadScalar<Word>(from + c / kLanes * kVTileBytes<S> + c % kLanes * sizeof(Word));
+    const Code code = static_cast<Code>(word >> shift & S::kMask);
+    if constexpr (S::kStorage != Storage::kI4) {
+      std::memcpy(row + c * sizeof(Code), &code, sizeof(Code));
+    } else {
+      row[c / 2] = static_cast<std::uint8_t>(c % 2 == 0 ? code : row[c / 2] | code << 4);
+    }
   }
 }
 
@@ -152,7 +165,7 @@ void Store(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t t
             if constexpr (kTensor == kK) {
               ScatterK<S>(row, RowBytes(f.row), KRow<S>(f, block, t));
             } else {
-              MergeV<S>(row, f.row.dim, t % S::kWidth, VRow<S>(f, block, t));
+              MergeV<S>(row, f.row.dim, t % kTerms<S>, VRow<S>(f, block, t));
             }
             if (scales != nullptr) StoreScale(f, block, t, scales[r]);
           });
@@ -168,7 +181,7 @@ void Load(const BlockFormat& format, const std::uint8_t* const* blocks, std::siz
             if constexpr (kTensor == kK) {
               GatherK<S>(KRow<S>(f, block, t), RowBytes(f.row), row);
             } else {
-              SplitV<S>(VRow<S>(f, block, t), f.row.dim, t % S::kWidth, row);
+              SplitV<S>(VRow<S>(f, block, t), f.row.dim, t % kTerms<S>, row);
             }
             if (scales != nullptr) scales[r] = LoadScale(f, block, t);
           });

@@ -41,6 +41,7 @@ using VF = hn::Vec<DF>;
 using VI32 = hn::Vec<DI32>;
 using VI16 = hn::Vec<DI16>;
 using VI8 = hn::Vec<DI8>;
+using VU8 = hn::Vec<DU8>;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr std::size_t kLanes = hn::MaxLanes(DF());  // numbers of f32 or i32 in a vector

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/levels.h"
 #include "kvmix/half.h"
 
 namespace kvmix::kernels {
@@ -44,12 +45,13 @@ RowFormat Format(Storage storage, ScaleStore scale, std::size_t dim, float const
   return format;
 }
 
-// f16, and i8 with each scale: K's and V's formats are any two of these.
-constexpr std::pair<Storage, ScaleStore> kKinds[] = {{Storage::kF16, ScaleStore::kConstant},
-                                                     {Storage::kI8, ScaleStore::kConstant},
-                                                     {Storage::kI8, ScaleStore::kF32},
-                                                     {Storage::kI8, ScaleStore::kBF16}};
-constexpr auto kF16 = kKinds[0], kI8F32 = kKinds[2], kI8BF16 = kKinds[3];
+// f16, and i8 and i4 with each scale: K's and V's formats are any two of these.
+constexpr std::pair<Storage, ScaleStore> kKinds[] = {
+    {Storage::kF16, ScaleStore::kConstant}, {Storage::kI8, ScaleStore::kConstant},
+    {Storage::kI8, ScaleStore::kF32},       {Storage::kI8, ScaleStore::kBF16},
+    {Storage::kI4, ScaleStore::kF32},       {Storage::kI4, ScaleStore::kBF16}};
+constexpr auto kF16 = kKinds[0], kI8F32 = kKinds[2], kI8BF16 = kKinds[3], kI4F32 = kKinds[4],
+               kI4BF16 = kKinds[5];
 using Kind = std::pair<Storage, ScaleStore>;
 
 // Codes of K or V, canonical rows, and the numbers that they are.
@@ -63,6 +65,13 @@ struct Rows {
     if (format.storage == Storage::kF16) {
       const Half half = FloatToHalf(x);
       std::memcpy(&codes[2 * at], &half, 2);
+    } else if (format.storage == Storage::kI4) {
+      const auto far = [&](int level) { return std::fabs(40.0f * x - static_cast<float>(level)); };
+      const auto nearest = std::ranges::min_element(kLevels, {}, far);
+      const int code = static_cast<int>(nearest - kLevels.begin()),
+                shift = channel % 2 == 0 ? 0 : 4;
+      std::uint8_t& two = codes[at / 2];
+      two = static_cast<std::uint8_t>((two & (0xF0 >> shift)) | code << shift);
     } else {
       const float code = std::clamp(std::nearbyint(40.0f * x), -127.0f, 127.0f);
       codes[at] = static_cast<std::uint8_t>(static_cast<std::int8_t>(code));
@@ -75,6 +84,8 @@ struct Rows {
       std::memcpy(&half, &codes[2 * at], 2);
       return HalfToFloat(half);
     }
+    if (format.storage == Storage::kI4)
+      return double{scales[token]} * kLevels[codes[at / 2] >> (channel % 2 == 0 ? 0 : 4) & 0x0F];
     return double{scales[token]} * static_cast<std::int8_t>(codes[at]);
   }
 };
@@ -400,6 +411,10 @@ TEST_F(AttendKernel, EveryStorageScaleAndDim) {
   for (const auto& [k_dim, v_dim] : kDims) {
     for (const Kind& k : kKinds) {
       for (const Kind& v : kKinds) {
+        if ((k.first == Storage::kI4 && k_dim % 2 != 0) ||
+            (v.first == Storage::kI4 && v_dim % 2 != 0)) {
+          continue;
+        }
         const Head head = RandomHead(k, v, k_dim, v_dim, kTokens[count % 9], count);
         Check(head, RandomAsk(rng, head, 1 + count % 18, kGroups[count % 3]));
         ++count;
@@ -410,7 +425,8 @@ TEST_F(AttendKernel, EveryStorageScaleAndDim) {
 
 TEST_F(AttendKernel, EveryNumberOfRowsAndGroup) {
   std::mt19937 rng(2);
-  for (const auto& [k, v] : {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kI8BF16, kF16}}) {
+  for (const auto& [k, v] :
+       {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kI8BF16, kF16}, {kI4BF16, kI4F32}}) {
     const Head head = RandomHead(k, v, 64, 80, 300, 2);
     for (std::size_t rows = 1; rows <= 18; ++rows) {
       for (const std::size_t group : Sizes{1, 4, 7}) {
@@ -424,8 +440,8 @@ TEST_F(AttendKernel, EveryNumberOfRowsAndGroup) {
 TEST_F(AttendKernel, RangesAtAndAroundTheBordersOfBlocks) {
   constexpr std::size_t kBorders[] = {0, 1, 16, 100, 255, 256, 257, 511, 512, 513, 768, 1000};
   std::mt19937 rng(3);
-  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kF16, kF16}}) {
-    const Head head = RandomHead(k, v, 33, 64, 1000, 3);
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kF16, kF16}, {kI4F32, kI4BF16}}) {
+    const Head head = RandomHead(k, v, k.first == Storage::kI4 ? 34 : 33, 64, 1000, 3);
     Ask ask = RandomAsk(rng, head, 5, 2);
     for (const std::int64_t first_end : {1000, 511, 255}) {  // rows end before the range does
       for (const std::size_t first : kBorders) {
@@ -491,14 +507,16 @@ TEST_F(AttendKernel, SoftCapAndBias) {
 TEST_F(AttendKernel, NotANumberInQ) {
   std::mt19937 rng(6);
   for (const Kind& k : kKinds) {
-    for (const Kind& v : {kF16, kI8F32}) {
-      const Head head = RandomHead(k, v, 33, 20, 300, 6);
+    const std::size_t k_dim = k.first == Storage::kI4 ? 34 : 33;
+    for (const Kind& v : {kF16, kI8F32, kI4F32}) {
+      const Head head = RandomHead(k, v, k_dim, 20, 300, 6);
       for (const std::size_t rows : Sizes{1, 4, 9, 18}) {
         const Ask ask = RandomAsk(rng, head, rows, 3);
         for (const float special : {kNaN, -kNaN, kInf, -kInf}) {
           for (const std::size_t channel : Sizes{0, 15, 32}) {
             Ask with = ask;
-            for (std::size_t r = channel % 2; r < rows; r += 3) with.q[r * 33 + channel] = special;
+            for (std::size_t r = channel % 2; r < rows; r += 3)
+              with.q[r * k_dim + channel] = special;
             for (const Kernels& kernels : AllKernels()) {
               const Blocks blocks(kernels, head);
               for (const bool stream : {false, true}) {
@@ -527,7 +545,8 @@ TEST_F(AttendKernel, NotANumberInQ) {
 // Where blocks lie and what is read after them changes nothing.
 TEST_F(AttendKernel, ScatteredBlocksGiveTheSameBits) {
   std::mt19937 rng(7);
-  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kF16, kI8F32}, {kI8F32, kF16}}) {
+  for (const auto& [k, v] :
+       {std::pair(kI8F32, kI8BF16), {kF16, kI8F32}, {kI8F32, kF16}, {kI4BF16, kI4BF16}}) {
     const Head head = RandomHead(k, v, 64, 64, 1100, 7);
     for (const std::size_t rows : Sizes{1, 5, 18}) {
       Ask ask = RandomAsk(rng, head, rows, 4);
@@ -552,8 +571,13 @@ TEST_F(AttendKernel, StreamingGivesTheSameBits) {
   constexpr std::size_t kTokens = 700;
   for (const Kernels& kernels : AllKernels()) {
     for (const std::size_t head_dim : Sizes{64, 80}) {
-      for (const auto& [k, v] :
-           {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kF16, kI8F32}, {kI8F32, kF16}}) {
+      for (const auto& [k, v] : {std::pair(kI8F32, kI8F32),
+                                 {kF16, kF16},
+                                 {kF16, kI8F32},
+                                 {kI8F32, kF16},
+                                 {kI4F32, kI4F32},
+                                 {kI4BF16, kI8F32},
+                                 {kI8F32, kI4BF16}}) {
         std::mt19937 rng(21);
         const Head head = RandomHead(k, v, head_dim, head_dim, kTokens, 21);
         const Blocks blocks(kernels, head);
@@ -654,7 +678,7 @@ TEST_F(AttendKernel, TokensOutOfSightDoNotCount) {
 TEST_F(AttendKernel, ScalesOfVFarApart) {
   std::mt19937 rng(9);
   for (const Kind& k : {kF16, kI8F32}) {
-    for (const Kind& v : {kI8F32, kI8BF16}) {
+    for (const Kind& v : {kI8F32, kI8BF16, kI4BF16}) {
       for (const int kind : {0, 1, 2, 3}) {
         Head head = RandomHead(k, v, 64, 64, 600, 9);
         std::uniform_real_distribution<float> exponent(-38.0f, 38.0f);

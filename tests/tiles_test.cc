@@ -39,33 +39,60 @@ constexpr std::pair<std::size_t, std::size_t> kDims[] = {
     {128, 128}, {256, 256}, {512, 512}, {192, 128}, {33, 5},  {7, 66}};
 
 std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+// The bytes from one code to the next; two codes of i4 share one.
 std::size_t CodeBytes(const TileFormat& f) { return f.row.storage == Storage::kF16 ? 2 : 1; }
+std::size_t CodeBits(const TileFormat& f) {
+  return f.row.storage == Storage::kI4 ? 4 : 8 * CodeBytes(f);
+}
+// Terms of a lane that lie side by side in a tile vector.
+std::size_t Terms(const TargetTiles& target, const TileFormat& f) {
+  if (f.row.storage == Storage::kF16) return 1;
+  return f.row.storage == Storage::kI4 ? 8 : target.i8_width;
+}
 std::size_t ScaleBytes(const TileFormat& f) {
   return f.row.scale == ScaleStore::kF32 ? 4 : f.row.scale == ScaleStore::kBF16 ? 2 : 0;
 }
 
 // The formats of K and V: every storage and scale, each as K and as V.
 std::vector<std::pair<RowFormat, RowFormat>> Formats() {
-  RowFormat f16, constant, f32, bf16;
+  RowFormat f16, constant, f32, bf16, i4_f32, i4_bf16;
+  i4_f32.storage = i4_bf16.storage = Storage::kI4;
+  i4_f32.scale = ScaleStore::kF32;
+  i4_bf16.scale = ScaleStore::kBF16;
   constant.storage = f32.storage = bf16.storage = Storage::kI8;
   constant.constant = 0.25f;
   f32.scale = ScaleStore::kF32;
   bf16.scale = ScaleStore::kBF16;
-  return {{f16, f32}, {f32, f16}, {constant, bf16}, {bf16, constant}, {f32, f32}, {f16, f16}};
+  return {{f16, f32}, {f32, f16},    {constant, bf16}, {bf16, constant}, {f32, f32},
+          {f16, f16}, {i4_f32, f16}, {bf16, i4_bf16},  {i4_bf16, i4_f32}};
 }
 
-// Offset of one code in a block: tile [token / lanes][channel / width][lanes][width] of K, [channel
-// / lanes][token / width][lanes][width] of V.
-std::size_t CodeAt(const TargetTiles& target, const BlockFormat& f, bool k, std::size_t token,
-                   std::size_t channel) {
+// Code `channel` of a canonical row.
+unsigned CodeOf(const TileFormat& f, const std::uint8_t* row, std::size_t channel) {
+  if (f.row.storage == Storage::kI4) return row[channel / 2] >> (channel % 2 * 4) & 0x0Fu;
+  if (f.row.storage == Storage::kI8) return row[channel];
+  return row[2 * channel] | row[2 * channel + 1] * 256u;
+}
+
+// Puts one code into a block that has zeros there: tile [token / lanes][channel / terms][lanes] of
+// K, [channel / lanes][token / terms][lanes] of V, each a word of that many codes. In words of i4
+// the lower nibbles come first; where pairs are multiplied, of bytes 0, 2, 1, 3.
+void PutCode(const TargetTiles& target, const BlockFormat& f, bool k, std::size_t token,
+             std::size_t channel, unsigned code, std::vector<std::uint8_t>& block) {
   const TileFormat& t = k ? f.k : f.v;
-  const std::size_t width = t.row.storage == Storage::kF16 ? 1 : target.i8_width,
-                    lanes = target.lanes;
+  const std::size_t terms = Terms(target, t), lanes = target.lanes;
   const std::size_t lane = k ? token : channel, term = k ? channel : token;
-  const std::size_t terms = k ? RoundUp(t.row.dim, width) : kBlockTokens;
-  return t.codes_offset + ((lane / lanes * (terms / width) + term / width) * lanes * width +
-                           lane % lanes * width + term % width) *
-                              CodeBytes(t);
+  const std::size_t words = k ? RoundUp(t.row.dim, terms) / terms : kBlockTokens / terms;
+  const std::size_t word = (lane / lanes * words + term / terms) * lanes + lane % lanes;
+  std::size_t bit = term % terms * CodeBits(t);
+  if (t.row.storage == Storage::kI4) {
+    constexpr std::size_t kPairs[] = {0, 2, 1, 3};
+    const std::size_t byte = target.i8_width == 4 ? term % 4 : kPairs[term % 4];
+    bit = 8 * byte + term % 8 / 4 * 4;
+  }
+  const std::size_t at = t.codes_offset + word * terms * CodeBits(t) / 8 + bit / 8;
+  for (std::size_t i = 0; i < CodeBytes(t); ++i)
+    block[at + i] = static_cast<std::uint8_t>(block[at + i] | code << bit % 8 >> 8 * i);
 }
 
 // Canonical rows of some tokens, `gap` bytes between them. As codes at an address that suits no
@@ -187,6 +214,10 @@ void ForAllFormats(const F& f) {
         format.v.row = v;
         format.k.row.dim = k_dim;
         format.v.row.dim = v_dim;
+        if ((k.storage == Storage::kI4 && k_dim % 2 != 0) ||
+            (v.storage == Storage::kI4 && v_dim % 2 != 0)) {
+          continue;
+        }
         kernels.tiles.lay_out(format);
         SCOPED_TRACE(::testing::Message() << kernels.target << " dims " << k_dim << " " << v_dim
                                           << " storages " << int(k.storage) << int(v.storage)
@@ -210,11 +241,10 @@ TEST(Targets, BestFirstAndFoundByName) {
 
 TEST(Tiles, BlockIsKCodesKScalesVCodesVScales) {
   ForAllFormats([](const TargetTiles& target, const Kernels&, const BlockFormat& f) {
-    const std::size_t k_width = f.k.row.storage == Storage::kF16 ? 1 : target.i8_width;
     const std::size_t k_bytes =
-        RoundUp(kBlockTokens * RoundUp(f.k.row.dim, k_width) * CodeBytes(f.k), 64);
+        RoundUp(kBlockTokens * RoundUp(f.k.row.dim, Terms(target, f.k)) * CodeBits(f.k) / 8, 64);
     const std::size_t v_bytes =
-        RoundUp(kBlockTokens * RoundUp(f.v.row.dim, target.lanes) * CodeBytes(f.v), 64);
+        RoundUp(kBlockTokens * RoundUp(f.v.row.dim, target.lanes) * CodeBits(f.v) / 8, 64);
     EXPECT_EQ(f.k.codes_offset, 0u);
     EXPECT_EQ(f.k.scales_offset, k_bytes);
     EXPECT_EQ(f.v.codes_offset, k_bytes + kBlockTokens * ScaleBytes(f.k));
@@ -228,22 +258,19 @@ TEST(Tiles, EveryCodeLiesWhereTheLayoutSays) {
   ForAllFormats([&](const TargetTiles& target, const Kernels& kernels, const BlockFormat& f) {
     for (const bool k : {true, false}) {
       const TileFormat& t = k ? f.k : f.v;
-      const std::uint8_t flip = k && t.row.storage == Storage::kI8 ? target.k_flip : 0;
+      const unsigned flip = k && t.row.storage == Storage::kI8 ? target.k_flip : 0;
       for (const std::size_t token : {std::size_t{0}, std::size_t{1}, target.lanes - 1,
                                       target.lanes, std::size_t{130}, kBlockTokens - 1}) {
         const Blocks block(kernels, f, {0});
         Rows row = RandomRows(rng, t, 1);
         block.Store(k, token, 1, row);
         std::vector<std::uint8_t> expected(f.block_bytes);
-        for (std::size_t i = 0; i < RowBytes(t.row); ++i) {
-          expected[CodeAt(target, f, k, token, i / CodeBytes(t)) + i % CodeBytes(t)] =
-              row.row(0)[i] ^ flip;
-        }
-        // Channels that fill K's last group hold code 0. (V's lie in vectors of their own and are 0
+        for (std::size_t c = 0; c < t.row.dim; ++c)
+          PutCode(target, f, k, token, c, CodeOf(t, row.row(0), c) ^ flip, expected);
+        // Channels that fill K's last word hold code 0. (V's lie in vectors of their own and are 0
         // as well.)
-        const std::size_t width = t.row.storage == Storage::kF16 ? 1 : target.i8_width;
-        for (std::size_t c = t.row.dim; k && c < RoundUp(t.row.dim, width); ++c)
-          expected[CodeAt(target, f, k, token, c)] = flip;
+        for (std::size_t c = t.row.dim; k && c < RoundUp(t.row.dim, Terms(target, t)); ++c)
+          PutCode(target, f, k, token, c, flip, expected);
         if (t.row.scale != ScaleStore::kConstant) {  // bf16: the upper half of an f32
           const std::size_t bytes = ScaleBytes(t);
           std::memcpy(&expected[t.scales_offset + token * bytes],
