@@ -40,7 +40,9 @@ inline const Names kCodecs = {"f16",
                               "i8-token+centre",
                               "i8-token+hadamard",
                               "i8-token-bf16+centre+fold+hadamard",
-                              "i8-head+centre+hadamard"};
+                              "i8-head+centre+hadamard",
+                              "i4-token",
+                              "i4-token-bf16+centre+fold+hadamard"};
 
 // Normal numbers as halves.
 inline std::vector<Half> RandomHalves(std::mt19937& rng, std::size_t n, float size = 1.0f) {
@@ -176,15 +178,22 @@ inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std
   return MakeCodec(name, rows.tokens != 0 ? rows.Head(kv_head) : rows);
 }
 
-// KV head h gets k_codecs[h % n] and v_codecs[h % m], in every layer.
+// A codec's name for head_dim channels: i8 in the place of i4, where they are odd.
+inline std::string Fitting(const std::string& name, std::size_t head_dim) {
+  return head_dim % 2 != 0 && name.starts_with("i4") ? "i8" + name.substr(2) : name;
+}
+
+// KV head h gets k_codecs[h % n] and v_codecs[h % m], as far as they fit head_dim, in every layer.
 inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs,
                      const Names& v_codecs) {
   Plan plan;
   plan.model = g;
   for (std::size_t i = 0; i < g.layers * g.kv_heads; ++i) {
     const std::size_t h = i % g.kv_heads;
-    plan.codecs.push_back(MakeCodec(k_codecs[h % k_codecs.size()], g, rows.k, h));
-    plan.codecs.push_back(MakeCodec(v_codecs[h % v_codecs.size()], g, rows.v, h));
+    const std::string k = Fitting(k_codecs[h % k_codecs.size()], g.head_dim),
+                      v = Fitting(v_codecs[h % v_codecs.size()], g.head_dim);
+    plan.codecs.push_back(MakeCodec(k, g, rows.k, h));
+    plan.codecs.push_back(MakeCodec(v, g, rows.v, h));
   }
   return plan;
 }

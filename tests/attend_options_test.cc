@@ -579,8 +579,8 @@ TEST(AttendOptions, BadArguments) {
     EXPECT_EQ(s.code(), ErrorCode::kMismatch);
     EXPECT_NE(s.message().find(text), std::string::npos) << s.message();
   };
-  refused(RowsView::F16(m.q.data(), 1, 7, 64), "Q: expected 8 heads x 64, found 7 x 64");
-  refused(RowsView::F16(m.q.data(), 1, 8, 63), "Q: expected 8 heads x 64, found 8 x 63");
+  refused(RowsView::F16(m.q.data(), 1, 7, 64), "Q: expected 10 heads x 64, found 7 x 64");
+  refused(RowsView::F16(m.q.data(), 1, 8, 63), "Q: expected 10 heads x 64, found 8 x 63");
   refused(RowsView::F16(m.q.data(), 0, 64, 8), "found 64 x 8");
   EXPECT_EQ(out, std::vector<float>(m.q.size(), 5.0f));
 }

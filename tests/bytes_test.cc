@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -99,13 +100,17 @@ HeadCodec CodecNamed(std::string_view name, std::size_t dim) {
   return codec;
 }
 
-// Every pair of neighbours of kNames as K and V of one KV head.
-Plan MixedPlan(std::size_t group, std::size_t dim) {
+// Came later, and have hashes of their own.
+constexpr std::array kI4Names = {"i4-token", "i4-token-bf16+centre", "i4-token-bf16+hadamard",
+                                 "i4-token+centre+hadamard"};
+
+// Every pair of some codecs as K and V of one KV head.
+Plan MixedPlan(std::span<const char* const> names, std::size_t group, std::size_t dim) {
   Plan plan;
-  plan.model = Geometry{1, kNames.size(), kNames.size() * group, dim};
-  for (std::size_t h = 0; h < kNames.size(); ++h) {
-    plan.codecs.push_back(CodecNamed(kNames[h], dim));
-    plan.codecs.push_back(CodecNamed(kNames[(h * 3 + 1) % kNames.size()], dim));
+  plan.model = Geometry{1, names.size(), names.size() * group, dim};
+  for (std::size_t h = 0; h < names.size(); ++h) {
+    plan.codecs.push_back(CodecNamed(names[h], dim));
+    plan.codecs.push_back(CodecNamed(names[(h * 3 + 1) % names.size()], dim));
   }
   return plan;
 }
@@ -184,7 +189,7 @@ std::uint64_t SamplePlanHash(const std::string& target) {
 struct Expected {
   std::uint64_t decode, prefill, options, plan;
 };
-constexpr std::uint64_t kRowsHash = 8626993407055650010u;
+constexpr std::uint64_t kRowsHash = 8626993407055650010u, kI4RowsHash = 7972970176493465098u;
 const std::map<std::string_view, Expected> kExpected = {
     {"AVX3_DL", {0x3767A659A41DA331, 0x348A71F6012B08A4, 0xF7FB0DF027B008E2, 0xC5A106BCFD9B1940}},
     {"AVX3", {0xEB3F2A3546D73D4, 0x92FE1ABD61299C27, 0xDB090F0F1D09C237, 0xCED5B27A473A6CC2}},
@@ -196,8 +201,8 @@ const std::map<std::string_view, Expected> kExpected = {
 TEST(Bytes, AreThoseOfBefore) {
   for (const std::string_view target : Targets()) {
     SCOPED_TRACE(target);
-    const Cache decode = Filled(MixedPlan(7, 64), 5000, target),
-                prefill = Filled(MixedPlan(2, 80), 700, target);
+    const Cache decode = Filled(MixedPlan(kNames, 7, 64), 5000, target),
+                prefill = Filled(MixedPlan(kNames, 2, 80), 700, target);
     EXPECT_EQ(RowsHash(decode), kRowsHash);
     AttendOptions options;
     options.sliding_window = 300;
@@ -216,6 +221,11 @@ TEST(Bytes, AreThoseOfBefore) {
     EXPECT_EQ(found.options, expected->second.options);
     EXPECT_EQ(found.plan, expected->second.plan);
   }
+}
+
+TEST(Bytes, OfFourBits) {
+  for (const std::string_view target : Targets())
+    EXPECT_EQ(RowsHash(Filled(MixedPlan(kI4Names, 1, 80), 700, target)), kI4RowsHash) << target;
 }
 
 }  // namespace

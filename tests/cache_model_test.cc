@@ -441,6 +441,11 @@ TEST(CacheModel, EveryStep) {
   Machine({{2, 3, 3, 16}, steps, steps, 2600, 700 << 10, 3, 3000}).Run();
 }
 
+TEST(CacheModel, FourBits) {
+  const Names k = {"i4-token-bf16+centre+hadamard", "i8-token"}, v = {"f16", "i4-token"};
+  Machine({{2, 2, 4, 80}, k, v, 1300, 1900 << 10, 5, 1000}).Run();
+}
+
 TEST(CacheModel, ScalesOfHeads) {
   Machine({{2, 2, 2, 64}, {"i8-head"}, {"i8-head"}, 2400, 1200 << 10, 4, 3000}).Run();
 }

@@ -51,15 +51,22 @@ const Names kRuns = {"i8-token+centre",
                      "i8-token-bf16+centre+fold+hadamard",
                      "i8-token-bf16+centre+fold+hadamard",
                      "i8-head+fold+hadamard",
-                     "i8-head+centre+hadamard"};
+                     "i8-head+centre+hadamard",
+                     "i4-token",
+                     "i4-token",
+                     "i4-token-bf16+centre+fold+hadamard",
+                     "i4-token-bf16+centre+fold+hadamard"};
 
 // Every kind that exists.
 Names AllKinds() {
   Names names{"f16"};
   for (const Scale scale : {Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
     for (unsigned steps = 0; steps < 8; ++steps) {
-      names.push_back(
-          ToString({Storage::kI8, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0}));
+      for (const Storage storage : {Storage::kI8, Storage::kI4}) {
+        if (storage == Storage::kI4 && scale == Scale::kHead) continue;
+        names.push_back(
+            ToString({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0}));
+      }
     }
   }
   return names;
@@ -234,14 +241,14 @@ TEST(CacheStores, TheCanonicalBytesHoweverTheRowsCome) {
 // More neighbours of a kind than are encoded at a time, each with a mean of its own.
 TEST(CacheStores, ManyHeadsAlike) {
   for (const char* name : {"i8-token+centre", "i8-token-bf16+centre", "i8-token", "f16",
-                           "i8-head+centre", "i8-token-bf16+fold+hadamard"})
+                           "i8-head+centre", "i8-token-bf16+fold+hadamard", "i4-token-bf16+centre"})
     ExpectReferenceBytes({1, 37, 37, 40}, {name}, {name}, 20, false);
 }
 
 // One head of every kind, next to each other.
 TEST(CacheStores, EveryKindThereIs) {
   const Names kinds = AllKinds();
-  ASSERT_EQ(kinds.size(), 25u);
+  ASSERT_EQ(kinds.size(), 41u);
   Names others = kinds;
   std::rotate(others.begin(), others.begin() + 7, others.end());
   for (const std::size_t head_dim : {32, 48}) {

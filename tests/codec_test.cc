@@ -25,7 +25,7 @@ constexpr std::size_t kDim = 4;
 // Every combination of fields, whether it exists or not.
 std::vector<CodecKind> AllFields() {
   std::vector<CodecKind> kinds;
-  for (const Storage storage : {Storage::kF16, Storage::kI8}) {
+  for (const Storage storage : {Storage::kF16, Storage::kI8, Storage::kI4}) {
     for (const Scale scale : {Scale::kNone, Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
       for (unsigned steps = 0; steps < 8; ++steps) {
         kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0});
@@ -35,15 +35,18 @@ std::vector<CodecKind> AllFields() {
   return kinds;
 }
 
-// f16 is stored as it is; int8 has a scale, and any steps before it.
+// f16 is stored as it is; int8 has a scale, and any steps before it; i4's scale is a token's.
 bool Exists(const CodecKind& kind) {
   if (kind.storage == Storage::kF16) return kind == CodecKind();
+  if (kind.storage == Storage::kI4 && kind.scale == Scale::kHead) return false;
   return kind.scale != Scale::kNone;
 }
 
 // What ToString says that a kind is called.
 std::string Name(const CodecKind& kind) {
-  std::string name = kind.storage == Storage::kF16 ? "f16" : "i8";
+  std::string name = kind.storage == Storage::kF16  ? "f16"
+                     : kind.storage == Storage::kI8 ? "i8"
+                                                    : "i4";
   if (kind.scale == Scale::kHead) name += "-head";
   if (kind.scale == Scale::kToken) name += "-token";
   if (kind.scale == Scale::kTokenBF16) name += "-token-bf16";
@@ -82,9 +85,10 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
     EXPECT_EQ(*parsed, kind) << Name(kind);
     names.insert(ToString(kind));
   }
-  EXPECT_EQ(names.size(), 25u);  // f16; three scales with any of three steps
+  EXPECT_EQ(names.size(), 41u);  // f16; three scales of i8, two of i4, with any of three steps
   EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
+  EXPECT_EQ(ToString({Storage::kI4, Scale::kToken, true, false, true}), "i4-token+centre+hadamard");
 }
 
 TEST(CodecKind, KindsThatDoNotExistHaveNoName) {
@@ -113,7 +117,10 @@ TEST(CodecKind, RefusesNamesOfNone) {
                            "i8-head-token",
                            "i8-token-bf16-bf16",
                            "i8-tokens",
-                           "i4-token",
+                           "i4",
+                           "i4-head",
+                           "i4-head+hadamard",
+                           "i6-token",
                            "F16",
                            "I8-token",
                            "f16 ",
@@ -137,7 +144,7 @@ TEST(CodecKind, RefusesNamesOfNone) {
     const Status status = ParseCodecKind(name).status();
     SCOPED_TRACE(name);
     EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
-    for (const std::string part : {"expected", "f16", "i8", "-head", "-token", "-token-bf16",
+    for (const std::string part : {"expected", "f16", "i8", "i4", "-head", "-token", "-token-bf16",
                                    "+centre", "+fold", "+hadamard"}) {
       EXPECT_NE(status.message().find(part), std::string::npos)
           << status.message() << " does not name " << part;
@@ -145,7 +152,7 @@ TEST(CodecKind, RefusesNamesOfNone) {
     EXPECT_TRUE(status.message().starts_with("codec: ")) << status.message();
     EXPECT_NE(status.message().find("found \""), std::string::npos) << status.message();
   }
-  EXPECT_NE(ParseCodecKind("i4-token").status().message().find("found \"i4-token\""),
+  EXPECT_NE(ParseCodecKind("i6-token").status().message().find("found \"i6-token\""),
             std::string::npos);
 }
 
@@ -156,8 +163,10 @@ TEST(CodecKind, BytesPerToken) {
       const std::size_t scale = kind.scale == Scale::kToken       ? 4
                                 : kind.scale == Scale::kTokenBF16 ? 2
                                                                   : 0;
-      EXPECT_EQ(BytesPerToken(kind, dim), kind.storage == Storage::kF16 ? 2 * dim : dim + scale)
-          << ToString(kind) << ", " << dim;
+      const std::size_t codes = kind.storage == Storage::kF16  ? 2 * dim
+                                : kind.storage == Storage::kI8 ? dim
+                                                               : (dim + 1) / 2;
+      EXPECT_EQ(BytesPerToken(kind, dim), codes + scale) << ToString(kind) << ", " << dim;
     }
   }
 }
@@ -195,6 +204,19 @@ TEST(HeadCodec, NumbersThatItsKindAsksFor) {
     bad.vectors = Vectors(mean, longer);
     ExpectRefused(bad, kind.fold ? "expected a factor of 4 channels, found 5"
                                  : "expected a factor of 0 channels, found 1");
+  }
+}
+
+TEST(HeadCodec, FourBitsWantAnEvenHeadDim) {
+  for (const char* name : {"i4-token", "i4-token-bf16+hadamard"}) {
+    const HeadCodec codec{ParseCodecKind(name).value()};
+    for (const std::size_t dim : {2, 66, 512}) EXPECT_TRUE(CheckCodec(codec, dim).ok()) << dim;
+    for (const std::size_t dim : {1, 65}) {
+      const Status status = CheckCodec(codec, dim);
+      EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
+      EXPECT_EQ(status.message(),
+                std::string(name) + ": expected an even head_dim, found " + std::to_string(dim));
+    }
   }
 }
 

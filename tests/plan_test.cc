@@ -171,6 +171,8 @@ TEST(Plan, CheckPlan) {
   refused(fp16, "expected a mean of 0 channels, found 3");
   refused({{Storage::kF16, Scale::kToken}}, "a storage with a scale");
   refused({{Storage::kI8, Scale::kNone}}, "a storage with a scale");
+  refused({{Storage::kI4, Scale::kHead}, 1.0f, nullptr}, "a storage with a scale");
+  refused({{Storage::kI4, Scale::kToken}}, "i4-token: expected an even head_dim, found 3");
 
   Plan plan = good;
   plan.codecs.pop_back();
@@ -266,6 +268,22 @@ TEST(PlanFile, ComesBackExactly) {
   EXPECT_EQ(written["codecs"][1][0]["k_factor"].size(), 40u);
   EXPECT_EQ(written["codecs"][0][1]["v"], "i8-token+hadamard");
   EXPECT_FALSE(written["codecs"][0][1].contains("v_factor"));
+}
+
+// What a version without i4 would refuse by the codec's name is a newer minor version.
+TEST(PlanFile, FourBitsComeBack) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  Plan plan = UniformPlan(Geometry{1, 2, 2, 4}, Token(), Token());
+  plan.codec(0, 1, Tensor::kK) = {ParseCodecKind("i4-token-bf16+hadamard").value()};
+  ASSERT_TRUE(SavePlan(plan, path).ok());
+  const Result<Plan> loaded = LoadPlan(path);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->codecs, plan.codecs);
+  const json written = json::parse(ReadBytes(path));
+  EXPECT_EQ(written["version"], (json{1, 3}));
+  EXPECT_EQ(written["codecs"][0][1]["k"], "i4-token-bf16+hadamard");
+  EXPECT_EQ(written["bytes_per_token"], 3 * 8 + 4);
 }
 
 TEST(PlanFile, UnlikeLayersComeBackExactly) {

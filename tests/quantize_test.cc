@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/levels.h"
 #include "tests/reference/quantize.h"
 
 namespace kvmix {
@@ -129,6 +130,7 @@ kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat format;
   format.dim = dim;
   if (codec.kind.storage == Storage::kI8) format.storage = kernels::Storage::kI8;
+  if (codec.kind.storage == Storage::kI4) format.storage = kernels::Storage::kI4;
   if (codec.kind.scale == Scale::kHead) format.constant = codec.head_scale;
   if (codec.kind.scale == Scale::kToken) format.scale = kernels::ScaleStore::kF32;
   if (codec.kind.scale == Scale::kTokenBF16) format.scale = kernels::ScaleStore::kBF16;
@@ -197,6 +199,10 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
   void ExpectAll(const Rows& rows, const Floats& mean) const {
     Expect(rows, Codec("i8-token", mean));
     Expect(rows, Codec("i8-token-bf16", mean));
+    if (rows.aligned().head_dim % 2 == 0) {
+      Expect(rows, Codec("i4-token", mean));
+      Expect(rows, Codec("i4-token-bf16", mean));
+    }
     const HeadCodec codec = Codec("i8-head", mean);
     const float scale = kernel().head_scale(In(rows.shifted()), TransformOf(codec));
     ASSERT_EQ(scale, reference::HeadScale(rows.aligned(), codec));
@@ -365,7 +371,7 @@ TEST_P(QuantizeTest, Ties) {
 
 TEST_P(QuantizeTest, ZeroTinyAndHugeRows) {
   const float sizes[] = {0.0f, 0x1p-24f, 0x1p-14f, 1.0f, 65504.0f};
-  const Rows rows(Dtype::kF16, 20, 67, 3, [&](std::size_t t, std::size_t i) {
+  const Rows rows(Dtype::kF16, 20, 66, 3, [&](std::size_t t, std::size_t i) {
     return static_cast<Half>(FloatToHalf(sizes[t % 5] * static_cast<float>(i % 8) / 7.0f) |
                              (t % 2 ? kSign : 0u));
   });
@@ -374,11 +380,11 @@ TEST_P(QuantizeTest, ZeroTinyAndHugeRows) {
   // quotients are no longer divisions.
   for (const float size : {0x1p-149f, 0x1.fffffep-101f, 0x1p-100f, 0x1.234p-100f, 0x1p-61f,
                            0x1.fffffep-61f, 0x1p-60f, 0x1p60f, 0x1p120f}) {
-    Floats mean(67);
+    Floats mean(66);
     for (std::size_t i = 0; i < mean.size(); ++i)
       mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
     for (const Dtype dtype : kDtypes) {
-      const Rows zeros(dtype, 3, 67, 0, [](std::size_t, std::size_t) { return 0u; });
+      const Rows zeros(dtype, 3, 66, 0, [](std::size_t, std::size_t) { return 0u; });
       ExpectAll(zeros, mean);
     }
     ExpectAll(rows, mean);
@@ -388,7 +394,7 @@ TEST_P(QuantizeTest, ZeroTinyAndHugeRows) {
 // What f32 and bf16 have beyond the halves' range, down to subnormal numbers and up to the largest,
 // minus means of any size: y itself stays finite.
 TEST_P(QuantizeTest, NumbersFarBeyondHalves) {
-  constexpr std::size_t kDim = 67;
+  constexpr std::size_t kDim = 66;
   std::vector<Floats> means = {kNoMean, RandomMean(kDim, 31)};
   for (const float size : {1e-38f, 1e30f, -1e30f, FLT_MAX, -FLT_MAX}) {
     Floats mean(kDim);
@@ -481,7 +487,8 @@ TEST_P(QuantizeTest, TheTypeOfTheNumbersDoesNotMatter) {
         const float x = random.aligned().At(t, 0, i) * (t % 7 == 2 ? 0x1p-14f : 1.0f);
         return HalfToFloat(FloatToHalf(x) & 0xFFF8u);  // 8 bits: a bf16 number as well
       };
-      for (const std::string name : {"f16", "i8-token", "i8-token-bf16", "i8-head"}) {
+      for (const std::string name : {"f16", "i8-token", "i8-token-bf16", "i8-head", "i4-token"}) {
+        if (name == "i4-token" && dim % 2 != 0) continue;
         for (const Floats& m : {kNoMean, mean}) {
           if (name == "f16" && !m.empty()) continue;
           const HeadCodec codec = Codec(name, m, name == "i8-head" ? 0.04f : 0.0f);
@@ -525,7 +532,8 @@ TEST_P(QuantizeTest, HeadsWithMeansSideBySide) {
                                                                  Codec("i8-head", own(h))));
         }
         ASSERT_EQ(kernel().head_scale(In(rows.shifted()), transform), head_scale);
-        for (const std::string name : {"i8-token", "i8-token-bf16", "i8-head"}) {
+        for (const std::string name : {"i8-token", "i8-token-bf16", "i8-head", "i4-token-bf16"}) {
+          if (name == "i4-token-bf16" && dim % 2 != 0) continue;
           const float scale = name == "i8-head" ? 0.5f * head_scale : 0.0f;
           const HeadCodec codec = Codec(name, own(0), scale);
           reference::Coded expected;
@@ -541,7 +549,8 @@ TEST_P(QuantizeTest, HeadsWithMeansSideBySide) {
           }
           ExpectSame(Encode(rows.shifted(), codec, transform), expected, rows.aligned(), codec);
           Floats out(decoded.size());
-          kernel().decode_f32({FormatOf(codec, dim), transform, expected.rows.data(), dim,
+          kernel().decode_f32({FormatOf(codec, dim), transform, expected.rows.data(),
+                               kernels::RowBytes(FormatOf(codec, dim)),
                                expected.scales.empty() ? nullptr : expected.scales.data(), heads},
                               out.data(), dim);
           ASSERT_EQ(out, decoded) << name << ", " << heads << " heads, " << dim << " channels";
@@ -617,7 +626,9 @@ TEST_P(QuantizeTest, Dequantize) {
       const Floats mean = RandomMean(dim, 12);
       for (const HeadCodec& codec :
            {Codec("i8-token"), Codec("i8-token", mean), Codec("i8-token-bf16"),
-            Codec("i8-head", mean, 0.3f), Codec("f16")}) {
+            Codec("i8-head", mean, 0.3f), Codec("f16"), Codec("i4-token"),
+            Codec("i4-token-bf16", mean)}) {
+        if (codec.kind.storage == Storage::kI4 && dim % 2 != 0) continue;
         const reference::Coded q = reference::Encode(rows.aligned(), codec);
         const Floats decoded = reference::Decode(q, tokens, dim, codec);
         const std::size_t stride = dim + 2;
@@ -661,15 +672,135 @@ TEST_P(QuantizeTest, DequantizeToHalfRounds) {
   }
 }
 
+// ---- i4
+
+// The table is that of the quantizer whose levels are the means of a normal distribution between
+// the borders, and whose borders lie halfway between the levels.
+TEST(I4Levels, AreLloydAndMaxs) {
+  const auto density = [](double x) { return std::exp(-0.5 * x * x) / std::sqrt(2.0 * M_PI); };
+  const auto above = [](double x) { return 0.5 * std::erfc(x / std::sqrt(2.0)); };
+  double levels[8];
+  for (int i = 0; i < 8; ++i) levels[i] = 0.3 * (i + 0.5);
+  for (int round = 0; round < 5000; ++round) {
+    double borders[9] = {0.0};
+    for (int i = 1; i < 8; ++i) borders[i] = 0.5 * (levels[i - 1] + levels[i]);
+    borders[8] = 30.0;
+    for (int i = 0; i < 8; ++i) {
+      levels[i] = (density(borders[i]) - density(borders[i + 1])) /
+                  (above(borders[i]) - above(borders[i + 1]));
+    }
+  }
+  EXPECT_NEAR(levels[7], 2.7326, 1e-4);
+  for (int i = 0; i < 8; ++i) {
+    EXPECT_EQ(kernels::kLevels[static_cast<std::size_t>(i)],
+              std::lround(127.0 * levels[i] / levels[7]));
+    EXPECT_EQ(kernels::kLevels[static_cast<std::size_t>(15 - i)],
+              -kernels::kLevels[static_cast<std::size_t>(i)]);
+  }
+}
+
+// The squared error of a row in i4 at a scale, every value at its nearest level; best: with the
+// scale then made the best one for these levels.
+double I4Error(const RowsView& rows, std::size_t token, double scale, bool best) {
+  double a = 0.0, b = 0.0, square = 0.0;
+  for (std::size_t c = 0; c < rows.head_dim; ++c) {
+    const double x = rows.At(token, 0, c);
+    double nearest = kernels::kLevels[0];
+    for (const double level : kernels::kLevels) {
+      if (std::fabs(x - scale * level) < std::fabs(x - scale * nearest)) nearest = level;
+    }
+    a += x * nearest;
+    b += nearest * nearest;
+    square += x * x;
+  }
+  const double by = best ? a / b : scale;
+  return square - 2.0 * by * a + by * by * b;
+}
+
+// A row's scale is never worse than absmax / 127, which i8 takes, and hardly worse than the best of
+// many.
+TEST_P(QuantizeTest, I4ScalesAreNearTheBest) {
+  for (const std::size_t dim : Sizes{64, 128}) {
+    for (const bool outliers : {false, true}) {
+      std::mt19937 random(91);
+      std::normal_distribution<float> normal;
+      const Rows rows(Dtype::kF32, 100, dim, 0, [&](std::size_t, std::size_t i) {
+        return BitsOf(Dtype::kF32, normal(random) * (outliers && i % 13 == 5 ? 4.0f : 1.0f));
+      });
+      const RowCodec codec = Create(Codec("i4-token"), dim);
+      std::vector<std::uint8_t> codes(dim / 2);
+      double sum = 0.0, best_sum = 0.0;
+      for (std::size_t t = 0; t < 100; ++t) {
+        const RowsView row = rows.aligned().Tokens(t, 1);
+        float scale = 0.0f, absmax = 0.0f;
+        codec.Encode(row, codes.data(), &scale);
+        const double error = codec.Errors(row, codes.data(), &scale).sum_squared_error;
+        for (std::size_t c = 0; c < dim; ++c) absmax = std::max(absmax, std::fabs(row.At(0, 0, c)));
+        EXPECT_LE(error, 1.0001 * I4Error(row, 0, absmax / 127.0, false));
+        double best = HUGE_VAL;
+        for (int i = 0; i < 400; ++i)
+          best = std::min(best, I4Error(row, 0, absmax / 127.0 * (0.4 + 0.002 * i), true));
+        EXPECT_LE(error, 1.25 * best) << "row " << t;
+        sum += error;
+        best_sum += best;
+      }
+      EXPECT_LE(sum, 1.04 * best_sum) << dim << (outliers ? ", outliers" : "");
+    }
+  }
+}
+
+// A rotated row of any model is near normal: 16 levels for a whole normal distribution leave 9.5e-3
+// of its square, and a scale for each row somewhat less.
+TEST_P(QuantizeTest, I4ErrorOfRotatedRows) {
+  for (const std::size_t dim : Sizes{64, 80, 128, 256}) {
+    for (const std::string name : {"i4-token+hadamard", "i4-token-bf16+hadamard"}) {
+      std::mt19937 random(92);
+      std::normal_distribution<float> normal;
+      const Rows rows(Dtype::kF16, 2000, dim, 0, [&](std::size_t t, std::size_t) {
+        return BitsOf(Dtype::kF16, normal(random) * (t % 2 == 0 ? 1.0f : 100.0f));
+      });
+      const RowCodec codec = Create(Codec(name), dim);
+      std::vector<std::uint8_t> codes(2000 * dim / 2);
+      Floats scales(2000);
+      codec.Encode(rows.aligned(), codes.data(), scales.data());
+      double square = 0.0;
+      for (std::size_t i = 0; i < 2000 * dim; ++i) {
+        const double x = rows.aligned().At(i / dim, 0, i % dim);
+        square += x * x;
+      }
+      const ErrorSums errors = codec.Errors(rows.aligned(), codes.data(), scales.data());
+      EXPECT_LE(errors.sum_squared_error / square, 9.5e-3) << name << ", " << dim;
+    }
+  }
+}
+
+// The largest floats come back as finite numbers, which a scale rounded up would not let them.
+TEST_P(QuantizeTest, I4OfTheLargestFloatsIsFinite) {
+  for (const std::string name : {"i4-token", "i4-token-bf16"}) {
+    const Rows rows(Dtype::kF32, 2, 34, 0, [](std::size_t t, std::size_t i) {
+      return BitsOf(Dtype::kF32, t == 0 || i == 0 ? (i % 2 == 0 ? FLT_MAX : -FLT_MAX) : 0.0f);
+    });
+    const RowCodec codec = Create(Codec(name), 34);
+    std::uint8_t codes[34];
+    float scales[2], out[68];
+    codec.Encode(rows.shifted(), codes, scales);
+    codec.Decode(codes, scales, 2, out, 34);
+    for (const float x : out) EXPECT_TRUE(std::isfinite(x)) << name;
+    EXPECT_NEAR(out[0] / FLT_MAX, 1.0f, 0.01f) << name;
+    EXPECT_NEAR(out[33] / FLT_MAX, -1.0f, 0.01f) << name;
+  }
+}
+
 TEST_P(QuantizeTest, Errors) {
   for (const Dtype dtype : kDtypes) {
     for (const std::size_t dim : kDims) {
       for (const std::size_t tokens : Sizes{0, 1, 9, 300}) {
         const Rows rows = RandomRows(dtype, tokens, dim, 7, 21);
         const Floats mean = RandomMean(dim, 22);
-        for (const HeadCodec& codec :
-             {Codec("i8-token-bf16"), Codec("i8-token-bf16", mean), Codec("f16")}) {
+        for (const HeadCodec& codec : {Codec("i8-token-bf16"), Codec("i8-token-bf16", mean),
+                                       Codec("f16"), Codec("i4-token", mean)}) {
           if (dtype != Dtype::kF16 && codec.kind.storage == Storage::kF16) continue;
+          if (codec.kind.storage == Storage::kI4 && dim % 2 != 0) continue;
           const reference::Coded q = reference::Encode(rows.aligned(), codec);
           const ErrorSums expected = reference::Errors(rows.aligned(), q, codec);
           const ErrorSums errors =

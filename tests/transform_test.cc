@@ -242,13 +242,15 @@ TEST_P(TransformTest, ScoresAndOutputsArePreserved) {
 
 // ---- codecs
 
-// Every mix of steps with every scale.
-std::vector<std::string> KindNames() {
+// Every mix of steps with every storage and scale that rows of dim channels can have.
+std::vector<std::string> KindNames(std::size_t dim) {
   std::vector<std::string> names;
-  for (const char* scale : {"i8-head", "i8-token", "i8-token-bf16"}) {
+  for (const std::string scale :
+       {"i8-head", "i8-token", "i8-token-bf16", "i4-token", "i4-token-bf16"}) {
+    if (scale.starts_with("i4") && dim % 2 != 0) continue;
     for (int steps = 0; steps < 8; ++steps) {
-      names.push_back(std::string(scale) + (steps & 1 ? "+centre" : "") +
-                      (steps & 2 ? "+fold" : "") + (steps & 4 ? "+hadamard" : ""));
+      names.push_back(scale + (steps & 1 ? "+centre" : "") + (steps & 2 ? "+fold" : "") +
+                      (steps & 4 ? "+hadamard" : ""));
     }
   }
   return names;
@@ -301,8 +303,9 @@ class CodecStepsTest : public TransformTest {
   }
   Floats Decode(const reference::Coded& coded, std::size_t dim, const HeadCodec& codec) const {
     const RowCodec compiled = RowCodec::Create(codec, dim, GetParam()).value();
-    Floats out(coded.rows.size());
-    compiled.Decode(coded.rows.data(), coded.scales.data(), out.size() / dim, out.data(), dim);
+    const std::size_t tokens = coded.rows.size() / compiled.row_bytes();
+    Floats out(tokens * dim);
+    compiled.Decode(coded.rows.data(), coded.scales.data(), tokens, out.data(), dim);
     return out;
   }
   // Codes, scales and what they stand for are the reference's.
@@ -342,7 +345,7 @@ TEST_P(CodecStepsTest, EveryMixGivesTheReferencesBytes) {
       const Floats x = RandomFloats(random, tokens * dim);
       for (const Dtype dtype : kDtypes) {
         const Numbers rows(dtype, x, dim);
-        for (const std::string& name : KindNames()) {
+        for (const std::string& name : KindNames(dim)) {
           HeadCodec codec = Codec(name, mean, factor);
           if (codec.kind.scale == Scale::kHead) {
             kernels::Transform transform;
@@ -373,8 +376,9 @@ TEST_P(CodecStepsTest, ErrorIsThatOfHalfACode) {
     const Floats mean = RandomFloats(random, dim), factor = RandomFactor(random, dim);
     const Numbers rows(Dtype::kF32, RandomFloats(random, kTokens * dim), dim);
     const double b = static_cast<double>(BlockOf(dim));
-    for (const std::string& name : KindNames()) {
+    for (const std::string& name : KindNames(dim)) {
       HeadCodec codec = Codec(name, mean, factor);
+      if (codec.kind.storage != Storage::kI8) continue;
       if (codec.kind.scale == Scale::kHead) codec.head_scale = HeadScale(rows.view, codec);
       const reference::Coded coded = Encode(rows.view, codec);
       ASSERT_EQ(coded.clamped, 0u);
@@ -409,7 +413,7 @@ TEST_P(CodecStepsTest, ErrorsAreTheReferences) {
     const Floats mean = RandomFloats(random, dim), factor = RandomFactor(random, dim);
     for (const Dtype dtype : kDtypes) {
       const Numbers rows(dtype, RandomFloats(random, 30 * dim), dim);
-      for (const std::string& name : KindNames()) {
+      for (const std::string& name : KindNames(dim)) {
         HeadCodec codec = Codec(name, mean, factor, 0.2f);
         const reference::Coded coded = reference::Encode(rows.view, codec);
         const ErrorSums expected = reference::Errors(rows.view, coded, codec);
@@ -449,7 +453,7 @@ TEST_P(CodecStepsTest, NotANumber) {
         const Numbers rows(dtype, with, dim), finite(dtype, instead, dim);
         // bf16 has no 65504.
         const bool same = dtype != Dtype::kBF16 || special[1] == 0.0f;
-        for (const std::string& name : KindNames()) {
+        for (const std::string& name : KindNames(dim)) {
           const HeadCodec codec = Codec(name, mean, factor, 0.3f);
           ExpectReference(rows.view, codec);
           if (!same) continue;
@@ -483,7 +487,7 @@ TEST_P(CodecStepsTest, HugeNumbersMeansAndFactors) {
             mean[i] = mean_size * (1.0f - static_cast<float>(i) / 100.0f);
             factor[i] = i % 5 == 0 ? 1.0f : factor_size;
           }
-          for (const std::string& name : KindNames()) {
+          for (const std::string& name : KindNames(dim)) {
             const HeadCodec codec = Codec(name, mean, factor, 1e16f);
             SCOPED_TRACE(testing::Message() << "mean " << mean_size << ", factor " << factor_size);
             ExpectReference(rows.view, codec);
@@ -504,11 +508,12 @@ TEST_P(CodecStepsTest, HeadsOfATokenAreEncodedAsTheirTokens) {
                  factors = RandomFactor(random, kHeads * dim), inverses = Inverse(factors);
     for (const Dtype dtype : kDtypes) {
       const Numbers rows(dtype, RandomFloats(random, kHeads * dim), dim);
-      for (const std::string& name : KindNames()) {
+      for (const std::string& name : KindNames(dim)) {
         SCOPED_TRACE(testing::Message() << name << ", " << dim << " channels");
         const CodecKind kind = ParseCodecKind(name).value();
         kernels::RowFormat format;
-        format.storage = kernels::Storage::kI8;
+        format.storage =
+            kind.storage == Storage::kI4 ? kernels::Storage::kI4 : kernels::Storage::kI8;
         format.scale = kind.scale == Scale::kHead    ? kernels::ScaleStore::kConstant
                        : kind.scale == Scale::kToken ? kernels::ScaleStore::kF32
                                                      : kernels::ScaleStore::kBF16;

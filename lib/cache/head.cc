@@ -11,10 +11,15 @@
 namespace kvmix::internal {
 namespace {
 
+kernels::Storage StorageOf(Storage storage) {
+  if (storage == Storage::kF16) return kernels::Storage::kF16;
+  return storage == Storage::kI4 ? kernels::Storage::kI4 : kernels::Storage::kI8;
+}
+
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat f;
   f.dim = dim;
-  f.storage = codec.kind.storage == Storage::kF16 ? kernels::Storage::kF16 : kernels::Storage::kI8;
+  f.storage = StorageOf(codec.kind.storage);
   if (codec.kind.scale == Scale::kHead) f.constant = codec.head_scale;
   if (codec.kind.scale == Scale::kToken) f.scale = kernels::ScaleStore::kF32;
   if (codec.kind.scale == Scale::kTokenBF16) f.scale = kernels::ScaleStore::kBF16;
@@ -98,7 +103,7 @@ Status CompiledCodec::CheckCoded(const void* rows, const float* scales, std::siz
     for (std::size_t c = 0; c < dim; ++c) {
       if (format_.storage == kernels::Storage::kI8) {
         bad |= row[c] == 0x80;
-      } else {
+      } else if (format_.storage == kernels::Storage::kF16) {
         bad |= (row[2 * c + 1] & 0x7C) == 0x7C;
       }
     }

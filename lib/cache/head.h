@@ -48,7 +48,8 @@ class CompiledCodec {
               std::size_t stride) const;
   kernels::RowErrors Errors(const void* rows, const float* scales,
                             const kernels::RowsIn& tokens) const;
-  // Rows that an encoder makes: no code of -128, no half and no scale that is not finite.
+  // Rows that an encoder makes: no code of -128, no half and no scale that is not finite. (Every
+  // nibble is a code of i4.)
   Status CheckCoded(const void* rows, const float* scales, std::size_t count) const;
   // The scale that covers these tokens of this head.
   float HeadScale(const kernels::RowsIn& tokens) const;

@@ -17,7 +17,10 @@ struct Row {
   std::string_view name;
   std::size_t size;
 };
-constexpr Row<Storage> kStorages[] = {{Storage::kF16, "f16", 16}, {Storage::kI8, "i8", 8}};  // bits
+constexpr Row<Storage> kStorages[] = {  // bits
+    {Storage::kF16, "f16", 16},
+    {Storage::kI8, "i8", 8},
+    {Storage::kI4, "i4", 4}};
 constexpr Row<Scale> kScales[] = {{Scale::kNone, "", 0},  // bytes beside every token's codes
                                   {Scale::kHead, "-head", 0},
                                   {Scale::kToken, "-token", 4},
@@ -35,13 +38,14 @@ const Row<T>* Find(const Table& table, T value) {
   return row == std::end(table) ? nullptr : row;
 }
 
-// Codes have a scale, and maybe steps before it; numbers (f16) have neither.
+// Codes have a scale, i4's one per token, and maybe steps before it; numbers (f16) have neither.
 bool Exists(const CodecKind& kind) {
   if (Find(kStorages, kind.storage) == nullptr || Find(kScales, kind.scale) == nullptr ||
       kind.rounding != Rounding::kNearest)
     return false;
-  if (kind.storage != Storage::kF16) return kind.scale != Scale::kNone;
-  return kind == CodecKind();
+  if (kind.storage == Storage::kF16) return kind == CodecKind();
+  return kind.scale != Scale::kNone &&
+         !(kind.storage == Storage::kI4 && kind.scale == Scale::kHead);
 }
 
 template <class... Args>
@@ -89,8 +93,9 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
     }
   }
   return Invalid(
-      "codec: expected a storage ({}), but for f16 a scale ({}) and, in this order, any of {}; "
-      "found \"{}\"",
+      "codec: expected a storage ({}), but for f16 a scale ({}; i4 has no -head) and, in this "
+      "order, "
+      "any of {}; found \"{}\"",
       Names(kStorages), Names(kScales), Names(kSteps), name);
 }
 
@@ -122,6 +127,8 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
         "expected a codec that exists, found a storage with a scale or with steps that it cannot "
         "have");
   }
+  if (codec.kind.storage == Storage::kI4 && head_dim % 2 != 0)
+    return Invalid("{}: expected an even head_dim, found {}", ToString(codec.kind), head_dim);
   const float scale = codec.head_scale;
   if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale)))
     return Invalid("expected a scale above 0, found {}", scale);

@@ -1,6 +1,6 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
 // minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
-// layers that differ and exact_first.
+// layers that differ and exact_first, 1.3 i4.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -28,7 +28,7 @@ namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
-constexpr std::size_t kMinor = 1, kMinorOfLayers = 2;  // and of exact_first
+constexpr std::size_t kMinor = 1, kMinorOfLayers = 2, kMinorOfI4 = 3;  // 2: and of exact_first
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -89,6 +89,14 @@ std::string AccuracyText(const Provenance& p) {
   return fmt::format("{{{}{}}}", fmt::join(measured, ","), measured.empty() ? "" : "\n  ");
 }
 
+// The oldest minor version that has all that the plan says.
+std::size_t MinorOf(const Plan& plan) {
+  if (std::ranges::any_of(
+          plan.codecs, [](const HeadCodec& codec) { return codec.kind.storage == Storage::kI4; }))
+    return kMinorOfI4;
+  return plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
+}
+
 std::string PlanText(const Plan& plan) {
   const Provenance& p = plan.provenance;
   return fmt::format(
@@ -106,8 +114,7 @@ std::string PlanText(const Plan& plan) {
   ]
 }}
 )",
-      kFormat, kMajor, plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers,
-      ModelText(plan.model),
+      kFormat, kMajor, MinorOf(plan), ModelText(plan.model),
       plan.exact_first == 0 ? "" : fmt::format("\n  \"exact_first\": {},", plan.exact_first),
       BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
       p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -22,7 +23,7 @@ namespace kvmix::reference {
 
 // Canonical rows of one head.
 struct Coded {
-  std::vector<std::uint8_t> rows;  // [tokens][head_dim] codes, or as many halves
+  std::vector<std::uint8_t> rows;  // [tokens][head_dim] codes, those of i4 two a byte, or halves
   std::vector<float> scales;       // [tokens], where the codec stores them
   std::uint64_t clamped = 0;
 };
@@ -86,6 +87,53 @@ inline float HeadScale(const RowsView& rows, const HeadCodec& codec) {
   return ScaleOf(max, false);
 }
 
+// i4's levels by code: the Lloyd-Max quantizer of a normal distribution has its outermost level at
+// 2.7326, which is 127 here.
+inline constexpr int kI4Levels[16] = {6,    18,  31,  44,  58,  75,  96,  127,
+                                      -127, -96, -75, -58, -44, -31, -18, -6};
+
+// The codes and the scale of one row in i4, as docs/formats.md defines them.
+struct I4Row {
+  std::vector<int> codes;  // [head_dim]
+  float scale = 0.0f;
+};
+
+inline I4Row EncodeI4(const std::vector<float>& y, bool bf16) {
+  I4Row row{std::vector<int>(y.size()), 0.0f};
+  const float absmax = AbsMax(y);
+  if (absmax < 0x1p-100f) return row;
+  std::vector<int> z(y.size()), codes(y.size());
+  for (std::size_t c = 0; c < y.size(); ++c)
+    z[c] = static_cast<int>(std::nearbyint(Product(y[c], 32767.0f / absmax)));
+  double best = -1.0, best_scale = 0.0;
+  for (int reach = 16; reach >= 12; --reach) {
+    std::int64_t a = 0, b = 0;
+    for (std::size_t c = 0; c < y.size(); ++c) {
+      int code = 0;
+      while (code < 7 &&
+             std::abs(z[c]) > (kI4Levels[code] + kI4Levels[code + 1]) * reach * 32767 / 4064) {
+        ++code;
+      }
+      codes[c] = z[c] < 0 ? 15 - code : code;
+      a += z[c] * kI4Levels[codes[c]];
+      b += kI4Levels[code] * kI4Levels[code];
+    }
+    const double a_f64 = static_cast<double>(a), b_f64 = static_cast<double>(b);
+    const double squared = a_f64 * a_f64, gain = squared / b_f64;
+    if (gain <= best) continue;
+    best = gain;
+    best_scale = a_f64 / b_f64;
+    row.codes = codes;
+  }
+  const float unit = absmax / 32767.0f;
+  row.scale = std::min(static_cast<float>(double{unit} * best_scale), 0x1p121f);
+  if (bf16) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(row.scale);
+    row.scale = std::bit_cast<float>((bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u);
+  }
+  return row;
+}
+
 inline Coded Encode(const RowsView& rows, const HeadCodec& codec) {
   Coded out;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
@@ -100,6 +148,13 @@ inline Coded Encode(const RowsView& rows, const HeadCodec& codec) {
       continue;
     }
     const std::vector<float> y = Stepped(rows, t, codec);
+    if (codec.kind.storage == Storage::kI4) {
+      const I4Row row = EncodeI4(y, codec.kind.scale == Scale::kTokenBF16);
+      out.scales.push_back(row.scale);
+      for (std::size_t c = 0; c < y.size(); c += 2)
+        out.rows.push_back(static_cast<std::uint8_t>(row.codes[c] | row.codes[c + 1] << 4));
+      continue;
+    }
     float scale = codec.head_scale;
     if (codec.kind.scale != Scale::kHead) {
       scale = ScaleOf(AbsMax(y), codec.kind.scale == Scale::kTokenBF16);
@@ -131,6 +186,9 @@ inline std::vector<float> Decode(const void* rows, const float* scales, std::siz
       const std::size_t at = t * head_dim + c;
       if (codec.kind.storage == Storage::kF16) {
         x[c] = HalfToFloat(static_cast<Half>(bytes[2 * at] | bytes[2 * at + 1] << 8));
+      } else if (codec.kind.storage == Storage::kI4) {
+        const int code = bytes[at / 2] >> (c % 2 == 0 ? 0 : 4) & 0x0F;  // a row is whole bytes
+        x[c] = Product(scales[t], static_cast<float>(kI4Levels[code]));
       } else {
         const float scale = scales != nullptr ? scales[t] : codec.head_scale;
         x[c] = Product(scale, static_cast<std::int8_t>(bytes[at]));

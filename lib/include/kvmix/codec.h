@@ -1,8 +1,12 @@
 // Codecs: how one KV head's K or V is stored.
 //
 //   y = R((x - mean) / factor)                                          before it is stored
-//   code = round-to-nearest-even(y / scale), in [-127, 127]             i8; f16 stores x itself
-//   x' = mean + factor * R(scale * code)                                what the codes stand for
+//   code = round-to-nearest-even(y / scale), in [-127, 127]             i8
+//   code = the number of the nearest of 16 levels times scale           i4
+//   x' = mean + factor * R(scale * code)                                what codes of i8 stand for
+//   x' = mean + factor * R(scale * level[code])                         and those of i4
+//
+// f16 stores x itself. The levels of i4, of +-127 at most: kernels/levels.h, docs/formats.md.
 //
 // Each field of a CodecKind is one of these steps, so kinds compose:
 //   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is
@@ -33,12 +37,16 @@ inline constexpr std::size_t kMaxHeadDim = 512;
 
 enum class Tensor : std::uint8_t { kK, kV };
 
-enum class Storage : std::uint8_t { kF16, kI8 };
+enum class Storage : std::uint8_t {
+  kF16,
+  kI8,
+  kI4,  // with a scale per token only; head_dim must be even
+};
 enum class Scale : std::uint8_t {
   kNone,   // f16
   kHead,   // one per KV head, fixed by the plan ("global" in the study); values beyond it saturate
   kToken,  // one per token and KV head, f32, stored beside the codes
-  kTokenBF16,  // the same as bf16, rounded up
+  kTokenBF16,  // the same as bf16, i8's rounded up, i4's to nearest
 };
 enum class Rounding : std::uint8_t { kNearest };
 
@@ -53,7 +61,7 @@ struct CodecKind {
   bool operator==(const CodecKind&) const = default;
 };
 
-// "f16", "i8-head", "i8-token", "i8-token-bf16+centre+fold+hadamard": the storage, the scale, and
+// "f16", "i8-head", "i4-token", "i8-token-bf16+centre+fold+hadamard": the storage, the scale, and
 // the steps that are taken, in this order.
 KVMIX_API std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
@@ -82,8 +90,8 @@ struct HeadCodec {
   bool operator==(const HeadCodec& other) const;  // by the numbers, not by who shares them
 };
 
-// The kind exists, and its numbers are there: head_scale above 0 and finite, vectors of head_dim
-// finite numbers where the kind asks for them and nowhere else.
+// The kind exists and fits head_dim, and its numbers are there: head_scale above 0 and finite,
+// vectors of head_dim finite numbers where the kind asks for them and nowhere else.
 KVMIX_API Status CheckCodec(const HeadCodec& codec, std::size_t head_dim);
 
 }  // namespace kvmix
