@@ -511,8 +511,15 @@ TEST_F(MeasureTest, CandidateLists) {
              "i8-token+centre+fold+hadamard", "i8-token-bf16+centre+fold+hadamard"}));
   EXPECT_EQ(names(Candidates("all")->v), (Names{"f16", "i8-token", "i8-token-bf16",
                                                 "i8-token+hadamard", "i8-token-bf16+hadamard"}));
-  ExpectError(Candidates("int4").status(), ErrorCode::kInvalidArgument,
-              {"int4", "seed", "int8", "all"});
+  // int4: all of these, then the same in i4.
+  for (const auto kinds : {&CandidateKinds::k, &CandidateKinds::v}) {
+    Names expected = names((*Candidates("all")).*kinds);
+    for (std::size_t i = 1, n = expected.size(); i < n; ++i)
+      expected.push_back("i4" + expected[i].substr(2));
+    EXPECT_EQ(names((*Candidates("int4")).*kinds), expected);
+  }
+  ExpectError(Candidates("int2").status(), ErrorCode::kInvalidArgument,
+              {"int2", "seed", "int8", "all", "int4"});
 }
 
 TEST_F(MeasureTest, EncodingErrorOfOneHead) {

@@ -94,6 +94,16 @@ class Figures(Tune):
             of_v = [c['codec'] for h in heads if h['tensor'] == 'v' for c in h['candidates']]
             self.assertTrue(of_v and not any('centre' in codec for codec in of_v))
 
+    def test_four_bits_only_where_they_are_named(self):
+        report = json.loads(self.succeed('--budget', '0.7', '--candidates', 'int4', '--json'))
+        self.assertGreaterEqual(report['saved_fraction'], 0.7)
+        self.assertGreater(report['holdout']['worst_cosine'], 0.97)
+        four = [h['codec'] for h in report['heads'] if h['codec'].startswith('i4-')]
+        self.assertGreater(len(four), 28)
+        report = json.loads(self.succeed('--budget', '0.45', '--json'))
+        self.assertFalse([c for h in report['heads'] for c in h['candidates']
+                          if c['codec'].startswith('i4')])
+
     def test_the_studys_codecs_keep_outliers_in_fp16(self):
         report = json.loads(self.succeed('--budget', '0.45', '--candidates', 'seed', '--json'))
         self.assertGreaterEqual(report['saved_fraction'], 0.45)
@@ -273,7 +283,7 @@ class Refusals(Tune):
                 self.fail_with(f"--min-cosine: .*found '{text}'", f'--min-cosine={text}')
         self.fail_with('--budget', '--budget')
         self.fail_with('give --budget', '--json')
-        self.fail_with('--candidates', '--budget', '0.45', '--candidates', 'int4')
+        self.fail_with('--candidates', '--budget', '0.45', '--candidates', 'int2')
         self.fail_with('no_such.safetensors', '--budget', '0.45', 'no_such.safetensors')
 
 

@@ -222,22 +222,27 @@ Result<CandidateKinds> Candidates(const std::string& name) {
   const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
   if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
   std::vector<CodecKind> k_steps = {{}, {.centre = true}}, v_steps = {{}};
-  if (name == "all") {
+  const bool i4 = name == "int4";  // `all`, and the same in i4
+  if (name == "all" || i4) {
     k_steps.insert(k_steps.end(), {{.hadamard = true},
                                    {.centre = true, .hadamard = true},
                                    {.centre = true, .fold = true},
                                    {.centre = true, .fold = true, .hadamard = true}});
     v_steps.push_back({.hadamard = true});
   } else if (name != "int8") {
-    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8 or all", name);
+    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8, all or int4",
+                 name);
   }
   const auto with_scales = [&](const std::vector<CodecKind>& steps) {
     std::vector<CodecKind> kinds = {f16};
-    for (CodecKind kind : steps) {
-      kind.storage = Storage::kI8;
-      for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
-        kind.scale = scale;
-        kinds.push_back(kind);
+    for (const Storage storage : {Storage::kI8, Storage::kI4}) {
+      if (storage == Storage::kI4 && !i4) continue;
+      for (CodecKind kind : steps) {
+        kind.storage = storage;
+        for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
+          kind.scale = scale;
+          kinds.push_back(kind);
+        }
       }
     }
     return kinds;

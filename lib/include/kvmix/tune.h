@@ -57,6 +57,7 @@ struct CandidateKinds {
 //   all   f16, i8-token, i8-token-bf16; K also centred, rotated, centred and rotated, centred and
 //         folded, and all three; V also rotated. (V is never centred: the V of an attention sink is
 //         near zero, and centring makes its codes large.)
+//   int4  all, and i4 wherever `all` has i8
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 
 // Errors of the values themselves: rows of one head encoded and decoded again.
