@@ -34,8 +34,14 @@ struct Codecs {
   const char *k, *v;
 };
 constexpr Codecs kCodecs[] = {
-    {"f16", "f16"},      {"i8-token", "i8-token"}, {"i8-head", "i8-token"},
-    {"f16", "i8-token"}, {"i8-token", "f16"},      {"i8-token+hadamard", "i8-token+hadamard"},
+    {"f16", "f16"},
+    {"i8-token", "i8-token"},
+    {"i8-head", "i8-token"},
+    {"f16", "i8-token"},
+    {"i8-token", "f16"},
+    {"i8-token+hadamard", "i8-token+hadamard"},
+    {"i8-token-bf16", "i8-token-bf16"},
+    {"i4-token-bf16", "i4-token-bf16"},
 };
 
 constexpr std::size_t kPrefillQueries = 512;

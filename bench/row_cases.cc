@@ -3,7 +3,8 @@
 // of as many bytes. 24k and 128k are gone over again and again; 256m is one of several such sets in
 // rotation, so that it comes from DRAM whatever the last cache.
 //
-// append: one token, K and V of every KV head, into a cache of i8-token codecs; held against memcpy
+// append, append_rotated, append_i4: one token, K and V of every KV head, into a cache of i8-token,
+// i8-token-bf16+hadamard or i4-token-bf16+hadamard codecs; held against memcpy
 // of the same fp16 rows to where a cache of rows would keep them, timed in turns with it.
 #include <cstring>
 
@@ -12,6 +13,7 @@
 #include "bench/workload.h"
 #include "kvmix/cache.h"
 #include "lib/tune/random_halves.h"
+#include "tools/console.h"
 
 namespace kvmix::bench {
 namespace {
@@ -175,8 +177,15 @@ void CopyTokens(const Shape& shape, AppendData& data) {
   }
 }
 
-Workload PrepareAppend(const Shape& shape, Bench& bench) {
-  const HeadCodec codec{{Storage::kI8, Scale::kToken}};
+struct AppendKind {
+  const char *name, *codec;
+};
+constexpr AppendKind kAppendKinds[] = {{"append", "i8-token"},
+                                       {"append_rotated", "i8-token-bf16+hadamard"},
+                                       {"append_i4", "i4-token-bf16+hadamard"}};
+
+Workload PrepareAppend(const AppendKind& kind, const Shape& shape, Bench& bench) {
+  const HeadCodec codec{tools::Require(ParseCodecKind(kind.codec))};
   const Plan plan =
       UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
   Result<Cache> cache = Cache::Create(plan.model, plan, kAppendCapacity, {bench.kernels.target});
@@ -186,7 +195,7 @@ Workload PrepareAppend(const Shape& shape, Bench& bench) {
     return w;
   }
   const std::size_t row = shape.kv_heads * shape.head_dim;
-  const auto data = bench.Data<AppendData>(fmt::format("append {}", shape.name()), [&] {
+  const auto data = bench.Data<AppendData>(fmt::format("{} {}", kind.name, shape.name()), [&] {
     return std::make_shared<AppendData>(AppendData{std::move(*cache),
                                                    RandomHalves(kAppendCalls * 2 * row),
                                                    std::vector<Half>(2 * kAppendCapacity * row)});
@@ -217,9 +226,12 @@ void AddRowCases(const char* target, std::vector<Case>* cases) {
   }
   for (const Shape& shape : kShapes) {
     if (shape.v_dim != shape.head_dim) continue;
-    cases->push_back({fmt::format("append/{}/{}/1/t1", target, shape.name()),
-                      &shape == &kShapes[kLargeShape],
-                      [&shape](Bench& bench) { return PrepareAppend(shape, bench); }});
+    for (const AppendKind& kind : kAppendKinds) {
+      cases->push_back(
+          {fmt::format("{}/{}/{}/1/t1", kind.name, target, shape.name()),
+           &kind == &kAppendKinds[0] && &shape == &kShapes[kLargeShape],
+           [&kind, &shape](Bench& bench) { return PrepareAppend(kind, shape, bench); }});
+    }
   }
 }
 
