@@ -274,7 +274,8 @@ constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                        
                                                                                        : 2;
 // Where the tile comes from memory, one cache line a step: one load instruction then walks it from
 // front to end, at 0.92-0.97 of DRAM's speed on Granite Rapids, whose prefetchers follow
-// instructions; two lines a step read it at 0.70-0.83.
+// instructions; two lines a step read it at 0.70-0.83. But a vector of four steps (i4 in pairs)
+// keeps a core busy for so long that two are better: 6 % (Zen 4 as AVX3).
 template <class P, std::size_t kRows>
 constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
                                             (P::Stored::kParts > 2 ? 128 : 64) /
