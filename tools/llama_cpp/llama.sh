@@ -113,7 +113,7 @@ run_llama() {
   [ -f "$f32" ] || quietly "$bin"/llama-quantize --allow-requantize "$model" "$f32" F32
   say "dump what attention sees, and tune"
   GGML_BACKEND_PATH=$kvmix KVMIX_DUMP=$dir/calibration.safetensors quietly \
-    "$bin"/llama-perplexity -m "$f32" -f "$dir"/train.txt -c 512 -b 512 --chunks 4 -fa on
+    "$bin"/llama-perplexity -m "$f32" -f "$dir"/train.txt -c 512 -b 512 --chunks 4 -fa on -dev KVMIX
   "$build"/tools/kvmix-tune "$dir"/calibration.safetensors --budget 0.48 -o "$dir"/plan.json \
     2>/dev/null | grep -E '^Plan|calibration,'
 
@@ -122,7 +122,7 @@ run_llama() {
   printf '  %-28s %s\n' "f16, flash attention" "$(judge --kl-divergence -fa on)" \
     "q8_0" "$(judge --kl-divergence -fa on -ctk q8_0 -ctv q8_0)" \
     "kvmix, 48 % saved" "$(GGML_BACKEND_PATH=$kvmix KVMIX_PLAN=$dir/plan.json \
-      judge --kl-divergence -fa on)"
+      judge --kl-divergence -fa on -dev KVMIX)"
 
   say "decode at depth 4096, tokens a second"
   printf '  %-28s %s\n' "f16, flash attention" "$(speed -fa 1)" \

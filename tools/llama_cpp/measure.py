@@ -48,6 +48,8 @@ def run(program, setting, arguments, plan):
         env['GGML_BACKEND_PATH'] = need('GGML_KVMIX')
         if setting == 'kvmix':
             env['KVMIX_PLAN'] = plan
+        if program == 'llama-perplexity':  # for builds that load nothing by themselves
+            arguments = [*arguments, '-dev', 'KVMIX']
     command = [str(pathlib.Path(need('LLAMA_BIN')) / program), *SETTINGS[setting][0], *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode != 0:
