@@ -381,7 +381,7 @@ struct FixedPoint {
   std::size_t padded;
 
   static HWY_INLINE std::size_t Padded(std::size_t dim) {  // up to whole vectors
-    return (dim + kStep - 1) / kStep * kStep;
+    return hwy::RoundUpTo(dim, kStep);
   }
 
   // inverse: 32767 / absmax of y [dim], which 0s follow up to `padded`.

@@ -371,54 +371,57 @@ TEST_P(QuantizeTest, Ties) {
 
 TEST_P(QuantizeTest, ZeroTinyAndHugeRows) {
   const float sizes[] = {0.0f, 0x1p-24f, 0x1p-14f, 1.0f, 65504.0f};
-  const Rows rows(Dtype::kF16, 20, 66, 3, [&](std::size_t t, std::size_t i) {
-    return static_cast<Half>(FloatToHalf(sizes[t % 5] * static_cast<float>(i % 8) / 7.0f) |
-                             (t % 2 ? kSign : 0u));
-  });
-  ExpectAll(rows, kNoMean);
-  // x = 0: y is the mean. On both sides of 2^-100, where scales begin, and of 2^-60, where
-  // quotients are no longer divisions.
-  for (const float size : {0x1p-149f, 0x1.fffffep-101f, 0x1p-100f, 0x1.234p-100f, 0x1p-61f,
-                           0x1.fffffep-61f, 0x1p-60f, 0x1p60f, 0x1p120f}) {
-    Floats mean(66);
-    for (std::size_t i = 0; i < mean.size(); ++i)
-      mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
-    for (const Dtype dtype : kDtypes) {
-      const Rows zeros(dtype, 3, 66, 0, [](std::size_t, std::size_t) { return 0u; });
-      ExpectAll(zeros, mean);
+  for (const std::size_t dim : {66, 67}) {  // i4 wants an even one
+    const Rows rows(Dtype::kF16, 20, dim, 3, [&](std::size_t t, std::size_t i) {
+      return static_cast<Half>(FloatToHalf(sizes[t % 5] * static_cast<float>(i % 8) / 7.0f) |
+                               (t % 2 ? kSign : 0u));
+    });
+    ExpectAll(rows, kNoMean);
+    // x = 0: y is the mean. On both sides of 2^-100, where scales begin, and of 2^-60, where
+    // quotients are no longer divisions.
+    for (const float size : {0x1p-149f, 0x1.fffffep-101f, 0x1p-100f, 0x1.234p-100f, 0x1p-61f,
+                             0x1.fffffep-61f, 0x1p-60f, 0x1p60f, 0x1p120f}) {
+      Floats mean(dim);
+      for (std::size_t i = 0; i < mean.size(); ++i)
+        mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
+      for (const Dtype dtype : kDtypes) {
+        const Rows zeros(dtype, 3, dim, 0, [](std::size_t, std::size_t) { return 0u; });
+        ExpectAll(zeros, mean);
+      }
+      ExpectAll(rows, mean);
     }
-    ExpectAll(rows, mean);
   }
 }
 
 // What f32 and bf16 have beyond the halves' range, down to subnormal numbers and up to the largest,
 // minus means of any size: y itself stays finite.
 TEST_P(QuantizeTest, NumbersFarBeyondHalves) {
-  constexpr std::size_t kDim = 66;
-  std::vector<Floats> means = {kNoMean, RandomMean(kDim, 31)};
-  for (const float size : {1e-38f, 1e30f, -1e30f, FLT_MAX, -FLT_MAX}) {
-    Floats mean(kDim);
-    for (std::size_t i = 0; i < kDim; ++i) mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
-    means.push_back(mean);
-  }
-  const float sizes[] = {1e-45f,        1e-38f,          0x1.fffffep-101f, 0x1p-100f,
-                         0x1.234p-100f, 0x1.fffffep-61f, 0x1p-60f,         1e-10f,
-                         1e6f,          1e30f,           FLT_MAX};
-  constexpr std::size_t kSizes = std::size(sizes);
-  for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
-    const auto number = [&](std::size_t t, std::size_t i) {
-      const float x = sizes[t % kSizes] * (static_cast<float>(i % 8) / 7.0f);
-      return BitsOf(dtype, (t + i) % 2 ? -x : x);
-    };
-    const Rows rows(dtype, 2 * kSizes, kDim, 3, number);
-    for (const Floats& mean : means) {
-      ExpectAll(rows, mean);
-      for (const float scale : {1e-38f, 1e-3f, 1e28f, FLT_MAX / 127.0f, FLT_MAX})
-        ExpectPerHead(rows, mean, scale);
+  for (const std::size_t dim : {66, 67}) {  // i4 wants an even one
+    std::vector<Floats> means = {kNoMean, RandomMean(dim, 31)};
+    for (const float size : {1e-38f, 1e30f, -1e30f, FLT_MAX, -FLT_MAX}) {
+      Floats mean(dim);
+      for (std::size_t i = 0; i < dim; ++i) mean[i] = size * (1.0f - static_cast<float>(i) / 60.0f);
+      means.push_back(mean);
     }
-    for (std::size_t t = 0; t < kSizes; ++t) {  // each size by itself as a head
-      const Rows row(dtype, 9, kDim, 0, [&](std::size_t, std::size_t i) { return number(t, i); });
-      ExpectAll(row, kNoMean);
+    const float sizes[] = {1e-45f,        1e-38f,          0x1.fffffep-101f, 0x1p-100f,
+                           0x1.234p-100f, 0x1.fffffep-61f, 0x1p-60f,         1e-10f,
+                           1e6f,          1e30f,           FLT_MAX};
+    constexpr std::size_t kSizes = std::size(sizes);
+    for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
+      const auto number = [&](std::size_t t, std::size_t i) {
+        const float x = sizes[t % kSizes] * (static_cast<float>(i % 8) / 7.0f);
+        return BitsOf(dtype, (t + i) % 2 ? -x : x);
+      };
+      const Rows rows(dtype, 2 * kSizes, dim, 3, number);
+      for (const Floats& mean : means) {
+        ExpectAll(rows, mean);
+        for (const float scale : {1e-38f, 1e-3f, 1e28f, FLT_MAX / 127.0f, FLT_MAX})
+          ExpectPerHead(rows, mean, scale);
+      }
+      for (std::size_t t = 0; t < kSizes; ++t) {  // each size by itself as a head
+        const Rows row(dtype, 9, dim, 0, [&](std::size_t, std::size_t i) { return number(t, i); });
+        ExpectAll(row, kNoMean);
+      }
     }
   }
 }

@@ -24,7 +24,7 @@ struct Case {
 
   explicit Case(std::size_t tokens)
       : rows(RandomRows(g, tokens, 1)),
-        plan(MakePlan(g, rows, {"i8-token-bf16+centre+hadamard", "f16"}, {"i4-token", "i8-head"})) {
+        plan(MakePlan(g, rows, {"i8-token-bf16+centre+hadamard", "f16"}, {"i8-token", "i8-head"})) {
   }
   Cache Windowed(std::size_t window, std::string_view target = {}, std::size_t rollback = 0) const {
     Plan windowed = plan;

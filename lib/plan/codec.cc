@@ -94,8 +94,7 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
   }
   return Invalid(
       "codec: expected a storage ({}), but for f16 a scale ({}; i4 has no -head) and, in this "
-      "order, "
-      "any of {}; found \"{}\"",
+      "order, any of {}; found \"{}\"",
       Names(kStorages), Names(kScales), Names(kSteps), name);
 }
 

@@ -322,7 +322,7 @@ Status Attend(Context& c, const ggml_tensor* op) {
     }
   }
   const Status s = (*mirror)->Attend(requests, a->options, c.threads);
-  if (s.ok()) GiveBack(*mirror, first_stream, streams);
+  if (s.ok() && TheSettings().memory) GiveBack(*mirror, first_stream, streams);
   return s;
 }
 
@@ -352,10 +352,11 @@ ggml_status Compute(ggml_backend_t backend, ggml_cgraph* graph) {
     ggml_tensor* const node = ggml_graph_node(graph, i);
     Status s;
     if (IsView(node->op)) continue;
-    if (IsTaken(node)) {
-      s = node->op == GGML_OP_SET_ROWS ? SetRows(c, node) : Attend(c, node);
-    } else {
+    // Only where the engine's rows are away are there nodes of other kinds.
+    if (TheSettings().memory && !IsTaken(node)) {
       s = RunOnCpu(c, node);
+    } else {
+      s = node->op == GGML_OP_SET_ROWS ? SetRows(c, node) : Attend(c, node);
     }
     if (s.ok()) continue;
     Say(std::string(node->name) + ": " + s.message());
