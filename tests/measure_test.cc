@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,6 +17,7 @@
 #include "kvmix/quantize.h"
 #include "kvmix/tune.h"
 #include "kvmix/version.h"
+#include "lib/tune/statistics.h"
 #include "synthetic_dump.h"
 #include "tests/expect_error.h"
 #include "tests/reference/attention.h"
@@ -272,7 +274,7 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
                                         {Storage::kI8, Scale::kHead},
                                         {Storage::kI8, Scale::kHead, true},
                                         {Storage::kI8, Scale::kTokenBF16, true},
-                                        {Storage::kI8, Scale::kHead, false, true, true},
+                                        {Storage::kI8, Scale::kToken, false, true, true},
                                         {Storage::kI8, Scale::kToken, true, true, true}};
   const Result<ErrorTable> table =
       Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
@@ -309,6 +311,51 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
       EXPECT_EQ(candidate.values.max_abs, expected.max_abs);
     }
   }
+}
+
+// Numbers of the statistics of one KV head, of a dump with its Q.
+void ExpectStatistics(const HeadStatistics& found, const RowsView& rows,
+                      const std::vector<RowsView>& queries) {
+  const std::size_t dim = rows.head_dim;
+  EXPECT_EQ(found.tokens, rows.tokens);
+  for (std::size_t c = 0; c < dim; ++c) {
+    std::vector<double> x;
+    for (std::size_t t = 0; t < rows.tokens; ++t) x.push_back(rows.At(t, 0, c));
+    EXPECT_NEAR(found.sum[c], std::accumulate(x.begin(), x.end(), 0.0), 1e-9);
+    EXPECT_EQ(found.min[c], std::ranges::min(x));
+    EXPECT_EQ(found.max[c], std::ranges::max(x));
+  }
+  ASSERT_EQ(found.query_moment.size(), queries.empty() ? 0 : dim * dim);
+  for (std::size_t i = 0; i < found.query_moment.size(); ++i) {
+    double expected = 0.0;
+    for (const RowsView& q : queries)
+      for (std::size_t t = 0; t < q.tokens; ++t)
+        expected += double{q.At(t, 0, i / dim)} * q.At(t, 0, i % dim);
+    EXPECT_NEAR(found.query_moment[i], expected, 1e-9);
+    EXPECT_EQ(found.query_moment[i], found.query_moment[i % dim * dim + i / dim]);
+  }
+}
+
+TEST_F(MeasureTest, StatisticsAsComputedDirectly) {
+  SyntheticDump{UnlikeModel(), {150, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
+  const Dump dump = Open(folder_.file("unlike"));
+  for (const std::size_t layer : {0, 1}) {
+    for (std::size_t h = 0; h < dump.model().layers[layer].kv_heads; ++h) {
+      std::vector<RowsView> queries;
+      for (const std::size_t reader : {layer, layer + 3}) {
+        const std::size_t group = dump.model().layers[reader].group();
+        for (std::size_t q = h * group; q < (h + 1) * group; ++q)
+          queries.push_back(dump.q(reader).Head(q));
+      }
+      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kK),
+                       dump.head(layer, h, Tensor::kK), queries);
+      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kV),
+                       dump.head(layer, h, Tensor::kV), {});
+    }
+  }
+  HeadStatistics one{2, {1.0}, {-1.0f}, {3.0f}, {4.0}};
+  one += {3, {2.0}, {-2.0f}, {2.0f}, {5.0}};
+  EXPECT_EQ(one, (HeadStatistics{5, {3.0}, {-2.0f}, {3.0f}, {9.0}}));
 }
 
 // The range of each channel of one head in both dumps.
@@ -650,6 +697,10 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
   ExpectError(Measure({&a_}, {}, 0, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
   ExpectError(Measure({&a_}, {seed.k, {}}, 0, 1).status(), ErrorCode::kInvalidArgument,
               {"candidate"});
+  for (const CodecKind& kind : {CodecKind{Storage::kI8, Scale::kHead, false, true},
+                                CodecKind{Storage::kI8, Scale::kHead, false, false, true}})
+    ExpectError(Measure({&a_}, {{kind}, seed.v}, 0, 1).status(), ErrorCode::kInvalidArgument,
+                {"candidate " + ToString(kind), "scale per token"});
   ExpectError(Measure({&a_}, seed, 0, 1, {.num_threads = -2}).status(), ErrorCode::kInvalidArgument,
               {"num_threads", "-2"});
 }

@@ -16,6 +16,7 @@
 #include "lib/cache/parallel.h"
 #include "lib/files/file.h"
 #include "lib/tune/calibrate.h"
+#include "lib/tune/statistics.h"
 
 namespace kvmix {
 
@@ -111,7 +112,9 @@ Status StartLayer(const std::vector<const Dump*>& dumps, const CandidateKinds& c
   for (std::size_t i = 0; i < model.layers[layer].kv_heads * 2; ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads->emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
-    internal::HeadCalibration calibration(dumps, layer, i / 2, tensor);
+    HeadStatistics statistics;
+    for (const Dump* dump : dumps) statistics += internal::Statistics(*dump, layer, i / 2, tensor);
+    internal::HeadCalibration calibration(statistics);
     for (const CodecKind& kind : tensor == Tensor::kK ? candidates.k : candidates.v) {
       CandidateError& candidate = head.candidates.emplace_back();
       candidate.codec = calibration.Codec(kind);
@@ -265,6 +268,10 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
   if (Status s = CheckDumps(dumps); !s.ok()) return s;
   if (candidates.k.empty() || candidates.v.empty())
     return Error(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
+  for (const std::vector<CodecKind>* kinds : {&candidates.k, &candidates.v}) {
+    for (const CodecKind& kind : *kinds)
+      if (Status s = internal::CheckCalibrated(kind); !s.ok()) return s;
+  }
   ErrorTable table;
   table.model = dumps[0]->model();
   table.exact_first = options.exact_first;

@@ -60,6 +60,21 @@ struct CandidateKinds {
 //   int4  all, and i4 wherever `all` has i8
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 
+// What is known of one KV head's K or V over the tokens of some dumps: sums, so that those of other
+// dumps can be added. Every number that codecs have is made from these.
+struct KVMIX_API HeadStatistics {
+  std::uint64_t tokens = 0;
+  std::vector<double> sum;      // [head_dim], over the tokens
+  std::vector<float> min, max;  // [head_dim]
+  // K only: [head_dim][head_dim], the sum of q q^T over the tokens and over the query heads that
+  // read the head, in every layer that does. Symmetric.
+  std::vector<double> query_moment;
+
+  // Adds those of other tokens of the same head.
+  HeadStatistics& operator+=(const HeadStatistics& o);
+  bool operator==(const HeadStatistics&) const = default;
+};
+
 // Errors of the values themselves: rows of one head encoded and decoded again.
 KVMIX_API Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec);
 
