@@ -69,7 +69,7 @@ void AddOptions(CLI::App* app, Options* o) {
       ->check(Between(0.0, 1e9, false));
   app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
   app->add_option("--candidates", o->candidates, "codecs to choose from")
-      ->check(CLI::IsMember({"seed", "int8", "all", "int4"}))
+      ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
   app->add_option("--context", o->context,
                   "tokens in the cache, for decode times, and for bytes where layers have a window")

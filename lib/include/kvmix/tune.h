@@ -54,10 +54,11 @@ struct CandidateKinds {
 // By name:
 //   seed  f16, i8-head, i8-token (the study's)
 //   int8  f16, i8-token, i8-token-bf16; K also centred
-//   all   f16, i8-token, i8-token-bf16; K also centred, rotated, centred and rotated, centred and
-//         folded, and all three; V also rotated. (V is never centred: the V of an attention sink is
-//         near zero, and centring makes its codes large.)
-//   int4  all, and i4 wherever `all` has i8
+//   all   int8; i8 of K also rotated, centred and rotated, centred and folded, all three, and these
+//         shaped; of V also rotated. i6, i4 and i3, with a bf16 scale, rotated; K also centred,
+//         folded and shaped. (V is never centred: the V of an attention sink is near zero, and
+//         centring makes its codes large.)
+// A kind that does not fit the heads' dimension is left out.
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 
 // What is known of one KV head's K or V over the tokens of some dumps: sums, so that those of other
