@@ -535,24 +535,5 @@ TEST(Choose, LargeModelsTakeSeconds) {
   }
 }
 
-TEST(Merge, IsAssociativeAndRefusesOverlap) {
-  const ErrorTable whole = RandomTable({3, 1, 2, 16}, "seed", 9);
-  std::vector<ErrorTable> parts(3, whole);
-  for (std::size_t i = 0; i < 3; ++i)
-    parts[i].heads.assign(whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2),
-                          whole.heads.begin() + static_cast<std::ptrdiff_t>(i * 2 + 2));
-  const auto layers = [](const ErrorTable& t) {
-    std::vector<std::size_t> l;
-    for (const HeadErrors& h : t.heads)
-      l.push_back(h.layer * 2 + static_cast<std::size_t>(h.tensor));
-    return l;
-  };
-  EXPECT_EQ(layers(*Merge(*Merge(parts[2], parts[0]), parts[1])), layers(whole));
-  EXPECT_EQ(layers(*Merge(parts[2], *Merge(parts[0], parts[1]))), layers(whole));
-  EXPECT_EQ(Merge(parts[0], whole).status().code(), ErrorCode::kMismatch);
-  parts[1].dumps = {"c"};
-  EXPECT_EQ(Merge(parts[0], parts[1]).status().code(), ErrorCode::kMismatch);
-}
-
 }  // namespace
 }  // namespace kvmix

@@ -164,7 +164,8 @@ Status WriteSafetensors(const std::string& path, const std::map<std::string, std
           return std::fwrite(data, 1, size, file) == size;
         };
         bool good = write(&length, sizeof length) && write(text.data(), text.size());
-        for (const SafetensorsTensor& t : tensors) good = good && write(t.data.data(), t.data.size());
+        for (const SafetensorsTensor& t : tensors)
+          good = good && write(t.data.data(), t.data.size());
         const std::uint64_t checksum = XXH3_64bits_digest(&hash);
         return good && write(&checksum, sizeof checksum);
       });

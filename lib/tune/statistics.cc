@@ -3,9 +3,15 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <mutex>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "lib/cache/parallel.h"
 #include "lib/cache/round.h"
+#include "lib/tune/layers.h"
+#include "lib/tune/parts.h"
 
 namespace kvmix::internal {
 namespace {
@@ -84,6 +90,44 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
 }  // namespace kvmix::internal
 
 namespace kvmix {
+
+Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t first_layer,
+                              std::size_t last_layer, const MeasureOptions& options) {
+  if (Status s = internal::CheckDumps(dumps); !s.ok()) return s;
+  const Model& model = dumps[0]->model();
+  const auto layers = internal::OwnLayers(*dumps[0], first_layer, last_layer);
+  if (!layers.ok()) return layers.status();
+  Calibration calibration{.model = model};
+  std::vector<std::string> hashes;  // of `dumps`
+  for (const Dump* dump : dumps) {
+    Result<DumpId> id = Identify(*dump, options);
+    if (!id.ok()) return id.status();
+    if (const auto twice = std::ranges::find(hashes, id->hash); twice != hashes.end())
+      return internal::GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
+    hashes.push_back(id->hash);
+    calibration.dumps.push_back(std::move(*id));
+  }
+  std::ranges::sort(calibration.dumps, {}, &DumpId::hash);
+  std::mutex mutex;  // of the calibration
+  const auto calibrate = [&](std::size_t layer, const MeasureOptions& within) {
+    for (std::size_t d = 0; d < dumps.size(); ++d) {
+      const std::vector<std::size_t> readers = model.readers(layer);
+      for (const std::size_t reader : readers)
+        if (Status s = dumps[d]->CheckFinite(reader); !s.ok()) return s;
+      std::vector<HeadStatistics> heads(2 * model.layers[layer].kv_heads);
+      const int threads = internal::ThreadsFor(within.num_threads, heads.size());
+      internal::RunParts(heads.size(), threads, 1, [&](std::size_t i) {
+        heads[i] = internal::Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
+      });
+      for (const std::size_t reader : readers) dumps[d]->Release(reader);
+      const std::lock_guard lock(mutex);
+      calibration.pieces[layer].emplace(hashes[d], std::move(heads));
+    }
+    return Status();
+  };
+  if (Status s = internal::ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
+  return calibration;
+}
 
 HeadStatistics& HeadStatistics::operator+=(const HeadStatistics& o) {
   if (tokens == 0) return *this = o;
