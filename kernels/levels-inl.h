@@ -26,6 +26,7 @@ template <std::size_t kCount, const std::array<std::int8_t, kCount>& kMagnitude,
 struct LloydMax {
   static constexpr std::size_t kReachCount = 5;
   static constexpr std::int32_t kZeroLevel = kMagnitude[0];  // |level| of z = 0
+  static constexpr float kLargestScale = 0x1p121f;           // times 127 it is finite
   static constexpr auto kBorders = BordersOf(kMagnitude, kReach);
 
   static HWY_INLINE VI16 Level(VI16 magnitude, std::size_t reach) {
@@ -56,6 +57,7 @@ using Levels3 = LloydMax<4, kMagnitudes3, kReaches3>;
 struct Levels6 {
   static constexpr std::size_t kReachCount = kReaches6.size();
   static constexpr std::int32_t kZeroLevel = 0;
+  static constexpr float kLargestScale = 0x1p123f;
   static HWY_INLINE VI16 Level(VI16 magnitude, std::size_t reach) {
     return hn::Min(hn::MulFixedPoint15(magnitude, hn::Set(DI16(), kReaches6[reach])),
                    hn::Set(DI16(), std::int16_t{kLargest6}));
@@ -136,8 +138,6 @@ HWY_INLINE float NearestBF16(float x) {
   return hwy::BitCastScalar<float>((bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u);
 }
 
-constexpr float kLargestLevelScale = 0x1p121f;
-
 // The scale of one row of at least 2^-100, as f32; `codes` (null: not wanted) one a byte, in whole
 // vectors. y: 0s follow its end up to FixedPoint::Padded(dim).
 template <class L>
@@ -155,7 +155,7 @@ HWY_INLINE float EncodeLevels(const float* HWY_RESTRICT y, std::size_t dim, floa
   }
   if (codes != nullptr) Codes<L>(z, best_reach, codes);
   const double unit = static_cast<double>(absmax / static_cast<float>(kLargestZ));
-  return HWY_MIN(static_cast<float>(unit * best.scale), kLargestLevelScale);
+  return HWY_MIN(static_cast<float>(unit * best.scale), L::kLargestScale);
 }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE

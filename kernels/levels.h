@@ -24,8 +24,8 @@
 //     i6      |level| = min(31, (|z| * n + 2^14) >> 15), n the reach
 //   the codes are those of the largest a^2 / b, by f64, the first of equals: for given levels the
 //     best scale is a / b, and leaves the error sum z^2 - a^2 / b
-//   scale = f32(f64(m / 32767) * (a / b)), m / 32767 by f32, not beyond 2^121 (127 times that is
-//     finite); stored as bf16 it is rounded to nearest even
+//   scale = f32(f64(m / 32767) * (a / b)), m / 32767 by f32, not beyond 2^121 (i6: 2^123; times the
+//     largest level that is finite); stored as bf16 it is rounded to nearest even
 // A row with m < 2^-100 has scale 0 and codes 0. With the step +shape other codes follow, of the
 // same scale: shape-inl.h.
 #ifndef KVMIX_KERNELS_LEVELS_H_

@@ -43,36 +43,41 @@ struct Nearest8 {
   std::array<std::uint8_t, 256> code{};
 };
 
-template <class LevelOf>  // LevelOf(code), for codes [0, count)
-constexpr Nearest8 NearestLevels(std::int32_t count, const LevelOf& level_of) {
+// Codes that are their own levels, of kBits bits in two's complement.
+template <std::int32_t kBits>
+constexpr Nearest8 OwnLevels() {
+  constexpr std::int32_t kMost = (1 << (kBits - 1)) - 1;
   Nearest8 table;
   for (std::int32_t n = -127; n <= 127; ++n) {
-    std::int32_t best = 0;
-    for (std::int32_t c = 1; c < count; ++c) {
-      const std::int32_t level = level_of(c), before = level_of(best);
+    const std::int32_t level = n > kMost ? kMost : n < -kMost ? -kMost : n;
+    const auto at = static_cast<std::uint8_t>(n);
+    table.level[at] = static_cast<float>(level);
+    table.code[at] = static_cast<std::uint8_t>(level & (2 * kMost + 1));
+  }
+  return table;
+}
+
+// Codes that are numbers of levels.
+template <std::size_t kCount>
+constexpr Nearest8 NearestLevels(const std::array<std::int8_t, kCount>& levels) {
+  Nearest8 table;
+  for (std::int32_t n = -127; n <= 127; ++n) {
+    std::size_t best = 0;
+    for (std::size_t c = 1; c < kCount; ++c) {
+      const std::int32_t level = levels[c], before = levels[best];
       const std::int32_t far = (n - level) * (n - level), best_far = (n - before) * (n - before);
       if (far < best_far || (far == best_far && level * level < before * before)) best = c;
     }
     const auto at = static_cast<std::uint8_t>(n);
-    table.level[at] = static_cast<float>(level_of(best));
+    table.level[at] = static_cast<float>(levels[best]);
     table.code[at] = static_cast<std::uint8_t>(best);
   }
   return table;
 }
 
-// A code of kBits bits that is its own level.
-template <std::int32_t kBits>
-constexpr std::int32_t OwnLevel(std::int32_t code) {
-  const std::int32_t half = 1 << (kBits - 1);
-  const std::int32_t level = (code ^ half) - half;
-  return level == -half ? 0 : level;  // not a code that is written
-}
-
 inline const Nearest8& NearestOf(Storage storage) {
-  static constexpr Nearest8 k8 = NearestLevels(256, OwnLevel<8>);
-  static constexpr Nearest8 k6 = NearestLevels(64, OwnLevel<6>);
-  static constexpr Nearest8 k4 = NearestLevels(16, [](std::int32_t c) { return kLevels[c]; });
-  static constexpr Nearest8 k3 = NearestLevels(8, [](std::int32_t c) { return kLevels3[c]; });
+  static constexpr Nearest8 k8 = OwnLevels<8>(), k6 = OwnLevels<6>();
+  static constexpr Nearest8 k4 = NearestLevels(kLevels), k3 = NearestLevels(kLevels3);
   if (storage == Storage::kI6) return k6;
   if (storage == Storage::kI4) return k4;
   return storage == Storage::kI3 ? k3 : k8;

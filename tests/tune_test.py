@@ -272,9 +272,14 @@ class Refusals(Tune):
     def test_budgets_beyond_the_codecs_say_what_is_possible(self):
         self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates',
                        'seed')
-        self.fail_with(r'budget 0\.8: the most .* 0\.4922', '--budget', '0.8')
-        self.fail_with(r'0\.9999.*', '--min-cosine', '0.99999', '--budget', '0.45')
-        self.fail_with(r'budget 0\.9: the most', '--min-cosine', '0.9999', '--budget', '0.9')
+        self.fail_with(r'budget 0\.8: the most .* 0\.4921', '--budget', '0.8')
+        # Of a pair of limits the best of each alone.
+        self.fail_with(r'budget 0\.45 with cosine 0\.99999: within this budget the worst head '
+                       r'reaches 0\.9999\d\d at best, with this cosine 0\.[01]\d* of the bytes',
+                       '--min-cosine', '0.99999', '--budget', '0.45')
+        self.fail_with(r'budget 0\.9 with cosine 0\.9999: the most that these codecs can save is '
+                       r'0\.4921 of the fp16 bytes, with this cosine 0\.4\d* of the bytes',
+                       '--min-cosine', '0.9999', '--budget', '0.9')
 
     def test_numbers_that_are_none(self):
         for text in ('-1', '0', '1', 'abc', 'nan', 'inf', '0.45x'):

@@ -53,7 +53,7 @@ void AddLayers(CLI::App* app, TuneOptions* o) {
 
 void AddMeasuring(CLI::App* app, TuneOptions* o) {
   app->add_option("--candidates", o->candidates, "codecs to choose from")
-      ->check(CLI::IsMember({"seed", "int8", "all", "int4"}))
+      ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
   app->add_option("--exact-first", o->exact_first,
                   "keep so many first tokens of every layer in f16 beside their codes")

@@ -51,6 +51,20 @@ bool Exists(const CodecKind& kind) {
   return kind.scale != Scale::kNone;
 }
 
+// head_dim must be a multiple of it.
+std::size_t ChannelStep(Storage storage) {
+  switch (storage) {
+    case Storage::kI6:
+      return 4;
+    case Storage::kI4:
+      return 2;
+    case Storage::kI3:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
 template <class... Args>
 Status Invalid(fmt::format_string<Args...> message, Args&&... args) {
   return internal::Error(ErrorCode::kInvalidArgument, message, std::forward<Args>(args)...);
@@ -118,17 +132,8 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
       Names(kStorages), Names(kScales), Names(kSteps), name);
 }
 
-std::size_t ChannelStep(Storage storage) {
-  switch (storage) {
-    case Storage::kI6:
-      return 4;
-    case Storage::kI4:
-      return 2;
-    case Storage::kI3:
-      return 8;
-    default:
-      return 1;
-  }
+bool Fits(const CodecKind& kind, std::size_t head_dim) {
+  return head_dim % ChannelStep(kind.storage) == 0;
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
@@ -166,9 +171,9 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
         "expected a codec that exists, found a storage with a scale or with steps that it cannot "
         "have");
   }
-  if (const std::size_t step = ChannelStep(codec.kind.storage); head_dim % step != 0)
+  if (!Fits(codec.kind, head_dim))
     return Invalid("{}: expected a head_dim that is a multiple of {}, found {}",
-                   ToString(codec.kind), step, head_dim);
+                   ToString(codec.kind), ChannelStep(codec.kind.storage), head_dim);
   const float scale = codec.head_scale;
   if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale)))
     return Invalid("expected a scale above 0, found {}", scale);

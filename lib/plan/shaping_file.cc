@@ -1,5 +1,8 @@
 #include "lib/plan/shaping_file.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
@@ -9,7 +12,7 @@
 #include <vector>
 
 #include <fmt/format.h>
-#include <xxhash.h>
+#include <fmt/ranges.h>
 
 #include "lib/files/file.h"
 #include "lib/files/safetensors.h"

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "lib/files/file.h"
+#include "lib/tune/shaping.h"
 
 namespace kvmix::internal {
 namespace {
@@ -52,17 +53,22 @@ std::vector<float> HeadCalibration::Factor(const std::vector<float>& mean) const
   return range;
 }
 
-std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(bool centre, bool fold) {
-  std::shared_ptr<const CodecVectors>& vectors = vectors_[centre][fold];
-  if (vectors != nullptr || !(centre || fold)) return vectors;
+std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(const CodecKind& kind) {
+  std::shared_ptr<const CodecVectors>& vectors =
+      vectors_[kind.centre][kind.fold][kind.shape ? 1 + kind.hadamard : 0];
+  if (vectors != nullptr || !(kind.centre || kind.fold || kind.shape)) return vectors;
   CodecVectors numbers;
-  if (centre) numbers.mean = fold ? Vectors(true, false)->mean : Mean();
-  if (fold) numbers.factor = Factor(numbers.mean);
+  if (kind.centre) numbers.mean = Mean();
+  if (kind.fold) numbers.factor = Factor(numbers.mean);
+  if (kind.shape) {
+    numbers.shaping = ShapingMatrix(statistics_.query_moment, numbers.factor, kind.hadamard,
+                                    statistics_.sum.size());
+  }
   return vectors = std::make_shared<const CodecVectors>(std::move(numbers));
 }
 
 HeadCodec HeadCalibration::Codec(const CodecKind& kind) {
-  HeadCodec codec{kind, 0.0f, Vectors(kind.centre, kind.fold)};
+  HeadCodec codec{kind, 0.0f, Vectors(kind)};
   if (kind.scale != Scale::kHead) return codec;
   const std::vector<float> mean(codec.mean().begin(), codec.mean().end());
   // As HeadScale() has it, and 1 where there are only zeros: any scale stores them.

@@ -23,7 +23,8 @@ class HeadCalibration {
 
   // Mean: of each channel, over all tokens. Factor: the square root of each channel's range,
   // max |x - mean|, over the geometric mean of these roots: large channels get smaller by as much
-  // as small ones get larger. Head scale: the one that covers every token.
+  // as small ones get larger. Head scale: the one that covers every token. Shaping (of K): from the
+  // queries' second moment.
   HeadCodec Codec(const CodecKind& kind);
 
  private:
@@ -31,10 +32,11 @@ class HeadCalibration {
   // Of each channel max |x - mean|; an empty mean is none.
   std::vector<float> Range(const std::vector<float>& mean) const;
   std::vector<float> Factor(const std::vector<float>& mean) const;
-  std::shared_ptr<const CodecVectors> Vectors(bool centre, bool fold);
+  std::shared_ptr<const CodecVectors> Vectors(const CodecKind& kind);
 
   const HeadStatistics& statistics_;
-  std::shared_ptr<const CodecVectors> vectors_[2][2];  // [centre][fold]
+  // [centre][fold][unshaped, shaped, shaped and rotated]
+  std::shared_ptr<const CodecVectors> vectors_[2][2][3];
 };
 
 }  // namespace kvmix::internal

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <iterator>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -13,35 +13,21 @@
 
 #include "kvmix/tune.h"
 #include "lib/files/file.h"
-#include "lib/tune/knapsack.h"
+#include "lib/tune/menu.h"
 
 namespace kvmix {
 
+using internal::Allowed;
 using internal::Error;
+using internal::Menu;
+using internal::Pair;
+using internal::Picks;
+using internal::Saved;
+using internal::Total;
 
 namespace {
 
-// A K codec with a V codec, for one KV head.
-struct Pair {
-  const CandidateError* k = nullptr;
-  const CandidateError* v = nullptr;
-  std::size_t bytes = 0;    // of the context
-  double worst_nmse = 0.0;  // of the query heads that read them
-  double sum_nmse = 0.0;
-  double worst_loss = 0.0;  // 1 - cosine
-  double decode_ns = 0.0;   // over all layers that read them
-};
-
-// What all heads have to choose from, in the table's order: a list of pairs per KV head.
-using Menu = std::vector<std::vector<Pair>>;
-using Picks = std::vector<Pair>;  // one per KV head
-
 constexpr double kInf = std::numeric_limits<double>::infinity();
-
-double Nmse(const Pair& p, std::size_t q) {
-  return p.k->queries[q].nmse() + p.v->queries[q].nmse();
-}
-double Loss(const AttentionError& e) { return 1.0 - e.cosine(); }
 
 Status CheckTable(const ErrorTable& table) {
   const Model& model = table.model;
@@ -84,115 +70,6 @@ Status CheckConstraints(const Constraints& c) {
   return {};
 }
 
-// Decode time of a K codec with a V codec in all layers that read a layer's K and V, per KV head;
-// nothing where one is not known.
-std::optional<double> DecodeNs(const Model& model, std::size_t layer, const Wisdom& wisdom,
-                               const std::string& k, const std::string& v, std::size_t context) {
-  double ns = 0.0;
-  for (const std::size_t reader : model.readers(layer)) {
-    const HeadSpeed* speed = wisdom.Find(k, v, model.layers[reader], context);
-    if (speed == nullptr) return std::nullopt;
-    ns += speed->decode_ns;
-  }
-  return ns;
-}
-
-Result<Menu> MakeMenu(const ErrorTable& table, const Wisdom& wisdom, std::size_t context) {
-  Menu menu(table.heads.size() / 2);
-  for (std::size_t i = 0; i < menu.size(); ++i) {
-    const std::size_t layer = table.heads[i * 2].layer;
-    const LayerShape& shape = table.model.layers[layer];
-    for (const CandidateError& k : table.heads[i * 2].candidates) {
-      for (const CandidateError& v : table.heads[i * 2 + 1].candidates) {
-        const std::string k_name = SpeedName(k.codec.kind), v_name = SpeedName(v.codec.kind);
-        const std::optional<double> ns =
-            DecodeNs(table.model, layer, wisdom, k_name, v_name, context);
-        if (!ns)
-          return Error(ErrorCode::kNotFound,
-                       "no speed is known of K {} with V {} in layer {} ({}), context {}", k_name,
-                       v_name, layer, ToString(Model(std::vector{shape})), context);
-        Pair p{.k = &k, .v = &v, .decode_ns = *ns};
-        const std::size_t tokens = table.model.tokens_held(layer, context);
-        p.bytes = tokens * (BytesPerToken(k.codec.kind, shape.k_dim) +
-                            BytesPerToken(v.codec.kind, shape.v_dim)) +
-                  std::min(tokens, table.exact_first) * (shape.k_dim + shape.v_dim) * sizeof(Half);
-        for (std::size_t q = 0; q < k.queries.size(); ++q) {
-          p.worst_nmse = std::max(p.worst_nmse, Nmse(p, q));
-          p.sum_nmse += Nmse(p, q);
-          p.worst_loss = std::max(p.worst_loss, Loss(k.queries[q]) + Loss(v.queries[q]));
-        }
-        if (std::isfinite(p.sum_nmse)) menu[i].push_back(p);
-      }
-    }
-  }
-  return menu;
-}
-
-// What is left when every head keeps the pairs that `allowed` lets through.
-Menu Filter(const Menu& menu, const std::function<bool(const Pair&)>& allowed) {
-  Menu left(menu.size());
-  for (std::size_t i = 0; i < menu.size(); ++i)
-    std::ranges::copy_if(menu[i], std::back_inserter(left[i]), allowed);
-  return left;
-}
-
-Menu UpTo(const Menu& menu, double worst_nmse) {
-  return Filter(menu, [=](const Pair& p) { return p.worst_nmse <= worst_nmse; });
-}
-
-// Every head's smallest pair (of those the one of least sum, then time); nothing if a head has
-// none.
-std::optional<Picks> Smallest(const Menu& menu) {
-  Picks picks;
-  for (const std::vector<Pair>& pairs : menu) {
-    if (pairs.empty()) return std::nullopt;
-    picks.push_back(*std::ranges::min_element(
-        pairs, {}, [](const Pair& p) { return std::tuple(p.bytes, p.sum_nmse, p.decode_ns); }));
-  }
-  return picks;
-}
-
-// The picks within `bytes` of the least total cost; nothing if no picks are.
-std::optional<Picks> Solve(const Menu& menu, std::size_t bytes,
-                           const std::function<double(const Pair&)>& cost) {
-  std::vector<std::vector<internal::KnapsackOption>> groups(menu.size());
-  for (std::size_t i = 0; i < menu.size(); ++i)
-    for (const Pair& p : menu[i]) groups[i].push_back({p.bytes, cost(p)});
-  const auto choice = internal::SolveKnapsack(groups, bytes);
-  if (!choice) return std::nullopt;
-  Picks picks;
-  for (std::size_t i = 0; i < menu.size(); ++i) picks.push_back(menu[i][(*choice)[i]]);
-  return picks;
-}
-
-template <class T>
-T Total(const Picks& picks, T Pair::*member) {
-  T total{};
-  for (const Pair& p : picks) total += p.*member;
-  return total;
-}
-
-// The least of the menu's values of `member` at which `possible` holds. It must hold at every value
-// above one at which it holds.
-std::optional<double> Least(const Menu& menu, double Pair::*member,
-                            const std::function<bool(double)>& possible) {
-  std::vector<double> values;
-  for (const std::vector<Pair>& pairs : menu)
-    for (const Pair& p : pairs) values.push_back(p.*member);
-  std::ranges::sort(values);
-  const auto at = std::ranges::partition_point(values, std::not_fn(possible));
-  if (at == values.end()) return std::nullopt;
-  return *at;
-}
-
-bool Fits(const std::optional<Picks>& picks, std::size_t bytes) {
-  return picks && Total(*picks, &Pair::bytes) <= bytes;
-}
-
-double Saved(std::size_t bytes, std::size_t fp16_bytes) {
-  return 1.0 - static_cast<double>(bytes) / static_cast<double>(fp16_bytes);
-}
-
 // The most bytes that save at least the fraction `budget`.
 std::size_t BytesWithin(double budget, std::size_t fp16_bytes) {
   auto bytes = static_cast<std::size_t>((1.0 - budget) * static_cast<double>(fp16_bytes)) + 1;
@@ -200,102 +77,21 @@ std::size_t BytesWithin(double budget, std::size_t fp16_bytes) {
   return bytes;
 }
 
-// The picks are in the order of the layers that own K and V and of their heads; the errors in that
-// of all layers and query heads.
-Fidelity Predict(const Picks& picks, const Model& model) {
-  std::vector<AttentionError> errors(model.query_heads_before(model.layers.size()));
-  auto pick = picks.begin();
-  for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
-    if (!model.layers[layer].owns_kv()) continue;
-    const std::vector<std::size_t> readers = model.readers(layer);
-    for (std::size_t head = 0; head < model.layers[layer].kv_heads; ++head, ++pick) {
-      std::size_t q = 0;
-      for (const std::size_t reader : readers) {
-        const std::size_t group = model.layers[reader].group(),
-                          first = model.query_heads_before(reader) + head * group;
-        for (std::size_t i = 0; i < group; ++i, ++q) {
-          errors[first + i] = {Nmse(*pick, q), 1.0,
-                               1.0 - Loss(pick->k->queries[q]) - Loss(pick->v->queries[q]), 1};
-        }
-      }
-    }
-  }
-  return Summarize(errors, model);
+bool Fits(const std::optional<Picks>& picks, std::size_t bytes) {
+  return picks && Total(*picks, &Pair::bytes) <= bytes;
 }
 
-ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_bytes) {
-  ParetoPoint point{Saved(Total(picks, &Pair::bytes), fp16_bytes), Predict(picks, model),
-                    Total(picks, &Pair::decode_ns)};
-  for (const Pair& p : picks) {
-    for (const CandidateError* candidate : {p.k, p.v})
-      point.fp16_tensors += candidate->codec.kind.storage == Storage::kF16;
-  }
-  return point;
+double Sum(const Picks& picks) { return Total(picks, &Pair::sum_nmse); }
+double Nanoseconds(const Picks& picks) { return Total(picks, &Pair::decode_ns); }
+
+// Numbers that messages name, each such that a plan reaches it as it is printed.
+double RoundedDown(double x, double digits) {
+  const double scale = std::pow(10.0, digits);
+  const double rounded = std::floor(x * scale) / scale;
+  return rounded <= x ? rounded : rounded - 1.0 / scale;
 }
-
-// At most kFrontPoints of the front's levels of the worst NMSE, evenly spaced along the curve
-// (saved fraction, log of the worst).
-constexpr std::size_t kFrontPoints = 64;
-
-struct FrontLevel {
-  double worst;
-  std::size_t bytes;
-};
-
-std::vector<FrontLevel> Thin(const std::vector<FrontLevel>& levels) {
-  if (levels.size() <= kFrontPoints) return levels;
-  const FrontLevel &first = levels.front(), &last = levels.back();
-  const double floor = std::max(1e-12, first.worst == 0.0 ? levels[1].worst : first.worst);
-  const auto height = [&](double worst) { return std::log(std::max(worst, floor)); };
-  const double width = static_cast<double>(first.bytes - last.bytes);
-  const double rise = std::max(height(last.worst) - height(first.worst), 1e-12);
-  std::vector<FrontLevel> thin;
-  std::size_t last_slot = 0;
-  for (const FrontLevel& l : levels) {
-    const double way = (static_cast<double>(first.bytes - l.bytes) / width +
-                        (height(l.worst) - height(first.worst)) / rise) /
-                       2.0;  // 0 to 1
-    const auto slot = static_cast<std::size_t>(way * static_cast<double>(kFrontPoints - 1));
-    if (thin.empty() || slot > last_slot) {
-      thin.push_back(l);
-    } else if (&l == &last) {
-      thin.back() = l;
-    }
-    last_slot = slot;
-  }
-  return thin;
-}
-
-// The levels of the worst error at which the smallest plan gets smaller, by rising worst error.
-std::vector<FrontLevel> FrontLevels(const Menu& menu) {
-  std::vector<std::tuple<double, std::size_t, std::size_t>> pairs;  // worst error, head, bytes
-  for (std::size_t i = 0; i < menu.size(); ++i)
-    for (const Pair& p : menu[i]) pairs.emplace_back(p.worst_nmse, i, p.bytes);
-  std::ranges::sort(pairs);
-  std::vector<std::size_t> smallest(menu.size(), 0);  // 0: no pair of this head is allowed yet
-  std::size_t heads = 0, bytes = 0;
-  std::vector<FrontLevel> levels;
-  for (std::size_t i = 0; i < pairs.size(); ++i) {
-    const auto& [worst, head, pair_bytes] = pairs[i];
-    if (smallest[head] == 0 || pair_bytes < smallest[head]) {
-      heads += smallest[head] == 0;
-      bytes += pair_bytes - smallest[head];
-      smallest[head] = pair_bytes;
-    }
-    const bool level_ends = i + 1 == pairs.size() || std::get<0>(pairs[i + 1]) > worst;
-    if (level_ends && heads == menu.size() && (levels.empty() || bytes < levels.back().bytes))
-      levels.push_back({worst, bytes});
-  }
-  return levels;
-}
-
-std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t fp16_bytes) {
-  std::vector<ParetoPoint> front;
-  for (const FrontLevel& l : Thin(FrontLevels(menu)))
-    front.push_back(Describe(*Smallest(UpTo(menu, l.worst)), model, fp16_bytes));
-  std::ranges::reverse(front);
-  return front;
-}
+std::string CosineText(double cosine) { return fmt::format("{:.6f}", RoundedDown(cosine, 6.0)); }
+std::string SavedText(double saved) { return fmt::format("{:.4f}", RoundedDown(saved, 4.0)); }
 
 class Chooser {
  public:
@@ -303,112 +99,171 @@ class Chooser {
       : menu_(menu), constraints_(constraints), fp16_bytes_(fp16_bytes) {}
 
   Result<Picks> Choose() {
-    if (Status s = Restrict(); !s.ok()) return s;
+    if (Status s = FindBytes(); !s.ok()) return s;
     const std::optional<double> worst =
         Least(menu_, &Pair::worst_nmse, [&](double level) { return HoldsAt(level); });
-    if (!worst)
-      return Error(ErrorCode::kInfeasible,
-                   "decode within {:.4g} ms a token: the fastest plan that holds the other limits "
-                   "takes {:.4g} ms",
-                   *constraints_.max_decode_ns / 1e6, Nanoseconds(*Fastest(menu_)) / 1e6);
-    menu_ = UpTo(menu_, *worst * constraints_.worst_tolerance);
+    if (!worst) return TooSlow();
+    worst_limit_ = *worst * constraints_.worst_tolerance;
     const Picks picks = *Priced(0.0);
-    const double sum_nmse = Total(picks, &Pair::sum_nmse);
-    if (!InTime(picks)) return WithinTime(sum_nmse);
+    if (!InTime(picks)) return WithinTime(picks);
     if (constraints_.time_tolerance == 1.0) return picks;
-    const double spare_ns = Nanoseconds(picks) - FastestNs();
+    const double spare_ns = Nanoseconds(picks) - FastestNs(Allows(worst_limit_));
     if (spare_ns <= 0.0) return picks;
-    return *Priced((constraints_.time_tolerance - 1.0) * sum_nmse / spare_ns);
+    return *Priced((constraints_.time_tolerance - 1.0) * Sum(picks) / spare_ns);
   }
 
  private:
-  // Turns the constraints into a menu and a number of bytes.
-  Status Restrict() {
-    const double budget = constraints_.budget.value_or(0.0);
-    const std::optional<Picks> smallest = Smallest(menu_);
-    if (!smallest)
-      return Error(ErrorCode::kInfeasible,
-                   "the error table has a head without any codec of finite error");
-    bytes_ = BytesWithin(budget, fp16_bytes_);
-    if (!Fits(smallest, bytes_))
-      return Error(ErrorCode::kInfeasible,
-                   "budget {}: the most that these codecs can save is {:.4f} of the fp16 bytes",
-                   budget, SavedBy(*smallest));
-    if (!constraints_.min_cosine) return {};
-    const Menu accurate = AtLeast(*constraints_.min_cosine);
-    const std::optional<Picks> smallest_accurate = Smallest(accurate);
-    if (!smallest_accurate)
-      return Error(ErrorCode::kInfeasible, "cosine {}: the best that these codecs reach is {:.6f}",
-                   *constraints_.min_cosine, BestCosine(std::numeric_limits<std::size_t>::max()));
-    if (!Fits(smallest_accurate, bytes_))
-      return Error(ErrorCode::kInfeasible,
-                   "budget {} with cosine {}: with this budget the worst head reaches {:.6f}, with "
-                   "this cosine {:.4f} of the bytes can be saved",
-                   budget, *constraints_.min_cosine, BestCosine(bytes_),
-                   SavedBy(*smallest_accurate));
-    menu_ = accurate;
-    if (!constraints_.budget) bytes_ = Total(*smallest_accurate, &Pair::bytes);
-    return {};
+  // What the limits of accuracy let through.
+  Allowed Allows(double worst_nmse) const {
+    return [worst_nmse, cosine = constraints_.min_cosine.value_or(-kInf)](const Pair& p) {
+      return p.worst_nmse <= worst_nmse && 1.0 - p.worst_loss >= cosine;
+    };
   }
-
-  Menu AtLeast(double cosine) const {
-    return Filter(menu_, [=](const Pair& p) { return 1.0 - p.worst_loss >= cosine; });
-  }
-  double BestCosine(std::size_t bytes) const {
-    const auto loss = Least(menu_, &Pair::worst_loss, [&](double level) {
-      return Fits(Smallest(AtLeast(1.0 - level)), bytes);
-    });
-    return loss ? 1.0 - *loss : 0.0;
+  std::optional<Picks> SmallestOfCosine(double cosine) const {
+    return Smallest(menu_, [=](const Pair& p) { return 1.0 - p.worst_loss >= cosine; });
   }
   double SavedBy(const Picks& picks) const {
     return Saved(Total(picks, &Pair::bytes), fp16_bytes_);
   }
 
-  static double Nanoseconds(const Picks& picks) { return Total(picks, &Pair::decode_ns); }
+  // How many bytes the plan may take, by budget and min_cosine.
+  Status FindBytes() {
+    const std::optional<Picks> smallest = SmallestOfCosine(-kInf);
+    if (!smallest)
+      return Error(ErrorCode::kInfeasible,
+                   "the error table has a head without any codec of finite error");
+    bytes_ = BytesWithin(constraints_.budget.value_or(0.0), fp16_bytes_);
+    const std::optional<Picks> accurate = SmallestOfCosine(constraints_.min_cosine.value_or(-kInf));
+    if (!Fits(smallest, bytes_) || !Fits(accurate, bytes_)) return TooMuch(*smallest, accurate);
+    if (constraints_.budget || !constraints_.min_cosine) return {};
+    std::optional<Picks> most_saved = accurate;
+    if (!InTime(*accurate)) most_saved = SmallestInTime(Allows(kInf));
+    if (most_saved) bytes_ = Total(*most_saved, &Pair::bytes);
+    return {};
+  }
+
+  // No plan holds budget and min_cosine: says what each alone lets reach.
+  Status TooMuch(const Picks& smallest, const std::optional<Picks>& accurate) const {
+    std::vector<std::string> limits, best;
+    if (constraints_.budget) {
+      limits.push_back(fmt::format("budget {}", *constraints_.budget));
+      if (!Fits(smallest, bytes_))
+        best.push_back(fmt::format("the most that these codecs can save is {} of the fp16 bytes",
+                                   SavedText(SavedBy(smallest))));
+      else
+        best.push_back(fmt::format("within this budget the worst head reaches {} at best",
+                                   CosineText(BestCosine([&](const Allowed& allowed) {
+                                     return Fits(Smallest(menu_, allowed), bytes_);
+                                   }))));
+    }
+    if (constraints_.min_cosine) {
+      limits.push_back(fmt::format("cosine {}", *constraints_.min_cosine));
+      best.push_back(accurate ? fmt::format("with this cosine {} of the bytes can be saved at most",
+                                            SavedText(SavedBy(*accurate)))
+                              : fmt::format("the best that these codecs reach is {}",
+                                            CosineText(BestCosine([&](const Allowed& allowed) {
+                                              return Smallest(menu_, allowed).has_value();
+                                            }))));
+    }
+    return Error(ErrorCode::kInfeasible, "{}: {}", fmt::join(limits, " with "),
+                 fmt::join(best, ", "));
+  }
+
+  // No plan holds max_decode_ns and the other limits: the same.
+  Status TooSlow() const {
+    const double limit = *constraints_.max_decode_ns,
+                 fastest = FastestNs([](auto&) { return true; });
+    std::string text = fmt::format(
+        "decode within {:.4g} ms a token: the fastest plan that holds the other limits "
+        "takes {:.4g} ms",
+        limit / 1e6, Nanoseconds(*Fastest(Allows(kInf))) / 1e6);
+    if (fastest > limit) {
+      text += fmt::format(", the fastest of all {:.4g} ms", fastest / 1e6);
+    } else {
+      const std::optional<Picks> smallest = SmallestInTime([](auto&) { return true; });
+      if (constraints_.budget && smallest)
+        text += fmt::format(", within this time {} of the bytes can be saved at most",
+                            SavedText(SavedBy(*smallest)));
+      if (constraints_.min_cosine)
+        text += fmt::format(", within this time the worst head reaches {} at best",
+                            CosineText(BestCosine([&](const Allowed& allowed) {
+                              return Smallest(menu_, allowed) && FastestNs(allowed) <= limit;
+                            })));
+    }
+    return {ErrorCode::kInfeasible, text};
+  }
+
+  // The best cosine of the worst head at which the pairs allowed make a plan that `possible` takes.
+  double BestCosine(const std::function<bool(const Allowed&)>& possible) const {
+    const auto loss = Least(menu_, &Pair::worst_loss, [&](double level) {
+      return possible([=](const Pair& p) { return p.worst_loss <= level; });
+    });
+    return loss ? 1.0 - *loss : 0.0;
+  }
+
   bool InTime(const Picks& picks) const {
     return !constraints_.max_decode_ns || Nanoseconds(picks) <= *constraints_.max_decode_ns;
   }
   // Some plan within bytes and time has no head above `worst`.
   bool HoldsAt(double worst) const {
-    const Menu menu = UpTo(menu_, worst);
-    return Fits(Smallest(menu), bytes_) && (!constraints_.max_decode_ns || InTime(*Fastest(menu)));
-  }
-  // Within the bytes.
-  std::optional<Picks> Fastest(const Menu& menu) const {
-    return Solve(menu, bytes_, [](const Pair& p) { return p.decode_ns; });
+    const Allowed allowed = Allows(worst);
+    return Fits(Smallest(menu_, allowed), bytes_) &&
+           (!constraints_.max_decode_ns || InTime(*Fastest(allowed, *constraints_.max_decode_ns)));
   }
 
-  // A bound from below: every head's fastest pair, whatever its bytes.
-  double FastestNs() const {
+  // A bound from below: every head's fastest pair of those allowed, whatever its bytes.
+  double FastestNs(const Allowed& allowed) const {
     double ns = 0.0;
-    for (const std::vector<Pair>& pairs : menu_)
-      ns += std::ranges::min(pairs, {}, &Pair::decode_ns).decode_ns;
+    for (const std::vector<Pair>& pairs : menu_) {
+      double least = kInf;
+      for (const Pair& p : pairs)
+        if (allowed(p)) least = std::min(least, p.decode_ns);
+      ns += least;
+    }
     return ns;
   }
 
+  // Of all plans within max_decode_ns, with times rounded up to sixteenths of a nanosecond.
+  std::optional<Picks> SmallestInTime(const Allowed& allowed) const {
+    constexpr double kTicks = 16.0;
+    return Solve(
+        menu_, static_cast<std::size_t>(std::min(*constraints_.max_decode_ns * kTicks, 1e18)),
+        [](const Pair& p) { return static_cast<std::size_t>(std::ceil(p.decode_ns * kTicks)); },
+        [](const Pair& p) { return static_cast<double>(p.bytes); }, allowed);
+  }
+
+  std::optional<Picks> WithinBytes(const std::function<double(const Pair&)>& cost,
+                                   const Allowed& allowed, double enough = -kInf) const {
+    return Solve(
+        menu_, bytes_, [](const Pair& p) { return p.bytes; }, cost, allowed, enough);
+  }
+  std::optional<Picks> Fastest(const Allowed& allowed, double fast_enough = -kInf) const {
+    return WithinBytes([](const Pair& p) { return p.decode_ns; }, allowed, fast_enough);
+  }
   std::optional<Picks> Priced(double price) const {
-    return Solve(menu_, bytes_, [=](const Pair& p) { return p.sum_nmse + price * p.decode_ns; });
+    return WithinBytes([=](const Pair& p) { return p.sum_nmse + price * p.decode_ns; },
+                       Allows(worst_limit_));
   }
 
-  // The least price of a nanosecond that brings the plan within max_decode_ns, bisected over 18
-  // decades.
-  Picks WithinTime(double sum_nmse) const {
-    Picks within = *Fastest(menu_);  // in time: step 1 saw to it
-    const double unit = std::max(sum_nmse, 1e-12) / *constraints_.max_decode_ns;
-    double low = -9.0, high = 9.0;
-    for (int i = 0; i < 24; ++i) {
-      const double middle = (low + high) / 2.0;
-      const Picks picks = *Priced(unit * std::pow(10.0, middle));
-      if (InTime(picks)) within = picks;
-      (InTime(picks) ? high : low) = middle;
+  // The plan in time at the least price of a nanosecond that brings one: between a plan that is too
+  // slow and one in time the price at which both cost the same, as long as a third costs less
+  // there.
+  Picks WithinTime(Picks slow) const {
+    Picks within = *Fastest(Allows(worst_limit_), *constraints_.max_decode_ns);  // step 1 saw to it
+    for (;;) {
+      const double price = (Sum(within) - Sum(slow)) / (Nanoseconds(slow) - Nanoseconds(within));
+      const auto cost = [&](const Picks& picks) { return Sum(picks) + price * Nanoseconds(picks); };
+      const Picks next = *Priced(price);
+      if (!(cost(next) < cost(within) * (1.0 - 1e-12))) return within;
+      (InTime(next) ? within : slow) = next;
     }
-    return within;
   }
 
-  Menu menu_;
+  const Menu& menu_;
   Constraints constraints_;
   std::size_t fp16_bytes_;
   std::size_t bytes_ = 0;
+  double worst_limit_ = 0.0;
 };
 
 }  // namespace
@@ -417,7 +272,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
                       const Constraints& constraints) {
   if (Status s = CheckTable(table); !s.ok()) return s;
   if (Status s = CheckConstraints(constraints); !s.ok()) return s;
-  Result<Menu> menu = MakeMenu(table, wisdom, context);
+  Result<Menu> menu = internal::MakeMenu(table, wisdom, context);
   if (!menu.ok()) return menu.status();
   const std::size_t fp16_bytes = Fp16ContextBytes(table.model, context);
   const Result<Picks> picks = Chooser(*menu, fp16_bytes, constraints).Choose();
@@ -437,15 +292,15 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
     choice.plan.codecs.push_back(p.v->codec);
     choice.decided_by_time += (p.k != without_time[i].k) + (p.v != without_time[i].v);
   }
-  choice.predicted = Predict(*picks, table.model);
+  choice.predicted = internal::Predict(*picks, table.model);
   choice.decode_ns = Total(*picks, &Pair::decode_ns);
   for (std::size_t i = 0; i < table.heads.size(); i += 2) {
     const std::optional<double> ns =
-        DecodeNs(table.model, table.heads[i].layer, wisdom, "f16", "f16", context);
+        internal::DecodeNs(table.model, table.heads[i].layer, wisdom, "f16", "f16", context);
     choice.fp16_decode_ns = ns ? choice.fp16_decode_ns + *ns : 0.0;
     if (!ns) break;
   }
-  choice.front = Front(*menu, table.model, fp16_bytes);
+  choice.front = internal::Front(*menu, table.model, fp16_bytes);
   Provenance& provenance = choice.plan.provenance;
   provenance.model = table.model_name;
   provenance.calibration = fmt::format("{}", fmt::join(table.dumps, ", "));

@@ -166,33 +166,34 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
 Result<CandidateKinds> Candidates(const std::string& name) {
   const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
   if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
-  std::vector<CodecKind> k_steps = {{}, {.centre = true}}, v_steps = {{}};
-  const bool i4 = name == "int4";  // `all`, and the same in i4
-  if (name == "all" || i4) {
-    k_steps.insert(k_steps.end(), {{.hadamard = true},
-                                   {.centre = true, .hadamard = true},
-                                   {.centre = true, .fold = true},
-                                   {.centre = true, .fold = true, .hadamard = true}});
-    v_steps.push_back({.hadamard = true});
-  } else if (name != "int8") {
-    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8, all or int4",
-                 name);
-  }
-  const auto with_scales = [&](const std::vector<CodecKind>& steps) {
-    std::vector<CodecKind> kinds = {f16};
-    for (const Storage storage : {Storage::kI8, Storage::kI4}) {
-      if (storage == Storage::kI4 && !i4) continue;
-      for (CodecKind kind : steps) {
-        kind.storage = storage;
-        for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
-          kind.scale = scale;
-          kinds.push_back(kind);
-        }
+  if (name != "int8" && name != "all")
+    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8 or all", name);
+  CandidateKinds kinds{{f16}, {f16}};
+  const auto add = [](std::vector<CodecKind>* to, Storage storage, std::vector<Scale> scales,
+                      const std::vector<CodecKind>& steps) {
+    for (CodecKind kind : steps) {
+      kind.storage = storage;
+      for (const Scale scale : scales) {
+        kind.scale = scale;
+        to->push_back(kind);
       }
     }
-    return kinds;
   };
-  return CandidateKinds{with_scales(k_steps), with_scales(v_steps)};
+  const std::vector<Scale> both = {Scale::kToken, Scale::kTokenBF16}, bf16 = {Scale::kTokenBF16};
+  add(&kinds.k, Storage::kI8, both, {{}, {.centre = true}});
+  add(&kinds.v, Storage::kI8, both, {{}});
+  if (name == "int8") return kinds;
+  const CodecKind rotated{.hadamard = true}, centred{.centre = true, .hadamard = true},
+      folded{.centre = true, .fold = true, .hadamard = true},
+      shaped{.centre = true, .fold = true, .hadamard = true, .shape = true};
+  add(&kinds.k, Storage::kI8, both,
+      {rotated, centred, {.centre = true, .fold = true}, folded, shaped});
+  add(&kinds.v, Storage::kI8, both, {rotated});
+  for (const Storage storage : {Storage::kI6, Storage::kI4, Storage::kI3}) {
+    add(&kinds.k, storage, bf16, {rotated, centred, folded, shaped});
+    add(&kinds.v, storage, bf16, {rotated});
+  }
+  return kinds;
 }
 
 Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec) {

@@ -74,8 +74,8 @@ KVMIX_API std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
 KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
 
-// head_dim must be a multiple of it: a canonical row is whole bytes.
-KVMIX_API std::size_t ChannelStep(Storage storage);
+// head_dim is such that a canonical row is whole bytes.
+KVMIX_API bool Fits(const CodecKind& kind, std::size_t head_dim);
 
 // Bytes that one token of one KV head's K or V takes in the canonical form: codes and stored
 // scales.

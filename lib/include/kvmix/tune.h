@@ -114,10 +114,11 @@ struct CandidateKinds {
 // By name:
 //   seed  f16, i8-head, i8-token (the study's)
 //   int8  f16, i8-token, i8-token-bf16; K also centred
-//   all   f16, i8-token, i8-token-bf16; K also centred, rotated, centred and rotated, centred and
-//         folded, and all three; V also rotated. (V is never centred: the V of an attention sink is
-//         near zero, and centring makes its codes large.)
-//   int4  all, and i4 wherever `all` has i8
+//   all   int8; i8 of K also rotated, centred and rotated, centred and folded, all three, and these
+//         shaped; of V also rotated. i6, i4 and i3, with a bf16 scale, rotated; K also centred,
+//         folded and shaped. (V is never centred: the V of an attention sink is near zero, and
+//         centring makes its codes large.)
+// A kind that does not fit the heads' dimension is left out.
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 
 // Errors of the values themselves: rows of one head encoded and decoded again.
@@ -252,13 +253,14 @@ struct Choice {
 // min_cosine without budget: the most bytes that can be saved, then the same. max_decode_ns: step 1
 // stays exact; in step 2 time gets the least price that holds the limit (a Lagrange multiplier: a
 // plan between two prices may be missed), and step 3 falls away. Infeasible: an error that says
-// what is possible. Wisdom must hold every pair of codecs in the table, at `context`.
+// what each limit alone lets reach. Wisdom must hold every pair of codecs in the table, at
+// `context`.
 //
 // Bytes and saved fractions are those of a context of `context` tokens (ContextBytes), decode times
-// those of layers that see as much of it as their windows let through. Where windows leave sizes no
-// large common divisor, they are rounded up a little, and the choice is nearly exact.
+// those of layers that see as much of it as their windows let through.
 //
-// 80 layers x 8 KV heads take well below a second.
+// 126 layers x 8 KV heads with 20 candidates each for K and V take 0.1 to 0.2 seconds on one core
+// of Zen 4 and 60 MB beside the table; with 33 candidates each 0.3 seconds and 90 MB.
 KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
                                 const Constraints& constraints);
 
