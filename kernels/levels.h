@@ -31,16 +31,21 @@
 namespace kvmix::kernels {
 
 inline constexpr std::array<std::int8_t, 8> kMagnitudes = {6, 18, 31, 44, 58, 75, 96, 127};
+inline constexpr std::array<std::int8_t, 4> kMagnitudes3 = {14, 45, 79, 127};
 
 // By code.
-inline constexpr std::array<std::int8_t, 16> kLevels = [] {
-  std::array<std::int8_t, 16> levels{};
-  for (std::size_t c = 0; c < 8; ++c) {
-    levels[c] = kMagnitudes[c];
-    levels[15 - c] = static_cast<std::int8_t>(-kMagnitudes[c]);
+template <std::size_t kCount>
+constexpr std::array<std::int8_t, 2 * kCount> LevelsOf(
+    const std::array<std::int8_t, kCount>& magnitudes) {
+  std::array<std::int8_t, 2 * kCount> levels{};
+  for (std::size_t c = 0; c < kCount; ++c) {
+    levels[c] = magnitudes[c];
+    levels[2 * kCount - 1 - c] = static_cast<std::int8_t>(-magnitudes[c]);
   }
   return levels;
-}();
+}
+inline constexpr std::array<std::int8_t, 16> kLevels = LevelsOf(kMagnitudes);
+inline constexpr std::array<std::int8_t, 8> kLevels3 = LevelsOf(kMagnitudes3);
 
 // The largest |z|.
 inline constexpr std::int32_t kLargestZ = 32767;

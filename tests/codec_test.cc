@@ -1,6 +1,7 @@
 // Codecs: names, sizes, which kinds exist, which numbers they must have.
 #include "kvmix/codec.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -20,12 +21,13 @@ namespace {
 using testing::ExpectGoodMessage;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr std::size_t kDim = 4;
+constexpr std::size_t kDim = 8;
 
 // Every combination of fields, whether it exists or not.
 std::vector<CodecKind> AllFields() {
   std::vector<CodecKind> kinds;
-  for (const Storage storage : {Storage::kF16, Storage::kI8, Storage::kI4}) {
+  for (const Storage storage :
+       {Storage::kF16, Storage::kI8, Storage::kI6, Storage::kI4, Storage::kI3}) {
     for (const Scale scale : {Scale::kNone, Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
       for (unsigned steps = 0; steps < 8; ++steps) {
         kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0});
@@ -35,10 +37,10 @@ std::vector<CodecKind> AllFields() {
   return kinds;
 }
 
-// f16 is stored as it is; int8 has a scale, and any steps before it; i4's scale is a token's.
+// f16 is stored as it is; int8 has a scale, and any steps before it; below, the scale is a token's.
 bool Exists(const CodecKind& kind) {
   if (kind.storage == Storage::kF16) return kind == CodecKind();
-  if (kind.storage == Storage::kI4 && kind.scale == Scale::kHead) return false;
+  if (kind.storage != Storage::kI8 && kind.scale == Scale::kHead) return false;
   return kind.scale != Scale::kNone;
 }
 
@@ -46,7 +48,9 @@ bool Exists(const CodecKind& kind) {
 std::string Name(const CodecKind& kind) {
   std::string name = kind.storage == Storage::kF16  ? "f16"
                      : kind.storage == Storage::kI8 ? "i8"
-                                                    : "i4";
+                     : kind.storage == Storage::kI6 ? "i6"
+                     : kind.storage == Storage::kI4 ? "i4"
+                                                    : "i3";
   if (kind.scale == Scale::kHead) name += "-head";
   if (kind.scale == Scale::kToken) name += "-token";
   if (kind.scale == Scale::kTokenBF16) name += "-token-bf16";
@@ -58,6 +62,13 @@ std::string Name(const CodecKind& kind) {
 
 std::shared_ptr<const CodecVectors> Vectors(std::vector<float> mean, std::vector<float> factor) {
   return std::make_shared<const CodecVectors>(CodecVectors{std::move(mean), std::move(factor)});
+}
+
+// kDim numbers, one of them another.
+std::vector<float> With(std::size_t channel, float x, float others = 1.0f) {
+  std::vector<float> numbers(kDim, others);
+  numbers[channel] = x;
+  return numbers;
 }
 
 // A kind with good numbers.
@@ -85,7 +96,8 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
     EXPECT_EQ(*parsed, kind) << Name(kind);
     names.insert(ToString(kind));
   }
-  EXPECT_EQ(names.size(), 41u);  // f16; three scales of i8, two of i4, with any of three steps
+  EXPECT_EQ(names.size(),
+            73u);  // f16; three scales of i8, two of i6, i4, i3, with any of three steps
   EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
   EXPECT_EQ(ToString({Storage::kI4, Scale::kToken, true, false, true}), "i4-token+centre+hadamard");
@@ -120,7 +132,9 @@ TEST(CodecKind, RefusesNamesOfNone) {
                            "i4",
                            "i4-head",
                            "i4-head+hadamard",
-                           "i6-token",
+                           "i6-head",
+                           "i3",
+                           "i5-token",
                            "F16",
                            "I8-token",
                            "f16 ",
@@ -144,15 +158,15 @@ TEST(CodecKind, RefusesNamesOfNone) {
     const Status status = ParseCodecKind(name).status();
     SCOPED_TRACE(name);
     EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
-    for (const std::string part : {"expected", "f16", "i8", "i4", "-head", "-token", "-token-bf16",
-                                   "+centre", "+fold", "+hadamard"}) {
+    for (const std::string part : {"expected", "f16", "i8", "i6", "i4", "i3", "-head", "-token",
+                                   "-token-bf16", "+centre", "+fold", "+hadamard"}) {
       EXPECT_NE(status.message().find(part), std::string::npos)
           << status.message() << " does not name " << part;
     }
     EXPECT_TRUE(status.message().starts_with("codec: ")) << status.message();
     EXPECT_NE(status.message().find("found \""), std::string::npos) << status.message();
   }
-  EXPECT_NE(ParseCodecKind("i6-token").status().message().find("found \"i6-token\""),
+  EXPECT_NE(ParseCodecKind("i5-token").status().message().find("found \"i5-token\""),
             std::string::npos);
 }
 
@@ -165,7 +179,9 @@ TEST(CodecKind, BytesPerToken) {
                                                                   : 0;
       const std::size_t codes = kind.storage == Storage::kF16  ? 2 * dim
                                 : kind.storage == Storage::kI8 ? dim
-                                                               : (dim + 1) / 2;
+                                : kind.storage == Storage::kI6 ? (6 * dim + 7) / 8
+                                : kind.storage == Storage::kI4 ? (dim + 1) / 2
+                                                               : (3 * dim + 7) / 8;
       EXPECT_EQ(BytesPerToken(kind, dim), codes + scale) << ToString(kind) << ", " << dim;
     }
   }
@@ -187,9 +203,9 @@ TEST(HeadCodec, NumbersThatItsKindAsksFor) {
     bad.vectors = nullptr;
     EXPECT_TRUE(bad.mean().empty() && bad.factor().empty());
     if (kind.centre) {
-      ExpectRefused(bad, "expected a mean of 4 channels, found 0");
+      ExpectRefused(bad, "expected a mean of 8 channels, found 0");
     } else if (kind.fold) {
-      ExpectRefused(bad, "expected a factor of 4 channels, found 0");
+      ExpectRefused(bad, "expected a factor of 8 channels, found 0");
     } else {
       EXPECT_TRUE(CheckCodec(bad, kDim).ok());
     }
@@ -197,25 +213,29 @@ TEST(HeadCodec, NumbersThatItsKindAsksFor) {
     std::vector<float> longer = mean;  // one more than there should be
     longer.push_back(1.0f);
     bad.vectors = Vectors(longer, factor);
-    ExpectRefused(bad, kind.centre ? "expected a mean of 4 channels, found 5"
+    ExpectRefused(bad, kind.centre ? "expected a mean of 8 channels, found 9"
                                    : "expected a mean of 0 channels, found 1");
     longer = factor;
     longer.push_back(1.0f);
     bad.vectors = Vectors(mean, longer);
-    ExpectRefused(bad, kind.fold ? "expected a factor of 4 channels, found 5"
+    ExpectRefused(bad, kind.fold ? "expected a factor of 8 channels, found 9"
                                  : "expected a factor of 0 channels, found 1");
   }
 }
 
-TEST(HeadCodec, FourBitsWantAnEvenHeadDim) {
-  for (const char* name : {"i4-token", "i4-token-bf16+hadamard"}) {
+TEST(HeadCodec, RowsAreWholeBytes) {
+  const std::pair<const char*, std::size_t> steps[] = {
+      {"i6-token", 4}, {"i4-token", 2}, {"i4-token-bf16+hadamard", 2}, {"i3-token-bf16", 8}};
+  for (const auto& [name, step] : steps) {
     const HeadCodec codec{ParseCodecKind(name).value()};
-    for (const std::size_t dim : {2, 66, 512}) EXPECT_TRUE(CheckCodec(codec, dim).ok()) << dim;
-    for (const std::size_t dim : {1, 65}) {
+    for (const std::size_t dim : {step, 11 * step, std::size_t{512}})
+      EXPECT_TRUE(CheckCodec(codec, dim).ok()) << name << ", " << dim;
+    for (const std::size_t dim : {std::size_t{1}, step / 2, 64 + step / 2}) {
       const Status status = CheckCodec(codec, dim);
       EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
       EXPECT_EQ(status.message(),
-                std::string(name) + ": expected an even head_dim, found " + std::to_string(dim));
+                fmt::format("{}: expected a head_dim that is a multiple of {}, found {}", name,
+                            step, dim));
     }
   }
 }
@@ -224,13 +244,13 @@ TEST(HeadCodec, MeansAreFinite) {
   const CodecKind kind{Storage::kI8, Scale::kToken, true};
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf}) {
-    codec.vectors = Vectors({1.0f, 2.0f, bad, 4.0f}, {});
+    codec.vectors = Vectors(With(2, bad), {});
     ExpectRefused(codec, "a mean of finite numbers in its range");
     ExpectRefused(codec, "in channel 2");
   }
   for (const float good : {0.0f, -0.0f, std::numeric_limits<float>::max(),
                            -std::numeric_limits<float>::denorm_min()}) {
-    codec.vectors = Vectors({1.0f, 2.0f, good, 4.0f}, {});
+    codec.vectors = Vectors(With(2, good), {});
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
 }
@@ -240,12 +260,12 @@ TEST(HeadCodec, FactorsAreFromTwoToTheMinus32ToTwoToThe32) {
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf, 0.0f, -0.0f, -1.0f, 0x1.FFFFFEp-33f,
                           0x1.000002p32f, std::numeric_limits<float>::denorm_min()}) {
-    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, bad});
+    codec.vectors = Vectors({}, With(3, bad));
     ExpectRefused(codec, "a factor of finite numbers in its range");
     ExpectRefused(codec, "in channel 3");
   }
   for (const float good : {0x1p-32f, 0x1p32f, 1.0f}) {
-    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, good});
+    codec.vectors = Vectors({}, With(3, good));
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
 }
@@ -278,9 +298,9 @@ TEST(HeadCodec, EqualByItsNumbers) {
   other.kind.hadamard = true;
   EXPECT_NE(codec, other);
   other = codec;
-  other.vectors = Vectors({-1.5f, -1.5f, -1.5f, -1.25f}, std::vector<float>(kDim, 2.0f));
+  other.vectors = Vectors(With(3, -1.25f, -1.5f), std::vector<float>(kDim, 2.0f));
   EXPECT_NE(codec, other);
-  other.vectors = Vectors(std::vector<float>(kDim, -1.5f), {2.0f, 2.0f, 2.5f, 2.0f});
+  other.vectors = Vectors(std::vector<float>(kDim, -1.5f), With(2, 2.5f, 2.0f));
   EXPECT_NE(codec, other);
   other.vectors = nullptr;
   EXPECT_NE(codec, other);

@@ -12,8 +12,18 @@ namespace kvmix::internal {
 namespace {
 
 kernels::Storage StorageOf(Storage storage) {
-  if (storage == Storage::kF16) return kernels::Storage::kF16;
-  return storage == Storage::kI4 ? kernels::Storage::kI4 : kernels::Storage::kI8;
+  switch (storage) {
+    case Storage::kF16:
+      return kernels::Storage::kF16;
+    case Storage::kI6:
+      return kernels::Storage::kI6;
+    case Storage::kI4:
+      return kernels::Storage::kI4;
+    case Storage::kI3:
+      return kernels::Storage::kI3;
+    default:
+      return kernels::Storage::kI8;
+  }
 }
 
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {

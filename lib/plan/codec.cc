@@ -17,10 +17,11 @@ struct Row {
   std::string_view name;
   std::size_t size;
 };
-constexpr Row<Storage> kStorages[] = {  // bits
-    {Storage::kF16, "f16", 16},
-    {Storage::kI8, "i8", 8},
-    {Storage::kI4, "i4", 4}};
+constexpr Row<Storage> kStorages[] = {{Storage::kF16, "f16", 16},  // bits
+                                      {Storage::kI8, "i8", 8},
+                                      {Storage::kI6, "i6", 6},
+                                      {Storage::kI4, "i4", 4},
+                                      {Storage::kI3, "i3", 3}};
 constexpr Row<Scale> kScales[] = {{Scale::kNone, "", 0},  // bytes beside every token's codes
                                   {Scale::kHead, "-head", 0},
                                   {Scale::kToken, "-token", 4},
@@ -38,14 +39,15 @@ const Row<T>* Find(const Table& table, T value) {
   return row == std::end(table) ? nullptr : row;
 }
 
-// Codes have a scale, i4's one per token, and maybe steps before it; numbers (f16) have neither.
+// Codes have a scale and maybe steps before it; numbers (f16) have neither. A scale of the head is
+// for int8.
 bool Exists(const CodecKind& kind) {
   if (Find(kStorages, kind.storage) == nullptr || Find(kScales, kind.scale) == nullptr ||
       kind.rounding != Rounding::kNearest)
     return false;
   if (kind.storage == Storage::kF16) return kind == CodecKind();
-  return kind.scale != Scale::kNone &&
-         !(kind.storage == Storage::kI4 && kind.scale == Scale::kHead);
+  if (kind.scale == Scale::kHead) return kind.storage == Storage::kI8;
+  return kind.scale != Scale::kNone;
 }
 
 template <class... Args>
@@ -93,9 +95,22 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
     }
   }
   return Invalid(
-      "codec: expected a storage ({}), but for f16 a scale ({}; i4 has no -head) and, in this "
+      "codec: expected a storage ({}), but for f16 a scale ({}; -head for i8 alone) and, in this "
       "order, any of {}; found \"{}\"",
       Names(kStorages), Names(kScales), Names(kSteps), name);
+}
+
+std::size_t ChannelStep(Storage storage) {
+  switch (storage) {
+    case Storage::kI6:
+      return 4;
+    case Storage::kI4:
+      return 2;
+    case Storage::kI3:
+      return 8;
+    default:
+      return 1;
+  }
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
@@ -126,8 +141,9 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
         "expected a codec that exists, found a storage with a scale or with steps that it cannot "
         "have");
   }
-  if (codec.kind.storage == Storage::kI4 && head_dim % 2 != 0)
-    return Invalid("{}: expected an even head_dim, found {}", ToString(codec.kind), head_dim);
+  if (const std::size_t step = ChannelStep(codec.kind.storage); head_dim % step != 0)
+    return Invalid("{}: expected a head_dim that is a multiple of {}, found {}",
+                   ToString(codec.kind), step, head_dim);
   const float scale = codec.head_scale;
   if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale)))
     return Invalid("expected a scale above 0, found {}", scale);

@@ -1,6 +1,6 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
 // minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
-// layers that differ and exact_first, 1.3 i4.
+// layers that differ and exact_first, 1.3 i4, 1.4 i6 and i3.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -28,7 +28,8 @@ namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
-constexpr std::size_t kMinor = 1, kMinorOfLayers = 2, kMinorOfI4 = 3;  // 2: and of exact_first
+constexpr std::size_t kMinor = 1, kMinorOfLayers = 2,  // and of exact_first
+    kMinorOfI4 = 3, kMinorOfI6 = 4;                    // and of i3
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -91,9 +92,12 @@ std::string AccuracyText(const Provenance& p) {
 
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
-  if (std::ranges::any_of(
-          plan.codecs, [](const HeadCodec& codec) { return codec.kind.storage == Storage::kI4; }))
-    return kMinorOfI4;
+  const auto has = [&](Storage storage) {
+    return std::ranges::any_of(
+        plan.codecs, [&](const HeadCodec& codec) { return codec.kind.storage == storage; });
+  };
+  if (has(Storage::kI6) || has(Storage::kI3)) return kMinorOfI6;
+  if (has(Storage::kI4)) return kMinorOfI4;
   return plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
 }
 

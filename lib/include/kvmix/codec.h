@@ -2,11 +2,12 @@
 //
 //   y = R((x - mean) / factor)                                          before it is stored
 //   code = round-to-nearest-even(y / scale), in [-127, 127]             i8
-//   code = the number of the nearest of 16 levels times scale           i4
-//   x' = mean + factor * R(scale * code)                                what codes of i8 stand for
-//   x' = mean + factor * R(scale * level[code])                         and those of i4
+//   code = round-to-nearest(y / scale), in [-31, 31]                    i6
+//   code = the number of the nearest of 16 (8) levels times scale       i4 (i3)
+//   x' = mean + factor * R(scale * code)                                what codes stand for
+//   x' = mean + factor * R(scale * level[code])                         those of i4 and i3
 //
-// f16 stores x itself. The levels of i4, of +-127 at most: kernels/levels.h, docs/formats.md.
+// f16 stores x itself. The levels of i4 and i3, of +-127 at most: kernels/levels.h, docs/formats.md.
 //
 // Each field of a CodecKind is one of these steps, so kinds compose:
 //   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is
@@ -40,7 +41,9 @@ enum class Tensor : std::uint8_t { kK, kV };
 enum class Storage : std::uint8_t {
   kF16,
   kI8,
-  kI4,  // with a scale per token only; head_dim must be even
+  kI6,  // below i8: with a scale per token only; head_dim must be a multiple of 4
+  kI4,  // of 2
+  kI3,  // of 8
 };
 enum class Scale : std::uint8_t {
   kNone,   // f16
@@ -66,6 +69,9 @@ struct CodecKind {
 KVMIX_API std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
 KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
+
+// head_dim must be a multiple of it: a canonical row is whole bytes.
+KVMIX_API std::size_t ChannelStep(Storage storage);
 
 // Bytes that one token of one KV head's K or V takes in the canonical form: codes and stored
 // scales.
