@@ -1,6 +1,7 @@
 // Codecs: names, sizes, which kinds exist, which numbers they must have.
 #include "kvmix/codec.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -87,6 +88,13 @@ std::vector<float> Matrix() {
     for (std::size_t j = 0; j <= i; ++j) matrix[i * kDim + j] = i == j ? 1.0f : 0.5f;
   }
   return matrix;
+}
+
+// kDim numbers, one of them another.
+std::vector<float> With(std::size_t channel, float x, float others = 1.0f) {
+  std::vector<float> numbers(kDim, others);
+  numbers[channel] = x;
+  return numbers;
 }
 
 // A kind with good numbers.

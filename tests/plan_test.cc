@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -270,20 +271,26 @@ TEST(PlanFile, ComesBackExactly) {
   EXPECT_FALSE(written["codecs"][0][1].contains("v_factor"));
 }
 
-// What a version without i4 would refuse by the codec's name is a newer minor version.
-TEST(PlanFile, FourBitsComeBack) {
+// What a version without i4, or i6 and i3, would refuse by the codec's name is a newer minor
+// version.
+TEST(PlanFile, CodesBelowInt8ComeBack) {
   const TempFolder folder;
   const std::string path = folder.file("plan.json");
-  Plan plan = UniformPlan(Geometry{1, 2, 2, 4}, Token(), Token());
-  plan.codec(0, 1, Tensor::kK) = {ParseCodecKind("i4-token-bf16+hadamard").value()};
-  ASSERT_TRUE(SavePlan(plan, path).ok());
-  const Result<Plan> loaded = LoadPlan(path);
-  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
-  EXPECT_EQ(loaded->codecs, plan.codecs);
-  const json written = json::parse(ReadBytes(path));
-  EXPECT_EQ(written["version"], (json{1, 3}));
-  EXPECT_EQ(written["codecs"][0][1]["k"], "i4-token-bf16+hadamard");
-  EXPECT_EQ(written["bytes_per_token"], 3 * 8 + 4);
+  const std::tuple<const char*, unsigned, std::size_t> cases[] = {
+      {"i4-token-bf16+hadamard", 3, 6}, {"i6-token-bf16", 4, 8}, {"i3-token", 4, 7}};
+  for (const auto& [name, minor, bytes] : cases) {
+    SCOPED_TRACE(name);
+    Plan plan = UniformPlan(Geometry{1, 2, 2, 8}, Token(), Token());
+    plan.codec(0, 1, Tensor::kK) = {ParseCodecKind(name).value()};
+    ASSERT_TRUE(SavePlan(plan, path).ok());
+    const Result<Plan> loaded = LoadPlan(path);
+    ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+    EXPECT_EQ(loaded->codecs, plan.codecs);
+    const json written = json::parse(ReadBytes(path));
+    EXPECT_EQ(written["version"], (json{1, minor}));
+    EXPECT_EQ(written["codecs"][0][1]["k"], name);
+    EXPECT_EQ(written["bytes_per_token"], 3 * 12 + bytes);
+  }
 }
 
 // A plan of two layers whose K heads but one are shaped, each with numbers of its own.
