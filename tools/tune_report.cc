@@ -134,7 +134,8 @@ std::string AccuracyText(const TuneReport& r) {
   };
   const Provenance& p = r.choice.plan.provenance;
   add("predicted, head by head", r.choice.predicted);
-  add(fmt::format("calibration, {} tokens", p.calibration_tokens), r.calibration);
+  if (r.calibration)
+    add(fmt::format("calibration, {} tokens", p.calibration_tokens), *r.calibration);
   if (r.holdout) add(fmt::format("holdout, {} tokens", p.holdout_tokens), *r.holdout);
   return fmt::format(
       "Attention output against exact K and V, predicted and measured as a whole\n{}{}",
@@ -279,7 +280,7 @@ std::string ReportJson(const TuneReport& r) {
                {"fp16_bytes_per_token", Fp16BytesPerToken(plan.model)},
                {"saved_fraction", SavedFraction(plan, r.context)},
                {"predicted", ToJson(r.choice.predicted)},
-               {"calibration", ToJson(r.calibration)},
+               {"calibration", r.calibration ? ToJson(*r.calibration) : Json()},
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
                {"decode_ns_per_token",
                 {{"plan", r.choice.decode_ns},

@@ -237,15 +237,15 @@ Result<const DumpId*> Recognize(const Dump& dump, const Calibration& calibration
 
 // What the candidates are on a layer, [kv_heads][K, V].
 std::vector<std::vector<HeadCodec>> Codecs(const std::vector<HeadStatistics>& statistics,
-                                           const CandidateKinds& candidates) {
+                                           const CandidateKinds& candidates,
+                                           const LayerShape& shape) {
   std::vector<std::vector<HeadCodec>> codecs;
   for (const HeadStatistics& head : statistics) {
-    const std::vector<CodecKind>& kinds = codecs.size() % 2 == 0 ? candidates.k : candidates.v;
+    const Tensor t = static_cast<Tensor>(codecs.size() % 2);
     std::vector<HeadCodec>& of_head = codecs.emplace_back();
     internal::HeadCalibration calibration(head);
-    for (const CodecKind& kind : kinds) {
-      if (Fits(kind, head.sum.size())) of_head.push_back(calibration.Codec(kind));
-    }
+    for (const CodecKind& kind : internal::KindsFor(candidates, shape, t))
+      of_head.push_back(calibration.Codec(kind));
   }
   return codecs;
 }
@@ -307,7 +307,7 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
   std::mutex mutex;  // of *measurement
   const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
     std::vector<HeadStatistics> statistics = internal::Sum(calibration.pieces.at(layer));
-    const auto codecs = Codecs(statistics, measurement->candidates);
+    const auto codecs = Codecs(statistics, measurement->candidates, model.layers[layer]);
     std::map<std::string, std::vector<HeadErrors>> found;  // by the dump's hash
     for (std::size_t d = 0; d < dumps.size(); ++d) {
       Result<std::vector<HeadErrors>> heads = StartLayer(*dumps[d], layer, codecs);
@@ -347,7 +347,7 @@ ErrorTable TableOf(const Measurement& m) {
   }
   std::ranges::sort(table.dumps);
   for (const auto& [layer, dumps] : m.pieces) {
-    const auto codecs = Codecs(m.statistics.at(layer), m.candidates);
+    const auto codecs = Codecs(m.statistics.at(layer), m.candidates, m.model.layers[layer]);
     std::vector<HeadErrors> heads = dumps.begin()->second;
     for (std::size_t i = 0; i < heads.size(); ++i) {
       for (std::size_t c = 0; c < codecs[i].size(); ++c) {

@@ -14,6 +14,7 @@
 #include "lib/files/json_view.h"
 #include "lib/files/safetensors.h"
 #include "lib/plan/model_json.h"
+#include "lib/tune/parts.h"
 
 namespace kvmix {
 
@@ -59,7 +60,8 @@ void Errors(const Measurement& m, std::size_t layer, const std::string& prefix, 
   std::size_t queries = 0;
   for (const std::size_t reader : m.model.readers(layer)) queries += m.model.layers[reader].group();
   for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    const std::size_t candidates = (t == Tensor::kK ? m.candidates.k : m.candidates.v).size();
+    const std::size_t candidates =
+        internal::KindsFor(m.candidates, m.model.layers[layer], t).size();
     const std::string name = prefix + (t == Tensor::kK ? ".k." : ".v.");
     archive->Field(name + "values", {candidates, 3}, t, &Numbers::values, heads);
     archive->Field(name + "attention", {candidates, queries, 3}, t, &Numbers::attention, heads);
@@ -312,7 +314,7 @@ std::vector<HeadErrors> ReadErrors(const Measurement& m, std::size_t dump, std::
   std::vector<HeadErrors> heads;
   for (std::size_t i = 0; i < numbers.size() && reader->status().ok(); ++i) {
     const Tensor t = static_cast<Tensor>(i % 2);
-    const std::vector<CodecKind>& kinds = t == Tensor::kK ? m.candidates.k : m.candidates.v;
+    const std::vector<CodecKind>& kinds = internal::KindsFor(m.candidates, shape, t);
     const std::size_t tokens = m.dumps[dump].tokens,
                       queries = numbers[i].attention.size() / 3 / kinds.size();
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, t, 0.0, {}});
