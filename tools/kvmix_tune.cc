@@ -38,6 +38,7 @@ struct Options {
   std::string wisdom;
   std::string output;
   bool json = false;
+  bool explain = false;
 };
 
 // A number in (low, high), or in (low, high] if `closed`.
@@ -90,6 +91,9 @@ void AddOptions(CLI::App* app, Options* o) {
       "-o,--output", o->output,
       fmt::format("the plan (default: {} if there is none yet; none with --json)", kDefaultPlan));
   app->add_flag("--json", o->json, "print the report as JSON");
+  app->add_flag("--explain", o->explain,
+                "say of every KV head's K and V why it is not stored smaller; as JSON also what "
+                "every candidate costs each query head");
   AddRawOptions(app, &o->raw);
   app->footer(
       "Example:\n  kvmix-tune model.c4.safetensors --holdout model.wikitext.safetensors --budget "
@@ -176,6 +180,7 @@ TuneReport Tune(const Options& o) {
   report.context = o.context;
   report.constraints = o.constraints;
   report.times_are_kept = !o.wisdom.empty();
+  report.explain = o.explain;
   const Model& model = calibration[0]->model();
   report.wisdom = Speeds(o, model, candidates);
   {
