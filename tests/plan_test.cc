@@ -59,6 +59,11 @@ TEST(Plan, BytesPerToken) {
   for (const auto& [layer, head] : outliers) strategy3.codec(layer, head, Tensor::kK) = {};
   EXPECT_EQ(BytesPerToken(strategy3), 6720u);
   EXPECT_DOUBLE_EQ(SavedFraction(strategy3), 1.0 - 6720.0 / 12288.0);
+  EXPECT_DOUBLE_EQ(BitsPerNumber(strategy3).k, 8.0 + 8.0 * 6 / 48);  // 6 of 48 heads
+  EXPECT_DOUBLE_EQ(BitsPerNumber(strategy3).v, 8.5);
+  strategy3.exact_first = 4;
+  EXPECT_DOUBLE_EQ(BitsPerNumber(strategy3).v, 8.5);  // of a token that is not among them
+  EXPECT_DOUBLE_EQ(BitsPerNumber(strategy3, 64).v, 8.5 + 16.0 * 4 / 64);
   EXPECT_EQ(SavedFraction(UniformPlan(kStudy, {}, {})), 0.0);
 }
 
@@ -139,6 +144,13 @@ TEST(Model, UnlikeLayers) {
   EXPECT_EQ(ContextBytes(plan, 4096), (100 + 64) * 2 * 28u + 4096 * 68u);
   EXPECT_EQ(Fp16ContextBytes(model, 4096), (100 + 64) * 2 * 32u + 4096 * 80u);
   EXPECT_DOUBLE_EQ(SavedFraction(plan, 4096), 1.0 - 287712.0 / 338176.0);
+  // V's rows are of 8 and 16 channels, an f32 scale each.
+  const double k_numbers = (100 + 64) * 2 * 8.0 + 4096 * 24.0,
+               v_numbers = (100 + 64) * 2 * 8.0 + 4096 * 16.0;
+  const EffectiveBits bits = BitsPerNumber(plan, 4096);
+  EXPECT_EQ(bits.k, 16.0);
+  EXPECT_DOUBLE_EQ(bits.v, 8.0 + 32.0 * ((100 + 64) * 2 + 4096.0) / v_numbers);
+  EXPECT_DOUBLE_EQ(bits.all, 8.0 * 287712.0 / (k_numbers + v_numbers));
   const std::uint64_t fingerprint = Fingerprint(plan);
   plan.model.layers[4].kv_layer = 1;
   EXPECT_NE(Fingerprint(plan), fingerprint);
