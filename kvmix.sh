@@ -58,7 +58,7 @@ demo() {
 }
 
 run_tests() {
-  packages+=(cmake)
+  packages+=(cmake python3-scipy)
   [ -n "${KVMIX_BROWSER:-}" ] || packages+=(chromium)  # to look at the report's page
   prepare "$@"
   compile

@@ -31,7 +31,6 @@
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/levels-inl.h"
-#include "kernels/nibbles-inl.h"
 #include "kernels/planes-inl.h"
 #include "kernels/rows-inl.h"
 #include "kernels/shape-inl.h"

@@ -333,6 +333,14 @@ class Size(Case):
             'strat1,6144,0.5000,24.0,192.0', 'strat2,6528,0.4688,25.5,204.0',
             'strat3,6720,0.4531,26.25,210.0'])
 
+    def test_bits(self):
+        self.write_plan('plan.json', [[{'k': 'i4-token', 'v': 'f16'}] * KV_HEADS] * LAYERS)
+        rows = self.csv('size', '--plan', 'plan.json', '--bits')
+        self.assertEqual(rows[0][3:], ['mib_4096', 'bits', 'k_bits', 'v_bits'])
+        k = 4 + 32 / DIM
+        self.assertEqual(rows[1][4:], ['16.0000'] * 3)
+        self.assertEqual(rows[-1][4:], [f'{bits:.4f}' for bits in ((k + 16) / 2, k, 16)])
+
     def test_a_plan(self):
         self.write_plan('plan.json', [[{'k': 'i8-token', 'v': 'f16'}] * KV_HEADS] * LAYERS)
         row = ['plan', str(LAYERS * KV_HEADS * (DIM + 4 + 2 * DIM)),

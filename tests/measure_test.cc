@@ -495,23 +495,32 @@ TEST_F(MeasureTest, CandidateLists) {
   EXPECT_EQ(names(Candidates("int8")->k),
             (Names{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre"}));
   EXPECT_EQ(names(Candidates("int8")->v), (Names{"f16", "i8-token", "i8-token-bf16"}));
-  EXPECT_EQ(
-      names(Candidates("all")->k),
-      (Names{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre",
-             "i8-token+hadamard", "i8-token-bf16+hadamard", "i8-token+centre+hadamard",
-             "i8-token-bf16+centre+hadamard", "i8-token+centre+fold", "i8-token-bf16+centre+fold",
-             "i8-token+centre+fold+hadamard", "i8-token-bf16+centre+fold+hadamard"}));
-  EXPECT_EQ(names(Candidates("all")->v), (Names{"f16", "i8-token", "i8-token-bf16",
-                                                "i8-token+hadamard", "i8-token-bf16+hadamard"}));
-  // int4: all of these, then the same in i4.
-  for (const auto kinds : {&CandidateKinds::k, &CandidateKinds::v}) {
-    Names expected = names((*Candidates("all")).*kinds);
-    for (std::size_t i = 1, n = expected.size(); i < n; ++i)
-      expected.push_back("i4" + expected[i].substr(2));
-    EXPECT_EQ(names((*Candidates("int4")).*kinds), expected);
+  Names k = {"f16",
+             "i8-token",
+             "i8-token-bf16",
+             "i8-token+centre",
+             "i8-token-bf16+centre",
+             "i8-token+hadamard",
+             "i8-token-bf16+hadamard",
+             "i8-token+centre+hadamard",
+             "i8-token-bf16+centre+hadamard",
+             "i8-token+centre+fold",
+             "i8-token-bf16+centre+fold",
+             "i8-token+centre+fold+hadamard",
+             "i8-token-bf16+centre+fold+hadamard",
+             "i8-token+centre+fold+hadamard+shape",
+             "i8-token-bf16+centre+fold+hadamard+shape"};
+  Names v = {"f16", "i8-token", "i8-token-bf16", "i8-token+hadamard", "i8-token-bf16+hadamard"};
+  for (const std::string below : {"i6", "i4", "i3"}) {
+    for (const std::string steps : {"+hadamard", "+centre+hadamard", "+centre+fold+hadamard",
+                                    "+centre+fold+hadamard+shape"})
+      k.push_back(below + "-token-bf16" + steps);
+    v.push_back(below + "-token-bf16+hadamard");
   }
+  EXPECT_EQ(names(Candidates("all")->k), k);
+  EXPECT_EQ(names(Candidates("all")->v), v);
   ExpectError(Candidates("int2").status(), ErrorCode::kInvalidArgument,
-              {"int2", "seed", "int8", "all", "int4"});
+              {"int2", "seed", "int8", "all"});
 }
 
 TEST_F(MeasureTest, EncodingErrorOfOneHead) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <random>
 #include <regex>
 #include <string>
@@ -138,14 +139,14 @@ std::vector<Figures> AllPlans(const Instance& instance) {
   }
 }
 
-Figures FiguresOf(const Instance& instance, const Plan& plan) {
-  std::vector<std::size_t> choice;
-  for (std::size_t i = 0; i < plan.codecs.size(); ++i)
-    choice.push_back(
-        static_cast<std::size_t>(std::ranges::find(instance.table.heads[i].candidates,
-                                                   plan.codecs[i], &CandidateError::codec) -
-                                 instance.table.heads[i].candidates.begin()));
-  return FiguresOf(instance, choice);
+std::vector<std::size_t> Places(const Instance& instance, const Plan& plan) {
+  std::vector<std::size_t> places;
+  for (std::size_t i = 0; i < plan.codecs.size(); ++i) {
+    const auto& candidates = instance.table.heads[i].candidates;
+    const auto at = std::ranges::find(candidates, plan.codecs[i], &CandidateError::codec);
+    places.push_back(static_cast<std::size_t>(at - candidates.begin()));
+  }
+  return places;
 }
 
 template <class Holds>
@@ -203,7 +204,7 @@ TEST(Choose, IsTheBestOfAllPlans) {
       }
       ASSERT_TRUE(choice.ok()) << "seed " << seed << ": " << choice.status().message();
       ++chosen;
-      const Figures f = FiguresOf(instance, choice->plan);
+      const Figures f = FiguresOf(instance, Places(instance, choice->plan));
       EXPECT_DOUBLE_EQ(f.saved, SavedFraction(choice->plan, kContext));
       ASSERT_TRUE(Holds(f, limits)) << "seed " << seed;
       if (!limits.budget && limits.min_cosine) {  // then as much is saved as they let
@@ -223,6 +224,88 @@ TEST(Choose, IsTheBestOfAllPlans) {
   }
   EXPECT_GT(chosen, 15000u);
   EXPECT_GT(infeasible, 400u);
+}
+
+// What every reason claims, looked up in the table.
+TEST(Choose, ReasonsHold) {
+  std::map<Limit, std::size_t> seen;
+  for (std::uint32_t seed = 0; seed < 3000; ++seed) {
+    Instance instance(seed);
+    const std::vector<Figures> plans = AllPlans(instance);
+    Constraints limits = RandomLimits(&instance, plans);
+    if (seed % 3 == 0) limits.time_tolerance = 1.5;
+    const auto choice = Choose(instance.table, instance.wisdom, kContext, limits);
+    if (!choice.ok()) continue;
+    const std::vector<std::size_t> chosen = Places(instance, choice->plan);
+    const Figures now = FiguresOf(instance, chosen);
+    ASSERT_EQ(choice->reasons.size(), chosen.size());
+    for (std::size_t i = 0; i < chosen.size(); ++i) {
+      const HeadErrors& head = instance.table.heads[i];
+      const Reason& reason = choice->reasons[i];
+      const std::size_t dim = instance.table.model.layers[head.layer].dim(head.tensor);
+      const auto bytes = [&](std::size_t candidate) {
+        return BytesPerToken(head.candidates[candidate].codec.kind, dim);
+      };
+      const auto with = [&](std::size_t candidate) {
+        std::vector<std::size_t> other = chosen;
+        other[i] = candidate;
+        return FiguresOf(instance, other);
+      };
+      ++seen[reason.limit];
+      if (!reason.smaller) {
+        EXPECT_EQ(reason.limit, Limit::kNone);
+        for (std::size_t c = 0; c < head.candidates.size(); ++c)
+          EXPECT_GE(bytes(c), bytes(chosen[i]));
+        continue;
+      }
+      ASSERT_LT(bytes(*reason.smaller), bytes(chosen[i]));
+      const Figures smaller = with(*reason.smaller);
+      const double added = smaller.sum - now.sum;
+      EXPECT_NEAR(reason.sum_nmse_added, added, 1e-12);
+      // No candidate of that size, nor one between it and the chosen, does better.
+      for (std::size_t c = 0; c < head.candidates.size(); ++c) {
+        if (bytes(c) >= bytes(chosen[i])) continue;
+        EXPECT_LE(bytes(c), bytes(*reason.smaller));
+        if (bytes(c) == bytes(*reason.smaller) && reason.limit == Limit::kWorst) {
+          EXPECT_GT(with(c).worst, choice->worst_limit);
+        }
+      }
+      const bool holds = smaller.worst <= choice->worst_limit &&
+                         1.0 - smaller.loss >= limits.min_cosine.value_or(-kInf);
+      const double least_sum = Least(plans, &Figures::sum, [&](const Figures& f) {
+        return f.worst <= choice->worst_limit && 1.0 - f.loss >= limits.min_cosine.value_or(-kInf);
+      });
+      switch (reason.limit) {
+        case Limit::kNone:
+          ADD_FAILURE() << "a smaller candidate, and no limit";
+          break;
+        case Limit::kWorst:
+          EXPECT_GT(smaller.worst, choice->worst_limit);
+          break;
+        case Limit::kCosine:
+          EXPECT_LE(smaller.worst, choice->worst_limit);
+          EXPECT_LT(1.0 - smaller.loss, *limits.min_cosine);
+          break;
+        case Limit::kTime:
+          EXPECT_TRUE(holds);
+          EXPECT_TRUE(limits.max_decode_ns || limits.time_tolerance > 1.0);
+          break;
+        case Limit::kSum:
+          EXPECT_TRUE(holds);
+          EXPECT_GT(added, 0.0);
+          EXPECT_LT(least_sum, now.sum);
+          break;
+        case Limit::kBudget:
+          EXPECT_TRUE(holds);
+          EXPECT_GT(added, 0.0);
+          EXPECT_NEAR(least_sum, now.sum, 1e-12);
+          break;
+      }
+    }
+  }
+  for (const Limit limit :
+       {Limit::kNone, Limit::kWorst, Limit::kCosine, Limit::kTime, Limit::kSum, Limit::kBudget})
+    EXPECT_GT(seen[limit], 20u) << static_cast<int>(limit);
 }
 
 // Numbers that an error names are such that a plan reaches them, and none goes a digit beyond.

@@ -72,6 +72,9 @@ class Figures(Tune):
         kept = report['bytes_per_token'] / report['fp16_bytes_per_token']
         self.assertAlmostEqual(report['saved_fraction'], 1 - kept, places=12)
         self.assertEqual(report['fp16_bytes_per_token'], 28 * 2 * 2 * 128 * 2)
+        bits = report['effective_bits']
+        self.assertAlmostEqual(bits['all'], 16 * kept)
+        self.assertAlmostEqual(bits['all'], (bits['k'] + bits['v']) / 2)
         self.holdout_is_as_known(report, 'all')  # the default
         self.assertEqual((report['calibration_tokens'], report['holdout_tokens']), (64, 64))
         # Errors of K and V added up foretell what the plan does as a whole.
@@ -119,6 +122,34 @@ class Figures(Tune):
         self.assertGreater(loose['saved_fraction'], tight['saved_fraction'])
         self.assertGreater(tight['saved_fraction'], 0.2)
 
+    def test_explain(self):
+        arguments = ('--budget', '0.6', '--candidates', 'int4', '--explain')
+        report = json.loads(self.succeed(*arguments, '--json'))
+        limits = set()
+        for head in report['heads']:
+            why, costs = head['explain'], {c['codec']: c for c in head['candidates']}
+            limits.add(why['limit'])
+            here = costs[head['codec']]['bytes_per_token']
+            smaller = [c['bytes_per_token'] for c in costs.values() if c['bytes_per_token'] < here]
+            if why['limit'] == 'none':
+                self.assertEqual(smaller, [])
+                continue
+            other = costs[why['smaller']['codec']]
+            self.assertEqual(other['bytes_per_token'], max(smaller))
+            self.assertEqual(why['limit'] == 'worst',
+                             why['smaller']['worst_nmse'] > report['worst_limit'])
+            self.assertLessEqual(why['worst_nmse'], report['worst_limit'])
+            self.assertEqual(len(other['nmse']), 6)
+            self.assertEqual(max(other['nmse']), other['worst_nmse'])
+        self.assertEqual(limits, {'none', 'worst', 'sum'})
+        text = self.succeed(*arguments, '-o', 'plan')
+        rows = re.findall(r'^ +\d+ +[01]  [KV] +(?:i[48]-\S+|f16) +\d+ .*(?:none|worst|sum)$', text,
+                          re.MULTILINE)
+        self.assertEqual(len(rows), 112)
+        self.assertRegex(text, r"\n  worst   a query head's NMSE would be above w = \S+, 1\.25 x")
+        self.assertLessEqual(max(map(len, text.splitlines())), 100)
+        self.assertNotIn('Why not smaller', self.succeed('--budget', '0.45', '-o', 'plan'))
+
     def test_every_run_gives_the_same_plan_whatever_the_threads(self):
         plans = set()
         for threads in ('0', '1', '2', '3', '7'):
@@ -138,7 +169,8 @@ class Figures(Tune):
         text = self.succeed('--budget', '0.1', '--max-time', '100', '-o', 'plan')
         self.assertRegex(text, r'\nDecode times decided \d+ of 112 tensors, and another run, .* '
                                r'may choose otherwise: --wisdom FILE keeps them\.\n')
-        self.fail_with(r'decode within 0\.0001 ms a token: the fastest plan .* takes [\d.]+ ms\n',
+        self.fail_with(r'decode within 0\.0001 ms a token: the fastest plan .* takes [\d.]+ ms, '
+                       r'the fastest of all [\d.]+ ms\n',
                        '--budget', '0.45', '--max-time', '0.0001')
 
 

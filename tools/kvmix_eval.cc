@@ -30,6 +30,7 @@ struct Options {
   std::string plan;
   std::string rounding = "nearest";
   bool reference = false;
+  bool bits = false;
   int threads = 0;
   Geometry geometry{0, 0, 0, 0};  // size
   std::vector<std::size_t> tokens{kAttentionTokens};
@@ -207,11 +208,13 @@ std::string Size(const Options& o) {
   g.query_heads = g.kv_heads;  // no matter for bytes
   const Model model = plan ? plan->model : g;
   Require(CheckModel(model));
-  std::string csv =
-      fmt::format("strategy,bytes_per_token,saved,mib_{}\n", fmt::join(o.tokens, ",mib_"));
+  std::string csv = fmt::format("strategy,bytes_per_token,saved,mib_{}{}\n",
+                                fmt::join(o.tokens, ",mib_"), o.bits ? ",bits,k_bits,v_bits" : "");
   const auto add = [&](const std::string& name, const Plan& of) {
     csv += fmt::format("{},{},{:.4f}", name, BytesPerToken(of), SavedFraction(of));
     for (const std::size_t tokens : o.tokens) csv += "," + MibText(ContextBytes(of, tokens));
+    const EffectiveBits bits = BitsPerNumber(of);
+    if (o.bits) csv += fmt::format(",{:.4f},{:.4f},{:.4f}", bits.all, bits.k, bits.v);
     csv += "\n";
   };
   add("fp16", UniformPlan(model, {}, {}));
@@ -278,6 +281,9 @@ int Main(int argc, char** argv) {
       ->delimiter(',')
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 40))
       ->capture_default_str();
+  size->add_flag("--bits", o.bits,
+                 "three more columns: bits that a number takes with its share of the scales, over "
+                 "K and V together, of K, of V");
   AddPlanOptions(size, &o, "a plan to list as well");
   app.footer(
       "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ "

@@ -159,6 +159,7 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
   report.context = o.context;
   report.constraints = o.constraints;
   report.times_are_kept = !o.wisdom.empty();
+  report.explain = o.explain;
   report.table = std::move(table);
   report.wisdom = Speeds(o, m.model, m.candidates);
   report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));

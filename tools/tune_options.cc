@@ -88,6 +88,9 @@ void AddChoosing(CLI::App* app, TuneOptions* o) {
       "-o,--output", o->output,
       fmt::format("the plan (default: {} if there is none yet; none with --json)", kDefaultPlan));
   app->add_flag("--json", o->json, "print the report as JSON");
+  app->add_flag("--explain", o->explain,
+                "say of every KV head's K and V why it is not stored smaller; as JSON also what "
+                "every candidate costs each query head");
 }
 
 void AddPartOutput(CLI::App* app, TuneOptions* o, const std::string& what) {

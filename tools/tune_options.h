@@ -33,6 +33,7 @@ struct TuneOptions {
   std::string work;  // the file that the short form keeps its measurement in
   std::string output;
   bool json = false;
+  bool explain = false;
 
   // The half-open range that `layers` names; without it, all of the model's.
   std::pair<std::size_t, std::size_t> LayerRange(const Model& model) const;

@@ -217,6 +217,73 @@ std::string FrontText(const std::vector<ParetoPoint>& front) {
       front.size(), table.Text());
 }
 
+// "i8-token-bf16+cfh": the steps by their first letters.
+std::string ShortName(const CodecKind& kind) {
+  const std::string name = ToString(kind);
+  std::string text = name.substr(0, name.find('+'));
+  for (std::size_t i = text.size(); i < name.size(); ++i) {
+    if (name[i] != '+') continue;
+    if (i == text.size()) text += '+';
+    text += name[i + 1];
+  }
+  return text;
+}
+
+const char* LimitName(Limit limit) {
+  switch (limit) {
+    case Limit::kNone:
+      return "none";
+    case Limit::kWorst:
+      return "worst";
+    case Limit::kCosine:
+      return "cosine";
+    case Limit::kTime:
+      return "time";
+    case Limit::kBudget:
+      return "budget";
+    case Limit::kSum:
+      return "sum";
+  }
+  return "";
+}
+
+std::size_t TensorBytes(const TuneReport& r, const HeadErrors& head, const CodecKind& kind) {
+  return BytesPerToken(kind, r.table.model.layers[head.layer].dim(head.tensor));
+}
+
+std::string ExplainText(const TuneReport& r) {
+  Table table("layer\tKV head\t\tstored as\tbytes\tNMSE\tnext smaller\tbytes\tNMSE\tlimit", 0);
+  for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
+    const HeadErrors& h = r.table.heads[i];
+    const CodecKind& kind = r.choice.plan.codecs[i].kind;
+    const Reason& reason = r.choice.reasons[i];
+    std::string smaller = "\t\t";
+    if (reason.smaller) {
+      const CodecKind& next = h.candidates[*reason.smaller].codec.kind;
+      smaller = fmt::format("{}\t{}\t{:.1e}", ShortName(next), TensorBytes(r, h, next),
+                            reason.smaller_worst_nmse);
+    }
+    table.Add("{}\t{}\t{}\t{}\t{}\t{:.1e}\t{}\t{}", h.layer, h.kv_head, Letter(h.tensor),
+              ShortName(kind), TensorBytes(r, h, kind), reason.worst_nmse, smaller,
+              LimitName(reason.limit));
+  }
+  std::string text = fmt::format(
+      "Why not smaller: bytes per token, and the NMSE of the worst query head that reads the KV "
+      "head\n(steps: c centre, f fold, h hadamard)\n{}"
+      "limit, which the next smaller codec would break:\n"
+      "  worst   a query head's NMSE would be above w = {:.2e}, {} x the least possible\n",
+      table.Text(), r.choice.worst_limit, r.constraints.worst_tolerance);
+  if (r.constraints.min_cosine)
+    text += fmt::format("  cosine  a query head's cosine would be below {}\n",
+                        *r.constraints.min_cosine);
+  return text +
+         "  sum     the sum of NMSE would be larger, and other heads save the budget's bytes at "
+         "less\n"
+         "  budget  the sum would be larger, and the budget is held without it\n"
+         "  time    decode times decided\n"
+         "  none    no candidate is smaller\n";
+}
+
 // ---- JSON
 
 Json ToJson(const Fidelity& f) {
@@ -234,6 +301,15 @@ Json HeadJson(const HeadErrors& h) {
           {"max_abs", h.max_abs}};
 }
 
+Json ExplainJson(const HeadErrors& head, const Reason& reason) {
+  Json json = {{"limit", LimitName(reason.limit)}, {"worst_nmse", reason.worst_nmse}};
+  if (reason.smaller)
+    json["smaller"] = {{"codec", ToString(head.candidates[*reason.smaller].codec.kind)},
+                       {"worst_nmse", reason.smaller_worst_nmse},
+                       {"sum_nmse_added", reason.sum_nmse_added}};
+  return json;
+}
+
 }  // namespace
 
 std::string ReportText(const TuneReport& r) {
@@ -244,12 +320,16 @@ std::string ReportText(const TuneReport& r) {
                                  p.calibration, p.calibration_tokens);
   if (r.holdout) text += fmt::format("held out {} ({} tokens)\n", p.holdout, p.holdout_tokens);
   const std::size_t tokens = ContextMatters(r) ? r.context : 1;
-  text +=
-      fmt::format("\n{}\nPlan: {} of {} bytes {}, {:.2f} % saved\n{}\n{}\n{}\n{}", OutlierText(r),
-                  ContextBytes(plan, tokens), Fp16ContextBytes(plan.model, tokens),
-                  tokens == 1 ? "per token" : fmt::format("at a context of {} tokens", tokens),
-                  100.0 * SavedFraction(plan, tokens), PlanText(plan), AccuracyText(r),
-                  SpeedText(r), FrontText(r.choice.front));
+  const EffectiveBits bits = BitsPerNumber(plan, tokens == 1 ? 0 : tokens);
+  text += fmt::format(
+      "\n{}\nPlan: {} of {} bytes {}, {:.2f} % saved\n"
+      "Bits a number takes with its share of the scales: {:.2f} (K {:.2f}, V {:.2f})\n"
+      "{}\n{}\n{}\n{}",
+      OutlierText(r), ContextBytes(plan, tokens), Fp16ContextBytes(plan.model, tokens),
+      tokens == 1 ? "per token" : fmt::format("at a context of {} tokens", tokens),
+      100.0 * SavedFraction(plan, tokens), bits.all, bits.k, bits.v, PlanText(plan),
+      AccuracyText(r), SpeedText(r), FrontText(r.choice.front));
+  if (r.explain) text += "\n" + ExplainText(r);
   if (r.context > 2 * p.longest_prompt)
     text += fmt::format(
         "\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps "
@@ -261,6 +341,7 @@ std::string ReportText(const TuneReport& r) {
 std::string ReportJson(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
   const Provenance& p = plan.provenance;
+  const EffectiveBits bits = BitsPerNumber(plan, r.context);
   Json json = {{"format", "kvmix-tune-1"}, {"model", p.model}};
   if (const std::optional<Geometry> g = plan.model.geometry()) {
     json["geometry"] = {{"layers", g->layers},
@@ -279,6 +360,8 @@ std::string ReportJson(const TuneReport& r) {
                {"bytes_per_token", BytesPerToken(plan)},
                {"fp16_bytes_per_token", Fp16BytesPerToken(plan.model)},
                {"saved_fraction", SavedFraction(plan, r.context)},
+               {"effective_bits", {{"all", bits.all}, {"k", bits.k}, {"v", bits.v}}},
+               {"worst_limit", r.choice.worst_limit},
                {"predicted", ToJson(r.choice.predicted)},
                {"calibration", r.calibration ? ToJson(*r.calibration) : Json()},
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
@@ -295,20 +378,27 @@ std::string ReportJson(const TuneReport& r) {
   }
   for (const char* list : {"fp16_heads", "outliers", "heads", "front"}) json[list] = Json::array();
   for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
-  for (const HeadErrors& h : r.table.heads) {
-    const HeadCodec& codec = plan.codec(h.layer, h.kv_head, h.tensor);
-    if (codec.kind.storage == Storage::kF16)
+  for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
+    const HeadErrors& h = r.table.heads[i];
+    const CodecKind& kind = plan.codecs[i].kind;
+    if (kind.storage == Storage::kF16)
       json["fp16_heads"].push_back(
           {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", JsonName(h.tensor)}});
     Json head = HeadJson(h);
-    head["codec"] = ToString(codec.kind);
+    head["codec"] = ToString(kind);
+    if (r.explain) head["explain"] = ExplainJson(h, r.choice.reasons[i]);
     for (const CandidateError& c : h.candidates) {
       const Fidelity f = OfHead(c);
-      head["candidates"].push_back({{"codec", ToString(c.codec.kind)},
-                                    {"worst_nmse", f.worst_nmse},
-                                    {"worst_cosine", f.worst_cosine},
-                                    {"mse", c.values.mse()},
-                                    {"max_error", c.values.max_error}});
+      Json candidate = {{"codec", ToString(c.codec.kind)},
+                        {"worst_nmse", f.worst_nmse},
+                        {"worst_cosine", f.worst_cosine},
+                        {"mse", c.values.mse()},
+                        {"max_error", c.values.max_error}};
+      if (r.explain) {
+        candidate["bytes_per_token"] = TensorBytes(r, h, c.codec.kind);
+        for (const AttentionError& e : c.queries) candidate["nmse"].push_back(e.nmse());
+      }
+      head["candidates"].push_back(candidate);
     }
     json["heads"].push_back(head);
   }

@@ -16,6 +16,7 @@ struct TuneReport {
   std::size_t context = 0;
   Constraints constraints;
   bool times_are_kept = false;  // in a wisdom file
+  bool explain = false;         // say of every K and V why it is not stored smaller
   ErrorTable table;
   Wisdom wisdom;
   Choice choice;

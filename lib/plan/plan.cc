@@ -60,37 +60,31 @@ Status CheckPlan(const Plan& plan) {
 
 namespace {
 
-std::size_t ExactBytes(const Plan& plan, std::size_t context) {
-  std::size_t bytes = 0;
+struct Room {
+  std::size_t bytes = 0, numbers = 0;
+};
+
+// What K or V take of a context; context 0: of a token that is not among the exact first.
+Room RoomOf(const Plan& plan, std::size_t context, Tensor t) {
+  Room room;
+  std::size_t codec = static_cast<std::size_t>(t);
   for (std::size_t layer = 0; layer < plan.model.layers.size(); ++layer) {
     const LayerShape& shape = plan.model.layers[layer];
     if (!shape.owns_kv()) continue;
-    bytes += std::min(plan.exact_first, plan.model.tokens_held(layer, context)) * shape.kv_heads *
-             (shape.k_dim + shape.v_dim) * 2;  // f16
+    const std::size_t dim = shape.dim(t),
+                      tokens = context == 0 ? 1 : plan.model.tokens_held(layer, context),
+                      exact = context == 0 ? 0 : std::min(plan.exact_first, tokens);
+    for (std::size_t head = 0; head < shape.kv_heads; ++head, codec += 2)
+      room.bytes += tokens * BytesPerToken(plan.codecs[codec].kind, dim) + exact * dim * 2;  // f16
+    room.numbers += tokens * shape.kv_heads * dim;
   }
-  return bytes;
-}
-
-std::size_t CodedBytes(const Plan& plan, std::size_t context) {
-  const std::vector<LayerShape>& layers = plan.model.layers;
-  std::size_t bytes = 0, first = 0;
-  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-    if (!layers[layer].owns_kv()) continue;
-    std::size_t of_token = 0;
-    for (std::size_t i = first; i < first + 2 * layers[layer].kv_heads; ++i) {
-      of_token += BytesPerToken(plan.codecs[i].kind,
-                                i % 2 == 0 ? layers[layer].k_dim : layers[layer].v_dim);
-    }
-    first += 2 * layers[layer].kv_heads;
-    bytes += of_token * plan.model.tokens_held(layer, context);
-  }
-  return bytes;
+  return room;
 }
 
 }  // namespace
 
 std::size_t ContextBytes(const Plan& plan, std::size_t context) {
-  return CodedBytes(plan, context) + ExactBytes(plan, context);
+  return RoomOf(plan, context, Tensor::kK).bytes + RoomOf(plan, context, Tensor::kV).bytes;
 }
 
 std::size_t Fp16ContextBytes(const Model& model, std::size_t context) {
@@ -98,13 +92,21 @@ std::size_t Fp16ContextBytes(const Model& model, std::size_t context) {
 }
 
 double SavedFraction(const Plan& plan, std::size_t context) {
-  const std::size_t bytes = context == 0 ? BytesPerToken(plan) : ContextBytes(plan, context);
-  return 1.0 - static_cast<double>(bytes) / static_cast<double>(Fp16ContextBytes(
-                                                plan.model, std::max<std::size_t>(context, 1)));
+  return 1.0 - static_cast<double>(ContextBytes(plan, context)) /
+                   static_cast<double>(Fp16ContextBytes(plan.model, context));
 }
 
-std::size_t BytesPerToken(const Plan& plan) { return CodedBytes(plan, 1); }
-std::size_t Fp16BytesPerToken(const Model& model) { return Fp16ContextBytes(model, 1); }
+EffectiveBits BitsPerNumber(const Plan& plan, std::size_t context) {
+  const Room k = RoomOf(plan, context, Tensor::kK), v = RoomOf(plan, context, Tensor::kV);
+  const auto bits = [](std::size_t bytes, std::size_t numbers) {
+    return 8.0 * static_cast<double>(bytes) / static_cast<double>(numbers);
+  };
+  return {bits(k.bytes, k.numbers), bits(v.bytes, v.numbers),
+          bits(k.bytes + v.bytes, k.numbers + v.numbers)};
+}
+
+std::size_t BytesPerToken(const Plan& plan) { return ContextBytes(plan, 0); }
+std::size_t Fp16BytesPerToken(const Model& model) { return Fp16ContextBytes(model, 0); }
 
 std::uint64_t Fingerprint(const Plan& plan) {
   XXH3_state_t hash;

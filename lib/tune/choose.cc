@@ -13,6 +13,7 @@
 
 #include "kvmix/tune.h"
 #include "lib/files/file.h"
+#include "lib/tune/explain.h"
 #include "lib/tune/menu.h"
 
 namespace kvmix {
@@ -110,6 +111,13 @@ class Chooser {
     const double spare_ns = Nanoseconds(picks) - FastestNs(Allows(worst_limit_));
     if (spare_ns <= 0.0) return picks;
     return *Priced((constraints_.time_tolerance - 1.0) * Sum(picks) / spare_ns);
+  }
+
+  // What the picks of Choose() were held to.
+  internal::Verdict Limits(const Picks& picks) const {
+    const double least_sum = LeastTotal(&Pair::sum_nmse, Allows(worst_limit_));
+    return {worst_limit_, constraints_.min_cosine.value_or(-kInf),
+            Sum(picks) > least_sum * (1.0 + 1e-12)};
   }
 
  private:
@@ -211,17 +219,18 @@ class Chooser {
            (!constraints_.max_decode_ns || InTime(*Fastest(allowed, *constraints_.max_decode_ns)));
   }
 
-  // A bound from below: every head's fastest pair of those allowed, whatever its bytes.
-  double FastestNs(const Allowed& allowed) const {
-    double ns = 0.0;
+  // A bound from below: every head's least of those allowed, whatever its bytes.
+  double LeastTotal(double Pair::*member, const Allowed& allowed) const {
+    double total = 0.0;
     for (const std::vector<Pair>& pairs : menu_) {
       double least = kInf;
       for (const Pair& p : pairs)
-        if (allowed(p)) least = std::min(least, p.decode_ns);
-      ns += least;
+        if (allowed(p)) least = std::min(least, p.*member);
+      total += least;
     }
-    return ns;
+    return total;
   }
+  double FastestNs(const Allowed& allowed) const { return LeastTotal(&Pair::decode_ns, allowed); }
 
   // Of all plans within max_decode_ns, with times rounded up to sixteenths of a nanosecond.
   std::optional<Picks> SmallestInTime(const Allowed& allowed) const {
@@ -275,7 +284,8 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   Result<Menu> menu = internal::MakeMenu(table, wisdom, context);
   if (!menu.ok()) return menu.status();
   const std::size_t fp16_bytes = Fp16ContextBytes(table.model, context);
-  const Result<Picks> picks = Chooser(*menu, fp16_bytes, constraints).Choose();
+  Chooser chooser(*menu, fp16_bytes, constraints);
+  const Result<Picks> picks = chooser.Choose();
   if (!picks.ok()) return picks.status();
 
   Constraints timeless = constraints;
@@ -283,7 +293,9 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   timeless.time_tolerance = 1.0;
   const Picks without_time = *Chooser(*menu, fp16_bytes, timeless).Choose();
 
+  const internal::Verdict limits = chooser.Limits(*picks);
   Choice choice;
+  choice.worst_limit = limits.worst_limit;
   choice.plan.model = table.model;
   choice.plan.exact_first = table.exact_first;
   for (std::size_t i = 0; i < picks->size(); ++i) {
@@ -291,6 +303,9 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
     choice.plan.codecs.push_back(p.k->codec);
     choice.plan.codecs.push_back(p.v->codec);
     choice.decided_by_time += (p.k != without_time[i].k) + (p.v != without_time[i].v);
+    for (const HeadErrors* head : {&table.heads[2 * i], &table.heads[2 * i + 1]})
+      choice.reasons.push_back(internal::Explain(
+          *head, table.model.layers[head->layer].dim(head->tensor), p, without_time[i], limits));
   }
   choice.predicted = internal::Predict(*picks, table.model);
   choice.decode_ns = Total(*picks, &Pair::decode_ns);

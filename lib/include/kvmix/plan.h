@@ -76,6 +76,12 @@ KVMIX_API std::uint64_t Fingerprint(const Plan& plan);
 KVMIX_API std::size_t ContextBytes(const Plan& plan, std::size_t context);
 KVMIX_API std::size_t Fp16ContextBytes(const Model& model, std::size_t context);
 KVMIX_API double SavedFraction(const Plan& plan, std::size_t context = 0);
+// Bits that a stored number takes with its share of the scales: 8 * bytes / numbers, of the same
+// context. fp16 is 16, an i8 with an f32 scale per token 8 + 32 / head_dim.
+struct EffectiveBits {
+  double k = 0.0, v = 0.0, all = 0.0;
+};
+KVMIX_API EffectiveBits BitsPerNumber(const Plan& plan, std::size_t context = 0);
 // Of one token, which every window lets through.
 KVMIX_API std::size_t BytesPerToken(const Plan& plan);
 KVMIX_API std::size_t Fp16BytesPerToken(const Model& model);

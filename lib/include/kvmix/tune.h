@@ -229,12 +229,32 @@ struct ParetoPoint {
   std::size_t fp16_tensors = 0;  // K and V of a KV head count one each
 };
 
+// What keeps a K or V from its next smaller codec: of the candidates that are smaller the largest,
+// of several the best. The other of K and V stays as it is chosen.
+enum class Limit : std::uint8_t {
+  kNone,    // no candidate is smaller
+  kWorst,   // the NMSE of a query head would be above Choice::worst_limit
+  kCosine,  // or its cosine below min_cosine
+  kTime,    // without decode times the choice would be as small, or its sum no larger
+  kBudget,  // the sum of NMSE would be larger, and no limit asks for fewer bytes
+  kSum,     // the same, and it costs less elsewhere to save the bytes that a limit asks for
+};
+struct Reason {
+  Limit limit = Limit::kNone;
+  double worst_nmse = 0.0;             // of the query heads that read the KV head, as chosen
+  std::optional<std::size_t> smaller;  // place in HeadErrors::candidates
+  double smaller_worst_nmse = 0.0;     // with it
+  double sum_nmse_added = 0.0;         // by it, to the sum over query heads
+};
+
 struct Choice {
   Plan plan;               // provenance: model, calibration and on_calibration as predicted
   Fidelity predicted;      // errors of K and V added up
   double decode_ns = 0.0;  // one token, all layers, 1 thread
   double fp16_decode_ns = 0.0;
   std::size_t decided_by_time = 0;  // K and V of KV heads that have another codec without times
+  double worst_limit = 0.0;         // w * worst_tolerance of the steps below
+  std::vector<Reason> reasons;      // of each of the plan's codecs
   // By falling saved fraction, from the smallest plan to fp16; at most 64 points, even along the
   // curve.
   std::vector<ParetoPoint> front;
