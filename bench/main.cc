@@ -58,7 +58,7 @@ Names:
   attend_prefill/TARGET/k=CODEC,v=CODEC/SHAPE/QUERIESxCONTEXT/tTHREADS
   attend_batch/TARGET/k=CODEC,v=CODEC/SHAPE/SEQUENCESxCONTEXT/tTHREADS
   quantize_token|quantize_head|dequantize_f32|dequantize_f16/TARGET/SHAPE/SIZE/tTHREADS
-  append|append_rotated|append_i4|store|fork|shift/TARGET/SHAPE/SIZE/t1
+  append|append_rotated|append_i4|append_shaped|store|fork|shift/TARGET/SHAPE/SIZE/t1
 SHAPE q14kv2d64: 14 query heads, 2 KV heads, head_dim 64. Contexts of 32k and 128k, and 8k of
 q32kv32d128, are cold. All flags of Google Benchmark work: --benchmark_filter=REGEX,
 --benchmark_list_tests, --benchmark_format=json|console|csv, --benchmark_out=FILE,
@@ -127,7 +127,7 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
 // All that kvmix-tune may choose, as times tell it apart.
 std::vector<CodecKind> TimedKinds() {
   std::vector<CodecKind> kinds;
-  for (const char* candidates : {"seed", "all", "int4"}) {
+  for (const char* candidates : {"seed", "all"}) {
     for (const CodecKind& kind : Require(Candidates(candidates)).k) {
       const auto is_same = [&](const CodecKind& k) { return SpeedName(k) == SpeedName(kind); };
       if (std::ranges::none_of(kinds, is_same)) kinds.push_back(kind);

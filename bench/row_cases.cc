@@ -3,9 +3,10 @@
 // of as many bytes. 24k and 128k are gone over again and again; 256m is one of several such sets in
 // rotation, so that it comes from DRAM whatever the last cache.
 //
-// append, append_rotated, append_i4: one token, K and V of every KV head, into a cache of i8-token,
-// i8-token-bf16+hadamard or i4-token-bf16+hadamard codecs; held against memcpy
-// of the same fp16 rows to where a cache of rows would keep them, timed in turns with it.
+// append, append_rotated, append_i4, append_shaped: 1 or 64 tokens at a time, K and V of every KV
+// head, into a cache of i8-token, i8-token-bf16+hadamard or i4-token-bf16+hadamard codecs, of the
+// last with K's codes shaped; held against memcpy of the same fp16 rows to where a cache of rows
+// would keep them, timed in turns with it.
 #include <cstring>
 
 #include <fmt/format.h>
@@ -151,24 +152,25 @@ struct AppendData {
   std::vector<Half> row_cache;  // [K, V][kv_heads][capacity, head_dim]
   std::size_t row_tokens = 0;   // in row_cache
 };
-constexpr std::size_t kAppendCapacity = 4096, kAppendCalls = 64;
+constexpr std::size_t kAppendCapacity = 4096, kAppendTokens = 64;
 
-void AppendTokens(const Shape& shape, AppendData& data) {
+void AppendTokens(const Shape& shape, std::size_t at_a_time, AppendData& data) {
   const std::size_t row = shape.kv_heads * shape.head_dim;
   if (data.cache.tokens(0) == kAppendCapacity && !data.cache.Truncate(0).ok()) return;
-  for (std::size_t t = 0; t < kAppendCalls; ++t) {
-    const Half* const k = data.rows.data() + t * 2 * row;
-    const Status done =
-        data.cache.Append(0, RowsView::F16(k, 1, shape.kv_heads, shape.head_dim),
-                          RowsView::F16(k + row, 1, shape.kv_heads, shape.head_dim));
-    if (!done.ok()) return;
+  for (std::size_t t = 0; t < kAppendTokens; t += at_a_time) {
+    RowsView k = RowsView::F16(data.rows.data() + t * 2 * row, at_a_time, shape.kv_heads,
+                               shape.head_dim);
+    k.token_stride = static_cast<std::ptrdiff_t>(2 * row);
+    RowsView v = k;
+    v.data = data.rows.data() + t * 2 * row + row;
+    if (!data.cache.Append(0, k, v).ok()) return;
   }
 }
 
 void CopyTokens(const Shape& shape, AppendData& data) {
   const std::size_t row = shape.kv_heads * shape.head_dim;
   data.row_tokens %= kAppendCapacity;
-  for (std::size_t t = 0; t < kAppendCalls; ++t, ++data.row_tokens) {
+  for (std::size_t t = 0; t < kAppendTokens; ++t, ++data.row_tokens) {
     for (std::size_t head = 0; head < 2 * shape.kv_heads; ++head) {
       std::memcpy(
           data.row_cache.data() + (head * kAppendCapacity + data.row_tokens) * shape.head_dim,
@@ -179,15 +181,32 @@ void CopyTokens(const Shape& shape, AppendData& data) {
 
 struct AppendKind {
   const char *name, *codec;
+  bool shape;  // K's codes
 };
-constexpr AppendKind kAppendKinds[] = {{"append", "i8-token"},
-                                       {"append_rotated", "i8-token-bf16+hadamard"},
-                                       {"append_i4", "i4-token-bf16+hadamard"}};
+constexpr AppendKind kAppendKinds[] = {{"append", "i8-token", false},
+                                       {"append_rotated", "i8-token-bf16+hadamard", false},
+                                       {"append_i4", "i4-token-bf16+hadamard", false},
+                                       {"append_shaped", "i4-token-bf16+hadamard", true}};
+constexpr std::size_t kAtATime[] = {1, kAppendTokens};
 
-Workload PrepareAppend(const AppendKind& kind, const Shape& shape, Bench& bench) {
-  const HeadCodec codec{tools::Require(ParseCodecKind(kind.codec))};
+// With a matrix that moves a little of every error everywhere: its numbers do not decide the time.
+HeadCodec ShapedCodec(HeadCodec codec, std::size_t dim) {
+  CodecVectors vectors;
+  vectors.shaping.resize(dim * dim);
+  for (std::size_t i = 0; i < dim; ++i) {
+    for (std::size_t j = 0; j <= i; ++j) vectors.shaping[i * dim + j] = i == j ? 1.0f : 0.01f;
+  }
+  codec.kind.shape = true;
+  codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
+  return codec;
+}
+
+Workload PrepareAppend(const AppendKind& kind, const Shape& shape, std::size_t at_a_time,
+                       Bench& bench) {
+  const HeadCodec v{tools::Require(ParseCodecKind(kind.codec))};
+  const HeadCodec k = kind.shape ? ShapedCodec(v, shape.head_dim) : v;
   const Plan plan =
-      UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, codec, codec);
+      UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, k, v);
   Result<Cache> cache = Cache::Create(plan.model, plan, kAppendCapacity, {bench.kernels.target});
   Workload w;
   if (!cache.ok()) {
@@ -197,12 +216,12 @@ Workload PrepareAppend(const AppendKind& kind, const Shape& shape, Bench& bench)
   const std::size_t row = shape.kv_heads * shape.head_dim;
   const auto data = bench.Data<AppendData>(fmt::format("{} {}", kind.name, shape.name()), [&] {
     return std::make_shared<AppendData>(AppendData{std::move(*cache),
-                                                   RandomHalves(kAppendCalls * 2 * row),
+                                                   RandomHalves(kAppendTokens * 2 * row),
                                                    std::vector<Half>(2 * kAppendCapacity * row)});
   });
-  w.calls = kAppendCalls;
+  w.calls = kAppendTokens;
   w.bytes = static_cast<double>(2 * row * sizeof(Half) + BytesPerToken(plan));
-  w.call = [shape, data] { AppendTokens(shape, *data); };
+  w.call = [shape, at_a_time, data] { AppendTokens(shape, at_a_time, *data); };
   w.reference = [shape, data] { CopyTokens(shape, *data); };
   w.limit = "row-copy";
   return w;
@@ -227,10 +246,12 @@ void AddRowCases(const char* target, std::vector<Case>* cases) {
   for (const Shape& shape : kShapes) {
     if (shape.v_dim != shape.head_dim) continue;
     for (const AppendKind& kind : kAppendKinds) {
-      cases->push_back(
-          {fmt::format("{}/{}/{}/1/t1", kind.name, target, shape.name()),
-           &kind == &kAppendKinds[0] && &shape == &kShapes[kLargeShape],
-           [&kind, &shape](Bench& bench) { return PrepareAppend(kind, shape, bench); }});
+      for (const std::size_t n : kAtATime) {
+        cases->push_back(
+            {fmt::format("{}/{}/{}/{}/t1", kind.name, target, shape.name(), n),
+             &kind == &kAppendKinds[0] && &shape == &kShapes[kLargeShape] && n == 1,
+             [&kind, &shape, n](Bench& bench) { return PrepareAppend(kind, shape, n, bench); }});
+      }
     }
   }
 }

@@ -69,10 +69,6 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
       }
     }
   }
-  for (std::size_t step = RoundUp(dim, S::kWidth) / S::kWidth; step < KSteps<S>(dim);
-       ++step, to += rows * P::kTermBytes) {
-    std::memset(to, 0, P::kTermBytes);
-  }
   info = {!P::kFixedPoint || nothing ? 1.0f : scale, 0, 0};
   if constexpr (P::kFixedPoint && KVMIX_UNSIGNED_QUADS) {
     info.start_high = -128 * hn::ReduceSum(DI32(), sum_high);
@@ -81,17 +77,15 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
 }
 
 template <class P, std::size_t kRows, std::size_t kVecs>
-HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* block,
-                        const std::uint8_t* queries, const RowInfo* info, Prefetcher& prefetch,
-                        Work& w) {
+HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* queries, const RowInfo* info,
+                        Prefetcher& prefetch, Work& w) {
   static_assert(kTokenStep % (kVecs * kLanes) == 0);
   using S = typename P::Stored;
-  const std::size_t tile_bytes = KTileBytes<S>(f.k.row.dim), vectors = KVectors<S>(f.k.row.dim);
+  const std::size_t dim = f.k.row.dim;
   for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
-    const std::uint8_t* tile = block + f.k.codes_offset + token / kLanes * tile_bytes;
     Multiply<P, QueryTerms<P, kRows>, kRows, kVecs>(
-        tile, tile_bytes, queries, info, 0, vectors, prefetch,
-        [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+        w.k.Get(token / kLanes, kVecs, 0, dim), w.k.stride, queries, info, 0, KSteps<S>(dim),
+        prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           const std::size_t at = token + v * kLanes;
           hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
         });
@@ -105,9 +99,8 @@ struct ScoreStage {
   std::size_t (*steps)(std::size_t dim);
   void (*pack)(const float* q, std::size_t dim, float largest, std::size_t rows, std::uint8_t* to,
                RowInfo& info);
-  void (*run[2][kMaxRows])(const BlockFormat& f, const std::uint8_t* block,
-                           const std::uint8_t* queries, const RowInfo* info, Prefetcher& prefetch,
-                           Work& w);  // [stream][rows - 1]
+  void (*run[2][kMaxRows])(const BlockFormat& f, const std::uint8_t* queries, const RowInfo* info,
+                           Prefetcher& prefetch, Work& w);  // [stream][rows - 1]
 };
 
 template <class P, std::size_t... R>
@@ -125,7 +118,7 @@ constexpr ScoreStage kScoreStage =
     MakeScoreStage<KProduct<S>>(std::make_index_sequence<kMaxRows>());
 
 const ScoreStage& ScoreStageOf(const BlockFormat& f) {
-  return WithStorage(f.k.row.storage, [](auto s) KVMIX_LAMBDA -> const ScoreStage& {
+  return WithMultiplied(f.k.row.storage, [](auto s) KVMIX_LAMBDA -> const ScoreStage& {
     return kScoreStage<decltype(s)>;
   });
 }
@@ -133,17 +126,17 @@ const ScoreStage& ScoreStageOf(const BlockFormat& f) {
 // ---- a storage of V: softmax weights, and the sum that they weigh
 
 template <class P, std::size_t kRows, std::size_t kVecs>
-HWY_NOINLINE void Weigh(const BlockFormat& f, const std::uint8_t* block, float* out,
-                        std::size_t out_stride, Prefetcher& prefetch, const Work& w) {
+HWY_NOINLINE void Weigh(const BlockFormat& f, float* out, std::size_t out_stride,
+                        Prefetcher& prefetch, const Work& w) {
   using S = typename P::Stored;
   constexpr RowInfo kFromZero[kMaxRows] = {};
   const std::size_t padded = RoundUp(f.v.row.dim, kLanes);
   std::size_t channel = 0;
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
-    const std::uint8_t* tile = block + f.v.codes_offset + channel / kLanes * kVTileBytes<S>;
     Multiply<P, WeightTerms, kRows, vecs>(
-        tile, kVTileBytes<S>, w.weights[0], kFromZero, w.first / kTerms<S>, w.last / kTerms<S>,
-        prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+        w.v.Get(channel / kLanes, vecs, w.first, w.last), kVTileBytes<S>, w.weights[0], kFromZero,
+        w.first / S::kWidth, w.last / S::kWidth, prefetch,
+        [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           float* to = out + r * out_stride + channel + v * kLanes;
           const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
           hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_scale[r]), before), DF(), to);
@@ -158,8 +151,8 @@ struct WeighStage {
   std::size_t most_rows, most_rows_of_one_turn;
   void (*softmax)(std::size_t rows, float* max, float* sum, std::size_t lines, Prefetcher& prefetch,
                   Work& w);
-  void (*run[2][kMaxRows])(const BlockFormat& f, const std::uint8_t* block, float* out,
-                           std::size_t out_stride, Prefetcher& prefetch, const Work& w);
+  void (*run[2][kMaxRows])(const BlockFormat& f, float* out, std::size_t out_stride,
+                           Prefetcher& prefetch, const Work& w);
 };
 
 template <class P, std::size_t... R>
@@ -175,7 +168,7 @@ constexpr WeighStage kWeighStage =
     MakeWeighStage<VProduct<S>>(std::make_index_sequence<kMaxRows>());
 
 const WeighStage& WeighStageOf(const BlockFormat& f) {
-  return WithStorage(f.v.row.storage, [](auto s) KVMIX_LAMBDA -> const WeighStage& {
+  return WithMultiplied(f.v.row.storage, [](auto s) KVMIX_LAMBDA -> const WeighStage& {
     return kWeighStage<decltype(s)>;
   });
 }
@@ -226,13 +219,27 @@ HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t b) {
                       : Range{0, 0};
 }
 
+// Scratch in an operand: the terms of its rows, row_bytes each | RowInfo of all rows | K's and V's
+// tiles of a block, unpacked. Bytes from its start.
+struct Scratch {
+  std::size_t row_bytes, info, k, v, end;
+
+  Scratch(const BlockFormat& f, const ScoreStage& score, std::size_t rows)
+      : row_bytes(score.steps(f.k.row.dim) * score.term_bytes),
+        info(rows * row_bytes),
+        k(RoundUp(info + rows * sizeof(RowInfo), 64)),
+        v(k + UnpackedBytes<true>(f.k)),
+        end(v + UnpackedBytes<false>(f.v)) {}
+};
+
 // The task's rows in turns of equal size, as operands.
 class Turns {
  public:
-  Turns(const AttendTask& task, const ScoreStage& score, const WeighStage& weigh)
-      : row_bytes_(score.steps(task.format->k.row.dim) * score.term_bytes),
+  Turns(const AttendTask& task, const Scratch& scratch, const ScoreStage& score,
+        const WeighStage& weigh)
+      : row_bytes_(scratch.row_bytes),
         queries_(static_cast<std::uint8_t*>(task.operand)),
-        info_(reinterpret_cast<RowInfo*>(queries_ + task.rows * row_bytes_)),
+        info_(reinterpret_cast<RowInfo*>(queries_ + scratch.info)),
         rows_(task.rows) {
     const bool one_turn = task.stream && task.rows <= kMaxRows;
     const std::size_t most = one_turn
@@ -247,7 +254,7 @@ class Turns {
 
  private:
   std::size_t row_bytes_;
-  std::uint8_t* queries_;  // the turns' terms, row_bytes a row | RowInfo of all rows
+  std::uint8_t* queries_;
   RowInfo* info_;
   std::size_t rows_, count_;
 };
@@ -286,6 +293,13 @@ bool See(const AttendTask& t, std::size_t first_row, std::size_t rows, std::size
   return w.last != 0;
 }
 
+// The tokens of block b that rows of any turn may see, in whole steps.
+Range TaskTokens(const AttendTask& t, std::size_t b) {
+  const std::size_t start = b * kBlockTokens;
+  return {t.first_token > start ? (t.first_token - start) / kTokenStep * kTokenStep : 0,
+          RoundUp(HWY_MIN(t.last_token - start, kBlockTokens), kTokenStep)};
+}
+
 // The first block from b on, before `end`, of which the mask lets a query see anything; or `end`.
 std::size_t NextSeen(const AttendTask& t, std::size_t b, std::size_t end) {
   if (t.mask == nullptr) return b;
@@ -321,11 +335,15 @@ void Attend(const AttendTask& t) {
   const ScoreStage& score = ScoreStageOf(f);
   const WeighStage& weigh = WeighStageOf(f);
   const std::size_t padded = RoundUp(f.v.row.dim, kLanes);
-  const Turns turns(t, score, weigh);
+  const Scratch scratch(f, score, t.rows);
+  const Turns turns(t, scratch, score, weigh);
   Begin(t, score, turns, padded);
   if (t.first_token >= t.last_token) return;  // no block to look up
 
   Work w;
+  std::uint8_t* const operand = static_cast<std::uint8_t*>(t.operand);
+  const Tiles k_tiles = TilesOf<true>(f.k, operand + scratch.k),
+              v_tiles = TilesOf<false>(f.v, operand + scratch.v);
   const std::size_t sharing = t.stream ? HWY_MIN(turns.count(), kMaxFetchingTurns) : 0;
   const std::size_t scale_lines =
       (f.v.codes_offset - f.k.scales_offset + f.block_bytes - f.v.scales_offset) / 64;
@@ -334,6 +352,7 @@ void Attend(const AttendTask& t) {
   for (std::size_t b = NextSeen(t, t.first_token / kBlockTokens, end), after; b < end; b = after) {
     after = NextSeen(t, b + 1, end);
     const std::uint8_t* block = t.blocks[b];
+    const Range tokens = TaskTokens(t, b);
     const std::uint8_t* next = after < end ? t.blocks[after] : t.after;
     const std::size_t fetching = next != nullptr ? sharing : 0;
     w.k_scale = Scales(f.k, block, first_time, w.k_copy);
@@ -344,31 +363,36 @@ void Attend(const AttendTask& t) {
       }
     }
     first_time = false;
+    w.k = k_tiles.Of(block + f.k.codes_offset);
+    w.v = v_tiles.Of(block + f.v.codes_offset);
     for (std::size_t turn = 0; turn < turns.count(); ++turn) {
       const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
       if (!See(t, row, rows, b, w)) continue;
       const bool stream = t.stream && turn == 0;
-      Prefetcher prefetch{block, 0};
+      Prefetcher prefetch{block, 0, k_tiles.packed_stride, k_tiles.stride};
       std::size_t lines = 0;  // for softmax to fetch
       if (turn < fetching) {
-        prefetch = {next + turn * f.block_bytes / fetching, fetching};
+        prefetch.next = next + turn * f.block_bytes / fetching;
+        prefetch.turns = fetching;
         lines = scale_lines / fetching;
       }
-      score.run[stream][rows - 1](f, block, turns.queries(row), turns.info(row), prefetch, w);
+      if (turns.count() > 1) w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
+      score.run[stream][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
       for (std::size_t r = 0; r < rows; ++r) {
         w.scale[r] = turns.info(row + r)->scale;
         Finish(t, row + r, r, b, w);
       }
       weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
-      weigh.run[stream][rows - 1](f, block, t.out + row * padded, padded, prefetch, w);
+      if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);
+      prefetch.packed_stride = v_tiles.packed_stride;
+      prefetch.stride = v_tiles.stride;
+      weigh.run[stream][rows - 1](f, t.out + row * padded, padded, prefetch, w);
     }
   }
 }
 
 std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
-  const ScoreStage& score = ScoreStageOf(f);
-  const std::size_t row_bytes = score.steps(f.k.row.dim) * score.term_bytes;
-  return RoundUp(rows * (row_bytes + sizeof(RowInfo)), 64);
+  return Scratch(f, ScoreStageOf(f), rows).end;
 }
 
 std::size_t PaddedDim(const BlockFormat& f) { return RoundUp(f.v.row.dim, kLanes); }

@@ -1,4 +1,4 @@
-// Rows -> int8 codes, nibbles or halves, and back. int8 per token, eight rows at a time, which one
+// Rows -> codes or halves, and back. int8 per token, eight rows at a time, which one
 // reduction, one conversion to f32 and three divisions serve:
 //   1. absmax of each row, as an integer maximum over bits without their sign (of halves as they
 //      are, else of y as f32), so that NaN and Inf show up as large maxima
@@ -30,9 +30,10 @@
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
-#include "kernels/levels.h"
-#include "kernels/nibbles-inl.h"
+#include "kernels/levels-inl.h"
+#include "kernels/planes-inl.h"
 #include "kernels/rows-inl.h"
+#include "kernels/shape-inl.h"
 #include "kernels/transform-inl.h"
 #include "kernels/vectors-inl.h"
 
@@ -43,7 +44,6 @@ namespace {
 constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
 constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr int kMaxCode = 127;
-constexpr float kLargestI4Scale = 0x1p121f;
 constexpr std::size_t kLarge = std::size_t{256} << 10;  // bytes: not for L2
 
 // f(IO()): whether it writes `tokens` rows of T past the caches, in vectors of that many lanes. An
@@ -353,7 +353,7 @@ template <class Body>
 HWY_INLINE void TransformRows(const RowsIn& rows, const Transform& transform, const Body& body) {
   WithDtype(rows.dtype, [&]<class X>(X) KVMIX_LAMBDA {
     const Source<X> in(rows, transform.mean, transform.row_stride);
-    if (!transform.rotates_or_folds()) return body(0, in);
+    if (!transform.rotates_or_folds() && transform.shaping == nullptr) return body(0, in);
     HWY_ALIGN float y[kGroup * kMaxDim];
     for (std::size_t first = 0; first < in.count; first += kGroup) {
       const std::size_t count = HWY_MIN(kGroup, in.count - first);
@@ -371,112 +371,13 @@ HWY_INLINE void TransformRows(const RowsIn& rows, const Transform& transform, co
   });
 }
 
-// ---- i4: kernels/levels.h has the formula
-
-// One row's z, as magnitudes and signs (-1: negative), 0 behind its end.
-struct FixedPoint {
-  static constexpr std::size_t kStep = 2 * kLanes;
-  HWY_ALIGN std::int16_t magnitude[kMaxDim];
-  HWY_ALIGN std::int16_t sign[kMaxDim];
-  std::size_t padded;
-
-  static HWY_INLINE std::size_t Padded(std::size_t dim) {  // up to whole vectors
-    return hwy::RoundUpTo(dim, kStep);
-  }
-
-  // inverse: 32767 / absmax of y [dim], which 0s follow up to `padded`.
-  HWY_INLINE void Set(const float* HWY_RESTRICT y, std::size_t dim, float inverse) {
-    const hn::Rebind<std::int16_t, DF> d;
-    const VF by = hn::Set(DF(), inverse);
-    padded = Padded(dim);
-    for (std::size_t i = 0; i < padded; i += kLanes) {
-      const auto z = hn::DemoteTo(d, Nearest(hn::Mul(hn::Load(DF(), y + i), by)));
-      hn::Store(hn::Abs(z), d, magnitude + i);
-      hn::Store(hn::ShiftRight<15>(z), d, sign + i);
-    }
-  }
-};
-
-// a^2 / b of a row's levels within one reach, and a / b.
-struct Fit {
-  double gain, scale;
-};
-
-HWY_INLINE Fit FitReach(const FixedPoint& z, std::size_t dim, std::size_t reach) {
-  const DI16 d;
-  VI32 a[2] = {hn::Zero(DI32()), hn::Zero(DI32())}, b[2] = {a[0], a[0]};
-  for (std::size_t i = 0; i < z.padded; i += FixedPoint::kStep) {
-    const VI16 magnitude = hn::Load(d, z.magnitude + i);
-    VI16 level = hn::Set(d, kMagnitudes[0]);
-    Unroll<7>([&](auto c) KVMIX_LAMBDA {
-      const VI16 rise = hn::Set(d, static_cast<std::int16_t>(kMagnitudes[c + 1] - kMagnitudes[c]));
-      const auto above = hn::Gt(magnitude, hn::Set(d, kBorders[reach][c]));
-      level = hn::Add(level, hn::IfThenElseZero(above, rise));
-    });
-    a[0] = hn::ReorderWidenMulAccumulate(DI32(), magnitude, level, a[0], a[1]);
-    b[0] = hn::ReorderWidenMulAccumulate(DI32(), level, level, b[0], b[1]);
-  }
-  const auto sum = [](const VI32* v)
-                       KVMIX_LAMBDA { return hn::ReduceSum(DI32(), hn::Add(v[0], v[1])); };
-  const std::int32_t behind = static_cast<std::int32_t>(z.padded - dim);
-  const double z_level = sum(a), level_level = sum(b) - behind * kMagnitudes[0] * kMagnitudes[0];
-  return {z_level * z_level / level_level, z_level / level_level};
-}
-
-HWY_INLINE void PackCodes(const FixedPoint& z, std::size_t dim, std::size_t reach,
-                          std::uint8_t* HWY_RESTRICT row) {
-  const DI16 d;
-  const hn::RebindToUnsigned<DI32> d32;
-  const hn::Rebind<std::uint8_t, DI32> d8;
-  for (std::size_t i = 0; i < dim; i += FixedPoint::kStep) {
-    const VI16 magnitude = hn::Load(d, z.magnitude + i);
-    VI16 code = hn::Zero(d);
-    Unroll<7>([&](auto c) KVMIX_LAMBDA {
-      const auto above = hn::Gt(magnitude, hn::Set(d, kBorders[reach][c]));
-      code = hn::Sub(code, hn::VecFromMask(d, above));
-    });
-    code = hn::And(hn::Xor(code, hn::Load(d, z.sign + i)), hn::Set(d, std::int16_t{0x0F}));
-    const auto two = hn::BitCast(d32, code);
-    const auto bytes = hn::TruncateTo(d8, hn::Or(two, hn::ShiftRight<12>(two)));
-    if (i + FixedPoint::kStep <= dim) {
-      hn::StoreU(bytes, d8, row + i / 2);
-    } else {
-      hn::StoreN(bytes, d8, row + i / 2, (dim - i) / 2);
-    }
-  }
-}
-
-HWY_INLINE float NearestBF16(float x) {
-  const std::uint32_t bits = hwy::BitCastScalar<std::uint32_t>(x);
-  return hwy::BitCastScalar<float>((bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u);
-}
-
-// Codes of one row; returns its scale.
-HWY_INLINE float EncodeI4Row(const float* HWY_RESTRICT y, std::size_t dim, float absmax, bool bf16,
-                             std::uint8_t* HWY_RESTRICT row) {
-  if (absmax < kSmallest) {
-    std::memset(row, 0, dim / 2);
-    return 0.0f;
-  }
-  FixedPoint z;
-  z.Set(y, dim, static_cast<float>(kLargestZ) / absmax);
-  std::size_t best_reach = 0;
-  Fit best = FitReach(z, dim, 0);
-  for (std::size_t reach = 1; reach < kReaches.size(); ++reach) {
-    const Fit fit = FitReach(z, dim, reach);
-    if (fit.gain <= best.gain) continue;
-    best = fit;
-    best_reach = reach;
-  }
-  PackCodes(z, dim, best_reach, row);
-  const double unit = static_cast<double>(absmax / static_cast<float>(kLargestZ));
-  const float scale = HWY_MIN(static_cast<float>(unit * best.scale), kLargestI4Scale);
-  return bf16 ? NearestBF16(scale) : scale;
-}
+// ---- i6, i4, i3
 
 template <class X>
-void EncodeI4(const Source<X>& in, bool bf16, CodeRows out, float* HWY_RESTRICT scales) {
+void EncodeBelowI8(const Source<X>& in, const RowFormat& format, CodeRows out,
+                   float* HWY_RESTRICT scales) {
   HWY_ALIGN float y[kMaxDim];
+  HWY_ALIGN std::uint8_t codes[kMaxDim];
   std::fill(y + in.dim, y + FixedPoint::Padded(in.dim), 0.0f);
   for (std::size_t t = 0; t < in.count; ++t) {
     const CarefulRows<X> x(in, t);
@@ -486,8 +387,18 @@ void EncodeI4(const Source<X>& in, bool bf16, CodeRows out, float* HWY_RESTRICT 
       Put(io, v, y + i);
       max = hn::Max(max, hn::Abs(v));
     });
-    scales[t] = EncodeI4Row(y, in.dim, hn::ReduceMax(DF(), max), bf16,
-                            reinterpret_cast<std::uint8_t*>(out.row(t)));
+    std::uint8_t* const row = reinterpret_cast<std::uint8_t*>(out.row(t));
+    const float absmax = hn::ReduceMax(DF(), max);
+    if (absmax < kSmallest) {
+      std::memset(row, 0, RowBytes(format));
+      scales[t] = 0.0f;
+      continue;
+    }
+    const float scale = WithLevels(format.storage, [&]<class L>(L) KVMIX_LAMBDA {
+      return EncodeLevels<L>(y, in.dim, absmax, codes);
+    });
+    PackRow(format.storage, codes, in.dim, row);
+    scales[t] = format.scale == ScaleStore::kBF16 ? NearestBF16(scale) : scale;
   }
 }
 
@@ -499,6 +410,20 @@ std::uint64_t EncodeI8(const Source<X>& in, const RowFormat& format, CodeRows ou
     PerTokenRows<Rows, dim>(in, format.scale == ScaleStore::kBF16, out, scales);
   });
   return 0;
+}
+
+// Other codes for up to kGroup rows from `first` on, of the scales that they have.
+void Shape(const Source<Floats>& y, const Transform& transform, std::size_t first,
+           const RowFormat& format, const float* scales, CodeRows out) {
+  HWY_ALIGN std::uint8_t codes[kGroup * kMaxDim];
+  ShapedRow rows[kGroup];
+  for (std::size_t r = 0; r < y.count; ++r) {
+    rows[r] = {y.row(r), transform.ShapingOf(first + r, y.dim), scales[r], codes + r * kMaxDim};
+  }
+  ShapeRows<kGroup>(rows, y.count, y.dim, NearestOf(format.storage));
+  for (std::size_t r = 0; r < y.count; ++r) {
+    PackRow(format.storage, rows[r].codes, y.dim, reinterpret_cast<std::uint8_t*>(out.row(r)));
+  }
 }
 
 std::uint64_t EncodeF16(const EncodeTask& t) {
@@ -532,10 +457,13 @@ std::uint64_t Encode(const EncodeTask& t) {
   TransformRows(t.in, t.transform, [&](std::size_t first, const auto& y) KVMIX_LAMBDA {
     const CodeRows to{out.row(first), out.stride};
     float* const scales = t.scales != nullptr ? t.scales + first : nullptr;
-    if (t.format.storage == Storage::kI4) {
-      EncodeI4(y, t.format.scale == ScaleStore::kBF16, to, scales);
-    } else {
+    if (t.format.storage == Storage::kI8) {
       clamped += EncodeI8(y, t.format, to, scales);
+    } else {
+      EncodeBelowI8(y, t.format, to, scales);
+    }
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(y)>, Source<Floats>>) {
+      if (t.transform.shaping != nullptr) Shape(y, t.transform, first, t.format, scales, to);
     }
   });
   return clamped;
@@ -595,9 +523,8 @@ void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
   const Transform own = in.transform.From(r);
   const std::uint8_t* row = in.rows + r * in.row_stride;
   HWY_ALIGN std::uint8_t levels[kMaxDim];
-  if (in.format.storage == Storage::kI4) {
-    SpreadNibbles(row, dim, levels,
-                  [](VU8 codes) KVMIX_LAMBDA { return hn::BitCast(DU8(), LookUpLevels(codes)); });
+  if (BitsOf(in.format.storage) < 8) {
+    SpreadLevels(in.format.storage, row, dim, levels);
     row = levels;
   }
   const std::int8_t* const codes = reinterpret_cast<const std::int8_t*>(row);

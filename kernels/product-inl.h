@@ -1,10 +1,9 @@
-// Per target: "rows times tile", the one product that both QK and PV are, for each storage of the
-// tile.
+// Per target: "rows times tile", the one product that both QK and PV are, for tiles of F16 and I8.
 //
 //   sum[r][lane] = sum over terms of row[r][term] * tile[term][lane]
 //
 // A product is a struct: how a row (of q, or of softmax weights) becomes terms, how these are
-// broadcast, multiplied by the codes of a storage and added. Multiply() walks the tile once for up
+// broadcast, multiplied by a tile's codes and added. Multiply() walks the tile once for up
 // to kMaxRows rows and kVecs tile vectors, with all sums in registers: 4 rows x 2 vectors x 2
 // limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32; 4 x 2 are 8 of AVX2's 16. One or two
 // rows take more vectors where these are short, to hide the latency (4 or 5 cycles at two a cycle).
@@ -48,17 +47,6 @@ struct LoopI32 {
   Native native;
   HWY_INLINE void Set(VI32 v) { native = reinterpret_cast<Native>(v.raw); }
   HWY_INLINE VI32 Get() const { return VI32{reinterpret_cast<decltype(VI32::raw)>(native)}; }
-  // Has the value now. Else gcc adds the products of several steps to each other first, in more
-  // registers than there are.
-  HWY_INLINE void Pin() {
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
-    asm("" : "+v"(native));
-#elif HWY_ARCH_X86
-    asm("" : "+x"(native));
-#else
-    asm("" : "+w"(native));
-#endif
-  }
 };
 
 // What a row of q says of itself beside its terms.
@@ -77,19 +65,14 @@ HWY_INLINE VI32 WeightCodes(VF e, const float* scale) {
 }
 
 // A tile of floats, rows of f32. Weights are not multiplied by V's scale, which is 1.
-template <class S>
 struct FloatProduct {
-  using Stored = S;
+  using Stored = F16;
   static constexpr bool kFixedPoint = false;
   static constexpr std::size_t kTermBytes = 4;  // of a row, for a step
   static constexpr bool kTwoSums = false;       // a row's, for one tile vector
   static constexpr float kLargestQuery = 1.0f, kLargestWeight = 1.0f;
   using Sum = VF;
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum = hn::Zero(DF()); }
-  template <std::size_t kPart>
-  static HWY_INLINE VF Codes(const std::uint8_t* p) {
-    return S::template Codes<false, kPart>(p);
-  }
   static HWY_INLINE VF Terms(const std::uint8_t* at, std::size_t) {
     return hn::Set(DF(), LoadScalar<float>(at));
   }
@@ -111,9 +94,9 @@ struct FloatProduct {
 // of low for a step. vpdpbusd: in QK the tile is the unsigned operand (code ^ 0x80; RowInfo's start
 // is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned. sdot: all are
 // signed.
-template <class S, bool kOfK>
+template <bool kOfK>
 struct IntProduct {
-  using Stored = S;
+  using Stored = I8;
   static constexpr bool kFixedPoint = true;
   static constexpr std::size_t kTermBytes = 8;
   static constexpr bool kTwoSums = true;
@@ -122,10 +105,6 @@ struct IntProduct {
   static constexpr float kLargestWeight = KVMIX_UNSIGNED_QUADS ? 65500.0f : 32500.0f;
   struct Sum {
     LoopI32 high, low;
-    HWY_INLINE void Pin() {
-      high.Pin();
-      low.Pin();
-    }
   };
   struct Limbs {
     VI32 high, low;
@@ -133,10 +112,6 @@ struct IntProduct {
   static HWY_INLINE void Start(const RowInfo& r, Sum& sum) {
     sum.high.Set(hn::Set(DI32(), r.start_high));
     sum.low.Set(hn::Set(DI32(), r.start_low));
-  }
-  template <std::size_t kPart>
-  static HWY_INLINE VI32 Codes(const std::uint8_t* p) {
-    return S::template Codes<kOfK, kPart>(p);
   }
   static HWY_INLINE Limbs Terms(const std::uint8_t* at, std::size_t to_low) {
     return {hn::Set(DI32(), LoadScalar<std::int32_t>(at)),
@@ -196,9 +171,9 @@ struct IntProduct {
 // A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
 // of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns
 // and are added in pairs at the end.
-template <class S, bool kOfK>
+template <bool kOfK>
 struct IntProduct {
-  using Stored = S;
+  using Stored = I8;
   static constexpr bool kFixedPoint = true;
   static constexpr std::size_t kTermBytes = 4;
   static constexpr bool kTwoSums = !HWY_ARCH_X86;
@@ -206,10 +181,6 @@ struct IntProduct {
   static constexpr float kLargestWeight = 32750.0f;  // with room for the error of Exp2
   struct Sum {
     LoopI32 a, b;
-    HWY_INLINE void Pin() {
-      a.Pin();
-      if constexpr (kTwoSums) b.Pin();
-    }
   };
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) {
     sum.a.Set(hn::Zero(DI32()));
@@ -222,10 +193,6 @@ struct IntProduct {
   }
   static HWY_INLINE VF ToFloat(const Sum& sum) {
     return hn::ConvertTo(DF(), hn::RearrangeToOddPlusEven(sum.a.Get(), sum.b.Get()));
-  }
-  template <std::size_t kPart>
-  static HWY_INLINE VI16 Codes(const std::uint8_t* p) {
-    return S::template Codes<kOfK, kPart>(p);
   }
   static HWY_INLINE VI16 Terms(const std::uint8_t* at, std::size_t) {
     return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(at)));
@@ -252,11 +219,11 @@ struct IntProduct {
 };
 #endif
 
-// The products of a storage as K and as V.
+// The products of F16 and I8 as K and as V.
 template <class S>
-using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, IntProduct<S, true>>;
+using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<true>>;
 template <class S>
-using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct<S>, IntProduct<S, false>>;
+using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<false>>;
 
 // Most rows of a turn: as many as share a tile vector's load (f16: and its conversion) in
 // registers. Eight rows with two sums leave room for one tile vector only, and their broadcast
@@ -274,12 +241,10 @@ constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                        
                                                                                        : 2;
 // Where the tile comes from memory, one cache line a step: one load instruction then walks it from
 // front to end, at 0.92-0.97 of DRAM's speed on Granite Rapids, whose prefetchers follow
-// instructions; two lines a step read it at 0.70-0.83. But a vector of four steps (i4 in pairs)
-// keeps a core busy for so long that two are better: 6 % (Zen 4 as AVX3).
+// instructions; two lines a step read it at 0.70-0.83.
 template <class P, std::size_t kRows>
 constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
-                                            (P::Stored::kParts > 2 ? 128 : 64) /
-                                                kVectorBytes<typename P::Stored>);
+                                            64 / kVectorBytes<typename P::Stored>);
 
 // Fetches the next block into L2 while this one is read; each turn fetches a share. Not into L1,
 // which would hold its few miss buffers for longer. They bind even so: lines must be asked for once
@@ -288,9 +253,15 @@ constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
 // Rapids.)
 struct Prefetcher {
   const std::uint8_t* next;
-  std::size_t turns;  // that share in fetching; 0: this turn fetches nothing
+  std::size_t turns;                  // that share in fetching; 0: this turn fetches nothing
+  std::size_t packed_stride, stride;  // bytes of a tile in memory, and of those that are read
 
-  // A step of reading kBytes; `step` of them are this turn's share.
+  // This turn's share of what is to be fetched beside a step that reads kBytes.
+  template <std::size_t kBytes>
+  HWY_INLINE std::size_t Share() const {
+    return turns != 0 ? kBytes * packed_stride / (stride * turns) : 0;
+  }
+  // A step of reading kBytes.
   template <std::size_t kBytes>
   HWY_INLINE void Advance(std::size_t step) {
     for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
@@ -312,10 +283,10 @@ struct WeightTerms {  // [kMaxRows][limbs][kBlockTokens], 4 bytes a token in all
   static constexpr std::size_t kRow = 4 * kBlockTokens, kStep = 4, kToLow = kBlockTokens;
 };
 
-// The steps of all of K's channels, those that fill the last tile vector as well.
+// The steps of all of K's channels.
 template <class S>
 HWY_INLINE constexpr std::size_t KSteps(std::size_t dim) {
-  return KVectors<S>(dim) * S::kParts;
+  return (dim + S::kWidth - 1) / S::kWidth;
 }
 
 // One register block: kRows rows times kVecs neighbouring tiles (tile_bytes apart), over their
@@ -326,28 +297,21 @@ HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const
                          Prefetcher& prefetcher, const Emit& emit) {
   using S = typename P::Stored;
   Prefetcher prefetch = prefetcher;  // in registers
-  const std::size_t share = prefetch.turns != 0 ? kVecs * kVectorBytes<S> / prefetch.turns : 0;
+  const std::size_t share = prefetch.template Share<kVecs * kVectorBytes<S>>();
   typename P::Sum sum[kRows][kVecs];
   Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
     Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::Start(info[r], sum[r][v]); });
   });
   KVMIX_ROLLED
-  for (std::size_t vector = first; vector < last; ++vector) {
-    Unroll<S::kParts>([&](auto part) KVMIX_LAMBDA {
-      decltype(P::template Codes<part>(tile)) t[kVecs];
-      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
-        t[v] = P::template Codes<part>(tile + v * tile_bytes + vector * kVectorBytes<S>);
-      });
-      if (part == 0 && prefetch.turns != 0)
-        prefetch.template Advance<kVecs * kVectorBytes<S>>(share);
-      Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-        const std::size_t step = vector * S::kParts + part;
-        const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
-        Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
-          P::MulAdd(sum[r][v], t[v], terms);
-          if constexpr (S::kParts > 1) sum[r][v].Pin();
-        });
-      });
+  for (std::size_t step = first; step < last; ++step) {
+    decltype(S::Codes(tile)) t[kVecs];
+    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
+      t[v] = S::Codes(tile + v * tile_bytes + step * kVectorBytes<S>);
+    });
+    if (prefetch.turns != 0) prefetch.template Advance<kVecs * kVectorBytes<S>>(share);
+    Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+      const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
+      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
     });
   }
   prefetcher = prefetch;

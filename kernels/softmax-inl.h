@@ -16,6 +16,7 @@
 #include "kernels/mask.h"
 #include "kernels/product-inl.h"
 #include "kernels/rows-inl.h"
+#include "kernels/unpack-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
@@ -63,6 +64,7 @@ struct Range {
 constexpr std::size_t kRowLanes = RoundUp(kMaxRows, kLanes);
 
 struct Work {
+  Tiles k, v;  // of the block
   // Scales of the block's tokens: where they lie, or a copy as f32.
   const float* k_scale;
   const float* v_scale;

@@ -10,7 +10,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
-#include "kernels/nibbles-inl.h"
+#include "kernels/planes-inl.h"
 #include "kernels/storage-inl.h"
 #include "kernels/vectors-inl.h"
 
@@ -30,7 +30,7 @@ void LayOut(BlockFormat& f) {
     at = RoundUp(at + ScaleBytes(t.row.scale), 64);
   };
   place(f.k, WithStorage(f.k.row.storage, [&](auto s) KVMIX_LAMBDA {
-          return kBlockTokens / kLanes * KTileBytes<decltype(s)>(f.k.row.dim);
+          return kBlockTokens / kLanes * TileBytes<decltype(s)>(f.k.row.dim);
         }));
   place(f.v, WithStorage(f.v.row.storage, [&](auto s) KVMIX_LAMBDA {
           return RoundUp(f.v.row.dim, kLanes) / kLanes * kVTileBytes<decltype(s)>;
@@ -55,22 +55,20 @@ float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t toke
   return hwy::BitCastScalar<float>(upper << 16);
 }
 
+// ---- K: a row is a lane's words in one tile
+
 // The first word of K's row `token` of a block; the following ones are kLanes words apart.
 template <class S, typename Byte>
 HWY_INLINE Byte* KRow(const TileFormat& f, Byte* block, std::size_t token) {
-  return block + f.codes_offset + token / kLanes * KTileBytes<S>(f.row.dim) +
-         token % kLanes * sizeof(typename S::Word);
-}
-
-// The codes of V's row `token` lie a word apart in vectors that are kVTileBytes apart.
-template <class S, typename Byte>
-HWY_INLINE Byte* VRow(const TileFormat& f, Byte* block, std::size_t token) {
-  return block + f.codes_offset + token / kTerms<S> * kVectorBytes<S>;
+  using Word = typename Multiplied<S>::Word;
+  return block + f.codes_offset + token / kLanes * TileBytes<S>(f.row.dim) +
+         token % kLanes * sizeof(Word);
 }
 
 template <class S>
-HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t row_bytes, std::uint8_t* to) {
+HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t dim, std::uint8_t* to) {
   using Word = typename S::Word;
+  const std::size_t row_bytes = dim * sizeof(typename S::Code);
   const auto scatter = [&](std::size_t i, std::size_t bytes) KVMIX_LAMBDA {
     Word word = 0;
     std::memcpy(&word, row + i, bytes);
@@ -83,63 +81,156 @@ HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t row_bytes, std::ui
 }
 
 template <class S>
-HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t row_bytes, std::uint8_t* row) {
+HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t dim, std::uint8_t* row) {
   using Word = typename S::Word;
+  const std::size_t row_bytes = dim * sizeof(typename S::Code);
   for (std::size_t i = 0; i < row_bytes; i += sizeof(Word)) {
     const Word word = S::Canonical(LoadScalar<Word>(from + i * kLanes));
     std::memcpy(row + i, &word, HWY_MIN(sizeof(Word), row_bytes - i));
   }
 }
 
-// Merges the codes of one token into the words that it shares with its neighbours; sub: its place
-// among them.
-template <class S>
-HWY_INLINE void MergeV(const std::uint8_t* row, std::size_t dim, std::size_t sub,
-                       std::uint8_t* to) {
-  HWY_ALIGN std::uint8_t one_a_byte[S::kStorage == Storage::kI4 ? kMaxDim : 1];
-  if constexpr (S::kStorage == Storage::kI4) {
-    SpreadNibbles(row, dim, one_a_byte, [](VU8 codes) KVMIX_LAMBDA { return codes; });
-    row = one_a_byte;
+// f(plane, its four bytes of this lane in the tile, the first code of those that they hold) for
+// all registers of all planes: code c + 4 * i, i < kPerByte, has its bits kBits * i bits up.
+template <class S, typename Byte, class F>
+HWY_INLINE void ForFours(Byte* tile, std::size_t dim, const F& f) {
+  for (std::size_t c = 0; c < dim; c += S::kTerms, tile += S::kGroupBytes) {
+    S::ForPlanes([&]<class P>(P plane) KVMIX_LAMBDA {
+      for (std::size_t r = 0; r < S::kRegisters; r += P::kPerByte)
+        f(plane, tile + S::PlaceOf(plane, 4 * r).at, c + 4 * r);
+    });
   }
-  using Code = typename S::Code;
-  using Word = typename S::Word;
-  const hn::CappedTag<Word, kLanes> dw;
-  const hn::Rebind<Code, decltype(dw)> dc;
-  const Code* codes = reinterpret_cast<const Code*>(row);
-  const int shift = S::Shift(sub);
-  const Word own = static_cast<Word>(S::kMask << shift);
-  const auto keep = hn::Set(dw, static_cast<Word>(~own));
-  const auto merge = [&](auto values, std::uint8_t* at) KVMIX_LAMBDA {
-    Word* words = reinterpret_cast<Word*>(at);
-    if constexpr (sizeof(Word) == sizeof(Code)) {
-      hn::StoreU(values, dw, words);
-    } else {
-      const auto others = hn::And(hn::LoadU(dw, words), keep);
-      hn::StoreU(hn::Or(others, hn::ShiftLeftSame(hn::PromoteTo(dw, values), shift)), dw, words);
-    }
-  };
-  std::size_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes, to += kVTileBytes<S>) merge(hn::LoadU(dc, codes + c), to);
-  if (c < dim) merge(hn::LoadN(dc, codes + c, dim - c), to);
+}
+template <class P>
+constexpr std::uint32_t kFourMasks = 0x01010101u * P::kMask;
+
+// The four bytes lie in words of kWidth, which are kLanes words apart.
+HWY_INLINE void StoreFour(std::uint32_t four, std::uint8_t* to) {
+  using Word = I8::Word;
+  for (std::size_t i = 0; i < 4; i += sizeof(Word), to += kLanes * sizeof(Word)) {
+    const Word word = static_cast<Word>(four >> 8 * i);
+    std::memcpy(to, &word, sizeof(Word));
+  }
+}
+HWY_INLINE std::uint32_t LoadFour(const std::uint8_t* from) {
+  using Word = I8::Word;
+  std::uint32_t four = 0;
+  for (std::size_t i = 0; i < 4; i += sizeof(Word), from += kLanes * sizeof(Word))
+    four |= std::uint32_t{LoadScalar<Word>(from)} << 8 * i;
+  return four;
 }
 
 template <class S>
-HWY_INLINE void SplitV(const std::uint8_t* from, std::size_t dim, std::size_t sub,
-                       std::uint8_t* row) {
-  using Code = typename S::Code;
-  using Word = typename S::Word;
-  const int shift = S::Shift(sub);
-  for (std::size_t c = 0; c < dim; ++c) {
-    const Word word =
-        LoadScalar<Word>(from + c / kLanes * kVTileBytes<S> + c % kLanes * sizeof(Word));
-    const Code code = static_cast<Code>(word >> shift & S::kMask);
-    if constexpr (S::kStorage != Storage::kI4) {
-      std::memcpy(row + c * sizeof(Code), &code, sizeof(Code));
-    } else {
-      row[c / 2] = static_cast<std::uint8_t>(c % 2 == 0 ? code : row[c / 2] | code << 4);
-    }
+requires S::kPacked HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t dim,
+                                             std::uint8_t* to) {
+  HWY_ALIGN std::uint8_t codes[kMaxDim];
+  SpreadCodes(S::kStorage, row, dim, codes);
+  std::memset(codes + dim, 0, RoundUp(dim, S::kTerms) - dim);
+  ForFours<S>(to, dim, [&]<class P>(P, std::uint8_t* at, std::size_t c) KVMIX_LAMBDA {
+    std::uint32_t four = 0;
+    Unroll<P::kPerByte>([&](auto i) KVMIX_LAMBDA {
+      const std::uint32_t bits = LoadScalar<std::uint32_t>(codes + c + 4 * i) >> P::kFrom;
+      four |= (bits & kFourMasks<P>) << i * P::kBits;
+    });
+    StoreFour(four, at);
+  });
+}
+
+template <class S>
+requires S::kPacked HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t dim,
+                                            std::uint8_t* row) {
+  HWY_ALIGN std::uint8_t codes[kMaxDim] = {};
+  ForFours<S>(from, dim, [&]<class P>(P, const std::uint8_t* at, std::size_t c) KVMIX_LAMBDA {
+    const std::uint32_t four = LoadFour(at);
+    Unroll<P::kPerByte>([&](auto i) KVMIX_LAMBDA {
+      std::uint32_t code = LoadScalar<std::uint32_t>(codes + c + 4 * i);
+      code |= (four >> i * P::kBits & kFourMasks<P>) << P::kFrom;
+      std::memcpy(codes + c + 4 * i, &code, 4);
+    });
+  });
+  PackRow(S::kStorage, codes, dim, row);
+}
+
+// ---- V: a row is some bits of a word of each lane, in one tile after the other
+
+// f(the place of V's row `token` in a tile, from the code's bit, so many bits) for every plane.
+template <class S, class F>
+HWY_INLINE void ForPlaces(std::size_t token, const F& f) {
+  if constexpr (S::kPacked) {
+    S::ForPlanes([&]<class P>(P plane)
+                     KVMIX_LAMBDA { f(S::PlaceOf(plane, token), P::kFrom, P::kMask); });
+  } else {
+    f(S::PlaceOf(token), 0, static_cast<typename S::Code>(~0u));
   }
 }
+
+// Merges the bits of one token's codes into the words that it shares with its neighbours.
+template <class S, typename Code>
+HWY_INLINE void MergeV(const Code* codes, std::size_t dim, std::size_t token, std::uint8_t* tiles) {
+  using Word = typename Multiplied<S>::Word;
+  const hn::CappedTag<Word, kLanes> dw;
+  const hn::Rebind<Code, decltype(dw)> dc;
+  ForPlaces<S>(token, [&](Place place, int from, Code mask) KVMIX_LAMBDA {
+    const auto bits = hn::Set(dw, mask);
+    const auto keep = hn::Not(hn::ShiftLeftSame(bits, place.shift));
+    std::uint8_t* to = tiles + place.at;
+    const auto merge = [&](auto values) KVMIX_LAMBDA {
+      Word* words = reinterpret_cast<Word*>(to);
+      if constexpr (sizeof(Word) == sizeof(Code)) {
+        hn::StoreU(values, dw, words);
+      } else {
+        auto own = hn::PromoteTo(dw, values);
+        if constexpr (S::kPacked) own = hn::And(hn::ShiftRightSame(own, from), bits);
+        const auto others = hn::And(hn::LoadU(dw, words), keep);
+        hn::StoreU(hn::Or(others, hn::ShiftLeftSame(own, place.shift)), dw, words);
+      }
+      to += kVTileBytes<S>;
+    };
+    std::size_t c = 0;
+    for (; c + kLanes <= dim; c += kLanes) merge(hn::LoadU(dc, codes + c));
+    if (c < dim) merge(hn::LoadN(dc, codes + c, dim - c));
+  });
+}
+
+template <class S, typename Code>
+HWY_INLINE void SplitV(const std::uint8_t* tiles, std::size_t dim, std::size_t token, Code* codes) {
+  using Word = typename Multiplied<S>::Word;
+  ForPlaces<S>(token, [&](Place place, int from, Code mask) KVMIX_LAMBDA {
+    for (std::size_t c = 0; c < dim; ++c) {
+      const Word word = LoadScalar<Word>(tiles + place.at + c / kLanes * kVTileBytes<S> +
+                                         c % kLanes * sizeof(Word));
+      Code code = static_cast<Code>((word >> place.shift & mask) << from);
+      if (from != 0) code |= codes[c];
+      std::memcpy(codes + c, &code, sizeof(Code));
+    }
+  });
+}
+
+template <class S>
+HWY_INLINE void StoreV(const std::uint8_t* row, std::size_t dim, std::size_t token,
+                       std::uint8_t* tiles) {
+  if constexpr (S::kPacked) {
+    HWY_ALIGN std::uint8_t codes[kMaxDim];
+    SpreadCodes(S::kStorage, row, dim, codes);
+    MergeV<S>(codes, dim, token, tiles);
+  } else {
+    MergeV<S>(reinterpret_cast<const typename S::Code*>(row), dim, token, tiles);
+  }
+}
+
+template <class S>
+HWY_INLINE void LoadV(const std::uint8_t* tiles, std::size_t dim, std::size_t token,
+                      std::uint8_t* row) {
+  if constexpr (S::kPacked) {
+    HWY_ALIGN std::uint8_t codes[kMaxDim];
+    SplitV<S>(tiles, dim, token, codes);
+    PackRow(S::kStorage, codes, dim, row);
+  } else {
+    SplitV<S>(tiles, dim, token, reinterpret_cast<typename S::Code*>(row));
+  }
+}
+
+// ---- rows of either
 
 // body(storage, block, token in the block, r) for the rows r of tokens [token, token + count).
 template <typename Byte, class Body>
@@ -163,9 +254,9 @@ void Store(const BlockFormat& format, std::uint8_t* const* blocks, std::size_t t
           [&]<class S>(S, std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
             const std::uint8_t* row = rows + r * row_stride;
             if constexpr (kTensor == kK) {
-              ScatterK<S>(row, RowBytes(f.row), KRow<S>(f, block, t));
+              ScatterK<S>(row, f.row.dim, KRow<S>(f, block, t));
             } else {
-              MergeV<S>(row, f.row.dim, t % kTerms<S>, VRow<S>(f, block, t));
+              StoreV<S>(row, f.row.dim, t, block + f.codes_offset);
             }
             if (scales != nullptr) StoreScale(f, block, t, scales[r]);
           });
@@ -179,9 +270,9 @@ void Load(const BlockFormat& format, const std::uint8_t* const* blocks, std::siz
           [&]<class S>(S, const std::uint8_t* block, std::size_t t, std::size_t r) KVMIX_LAMBDA {
             std::uint8_t* row = rows + r * row_stride;
             if constexpr (kTensor == kK) {
-              GatherK<S>(KRow<S>(f, block, t), RowBytes(f.row), row);
+              GatherK<S>(KRow<S>(f, block, t), f.row.dim, row);
             } else {
-              SplitV<S>(VRow<S>(f, block, t), f.row.dim, t % kTerms<S>, row);
+              LoadV<S>(block + f.codes_offset, f.row.dim, t, row);
             }
             if (scales != nullptr) scales[r] = LoadScale(f, block, t);
           });
@@ -193,12 +284,14 @@ void Prefetch(const BlockFormat& format, std::uint8_t* const* blocks, std::size_
   };
   ForRows(format.k, blocks, token, 1,
           [&]<class S>(S, const std::uint8_t* block, std::size_t t, std::size_t) KVMIX_LAMBDA {
-            ask(KRow<S>(format.k, block, t), 64, KTileBytes<S>(format.k.row.dim) / 64);
+            ask(KRow<S>(format.k, block, t), 64, TileBytes<S>(format.k.row.dim) / 64);
           });
   ForRows(format.v, blocks, token, 1,
           [&]<class S>(S, const std::uint8_t* block, std::size_t t, std::size_t) KVMIX_LAMBDA {
             const std::size_t dim = RoundUp(format.v.row.dim, kLanes);
-            ask(VRow<S>(format.v, block, t), kVTileBytes<S>, dim / kLanes);
+            ForPlaces<S>(t, [&](Place place, int, std::size_t) KVMIX_LAMBDA {
+              ask(block + format.v.codes_offset + place.at, kVTileBytes<S>, dim / kLanes);
+            });
           });
 }
 

@@ -7,9 +7,8 @@
 // of one block of 256 tokens. So QK and PV are one and the same product, "rows times tile"
 // (kernels/attend.h). `lanes` is a constant of a target, `width` one of a storage on a target:
 // width 1 for f16, 2 where i16 pairs are multiplied (vpmaddwd), 4 where bytes are (vpdpbusd, sdot).
-// A vector of i4 holds 8 terms of a lane, a nibble each: as many bytes as registers have, which
-// become two vectors of bytes in quads, or four of pairs (storage-inl.h; the nibbles' places:
-// docs/formats.md).
+// Tiles of i6, i4 and i3 are such tiles of bytes with fewer bits, plane by plane (storage-inl.h,
+// docs/formats.md); attention unpacks them once for all rows (unpack-inl.h).
 // Channels are padded with zeros to whole vectors. For vpdpbusd K is stored as code ^ 0x80, an
 // unsigned byte, which is what it wants (and AMX: [16 lanes][4] is its B operand as it stands).
 #ifndef KVMIX_KERNELS_TILES_H_

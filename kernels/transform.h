@@ -15,19 +15,24 @@
 
 namespace kvmix::kernels {
 
-// Pointers to [dim] each, or null where a step is left out. Row r's vectors are r * row_stride
-// floats further: 0 for the tokens of one head, dim where the rows are heads with vectors in a row.
+// Pointers to [dim] each (shaping: [dim][dim], kernels/shape-inl.h), or null where a step is left
+// out. Row r's vectors are r * row_stride floats further: 0 for the tokens of one head, dim where
+// the rows are heads with vectors in a row. Its matrix is dim times as far: ShapingOf().
 struct Transform {
   const float* mean = nullptr;
   const float* factor = nullptr;
   const float* inv_factor = nullptr;  // 1 / factor, f32: encoding multiplies by it
+  const float* shaping = nullptr;
   bool hadamard = false;
   std::size_t row_stride = 0;
 
   bool rotates_or_folds() const { return hadamard || factor != nullptr; }
   Transform From(std::size_t row) const {
     const auto at = [&](const float* p) { return p != nullptr ? p + row * row_stride : nullptr; };
-    return {at(mean), at(factor), at(inv_factor), hadamard, row_stride};
+    return {at(mean), at(factor), at(inv_factor), nullptr, hadamard, row_stride};
+  }
+  const float* ShapingOf(std::size_t row, std::size_t dim) const {
+    return shaping + row * row_stride * dim;
   }
 };
 

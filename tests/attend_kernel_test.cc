@@ -45,14 +45,36 @@ RowFormat Format(Storage storage, ScaleStore scale, std::size_t dim, float const
   return format;
 }
 
-// f16, and i8 and i4 with each scale: K's and V's formats are any two of these.
+// Every storage, and i8 and i4 with each scale: K's and V's formats are any two of these.
 constexpr std::pair<Storage, ScaleStore> kKinds[] = {
     {Storage::kF16, ScaleStore::kConstant}, {Storage::kI8, ScaleStore::kConstant},
     {Storage::kI8, ScaleStore::kF32},       {Storage::kI8, ScaleStore::kBF16},
-    {Storage::kI4, ScaleStore::kF32},       {Storage::kI4, ScaleStore::kBF16}};
+    {Storage::kI4, ScaleStore::kF32},       {Storage::kI4, ScaleStore::kBF16},
+    {Storage::kI6, ScaleStore::kBF16},      {Storage::kI3, ScaleStore::kF32}};
 constexpr auto kF16 = kKinds[0], kI8F32 = kKinds[2], kI8BF16 = kKinds[3], kI4F32 = kKinds[4],
-               kI4BF16 = kKinds[5];
+               kI4BF16 = kKinds[5], kI6BF16 = kKinds[6], kI3F32 = kKinds[7];
 using Kind = std::pair<Storage, ScaleStore>;
+
+// The planes of a storage below i8, and the level of each code.
+struct Packed {
+  std::vector<std::size_t> planes;  // bits, from the code's lowest
+  std::vector<int> levels;
+};
+const Packed& PackedOf(Storage storage) {
+  static const Packed i6 = [] {
+    Packed p{{4, 2}, std::vector<int>(64)};
+    for (int v = -31; v <= 31; ++v) p.levels[static_cast<std::size_t>(v & 63)] = v;
+    return p;
+  }();
+  static const Packed i4{{4}, {kLevels.begin(), kLevels.end()}};
+  static const Packed i3{{2, 1}, {14, 45, 79, 127, -127, -79, -45, -14}};
+  return storage == Storage::kI6 ? i6 : storage == Storage::kI4 ? i4 : i3;
+}
+bool IsPacked(Storage storage) { return storage != Storage::kF16 && storage != Storage::kI8; }
+// Rows are whole bytes.
+bool Fits(Storage storage, std::size_t dim) {
+  return !IsPacked(storage) || dim * PackedOf(storage).planes.back() % 8 == 0;
+}
 
 // Codes of K or V, canonical rows, and the numbers that they are.
 struct Rows {
@@ -65,13 +87,18 @@ struct Rows {
     if (format.storage == Storage::kF16) {
       const Half half = FloatToHalf(x);
       std::memcpy(&codes[2 * at], &half, 2);
-    } else if (format.storage == Storage::kI4) {
-      const auto far = [&](int level) { return std::fabs(40.0f * x - static_cast<float>(level)); };
-      const auto nearest = std::ranges::min_element(kLevels, {}, far);
-      const int code = static_cast<int>(nearest - kLevels.begin()),
-                shift = channel % 2 == 0 ? 0 : 4;
-      std::uint8_t& two = codes[at / 2];
-      two = static_cast<std::uint8_t>((two & (0xF0 >> shift)) | code << shift);
+    } else if (const auto& [planes, levels] = PackedOf(format.storage); IsPacked(format.storage)) {
+      const float unit = format.storage == Storage::kI6 ? 10.0f : 40.0f;
+      const auto far = [&](int level) { return std::fabs(unit * x - static_cast<float>(level)); };
+      auto code = static_cast<unsigned>(std::ranges::min_element(levels, {}, far) - levels.begin());
+      std::uint8_t* plane = &codes[token * RowBytes(format)];
+      for (const std::size_t bits : planes) {
+        std::uint8_t& byte = plane[channel * bits / 8];
+        const unsigned mask = (1u << bits) - 1, shift = channel * bits % 8;
+        byte = static_cast<std::uint8_t>((byte & ~(mask << shift)) | (code & mask) << shift);
+        plane += format.dim * bits / 8;
+        code >>= bits;
+      }
     } else {
       const float code = std::clamp(std::nearbyint(40.0f * x), -127.0f, 127.0f);
       codes[at] = static_cast<std::uint8_t>(static_cast<std::int8_t>(code));
@@ -84,8 +111,17 @@ struct Rows {
       std::memcpy(&half, &codes[2 * at], 2);
       return HalfToFloat(half);
     }
-    if (format.storage == Storage::kI4)
-      return double{scales[token]} * kLevels[codes[at / 2] >> (channel % 2 == 0 ? 0 : 4) & 0x0F];
+    if (IsPacked(format.storage)) {
+      std::size_t code = 0, from = 0;
+      const std::uint8_t* plane = &codes[token * RowBytes(format)];
+      for (const std::size_t bits : PackedOf(format.storage).planes) {
+        const unsigned byte = plane[channel * bits / 8];
+        code |= std::size_t{byte >> channel * bits % 8 & ((1u << bits) - 1)} << from;
+        plane += format.dim * bits / 8;
+        from += bits;
+      }
+      return double{scales[token]} * PackedOf(format.storage).levels[code];
+    }
     return double{scales[token]} * static_cast<std::int8_t>(codes[at]);
   }
 };
@@ -98,9 +134,10 @@ Rows RandomRows(std::mt19937& rng, Kind kind, std::size_t tokens, std::size_t di
   rows.codes.resize(tokens * RowBytes(rows.format));
   for (std::size_t t = 0; t < tokens; ++t) {
     const float size = std::exp2(spread * normal(rng));
-    const bool f16 = kind.first == Storage::kF16;
-    rows.scales[t] = kind.second == ScaleStore::kConstant ? rows.format.constant : 0.025f * size;
-    if (kind.second == ScaleStore::kBF16) {
+    const bool f16 = rows.format.storage == Storage::kF16;
+    const ScaleStore scale = rows.format.scale;
+    rows.scales[t] = scale == ScaleStore::kConstant ? rows.format.constant : 0.025f * size;
+    if (scale == ScaleStore::kBF16) {
       rows.scales[t] =
           std::bit_cast<float>(std::bit_cast<std::uint32_t>(rows.scales[t]) & 0xFFFF0000u);
     }
@@ -329,7 +366,7 @@ std::string Names(const Head& head) {
   for (const Rows* rows : {&head.k, &head.v}) {
     const RowFormat& f = rows->format;
     names += rows == &head.k ? "K " : ", V ";
-    names += f.storage == Storage::kF16 ? "f16" : "i8";
+    names += f.storage == Storage::kF16 ? "f16" : "i" + std::to_string(BitsOf(f.storage));
     names += f.scale == ScaleStore::kF32 ? " f32" : f.scale == ScaleStore::kBF16 ? " bf16" : "";
     names += " x " + std::to_string(f.dim);
   }
@@ -411,10 +448,7 @@ TEST_F(AttendKernel, EveryStorageScaleAndDim) {
   for (const auto& [k_dim, v_dim] : kDims) {
     for (const Kind& k : kKinds) {
       for (const Kind& v : kKinds) {
-        if ((k.first == Storage::kI4 && k_dim % 2 != 0) ||
-            (v.first == Storage::kI4 && v_dim % 2 != 0)) {
-          continue;
-        }
+        if (!Fits(k.first, k_dim) || !Fits(v.first, v_dim)) continue;
         const Head head = RandomHead(k, v, k_dim, v_dim, kTokens[count % 9], count);
         Check(head, RandomAsk(rng, head, 1 + count % 18, kGroups[count % 3]));
         ++count;
@@ -425,8 +459,11 @@ TEST_F(AttendKernel, EveryStorageScaleAndDim) {
 
 TEST_F(AttendKernel, EveryNumberOfRowsAndGroup) {
   std::mt19937 rng(2);
-  for (const auto& [k, v] :
-       {std::pair(kI8F32, kI8F32), {kF16, kF16}, {kI8BF16, kF16}, {kI4BF16, kI4F32}}) {
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8F32),
+                             {kF16, kF16},
+                             {kI8BF16, kF16},
+                             {kI4BF16, kI4F32},
+                             {kI3F32, kI6BF16}}) {
     const Head head = RandomHead(k, v, 64, 80, 300, 2);
     for (std::size_t rows = 1; rows <= 18; ++rows) {
       for (const std::size_t group : Sizes{1, 4, 7}) {
@@ -440,8 +477,9 @@ TEST_F(AttendKernel, EveryNumberOfRowsAndGroup) {
 TEST_F(AttendKernel, RangesAtAndAroundTheBordersOfBlocks) {
   constexpr std::size_t kBorders[] = {0, 1, 16, 100, 255, 256, 257, 511, 512, 513, 768, 1000};
   std::mt19937 rng(3);
-  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kF16, kF16}, {kI4F32, kI4BF16}}) {
-    const Head head = RandomHead(k, v, k.first == Storage::kI4 ? 34 : 33, 64, 1000, 3);
+  for (const auto& [k, v] :
+       {std::pair(kI8F32, kI8BF16), {kF16, kF16}, {kI4F32, kI4BF16}, {kI6BF16, kI3F32}}) {
+    const Head head = RandomHead(k, v, IsPacked(k.first) ? 36 : 33, 64, 1000, 3);
     Ask ask = RandomAsk(rng, head, 5, 2);
     for (const std::int64_t first_end : {1000, 511, 255}) {  // rows end before the range does
       for (const std::size_t first : kBorders) {
@@ -507,7 +545,7 @@ TEST_F(AttendKernel, SoftCapAndBias) {
 TEST_F(AttendKernel, NotANumberInQ) {
   std::mt19937 rng(6);
   for (const Kind& k : kKinds) {
-    const std::size_t k_dim = k.first == Storage::kI4 ? 34 : 33;
+    const std::size_t k_dim = IsPacked(k.first) ? 40 : 33;
     for (const Kind& v : {kF16, kI8F32, kI4F32}) {
       const Head head = RandomHead(k, v, k_dim, 20, 300, 6);
       for (const std::size_t rows : Sizes{1, 4, 9, 18}) {
@@ -545,8 +583,11 @@ TEST_F(AttendKernel, NotANumberInQ) {
 // Where blocks lie and what is read after them changes nothing.
 TEST_F(AttendKernel, ScatteredBlocksGiveTheSameBits) {
   std::mt19937 rng(7);
-  for (const auto& [k, v] :
-       {std::pair(kI8F32, kI8BF16), {kF16, kI8F32}, {kI8F32, kF16}, {kI4BF16, kI4BF16}}) {
+  for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16),
+                             {kF16, kI8F32},
+                             {kI8F32, kF16},
+                             {kI4BF16, kI4BF16},
+                             {kI6BF16, kI3F32}}) {
     const Head head = RandomHead(k, v, 64, 64, 1100, 7);
     for (const std::size_t rows : Sizes{1, 5, 18}) {
       Ask ask = RandomAsk(rng, head, rows, 4);
@@ -577,7 +618,9 @@ TEST_F(AttendKernel, StreamingGivesTheSameBits) {
                                  {kI8F32, kF16},
                                  {kI4F32, kI4F32},
                                  {kI4BF16, kI8F32},
-                                 {kI8F32, kI4BF16}}) {
+                                 {kI8F32, kI4BF16},
+                                 {kI6BF16, kI3F32},
+                                 {kI3F32, kI6BF16}}) {
         std::mt19937 rng(21);
         const Head head = RandomHead(k, v, head_dim, head_dim, kTokens, 21);
         const Blocks blocks(kernels, head);
@@ -678,7 +721,7 @@ TEST_F(AttendKernel, TokensOutOfSightDoNotCount) {
 TEST_F(AttendKernel, ScalesOfVFarApart) {
   std::mt19937 rng(9);
   for (const Kind& k : {kF16, kI8F32}) {
-    for (const Kind& v : {kI8F32, kI8BF16, kI4BF16}) {
+    for (const Kind& v : {kI8F32, kI8BF16, kI4BF16, kI6BF16, kI3F32}) {
       for (const int kind : {0, 1, 2, 3}) {
         Head head = RandomHead(k, v, 64, 64, 600, 9);
         std::uniform_real_distribution<float> exponent(-38.0f, 38.0f);

@@ -126,8 +126,8 @@ class BenchTest(unittest.TestCase):
         shapes = {(s['group'], s['head_dim'], s.get('v_dim')) for s in speeds}
         pairs = {(s['k'], s['v']) for s in speeds}
         names = {k for k, _ in pairs}
-        self.assertLessEqual({'f16', 'i8-head', 'i8-token', 'i8-token-bf16', 'i4-token',
-                              'i4-token-bf16'}, names)
+        self.assertLessEqual({'f16', 'i8-head', 'i8-token', 'i8-token-bf16', 'i6-token-bf16',
+                              'i4-token-bf16', 'i3-token-bf16'}, names)
         self.assertEqual(len(pairs), len(names) ** 2)
         self.assertEqual(len(speeds), len(pairs) * len(shapes))
         self.assertIn((4, 128, None), shapes)

@@ -1,6 +1,7 @@
 // Codecs: names, sizes, which kinds exist, which numbers they must have.
 #include "kvmix/codec.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -20,51 +21,88 @@ namespace {
 using testing::ExpectGoodMessage;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr std::size_t kDim = 4;
+constexpr std::size_t kDim = 8;
 
 // Every combination of fields, whether it exists or not.
 std::vector<CodecKind> AllFields() {
   std::vector<CodecKind> kinds;
-  for (const Storage storage : {Storage::kF16, Storage::kI8, Storage::kI4}) {
+  for (const Storage storage :
+       {Storage::kF16, Storage::kI8, Storage::kI6, Storage::kI4, Storage::kI3}) {
     for (const Scale scale : {Scale::kNone, Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
-      for (unsigned steps = 0; steps < 8; ++steps) {
-        kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0});
+      for (unsigned steps = 0; steps < 16; ++steps) {
+        kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0,
+                         (steps & 8) != 0});
       }
     }
   }
   return kinds;
 }
 
-// f16 is stored as it is; int8 has a scale, and any steps before it; i4's scale is a token's.
+// f16 is stored as it is; codes have a scale, and any steps before it. The scale is a head's only
+// of int8 that is not shaped.
 bool Exists(const CodecKind& kind) {
   if (kind.storage == Storage::kF16) return kind == CodecKind();
-  if (kind.storage == Storage::kI4 && kind.scale == Scale::kHead) return false;
+  if (kind.scale == Scale::kHead && (kind.storage != Storage::kI8 || kind.shape)) return false;
   return kind.scale != Scale::kNone;
+}
+
+std::size_t Bits(Storage storage) {
+  switch (storage) {
+    case Storage::kF16:
+      return 16;
+    case Storage::kI8:
+      return 8;
+    case Storage::kI6:
+      return 6;
+    case Storage::kI4:
+      return 4;
+    default:
+      return 3;
+  }
 }
 
 // What ToString says that a kind is called.
 std::string Name(const CodecKind& kind) {
-  std::string name = kind.storage == Storage::kF16  ? "f16"
-                     : kind.storage == Storage::kI8 ? "i8"
-                                                    : "i4";
+  std::string name =
+      kind.storage == Storage::kF16 ? "f16" : "i" + std::to_string(Bits(kind.storage));
   if (kind.scale == Scale::kHead) name += "-head";
   if (kind.scale == Scale::kToken) name += "-token";
   if (kind.scale == Scale::kTokenBF16) name += "-token-bf16";
   if (kind.centre) name += "+centre";
   if (kind.fold) name += "+fold";
   if (kind.hadamard) name += "+hadamard";
+  if (kind.shape) name += "+shape";
   return name;
 }
 
-std::shared_ptr<const CodecVectors> Vectors(std::vector<float> mean, std::vector<float> factor) {
-  return std::make_shared<const CodecVectors>(CodecVectors{std::move(mean), std::move(factor)});
+std::shared_ptr<const CodecVectors> Vectors(std::vector<float> mean, std::vector<float> factor,
+                                            std::vector<float> shaping = {}) {
+  return std::make_shared<const CodecVectors>(
+      CodecVectors{std::move(mean), std::move(factor), std::move(shaping)});
+}
+
+// [kDim][kDim]: 1 on the diagonal, 0.5 below.
+std::vector<float> Matrix() {
+  std::vector<float> matrix(kDim * kDim, 0.0f);
+  for (std::size_t i = 0; i < kDim; ++i) {
+    for (std::size_t j = 0; j <= i; ++j) matrix[i * kDim + j] = i == j ? 1.0f : 0.5f;
+  }
+  return matrix;
+}
+
+// kDim numbers, one of them another.
+std::vector<float> With(std::size_t channel, float x, float others = 1.0f) {
+  std::vector<float> numbers(kDim, others);
+  numbers[channel] = x;
+  return numbers;
 }
 
 // A kind with good numbers.
 HeadCodec Whole(const CodecKind& kind) {
   return {kind, kind.scale == Scale::kHead ? 0.5f : 0.0f,
           Vectors(std::vector<float>(kind.centre ? kDim : 0, -1.5f),
-                  std::vector<float>(kind.fold ? kDim : 0, 2.0f))};
+                  std::vector<float>(kind.fold ? kDim : 0, 2.0f),
+                  kind.shape ? Matrix() : std::vector<float>())};
 }
 
 void ExpectRefused(const HeadCodec& codec, const std::string& text) {
@@ -85,7 +123,8 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
     EXPECT_EQ(*parsed, kind) << Name(kind);
     names.insert(ToString(kind));
   }
-  EXPECT_EQ(names.size(), 41u);  // f16; three scales of i8, two of i4, with any of three steps
+  // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of four.
+  EXPECT_EQ(names.size(), 1u + 8u + 2u * 4u * 16u);
   EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
   EXPECT_EQ(ToString({Storage::kI4, Scale::kToken, true, false, true}), "i4-token+centre+hadamard");
@@ -120,7 +159,12 @@ TEST(CodecKind, RefusesNamesOfNone) {
                            "i4",
                            "i4-head",
                            "i4-head+hadamard",
-                           "i6-token",
+                           "i3",
+                           "i6-head",
+                           "i5-token",
+                           "i8-head+shape",
+                           "f16+shape",
+                           "i8-token+shape+hadamard",
                            "F16",
                            "I8-token",
                            "f16 ",
@@ -144,29 +188,26 @@ TEST(CodecKind, RefusesNamesOfNone) {
     const Status status = ParseCodecKind(name).status();
     SCOPED_TRACE(name);
     EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
-    for (const std::string part : {"expected", "f16", "i8", "i4", "-head", "-token", "-token-bf16",
-                                   "+centre", "+fold", "+hadamard"}) {
+    for (const std::string part : {"expected", "f16", "i8", "i6", "i4", "i3", "-head", "-token",
+                                   "-token-bf16", "+centre", "+fold", "+hadamard", "+shape"}) {
       EXPECT_NE(status.message().find(part), std::string::npos)
           << status.message() << " does not name " << part;
     }
     EXPECT_TRUE(status.message().starts_with("codec: ")) << status.message();
     EXPECT_NE(status.message().find("found \""), std::string::npos) << status.message();
   }
-  EXPECT_NE(ParseCodecKind("i6-token").status().message().find("found \"i6-token\""),
+  EXPECT_NE(ParseCodecKind("i5-token").status().message().find("found \"i5-token\""),
             std::string::npos);
 }
 
 TEST(CodecKind, BytesPerToken) {
   for (const CodecKind& kind : AllFields()) {
     if (!Exists(kind)) continue;
-    for (const std::size_t dim : {1, 33, 64, 512}) {
+    for (const std::size_t dim : {8, 40, 64, 512}) {
       const std::size_t scale = kind.scale == Scale::kToken       ? 4
                                 : kind.scale == Scale::kTokenBF16 ? 2
                                                                   : 0;
-      const std::size_t codes = kind.storage == Storage::kF16  ? 2 * dim
-                                : kind.storage == Storage::kI8 ? dim
-                                                               : (dim + 1) / 2;
-      EXPECT_EQ(BytesPerToken(kind, dim), codes + scale) << ToString(kind) << ", " << dim;
+      EXPECT_EQ(BytesPerToken(kind, dim), dim * Bits(kind.storage) / 8 + scale) << ToString(kind) << ", " << dim;
     }
   }
 }
@@ -179,7 +220,8 @@ TEST(HeadCodec, NumbersThatItsKindAsksFor) {
     const Status status = CheckCodec(good, kDim);
     EXPECT_TRUE(status.ok()) << status.message();
     const std::vector<float> mean(good.mean().begin(), good.mean().end()),
-        factor(good.factor().begin(), good.factor().end());
+        factor(good.factor().begin(), good.factor().end()),
+        matrix(good.shaping().begin(), good.shaping().end());
     EXPECT_EQ(mean.size(), kind.centre ? kDim : 0);
     EXPECT_EQ(factor.size(), kind.fold ? kDim : 0);
 
@@ -187,50 +229,76 @@ TEST(HeadCodec, NumbersThatItsKindAsksFor) {
     bad.vectors = nullptr;
     EXPECT_TRUE(bad.mean().empty() && bad.factor().empty());
     if (kind.centre) {
-      ExpectRefused(bad, "expected a mean of 4 channels, found 0");
+      ExpectRefused(bad, "expected a mean of 8 channels, found 0");
     } else if (kind.fold) {
-      ExpectRefused(bad, "expected a factor of 4 channels, found 0");
+      ExpectRefused(bad, "expected a factor of 8 channels, found 0");
+    } else if (kind.shape) {
+      ExpectRefused(bad, "expected a shaping matrix of 64 numbers, found 0");
     } else {
       EXPECT_TRUE(CheckCodec(bad, kDim).ok());
     }
 
     std::vector<float> longer = mean;  // one more than there should be
     longer.push_back(1.0f);
-    bad.vectors = Vectors(longer, factor);
-    ExpectRefused(bad, kind.centre ? "expected a mean of 4 channels, found 5"
+    bad.vectors = Vectors(longer, factor, matrix);
+    ExpectRefused(bad, kind.centre ? "expected a mean of 8 channels, found 9"
                                    : "expected a mean of 0 channels, found 1");
     longer = factor;
     longer.push_back(1.0f);
-    bad.vectors = Vectors(mean, longer);
-    ExpectRefused(bad, kind.fold ? "expected a factor of 4 channels, found 5"
+    bad.vectors = Vectors(mean, longer, matrix);
+    ExpectRefused(bad, kind.fold ? "expected a factor of 8 channels, found 9"
                                  : "expected a factor of 0 channels, found 1");
+    longer = matrix;
+    longer.push_back(1.0f);
+    bad.vectors = Vectors(mean, factor, longer);
+    ExpectRefused(bad, kind.shape ? "expected a shaping matrix of 64 numbers, found 65"
+                                  : "expected a shaping matrix of 0 numbers, found 1");
   }
 }
 
-TEST(HeadCodec, FourBitsWantAnEvenHeadDim) {
-  for (const char* name : {"i4-token", "i4-token-bf16+hadamard"}) {
+TEST(HeadCodec, RowsBelowEightBitsAreWholeBytes) {
+  const std::pair<const char*, std::size_t> steps[] = {
+      {"i8-token", 1}, {"i6-token", 4}, {"i4-token", 2}, {"i3-token-bf16+hadamard", 8}};
+  for (const auto& [name, step] : steps) {
     const HeadCodec codec{ParseCodecKind(name).value()};
-    for (const std::size_t dim : {2, 66, 512}) EXPECT_TRUE(CheckCodec(codec, dim).ok()) << dim;
-    for (const std::size_t dim : {1, 65}) {
+    for (std::size_t dim = 1; dim <= 24; ++dim) {
       const Status status = CheckCodec(codec, dim);
-      EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
-      EXPECT_EQ(status.message(),
-                std::string(name) + ": expected an even head_dim, found " + std::to_string(dim));
+      EXPECT_EQ(status.ok(), dim % step == 0) << name << ", " << dim;
+      EXPECT_EQ(Fits(codec.kind, dim), status.ok());
+      if (status.ok()) continue;
+      EXPECT_EQ(status.message(), std::string(name) + ": expected a head_dim that is a multiple of " +
+                                      std::to_string(step) + ", found " + std::to_string(dim));
     }
   }
+}
+
+TEST(HeadCodec, ShapingMatricesAreUnitLowerTriangular) {
+  const CodecKind kind{.storage = Storage::kI4, .scale = Scale::kToken, .shape = true};
+  const auto with = [&](std::size_t row, std::size_t column, float x) {
+    std::vector<float> matrix = Matrix();
+    matrix[row * kDim + column] = x;
+    return HeadCodec{kind, 0.0f, Vectors({}, {}, matrix)};
+  };
+  for (const float bad : {std::nanf(""), kInf, -kInf, 65537.0f})
+    ExpectRefused(with(5, 2, bad), "unit lower triangular, found");
+  ExpectRefused(with(2, 5, 0.25f), "found 0.25 at 2, 5");
+  ExpectRefused(with(3, 3, 2.0f), "found 2 at 3, 3");  // of a singular one: 0
+  ExpectRefused(with(3, 3, 0.0f), "found 0 at 3, 3");
+  for (const float good : {0.0f, -65536.0f, 65536.0f})
+    EXPECT_TRUE(CheckCodec(with(5, 2, good), kDim).ok()) << good;
 }
 
 TEST(HeadCodec, MeansAreFinite) {
   const CodecKind kind{Storage::kI8, Scale::kToken, true};
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf}) {
-    codec.vectors = Vectors({1.0f, 2.0f, bad, 4.0f}, {});
+    codec.vectors = Vectors({1.0f, 2.0f, bad, 4.0f, 5.0f, 6.0f, 7.0f, 8.0f}, {});
     ExpectRefused(codec, "a mean of finite numbers in its range");
     ExpectRefused(codec, "in channel 2");
   }
   for (const float good : {0.0f, -0.0f, std::numeric_limits<float>::max(),
                            -std::numeric_limits<float>::denorm_min()}) {
-    codec.vectors = Vectors({1.0f, 2.0f, good, 4.0f}, {});
+    codec.vectors = Vectors({1.0f, 2.0f, good, 4.0f, 5.0f, 6.0f, 7.0f, 8.0f}, {});
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
 }
@@ -240,12 +308,12 @@ TEST(HeadCodec, FactorsAreFromTwoToTheMinus32ToTwoToThe32) {
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf, 0.0f, -0.0f, -1.0f, 0x1.FFFFFEp-33f,
                           0x1.000002p32f, std::numeric_limits<float>::denorm_min()}) {
-    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, bad});
+    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, bad, 1.0f, 2.0f, 4.0f, 8.0f});
     ExpectRefused(codec, "a factor of finite numbers in its range");
     ExpectRefused(codec, "in channel 3");
   }
   for (const float good : {0x1p-32f, 0x1p32f, 1.0f}) {
-    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, good});
+    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, good, 1.0f, 2.0f, 4.0f, 8.0f});
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
 }
@@ -278,9 +346,13 @@ TEST(HeadCodec, EqualByItsNumbers) {
   other.kind.hadamard = true;
   EXPECT_NE(codec, other);
   other = codec;
-  other.vectors = Vectors({-1.5f, -1.5f, -1.5f, -1.25f}, std::vector<float>(kDim, 2.0f));
+  std::vector<float> mean(kDim, -1.5f), factor(kDim, 2.0f);
+  mean[3] = -1.25f;
+  other.vectors = Vectors(mean, factor);
   EXPECT_NE(codec, other);
-  other.vectors = Vectors(std::vector<float>(kDim, -1.5f), {2.0f, 2.0f, 2.5f, 2.0f});
+  mean[3] = -1.5f;
+  factor[2] = 2.5f;
+  other.vectors = Vectors(mean, factor);
   EXPECT_NE(codec, other);
   other.vectors = nullptr;
   EXPECT_NE(codec, other);

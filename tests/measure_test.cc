@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,6 +17,8 @@
 #include "kvmix/quantize.h"
 #include "kvmix/tune.h"
 #include "kvmix/version.h"
+#include "lib/tune/statistics.h"
+#include "same_errors.h"
 #include "synthetic_dump.h"
 #include "tests/expect_error.h"
 #include "tests/reference/attention.h"
@@ -133,37 +136,6 @@ void ExpectClose(const AttentionError& found, const AttentionError& expected) {
               0.02 * (1.0 - expected.cosine()) + 1e-8);
 }
 
-void ExpectSame(const AttentionError& a, const AttentionError& b) {
-  EXPECT_EQ(a.sum_squared_error, b.sum_squared_error);
-  EXPECT_EQ(a.sum_squared_output, b.sum_squared_output);
-  EXPECT_EQ(a.sum_cosine, b.sum_cosine);
-  EXPECT_EQ(a.rows, b.rows);
-}
-
-void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
-  EXPECT_EQ(a.model, b.model);
-  EXPECT_EQ(a.dumps, b.dumps);
-  EXPECT_EQ(a.model_name, b.model_name);
-  EXPECT_EQ(a.tokens, b.tokens);
-  EXPECT_EQ(a.longest_prompt, b.longest_prompt);
-  ASSERT_EQ(a.heads.size(), b.heads.size());
-  for (std::size_t i = 0; i < a.heads.size(); ++i) {
-    const HeadErrors &x = a.heads[i], &y = b.heads[i];
-    EXPECT_EQ(x.layer, y.layer);
-    EXPECT_EQ(x.kv_head, y.kv_head);
-    EXPECT_EQ(x.tensor, y.tensor);
-    EXPECT_EQ(x.max_abs, y.max_abs);
-    ASSERT_EQ(x.candidates.size(), y.candidates.size());
-    for (std::size_t c = 0; c < x.candidates.size(); ++c) {
-      EXPECT_EQ(x.candidates[c].codec, y.candidates[c].codec);
-      EXPECT_EQ(x.candidates[c].values.sum_squared_error, y.candidates[c].values.sum_squared_error);
-      ASSERT_EQ(x.candidates[c].queries.size(), y.candidates[c].queries.size());
-      for (std::size_t q = 0; q < x.candidates[c].queries.size(); ++q)
-        ExpectSame(x.candidates[c].queries[q], y.candidates[c].queries[q]);
-    }
-  }
-}
-
 // ---- measure
 
 TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
@@ -199,37 +171,12 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
   }
 }
 
-// Windows, caps, sinks and a scale; values narrower than keys; a layer without K and V, and two
-// whose queries judge another's codecs.
-Model UnlikeModel() {
-  return Model({{.kv_heads = 1, .query_heads = 2, .k_dim = 16, .v_dim = 16, .window = 8},
-                {.kv_heads = 2,
-                 .query_heads = 4,
-                 .k_dim = 24,
-                 .v_dim = 16,
-                 .attention_scale = 0.5f,
-                 .sinks = {1.0f, -1.0f, 0.5f, 2.0f}},
-                {},
-                {.kv_heads = 1, .query_heads = 3, .k_dim = 16, .v_dim = 16, .kv_layer = 0},
-                {.kv_heads = 2,
-                 .query_heads = 2,
-                 .k_dim = 24,
-                 .v_dim = 16,
-                 .window = 3,
-                 .soft_cap = 2.0f,
-                 .kv_layer = 1}});
-}
-
 TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
   const Model model = UnlikeModel();
   SyntheticDump{model, {40, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
   const Dump dump = Open(folder_.file("unlike"));
   ASSERT_EQ(dump.model(), model);
-  const auto measure = [&](std::size_t first, std::size_t last) {
-    return Measure({&dump}, *Candidates("seed"), first, last, {.num_threads = 2}).value();
-  };
-  const ErrorTable table = measure(0, 5);
-  ExpectSame(Merge(measure(1, 5), measure(0, 1)).value(), table);
+  const ErrorTable table = Measure({&dump}, *Candidates("seed"), 0, 5, {.num_threads = 2}).value();
   ASSERT_EQ(table.heads.size(), 6u);
   for (const HeadErrors& head : table.heads) {
     for (const CandidateError& candidate : head.candidates) {
@@ -272,7 +219,7 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
                                         {Storage::kI8, Scale::kHead},
                                         {Storage::kI8, Scale::kHead, true},
                                         {Storage::kI8, Scale::kTokenBF16, true},
-                                        {Storage::kI8, Scale::kHead, false, true, true},
+                                        {Storage::kI8, Scale::kToken, false, true, true},
                                         {Storage::kI8, Scale::kToken, true, true, true}};
   const Result<ErrorTable> table =
       Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
@@ -309,6 +256,51 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
       EXPECT_EQ(candidate.values.max_abs, expected.max_abs);
     }
   }
+}
+
+// Numbers of the statistics of one KV head, of a dump with its Q.
+void ExpectStatistics(const HeadStatistics& found, const RowsView& rows,
+                      const std::vector<RowsView>& queries) {
+  const std::size_t dim = rows.head_dim;
+  EXPECT_EQ(found.tokens, rows.tokens);
+  for (std::size_t c = 0; c < dim; ++c) {
+    std::vector<double> x;
+    for (std::size_t t = 0; t < rows.tokens; ++t) x.push_back(rows.At(t, 0, c));
+    EXPECT_NEAR(found.sum[c], std::accumulate(x.begin(), x.end(), 0.0), 1e-9);
+    EXPECT_EQ(found.min[c], std::ranges::min(x));
+    EXPECT_EQ(found.max[c], std::ranges::max(x));
+  }
+  ASSERT_EQ(found.query_moment.size(), queries.empty() ? 0 : dim * dim);
+  for (std::size_t i = 0; i < found.query_moment.size(); ++i) {
+    double expected = 0.0;
+    for (const RowsView& q : queries)
+      for (std::size_t t = 0; t < q.tokens; ++t)
+        expected += double{q.At(t, 0, i / dim)} * q.At(t, 0, i % dim);
+    EXPECT_NEAR(found.query_moment[i], expected, 1e-9);
+    EXPECT_EQ(found.query_moment[i], found.query_moment[i % dim * dim + i / dim]);
+  }
+}
+
+TEST_F(MeasureTest, StatisticsAsComputedDirectly) {
+  SyntheticDump{UnlikeModel(), {150, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
+  const Dump dump = Open(folder_.file("unlike"));
+  for (const std::size_t layer : {0, 1}) {
+    for (std::size_t h = 0; h < dump.model().layers[layer].kv_heads; ++h) {
+      std::vector<RowsView> queries;
+      for (const std::size_t reader : {layer, layer + 3}) {
+        const std::size_t group = dump.model().layers[reader].group();
+        for (std::size_t q = h * group; q < (h + 1) * group; ++q)
+          queries.push_back(dump.q(reader).Head(q));
+      }
+      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kK),
+                       dump.head(layer, h, Tensor::kK), queries);
+      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kV),
+                       dump.head(layer, h, Tensor::kV), {});
+    }
+  }
+  HeadStatistics one{2, {1.0}, {-1.0f}, {3.0f}, {4.0}};
+  one += {3, {2.0}, {-2.0f}, {2.0f}, {5.0}};
+  EXPECT_EQ(one, (HeadStatistics{5, {3.0}, {-2.0f}, {3.0f}, {9.0}}));
 }
 
 // The range of each channel of one head in both dumps.
@@ -503,23 +495,32 @@ TEST_F(MeasureTest, CandidateLists) {
   EXPECT_EQ(names(Candidates("int8")->k),
             (Names{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre"}));
   EXPECT_EQ(names(Candidates("int8")->v), (Names{"f16", "i8-token", "i8-token-bf16"}));
-  EXPECT_EQ(
-      names(Candidates("all")->k),
-      (Names{"f16", "i8-token", "i8-token-bf16", "i8-token+centre", "i8-token-bf16+centre",
-             "i8-token+hadamard", "i8-token-bf16+hadamard", "i8-token+centre+hadamard",
-             "i8-token-bf16+centre+hadamard", "i8-token+centre+fold", "i8-token-bf16+centre+fold",
-             "i8-token+centre+fold+hadamard", "i8-token-bf16+centre+fold+hadamard"}));
-  EXPECT_EQ(names(Candidates("all")->v), (Names{"f16", "i8-token", "i8-token-bf16",
-                                                "i8-token+hadamard", "i8-token-bf16+hadamard"}));
-  // int4: all of these, then the same in i4.
-  for (const auto kinds : {&CandidateKinds::k, &CandidateKinds::v}) {
-    Names expected = names((*Candidates("all")).*kinds);
-    for (std::size_t i = 1, n = expected.size(); i < n; ++i)
-      expected.push_back("i4" + expected[i].substr(2));
-    EXPECT_EQ(names((*Candidates("int4")).*kinds), expected);
+  Names k = {"f16",
+             "i8-token",
+             "i8-token-bf16",
+             "i8-token+centre",
+             "i8-token-bf16+centre",
+             "i8-token+hadamard",
+             "i8-token-bf16+hadamard",
+             "i8-token+centre+hadamard",
+             "i8-token-bf16+centre+hadamard",
+             "i8-token+centre+fold",
+             "i8-token-bf16+centre+fold",
+             "i8-token+centre+fold+hadamard",
+             "i8-token-bf16+centre+fold+hadamard",
+             "i8-token+centre+fold+hadamard+shape",
+             "i8-token-bf16+centre+fold+hadamard+shape"};
+  Names v = {"f16", "i8-token", "i8-token-bf16", "i8-token+hadamard", "i8-token-bf16+hadamard"};
+  for (const std::string below : {"i6", "i4", "i3"}) {
+    for (const std::string steps : {"+hadamard", "+centre+hadamard", "+centre+fold+hadamard",
+                                    "+centre+fold+hadamard+shape"})
+      k.push_back(below + "-token-bf16" + steps);
+    v.push_back(below + "-token-bf16+hadamard");
   }
+  EXPECT_EQ(names(Candidates("all")->k), k);
+  EXPECT_EQ(names(Candidates("all")->v), v);
   ExpectError(Candidates("int2").status(), ErrorCode::kInvalidArgument,
-              {"int2", "seed", "int8", "all", "int4"});
+              {"int2", "seed", "int8", "all"});
 }
 
 TEST_F(MeasureTest, EncodingErrorOfOneHead) {
@@ -650,42 +651,12 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
   ExpectError(Measure({&a_}, {}, 0, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
   ExpectError(Measure({&a_}, {seed.k, {}}, 0, 1).status(), ErrorCode::kInvalidArgument,
               {"candidate"});
+  for (const CodecKind& kind : {CodecKind{Storage::kI8, Scale::kHead, false, true},
+                                CodecKind{Storage::kI8, Scale::kHead, false, false, true}})
+    ExpectError(Measure({&a_}, {{kind}, seed.v}, 0, 1).status(), ErrorCode::kInvalidArgument,
+                {"candidate " + ToString(kind), "scale per token"});
   ExpectError(Measure({&a_}, seed, 0, 1, {.num_threads = -2}).status(), ErrorCode::kInvalidArgument,
               {"num_threads", "-2"});
-}
-
-// ---- merge
-
-TEST_F(MeasureTest, MergedLayersAreTheWhole) {
-  const ErrorTable whole = Table("seed"), x = Table("seed", 0, 1), y = Table("seed", 1, 2),
-                   z = Table("seed", 2, 3);
-  const auto merge = [](const ErrorTable& a, const ErrorTable& b) {
-    Result<ErrorTable> merged = Merge(a, b);
-    if (!merged.ok()) ADD_FAILURE() << merged.status().message();
-    return std::move(*merged);
-  };
-  ExpectSame(merge(merge(x, y), z), whole);
-  ExpectSame(merge(x, merge(y, z)), whole);
-  ExpectSame(merge(merge(z, x), y), whole);
-  ExpectSame(merge(whole, Table("seed", 1, 1)), whole);  // with nothing
-}
-
-TEST_F(MeasureTest, RefusesToMergeWhatOverlapsOrDiffers) {
-  const ErrorTable table = Table("seed", 0, 2), rest = Table("seed", 2, 3);
-  ExpectError(Merge(table, Table("seed", 1, 3)).status(), ErrorCode::kMismatch, {"layer 1"});
-  ExpectError(Merge(table, table).status(), ErrorCode::kMismatch, {"layer 0"});
-  const auto refused = [&](const auto& change, const std::vector<std::string>& names) {
-    ErrorTable other = rest;
-    change(other);
-    ExpectError(Merge(table, other).status(), ErrorCode::kMismatch, names);
-  };
-  refused([](ErrorTable& t) { t.model.layers.resize(9, t.model.layers[0]); },
-          {"layers", "3 layers", "9 layers"});
-  refused([](ErrorTable& t) { t.model_name = "another"; }, {"model", "synthetic", "another"});
-  refused([](ErrorTable& t) { t.dumps.pop_back(); }, {"dumps", "a.safetensors,b.safetensors"});
-  refused([](ErrorTable& t) { t.tokens = 58; }, {"tokens", "57", "58"});
-  refused([](ErrorTable& t) { t.longest_prompt = 31; }, {"longest prompt", "30", "31"});
-  refused([](ErrorTable& t) { t.model.layers[1].attention_scale = 2.0f; }, {"layers", "scale 2"});
 }
 
 // ---- errors and their summaries

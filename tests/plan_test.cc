@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -184,7 +185,7 @@ TEST(Plan, CheckPlan) {
   refused({{Storage::kF16, Scale::kToken}}, "a storage with a scale");
   refused({{Storage::kI8, Scale::kNone}}, "a storage with a scale");
   refused({{Storage::kI4, Scale::kHead}, 1.0f, nullptr}, "a storage with a scale");
-  refused({{Storage::kI4, Scale::kToken}}, "i4-token: expected an even head_dim, found 3");
+  refused({{Storage::kI4, Scale::kToken}}, "i4-token: expected a head_dim that is a multiple of 2, found 3");
 
   Plan plan = good;
   plan.codecs.pop_back();
@@ -282,20 +283,141 @@ TEST(PlanFile, ComesBackExactly) {
   EXPECT_FALSE(written["codecs"][0][1].contains("v_factor"));
 }
 
-// What a version without i4 would refuse by the codec's name is a newer minor version.
-TEST(PlanFile, FourBitsComeBack) {
+// What a version without i4, or i6 and i3, would refuse by the codec's name is a newer minor
+// version.
+TEST(PlanFile, CodesBelowInt8ComeBack) {
   const TempFolder folder;
   const std::string path = folder.file("plan.json");
-  Plan plan = UniformPlan(Geometry{1, 2, 2, 4}, Token(), Token());
-  plan.codec(0, 1, Tensor::kK) = {ParseCodecKind("i4-token-bf16+hadamard").value()};
+  const std::tuple<const char*, unsigned, std::size_t> cases[] = {
+      {"i4-token-bf16+hadamard", 3, 6}, {"i6-token-bf16", 4, 8}, {"i3-token", 4, 7}};
+  for (const auto& [name, minor, bytes] : cases) {
+    SCOPED_TRACE(name);
+    Plan plan = UniformPlan(Geometry{1, 2, 2, 8}, Token(), Token());
+    plan.codec(0, 1, Tensor::kK) = {ParseCodecKind(name).value()};
+    ASSERT_TRUE(SavePlan(plan, path).ok());
+    const Result<Plan> loaded = LoadPlan(path);
+    ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+    EXPECT_EQ(loaded->codecs, plan.codecs);
+    const json written = json::parse(ReadBytes(path));
+    EXPECT_EQ(written["version"], (json{1, minor}));
+    EXPECT_EQ(written["codecs"][0][1]["k"], name);
+    EXPECT_EQ(written["bytes_per_token"], 3 * 12 + bytes);
+  }
+}
+
+// A plan of two layers whose K heads but one are shaped, each with numbers of its own.
+Plan ShapedPlan(float first) {
+  Plan plan = UniformPlan(Geometry{2, 2, 2, 8}, Token(), Token());
+  for (std::size_t i = 0; i < 3; ++i) {
+    CodecVectors vectors{std::vector<float>(8, 0.25f), {}, std::vector<float>(64, 0.0f)};
+    for (std::size_t c = 0; c < 8; ++c) vectors.shaping[c * 9] = 1.0f;
+    vectors.shaping[8] = first + static_cast<float>(i) / 3.0f;
+    plan.codec(i / 2, i % 2, Tensor::kK) = {
+        ParseCodecKind("i3-token-bf16+centre+hadamard+shape").value(), 0.0f,
+        std::make_shared<const CodecVectors>(std::move(vectors))};
+  }
+  return plan;
+}
+
+std::string MatricesOf(const std::string& plan_path) {
+  const json written = json::parse(ReadBytes(plan_path));
+  return (std::filesystem::path(plan_path).parent_path() / written["shaping"]["file"]).string();
+}
+
+TEST(PlanFile, ShapingMatricesComeBackExactly) {
+  const TempFolder folder;
+  const std::string path = folder.file("my.plan.json");
+  const Plan plan = ShapedPlan(0.1f);
   ASSERT_TRUE(SavePlan(plan, path).ok());
+  const json written = json::parse(ReadBytes(path));
+  EXPECT_EQ(written["version"], (json{1, 4}));
+  EXPECT_EQ(written["shaping"]["file"].get<std::string>(),
+            "my.plan-" + written["shaping"]["xxh3"].get<std::string>() + ".safetensors");
   const Result<Plan> loaded = LoadPlan(path);
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
   EXPECT_EQ(loaded->codecs, plan.codecs);
-  const json written = json::parse(ReadBytes(path));
-  EXPECT_EQ(written["version"], (json{1, 3}));
-  EXPECT_EQ(written["codecs"][0][1]["k"], "i4-token-bf16+hadamard");
-  EXPECT_EQ(written["bytes_per_token"], 3 * 8 + 4);
+
+  // Another plan in its place has another file, and the first plan's copy still has its own.
+  std::filesystem::copy(path, folder.file("copy.json"));
+  ASSERT_TRUE(SavePlan(ShapedPlan(0.2f), path).ok());
+  EXPECT_EQ(LoadPlan(path)->codecs, ShapedPlan(0.2f).codecs);
+  EXPECT_EQ(LoadPlan(folder.file("copy.json"))->codecs, plan.codecs);
+}
+
+// Only an encoder looks at the matrices: what is stored means the same without them.
+TEST(Plan, ShapingIsNoPartOfTheFingerprint) {
+  Plan plain = ShapedPlan(0.1f);
+  for (HeadCodec& codec : plain.codecs) {
+    if (!codec.kind.shape) continue;
+    codec.kind.shape = false;
+    codec.vectors = std::make_shared<const CodecVectors>(
+        CodecVectors{{codec.mean().begin(), codec.mean().end()}, {}, {}});
+  }
+  ASSERT_TRUE(CheckPlan(plain).ok());
+  EXPECT_EQ(Fingerprint(ShapedPlan(0.1f)), Fingerprint(ShapedPlan(0.2f)));
+  EXPECT_EQ(Fingerprint(ShapedPlan(0.1f)), Fingerprint(plain));
+}
+
+TEST(PlanFile, RefusesMatricesThatAreNotItsOwn) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  ASSERT_TRUE(SavePlan(ShapedPlan(0.1f), path).ok());
+  const std::string matrices = MatricesOf(path), good = ReadBytes(matrices),
+                    json_text = ReadBytes(path);
+  const auto refused = [&](const std::string& text) {
+    const Status status = LoadPlan(path).status();
+    EXPECT_FALSE(status.ok()) << "expected: " << text;
+    EXPECT_NE(status.message().find(text), std::string::npos)
+        << status.message() << "\nshould speak of: " << text;
+    return status.code();
+  };
+  std::filesystem::remove(matrices);
+  EXPECT_EQ(refused(matrices), ErrorCode::kNotFound);
+  WriteBytes(matrices, good.substr(0, good.size() - 5));  // cut off
+  EXPECT_EQ(refused(matrices), ErrorCode::kCorrupt);
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string changed = good;
+    changed.replace(changed.find(from), from.size(), to);
+    WriteBytes(matrices, changed);
+  };
+  with("layers.1.heads.0.k", "layers.1.heads.1.k");  // that one is not shaped
+  refused("layers.1.heads.0.k: expected a matrix, as the plan has the step, found none");
+  with("[8,8]", "[64]");
+  refused("expected");
+  const float third = 0.1f + 1.0f / 3.0f, other = 0.5f;
+  const auto bytes = [](float x) {
+    return std::string(reinterpret_cast<const char*>(&x), sizeof x);
+  };
+  with(bytes(third), bytes(other));
+  refused("hash of the matrices: expected");
+  WriteBytes(matrices, good);
+  EXPECT_TRUE(LoadPlan(path).ok());
+
+  json plan = json::parse(json_text);
+  plan["shaping"]["file"] = "../" + plan["shaping"]["file"].get<std::string>();
+  WriteBytes(path, plan.dump());
+  refused("shaping.file: expected the name of a file beside it");
+  plan.erase("shaping");
+  WriteBytes(path, plan.dump());
+  refused("shaping");
+}
+
+TEST(PlanFile, VIsNotShaped) {
+  Plan plan = ShapedPlan(0.1f);
+  std::swap(plan.codec(0, 0, Tensor::kK), plan.codec(0, 0, Tensor::kV));
+  EXPECT_EQ(CheckPlan(plan).message(),
+            "layer 0, KV head 0, V: expected a codec without +shape, which only K has, found "
+            "i3-token-bf16+centre+hadamard+shape");
+}
+
+// Neither file stays where one of them cannot be written.
+TEST(PlanFile, AShapedPlanThatCannotBeWrittenLeavesNothing) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  std::filesystem::create_directory(path);
+  EXPECT_FALSE(SavePlan(ShapedPlan(0.1f), path).ok());
+  std::filesystem::remove(path);
+  EXPECT_TRUE(std::filesystem::is_empty(std::filesystem::path(path).parent_path()));
 }
 
 TEST(PlanFile, UnlikeLayersComeBackExactly) {

@@ -21,6 +21,7 @@
 
 #include "kernels/kernels.h"
 #include "kernels/levels.h"
+#include "lib/tune/shaping.h"
 #include "tests/reference/quantize.h"
 
 namespace kvmix {
@@ -130,7 +131,9 @@ kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat format;
   format.dim = dim;
   if (codec.kind.storage == Storage::kI8) format.storage = kernels::Storage::kI8;
+  if (codec.kind.storage == Storage::kI6) format.storage = kernels::Storage::kI6;
   if (codec.kind.storage == Storage::kI4) format.storage = kernels::Storage::kI4;
+  if (codec.kind.storage == Storage::kI3) format.storage = kernels::Storage::kI3;
   if (codec.kind.scale == Scale::kHead) format.constant = codec.head_scale;
   if (codec.kind.scale == Scale::kToken) format.scale = kernels::ScaleStore::kF32;
   if (codec.kind.scale == Scale::kTokenBF16) format.scale = kernels::ScaleStore::kBF16;
@@ -140,6 +143,7 @@ kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
 kernels::Transform TransformOf(const HeadCodec& codec) {
   kernels::Transform transform;
   if (codec.kind.centre) transform.mean = codec.mean().data();
+  if (codec.kind.shape) transform.shaping = codec.shaping().data();
   return transform;
 }
 
@@ -199,9 +203,10 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
   void ExpectAll(const Rows& rows, const Floats& mean) const {
     Expect(rows, Codec("i8-token", mean));
     Expect(rows, Codec("i8-token-bf16", mean));
-    if (rows.aligned().head_dim % 2 == 0) {
-      Expect(rows, Codec("i4-token", mean));
-      Expect(rows, Codec("i4-token-bf16", mean));
+    for (const std::string name : {"i6-token", "i6-token-bf16", "i4-token", "i4-token-bf16",
+                                   "i3-token", "i3-token-bf16"}) {
+      const HeadCodec codec = Codec(name, mean);
+      if (Fits(codec.kind, rows.aligned().head_dim)) Expect(rows, codec);
     }
     const HeadCodec codec = Codec("i8-head", mean);
     const float scale = kernel().head_scale(In(rows.shifted()), TransformOf(codec));
@@ -675,7 +680,102 @@ TEST_P(QuantizeTest, DequantizeToHalfRounds) {
   }
 }
 
-// ---- i4
+// ---- +shape
+
+// A random unit lower triangular matrix; row after row its numbers get smaller.
+Floats RandomMatrix(std::size_t dim, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(dim)));
+  Floats matrix(dim * dim, 0.0f);
+  for (std::size_t i = 0; i < dim; ++i) {
+    for (std::size_t j = 0; j < i; ++j) matrix[i * dim + j] = normal(random);
+    matrix[i * dim + i] = 1.0f;
+  }
+  return matrix;
+}
+
+HeadCodec ShapedCodec(const std::string& name, const Floats& mean, const Floats& matrix) {
+  HeadCodec codec{ParseCodecKind(name + (mean.empty() ? "+shape" : "+centre+shape")).value()};
+  codec.vectors = std::make_shared<const CodecVectors>(CodecVectors{mean, {}, matrix});
+  return codec;
+}
+
+constexpr const char* kShapedNames[] = {"i8-token",      "i8-token-bf16", "i6-token",
+                                        "i6-token-bf16", "i4-token-bf16", "i3-token-bf16"};
+
+TEST_P(QuantizeTest, ShapedCodesAreTheReferences) {
+  for (const std::string name : kShapedNames) {
+    for (const std::size_t dim : Sizes{1, 2, 7, 8, 16, 24, 31, 40, 64, 80, 128, 256, 512}) {
+      const Floats matrix = RandomMatrix(dim, 95);
+      for (const bool centred : {false, true}) {
+        const HeadCodec codec =
+            ShapedCodec(name, centred ? RandomMean(dim, 96) : kNoMean, matrix);
+        if (!Fits(codec.kind, dim)) continue;
+        for (const std::size_t tokens : Sizes{1, 2, 8, 13}) {
+          std::mt19937 random(97);
+          std::normal_distribution<float> normal(0.0f, 5.0f);
+          Expect(Rows(Dtype::kF16, tokens, dim, 0,
+                      [&](std::size_t, std::size_t) { return BitsOf(Dtype::kF16, normal(random)); }),
+                 codec);
+        }
+      }
+    }
+  }
+}
+
+// Zeros, tiny and huge values, NaN, Inf: finite, and the same on every target.
+TEST_P(QuantizeTest, ShapedRowsOfAnyValues) {
+  constexpr std::size_t kDim = 40;
+  Floats matrix = RandomMatrix(kDim, 98);
+  for (std::size_t i = 0; i < kDim; ++i) {
+    for (std::size_t j = 0; j < i; ++j) matrix[i * kDim + j] *= i % 2 == 0 ? 1.0f : 1000.0f;
+  }
+  const Floats values = {0.0f,     1.0f,  0x1p-100f, 0x1p-101f, 0x1p-149f, FLT_MAX,
+                         -FLT_MAX, 1e30f, NAN,       INFINITY,  -INFINITY, 3.0f};
+  for (const std::string name : kShapedNames) {
+    const HeadCodec codec = ShapedCodec(name, kNoMean, matrix);
+    const Rows rows(Dtype::kF32, 50, kDim, 0, [&](std::size_t t, std::size_t i) {
+      return BitsOf(Dtype::kF32, values[t % 7 == 0 ? t / 7 : (t * t + 5 * t * i) % values.size()]);
+    });
+    Expect(rows, codec);
+  }
+}
+
+// What it is for: the mean of (q . e)^2 falls, for queries that do not look everywhere.
+TEST_P(QuantizeTest, ShapingMovesErrorsToWhereNoQueryLooks) {
+  constexpr std::size_t kDim = 64, kRank = 8;
+  std::mt19937 random(99);
+  std::normal_distribution<double> normal;
+  std::vector<double> basis(kRank * kDim), moment(kDim * kDim, 0.0);
+  for (double& x : basis) x = normal(random);
+  for (std::size_t i = 0; i < kDim * kDim; ++i) {
+    for (std::size_t r = 0; r < kRank; ++r)
+      moment[i] += basis[r * kDim + i / kDim] * basis[r * kDim + i % kDim];
+  }
+  const Floats matrix = internal::ShapingMatrix(moment, {}, false, kDim);
+  const Rows rows(Dtype::kF32, 500, kDim, 0, [&](std::size_t, std::size_t) {
+    return BitsOf(Dtype::kF32, static_cast<float>(normal(random)));
+  });
+  for (const std::string name : kShapedNames) {
+    double missed[2] = {0.0, 0.0};
+    for (const bool shaped : {false, true}) {
+      const HeadCodec codec = shaped ? ShapedCodec(name, kNoMean, matrix) : Codec(name);
+      const Floats decoded = reference::Decode(Encode(rows.shifted(), codec, TransformOf(codec)),
+                                               500, kDim, codec);
+      for (std::size_t t = 0; t < 500; ++t) {
+        for (std::size_t r = 0; r < kRank; ++r) {
+          double dot = 0.0;
+          for (std::size_t c = 0; c < kDim; ++c)
+            dot += basis[r * kDim + c] * (rows.aligned().At(t, 0, c) - decoded[t * kDim + c]);
+          missed[shaped] += dot * dot;
+        }
+      }
+    }
+    EXPECT_LT(missed[1], 0.25 * missed[0]) << name;
+  }
+}
+
+// ---- i6, i4, i3
 
 // The table is that of the quantizer whose levels are the means of a normal distribution between
 // the borders, and whose borders lie halfway between the levels.

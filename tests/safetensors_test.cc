@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <utility>
@@ -200,6 +201,34 @@ TEST(Safetensors, SurvivesRandomDamage) {
     }
   }
   EXPECT_GT(refused, 1000u);
+}
+
+TEST(Safetensors, WrittenAsRead) {
+  testing::TempFolder folder;
+  const std::string path = folder.file("x");
+  ASSERT_TRUE(
+      internal::WriteSafetensors(
+          path, {{"a", "\"1\""}},
+          {{"later", "U8", {3}, "abc"}, {"first", "F16", {1, 1}, "de"}, {"none", "I8", {0}, ""}})
+          .ok());
+  std::string bytes = testing::ReadBytes(path);
+  const internal::Safetensors file = ParseSafetensors(bytes, path).value();
+  EXPECT_EQ(file.metadata, (std::map<std::string, std::string>{{"a", "\"1\""}}));
+  ASSERT_EQ(file.tensors.size(), 4u);
+  EXPECT_EQ(file.tensors.at("later").data, "abc");
+  EXPECT_EQ(file.tensors.at("first").data, "de");
+  EXPECT_EQ(file.tensors.at("first").shape, (std::vector<std::uint64_t>{1, 1}));
+  EXPECT_EQ(file.tensors.at("checksum").data, bytes.substr(bytes.size() - 8));
+  EXPECT_EQ((file.tensors.at("later").data.data() - bytes.data()) % 8, 0);
+  EXPECT_TRUE(internal::CheckChecksum(bytes, path).ok());
+  for (char& byte : bytes) {
+    byte ^= 4;
+    ExpectGoodMessage(internal::CheckChecksum(bytes, path), path);
+    byte ^= 4;
+  }
+  EXPECT_FALSE(internal::CheckChecksum("1234567", path).ok());
+  EXPECT_EQ(internal::WriteSafetensors(folder.path(), {}, {}).code(), ErrorCode::kIo);
+  EXPECT_EQ(folder.entries(), 1u);
 }
 
 }  // namespace

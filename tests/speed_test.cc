@@ -256,15 +256,19 @@ TEST(MeasureHeadSpeeds, OfUnlikeLayers) {
 }
 
 TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
-  for (const char* name : {"int8", "all"}) {
+  for (const auto& [name, storages] : {std::pair<const char*, std::size_t>{"int8", 3}, {"all", 6}}) {
     Wisdom wisdom = ThisMachine();
     const CandidateKinds kinds = *Candidates(name);
     ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, {kinds.v[0]}, Shape(1, 16), 20, 0.0, &wisdom).ok());
-    EXPECT_EQ(wisdom.speeds.size(), 3u);
+    EXPECT_EQ(wisdom.speeds.size(), storages);
     EXPECT_NE(wisdom.Find("i8-token-bf16", "f16", Shape(1, 16), 20), nullptr);
     ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, kinds.v, Shape(1, 16), 20, 0.0, &wisdom).ok());
-    EXPECT_EQ(wisdom.speeds.size(), 9u);
+    EXPECT_EQ(wisdom.speeds.size(), storages * storages);
   }
+  Wisdom odd = ThisMachine();  // i6, i4 and i3 do not fit
+  const CandidateKinds all = *Candidates("all");
+  ASSERT_TRUE(MeasureHeadSpeeds(all.k, all.v, Shape(1, 17), 20, 0.0, &odd).ok());
+  EXPECT_EQ(odd.speeds.size(), 9u);
   for (const bool step : {false, true}) {
     EXPECT_EQ(SpeedName({Storage::kI8, Scale::kTokenBF16, step, step, step}), "i8-token-bf16");
     EXPECT_EQ(SpeedName({Storage::kI8, Scale::kHead, step, false, step}), "i8-head");

@@ -22,6 +22,27 @@
 
 namespace kvmix::testing {
 
+// Windows, caps, sinks and a scale; values narrower than keys; a layer without K and V, and two
+// whose queries judge another's codecs.
+inline Model UnlikeModel() {
+  return Model({{.kv_heads = 1, .query_heads = 2, .k_dim = 16, .v_dim = 16, .window = 8},
+                {.kv_heads = 2,
+                 .query_heads = 4,
+                 .k_dim = 24,
+                 .v_dim = 16,
+                 .attention_scale = 0.5f,
+                 .sinks = {1.0f, -1.0f, 0.5f, 2.0f}},
+                {},
+                {.kv_heads = 1, .query_heads = 3, .k_dim = 16, .v_dim = 16, .kv_layer = 0},
+                {.kv_heads = 2,
+                 .query_heads = 2,
+                 .k_dim = 24,
+                 .v_dim = 16,
+                 .window = 3,
+                 .soft_cap = 2.0f,
+                 .kv_layer = 1}});
+}
+
 struct SyntheticDump {
   Model model;
   std::vector<std::size_t> prompt_tokens;

@@ -39,15 +39,34 @@ constexpr std::pair<std::size_t, std::size_t> kDims[] = {
     {128, 128}, {256, 256}, {512, 512}, {192, 128}, {33, 5},  {7, 66}};
 
 std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-// The bytes from one code to the next; two codes of i4 share one.
-std::size_t CodeBytes(const TileFormat& f) { return f.row.storage == Storage::kF16 ? 2 : 1; }
-std::size_t CodeBits(const TileFormat& f) {
-  return f.row.storage == Storage::kI4 ? 4 : 8 * CodeBytes(f);
+// The bits of a code that lie together, from the lowest to the highest; no entry: a code is one or
+// two bytes.
+std::vector<std::size_t> Planes(const TileFormat& f) {
+  switch (f.row.storage) {
+    case Storage::kI6:
+      return {4, 2};
+    case Storage::kI4:
+      return {4};
+    case Storage::kI3:
+      return {2, 1};
+    default:
+      return {};
+  }
 }
-// Terms of a lane that lie side by side in a tile vector.
+std::size_t CodeBits(const TileFormat& f) {
+  const std::vector<std::size_t> planes = Planes(f);
+  if (planes.empty()) return f.row.storage == Storage::kF16 ? 16 : 8;
+  return std::accumulate(planes.begin(), planes.end(), std::size_t{0});
+}
+std::size_t CodeBytes(const TileFormat& f) { return CodeBits(f) > 8 ? 2 : 1; }
+// head_dim is a multiple of it: rows are whole bytes.
+std::size_t ChannelStep(const TileFormat& f) {
+  return Planes(f).empty() ? 1 : 8 / Planes(f).back();
+}
+// A tile has a multiple of so many terms of each lane.
 std::size_t Terms(const TargetTiles& target, const TileFormat& f) {
-  if (f.row.storage == Storage::kF16) return 1;
-  return f.row.storage == Storage::kI4 ? 8 : target.i8_width;
+  if (!Planes(f).empty()) return 4 * (8 / Planes(f).back());
+  return f.row.storage == Storage::kF16 ? 1 : target.i8_width;
 }
 std::size_t ScaleBytes(const TileFormat& f) {
   return f.row.scale == ScaleStore::kF32 ? 4 : f.row.scale == ScaleStore::kBF16 ? 2 : 0;
@@ -55,44 +74,62 @@ std::size_t ScaleBytes(const TileFormat& f) {
 
 // The formats of K and V: every storage and scale, each as K and as V.
 std::vector<std::pair<RowFormat, RowFormat>> Formats() {
-  RowFormat f16, constant, f32, bf16, i4_f32, i4_bf16;
+  RowFormat f16, constant, f32, bf16, i6, i4_f32, i4_bf16, i3;
+  i6.storage = Storage::kI6;
   i4_f32.storage = i4_bf16.storage = Storage::kI4;
-  i4_f32.scale = ScaleStore::kF32;
-  i4_bf16.scale = ScaleStore::kBF16;
+  i3.storage = Storage::kI3;
+  i6.scale = i4_f32.scale = ScaleStore::kF32;
+  i3.scale = i4_bf16.scale = ScaleStore::kBF16;
   constant.storage = f32.storage = bf16.storage = Storage::kI8;
   constant.constant = 0.25f;
   f32.scale = ScaleStore::kF32;
   bf16.scale = ScaleStore::kBF16;
-  return {{f16, f32}, {f32, f16},    {constant, bf16}, {bf16, constant}, {f32, f32},
-          {f16, f16}, {i4_f32, f16}, {bf16, i4_bf16},  {i4_bf16, i4_f32}};
+  return {{f16, f32}, {f32, f16},    {constant, bf16}, {bf16, constant},  {f32, f32},
+          {f16, f16}, {i4_f32, f16}, {bf16, i4_bf16},  {i4_bf16, i4_f32}, {i6, i6},
+          {i3, i3},   {i6, i3},      {i3, i6}};
 }
 
 // Code `channel` of a canonical row.
 unsigned CodeOf(const TileFormat& f, const std::uint8_t* row, std::size_t channel) {
-  if (f.row.storage == Storage::kI4) return row[channel / 2] >> (channel % 2 * 4) & 0x0Fu;
   if (f.row.storage == Storage::kI8) return row[channel];
-  return row[2 * channel] | row[2 * channel + 1] * 256u;
+  if (f.row.storage == Storage::kF16) return row[2 * channel] | row[2 * channel + 1] * 256u;
+  unsigned code = 0;
+  std::size_t from = 0;
+  for (const std::size_t bits : Planes(f)) {
+    const unsigned byte = row[channel * bits / 8];
+    code |= (byte >> channel * bits % 8 & ((1u << bits) - 1)) << from;
+    row += f.row.dim * bits / 8;
+    from += bits;
+  }
+  return code;
 }
 
-// Puts one code into a block that has zeros there: tile [token / lanes][channel / terms][lanes] of
-// K, [channel / lanes][token / terms][lanes] of V, each a word of that many codes. In words of i4
-// the lower nibbles come first; where pairs are multiplied, of bytes 0, 2, 1, 3.
+// Puts one code into a block that has zeros there. K's tile is [token / lanes], V's
+// [channel / lanes]; in it a byte of i8 lies at [term / width][lane][term % width]. Below i8 these
+// bytes are cut into vectors of 4 * lanes: plane by plane, vector v of 8 / (bits of the last
+// plane) that belong together has its bits in vector v / (8 / bits) of the plane.
 void PutCode(const TargetTiles& target, const BlockFormat& f, bool k, std::size_t token,
              std::size_t channel, unsigned code, std::vector<std::uint8_t>& block) {
   const TileFormat& t = k ? f.k : f.v;
   const std::size_t terms = Terms(target, t), lanes = target.lanes;
   const std::size_t lane = k ? token : channel, term = k ? channel : token;
-  const std::size_t words = k ? RoundUp(t.row.dim, terms) / terms : kBlockTokens / terms;
-  const std::size_t word = (lane / lanes * words + term / terms) * lanes + lane % lanes;
-  std::size_t bit = term % terms * CodeBits(t);
-  if (t.row.storage == Storage::kI4) {
-    constexpr std::size_t kPairs[] = {0, 2, 1, 3};
-    const std::size_t byte = target.i8_width == 4 ? term % 4 : kPairs[term % 4];
-    bit = 8 * byte + term % 8 / 4 * 4;
+  const std::size_t tile_terms = k ? RoundUp(t.row.dim, terms) : kBlockTokens;
+  const auto put = [&](std::size_t at, std::size_t bit, unsigned bits) {
+    at += t.codes_offset + lane / lanes * (lanes * tile_terms * CodeBits(t) / 8);
+    for (std::size_t i = 0; i < CodeBytes(t); ++i)
+      block.at(at + i) = static_cast<std::uint8_t>(block[at + i] | bits << bit >> 8 * i);
+  };
+  const std::size_t width = t.row.storage == Storage::kF16 ? 1 : target.i8_width;
+  const std::size_t place = (term / width * lanes + lane % lanes) * width + term % width;
+  if (Planes(t).empty()) return put(place * CodeBytes(t), 0, code);
+  const std::size_t vector = 4 * lanes, together = terms / 4, v = place / vector % together;
+  std::size_t plane_at = place / (vector * together) * (vector * together * CodeBits(t) / 8);
+  for (const std::size_t bits : Planes(t)) {
+    put(plane_at + v / (8 / bits) * vector + place % vector, v % (8 / bits) * bits,
+        code & ((1u << bits) - 1));
+    plane_at += vector * together * bits / 8;
+    code >>= bits;
   }
-  const std::size_t at = t.codes_offset + word * terms * CodeBits(t) / 8 + bit / 8;
-  for (std::size_t i = 0; i < CodeBytes(t); ++i)
-    block[at + i] = static_cast<std::uint8_t>(block[at + i] | code << bit % 8 >> 8 * i);
 }
 
 // Canonical rows of some tokens, `gap` bytes between them. As codes at an address that suits no
@@ -214,10 +251,7 @@ void ForAllFormats(const F& f) {
         format.v.row = v;
         format.k.row.dim = k_dim;
         format.v.row.dim = v_dim;
-        if ((k.storage == Storage::kI4 && k_dim % 2 != 0) ||
-            (v.storage == Storage::kI4 && v_dim % 2 != 0)) {
-          continue;
-        }
+        if (k_dim % ChannelStep(format.k) != 0 || v_dim % ChannelStep(format.v) != 0) continue;
         kernels.tiles.lay_out(format);
         SCOPED_TRACE(::testing::Message() << kernels.target << " dims " << k_dim << " " << v_dim
                                           << " storages " << int(k.storage) << int(v.storage)

@@ -1,10 +1,15 @@
 // kvmix-tune: from dumps to a plan. Measures what every codec costs every head, chooses, measures
-// the plan as a whole, reports.
+// the plan as a whole, reports. In one go, or in four steps that leave files to each other.
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <functional>
+#include <iterator>
+#include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -17,88 +22,14 @@
 #include "kvmix/speed.h"
 #include "kvmix/tune.h"
 #include "lib/files/file.h"
+#include "lib/tune/parts.h"
+#include "tune_options.h"
 #include "tune_report.h"
 
 namespace kvmix::tools {
 namespace {
 
-constexpr const char* kDefaultPlan = "plan.json";
 constexpr double kSpeedSeconds = 0.5;
-
-struct Options {
-  std::vector<std::string> dumps;
-  std::string holdout;
-  RawFormat raw;
-  Constraints constraints;
-  std::optional<double> max_ms;
-  std::string candidates = "all";
-  std::size_t context = 4096;
-  std::size_t exact_first = 0;
-  int threads = 0;
-  std::string wisdom;
-  std::string output;
-  bool json = false;
-  bool explain = false;
-};
-
-// A number in (low, high), or in (low, high] if `closed`.
-CLI::Validator Between(double low, double high, bool closed) {
-  return CLI::Validator(
-      [=](std::string& text) -> std::string {
-        double x = 0.0;
-        if (CLI::detail::lexical_cast(text, x) && x > low && (x < high || (closed && x == high)))
-          return "";
-        return fmt::format("expected a number above {} and {} {}, found '{}'", low,
-                           closed ? "up to" : "below", high, text);
-      },
-      "NUMBER");
-}
-
-void AddOptions(CLI::App* app, Options* o) {
-  app->add_option("DUMP", o->dumps,
-                  "dumps of one model to calibrate on: safetensors files or raw folders; without "
-                  "any, the built-in sample");
-  app->add_option("--budget", o->constraints.budget,
-                  "save at least this fraction of the fp16 bytes of a context of --context tokens")
-      ->check(Between(0.0, 1.0, false));
-  app->add_option(
-         "--min-cosine", o->constraints.min_cosine,
-         "of the predicted worst query head; without --budget: save the most that holds it")
-      ->check(Between(0.0, 1.0, true));
-  app->add_option("--max-time", o->max_ms,
-                  "at most this predicted decode time of a token over all layers, in ms")
-      ->check(Between(0.0, 1e9, false));
-  app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
-  app->add_option("--candidates", o->candidates, "codecs to choose from")
-      ->check(CLI::IsMember({"seed", "int8", "all", "int4"}))
-      ->capture_default_str();
-  app->add_option("--context", o->context,
-                  "tokens in the cache, for decode times, and for bytes where layers have a window")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
-  app->add_option("--exact-first", o->exact_first,
-                  "keep so many first tokens of every layer in f16 beside their codes")
-      ->check(CLI::Range(std::size_t{0}, kMostExactFirst))
-      ->capture_default_str();
-  app->add_option("--threads", o->threads, "0: all")
-      ->check(CLI::Range(0, 1024))
-      ->capture_default_str();
-  app->add_option(
-      "--wisdom", o->wisdom,
-      "file of kernel speeds of this CPU: read if it exists, completed, written; they then "
-      "decide where codecs are about equally accurate");
-  app->add_option(
-      "-o,--output", o->output,
-      fmt::format("the plan (default: {} if there is none yet; none with --json)", kDefaultPlan));
-  app->add_flag("--json", o->json, "print the report as JSON");
-  app->add_flag("--explain", o->explain,
-                "say of every KV head's K and V why it is not stored smaller; as JSON also what "
-                "every candidate costs each query head");
-  AddRawOptions(app, &o->raw);
-  app->footer(
-      "Example:\n  kvmix-tune model.c4.safetensors --holdout model.wikitext.safetensors --budget "
-      "0.45 -o plan.json");
-}
 
 // Tells early that a file cannot be written, before minutes of work.
 void CheckWritable(const std::string& path) {
@@ -113,30 +44,19 @@ void CheckWritable(const std::string& path) {
     Refuse("{}: may not write to the folder {}", path, folder.string());
 }
 
-struct Dumps {
-  std::vector<Dump> calibration;
-  std::optional<Dump> holdout;
-};
-
-Dumps OpenDumps(const Options& o) {
-  std::vector<std::string> paths = o.dumps;
-  std::string holdout_path = o.holdout;
-  if (paths.empty()) {
-    paths = {SamplePath("calibration")};
-    if (holdout_path.empty()) holdout_path = SamplePath("holdout");
-  }
-  Dumps dumps;
-  for (const std::string& path : paths) dumps.calibration.push_back(OpenDump(path, o.raw));
-  if (holdout_path.empty()) return dumps;
-  dumps.holdout = OpenDump(holdout_path, o.raw);
-  if (!dumps.holdout->has_q()) Refuse("{}: has no Q, which attention errors need", holdout_path);
-  const Model &expected = dumps.calibration[0].model(), &found = dumps.holdout->model();
-  if (found != expected)
-    Refuse("{}: expected {}, found {}", holdout_path, ToString(expected), ToString(found));
+std::vector<Dump> OpenDumps(const std::vector<std::string>& paths, const RawFormat& raw) {
+  std::vector<Dump> dumps;
+  for (const std::string& path : paths) dumps.push_back(OpenDump(path, raw));
   return dumps;
 }
 
-Wisdom Speeds(const Options& o, const Model& model, const CandidateKinds& candidates) {
+std::vector<const Dump*> Pointers(const std::vector<Dump>& dumps) {
+  std::vector<const Dump*> pointers;
+  for (const Dump& dump : dumps) pointers.push_back(&dump);
+  return pointers;
+}
+
+Wisdom Speeds(const TuneOptions& o, const Model& model, const CandidateKinds& candidates) {
   Wisdom wisdom = ThisMachine();
   if (!o.wisdom.empty()) {
     Result<Wisdom> known = LoadWisdom(o.wisdom);
@@ -153,85 +73,279 @@ Wisdom Speeds(const Options& o, const Model& model, const CandidateKinds& candid
   return wisdom;
 }
 
-MeasureOptions WithBar(int threads, ProgressBar* bar) {
-  return {threads, "", [bar](std::size_t done, std::size_t all) { bar->Update(done, all); }, 0};
+MeasureOptions WithBar(const TuneOptions& o, ProgressBar* bar) {
+  return {o.threads, o.target, [bar](std::size_t done, std::size_t all) { bar->Update(done, all); },
+          o.exact_first};
 }
 
 // The plan as a whole over several dumps.
-Fidelity MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, int threads,
+Fidelity MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, const TuneOptions& o,
                       const std::string& label) {
   ProgressBar bar(label);
   std::vector<AttentionError> total(plan.model.query_heads_before(plan.model.layers.size()));
   for (const Dump* dump : dumps) {
-    const auto errors = Require(MeasurePlan(*dump, plan, WithBar(threads, &bar)));
+    const auto errors = Require(MeasurePlan(*dump, plan, WithBar(o, &bar)));
     for (std::size_t i = 0; i < total.size(); ++i) total[i] += errors[i];
   }
   return Summarize(total, plan.model);
 }
 
-TuneReport Tune(const Options& o) {
-  const CandidateKinds candidates = Require(Candidates(o.candidates));
-  const Dumps dumps = OpenDumps(o);
-  std::vector<const Dump*> calibration;
-  for (const Dump& dump : dumps.calibration) calibration.push_back(&dump);
+// ---- the steps
 
+Calibration RunCalibrate(const TuneOptions& o, const std::vector<Dump>& dumps) {
+  ProgressBar bar("calibrating");
+  const auto [first, last] = o.LayerRange(dumps[0].model());
+  return Require(Calibrate(Pointers(dumps), first, last, WithBar(o, &bar)));
+}
+
+// Adds what `path` holds already, if there is such a file.
+void Resume(const std::string& path, Measurement* measurement) {
+  Result<Measurement> known = LoadMeasurement(path);
+  if (known.status().code() == ErrorCode::kNotFound) return;
+  Result<Measurement> both = Merge(*measurement, Require(std::move(known)));
+  if (!both.ok()) Refuse("{}: {}; name another file to begin anew", path, both.status().message());
+  *measurement = std::move(*both);
+}
+
+// `path`, if it is not empty, is kept up to date, and read if it is there.
+Measurement RunMeasure(const TuneOptions& o, const std::vector<Dump>& dumps,
+                       const Calibration& calibration, const std::string& path) {
+  ProgressBar bar("measuring every head and codec");
+  const MeasureOptions how = WithBar(o, &bar);
+  Measurement m = Require(StartMeasurement(calibration, Require(Candidates(o.candidates)), how));
+  m.candidate_set = o.candidates;
+  if (!path.empty()) Resume(path, &m);
+  const auto save = [&] { return path.empty() ? Status() : SavePart(m, path); };
+  const auto [first, last] = o.LayerRange(calibration.model);
+  Require(Measure(Pointers(dumps), calibration, first, last, how, &m, save));
+  Require(save());
+  return m;
+}
+
+// The dumps by their hash, as the measurement has them.
+std::vector<const Dump*> InOrder(const std::vector<Dump>& dumps, const Measurement& m) {
+  std::map<std::string, const Dump*> by_hash;
+  for (const Dump& dump : dumps) {
+    const DumpId id = Require(Identify(dump));
+    if (std::ranges::find(m.dumps, id.hash, &DumpId::hash) == m.dumps.end())
+      Refuse("{}: expected one of the dumps that were measured, {}, found another", dump.path(),
+             internal::Names(m.dumps));
+    if (!by_hash.emplace(id.hash, &dump).second) Refuse("{}: expected each dump once", dump.path());
+  }
+  if (!by_hash.empty() && by_hash.size() != m.dumps.size())
+    Refuse("expected every dump that was measured, {}, or none, found {} of {}",
+           internal::Names(m.dumps), by_hash.size(), m.dumps.size());
+  std::vector<const Dump*> ordered;
+  for (const auto& [hash, dump] : by_hash) ordered.push_back(dump);
+  return ordered;
+}
+
+std::optional<Dump> OpenHoldout(const TuneOptions& o, const Model& expected) {
+  if (o.holdout.empty()) return std::nullopt;
+  Dump holdout = OpenDump(o.holdout, o.raw);
+  if (!holdout.has_q()) Refuse("{}: has no Q, which attention errors need", o.holdout);
+  if (holdout.model() != expected)
+    Refuse("{}: expected {}, found {}", o.holdout, ToString(expected), ToString(holdout.model()));
+  return holdout;
+}
+
+// `dumps`: those that were measured, or none.
+TuneReport RunChoose(TuneOptions o, const Measurement& m, const std::vector<Dump>& dumps,
+                     const std::optional<Dump>& holdout) {
+  const std::vector<const Dump*> calibration = InOrder(dumps, m);
+  o.target = m.target;
   TuneReport report;
-  report.candidates = o.candidates;
+  report.candidates = m.candidate_set;
   report.context = o.context;
   report.constraints = o.constraints;
   report.times_are_kept = !o.wisdom.empty();
   report.explain = o.explain;
-  const Model& model = calibration[0]->model();
-  report.wisdom = Speeds(o, model, candidates);
-  {
-    ProgressBar bar("measuring every head and codec");
-    MeasureOptions how = WithBar(o.threads, &bar);
-    how.exact_first = o.exact_first;
-    report.table = Require(Measure(calibration, candidates, 0, model.layers.size(), how));
-  }
+  report.table = Require(Table(m));
+  report.wisdom = Speeds(o, m.model, m.candidates);
   report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
 
   const Plan& plan = report.choice.plan;
   Provenance& provenance = report.choice.plan.provenance;
-  report.calibration = provenance.on_calibration =
-      MeasureWhole(calibration, plan, o.threads, "measuring the plan on the calibration");
-  if (dumps.holdout) {
+  if (!calibration.empty())
+    report.calibration = provenance.on_calibration =
+        MeasureWhole(calibration, plan, o, "measuring the plan on the calibration");
+  if (holdout) {
     report.holdout = provenance.on_holdout =
-        MeasureWhole({&*dumps.holdout}, plan, o.threads, "measuring the plan on the holdout");
-    provenance.holdout = internal::FileName(dumps.holdout->path());
-    provenance.holdout_tokens = dumps.holdout->tokens();
+        MeasureWhole({&*holdout}, plan, o, "measuring the plan on the holdout");
+    provenance.holdout = internal::FileName(holdout->path());
+    provenance.holdout_tokens = holdout->tokens();
   }
   return report;
 }
 
-void Run(Options o) {
-  if (!o.constraints.budget && !o.constraints.min_cosine)
+// ---- the command line of each
+
+// What can be said before the work begins.
+void CheckChoosing(TuneOptions* o) {
+  if (!o->constraints.budget && !o->constraints.min_cosine)
     Refuse("nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
-  if (o.max_ms) o.constraints.max_decode_ns = *o.max_ms * 1e6;
+  if (o->max_ms) o->constraints.max_decode_ns = *o->max_ms * 1e6;
   // Times that are measured in every run anew must not make every run's plan another.
-  if (o.wisdom.empty()) o.constraints.time_tolerance = 1.0;
-  if (o.output.empty() && !o.json) {
-    o.output = kDefaultPlan;
+  if (o->wisdom.empty()) o->constraints.time_tolerance = 1.0;
+  if (o->output.empty() && !o->json) {
+    o->output = kDefaultPlan;
     std::error_code error;
     if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
       Refuse("{} exists already: name the plan's file with -o", kDefaultPlan);
   }
-  for (const std::string& path : {o.output, o.wisdom})
+  for (const std::string& path : {o->output, o->wisdom, o->work})
     if (!path.empty()) CheckWritable(path);
-  const TuneReport report = Tune(o);
+}
+
+void Finish(const TuneReport& report, const TuneOptions& o) {
   if (!o.output.empty()) Require(SavePlan(report.choice.plan, o.output));
   Print(o.json ? ReportJson(report)
                : ReportText(report) + fmt::format("\nplan written to {}\n", o.output));
 }
 
-int Main(int argc, char** argv) {
-  Options o;
-  CLI::App app(
+// What a part holds, and what it lacks of the model and of the dumps that it knows.
+template <class Part>
+void PrintContents(const Part& part, const std::string& path) {
+  std::vector<internal::Place> there, missing;
+  for (std::size_t layer = 0; layer < part.model.layers.size(); ++layer) {
+    if (!part.model.layers[layer].owns_kv()) continue;
+    const auto pieces = part.pieces.find(layer);
+    for (const DumpId& id : part.dumps) {
+      const bool has = pieces != part.pieces.end() && pieces->second.contains(id.hash);
+      (has ? there : missing).emplace_back(id.hash, layer);
+    }
+  }
+  const auto line = [&](const char* what, const std::vector<internal::Place>& places) {
+    return places.empty()
+               ? ""
+               : fmt::format("  {} {}\n", what, internal::PlacesText(places, part.dumps));
+  };
+  Print(fmt::format("{}\n", path) + line("holds", there) + line("lacks", missing));
+}
+
+std::vector<std::string> DumpPaths(const TuneOptions& o) {
+  return o.dumps.empty() ? std::vector{SamplePath("calibration")} : o.dumps;
+}
+
+template <class Part>
+Part MergeFiles(const std::vector<std::string>& paths, Result<Part> load(const std::string&)) {
+  Part all = Require(load(paths[0]));
+  for (std::size_t i = 1; i < paths.size(); ++i) {
+    Result<Part> more = Merge(all, Require(load(paths[i])));
+    if (!more.ok()) Refuse("{}: {}", paths[i], more.status().message());
+    all = std::move(*more);
+  }
+  return all;
+}
+
+constexpr const char* kCalibrated = "dumps of one model; without any, the built-in sample";
+
+// A step adds its options to `app` and returns what runs it.
+using Step = std::function<void()> (*)(CLI::App* app, TuneOptions* o);
+
+std::function<void()> CalibrateStep(CLI::App* app, TuneOptions* o) {
+  app->description("The first step: adds up what is known of every head's K, V and queries.");
+  AddDumps(app, o, kCalibrated);
+  AddLayers(app, o);
+  AddPartOutput(app, o, "the file to write");
+  return [o] {
+    CheckWritable(o->output);
+    const Calibration calibration = RunCalibrate(*o, OpenDumps(DumpPaths(*o), o->raw));
+    Require(SavePart(calibration, o->output));
+    PrintContents(calibration, o->output);
+  };
+}
+
+std::function<void()> MeasureStep(CLI::App* app, TuneOptions* o) {
+  app->description("The second step: the errors of every candidate codec on every head.");
+  AddDumps(app, o, kCalibrated);
+  app->add_option("--calibration", o->parts, "files of the first step that are whole together")
+      ->required();
+  AddLayers(app, o);
+  AddMeasuring(app, o);
+  AddPartOutput(app, o, "the file to write, after every layer; one that is there is gone on with");
+  return [o] {
+    CheckWritable(o->output);
+    const Calibration calibration = MergeFiles<Calibration>(o->parts, LoadCalibration);
+    const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    PrintContents(RunMeasure(*o, dumps, calibration, o->output), o->output);
+  };
+}
+
+std::function<void()> MergeStep(CLI::App* app, TuneOptions* o) {
+  app->description("Puts files of the first step together, or of the second.");
+  app->add_option("PART", o->parts, "files of one kind")->required();
+  AddPartOutput(app, o, "the file to write");
+  return [o] {
+    CheckWritable(o->output);
+    const auto merge = [&](const auto& part) {
+      Require(SavePart(part, o->output));
+      PrintContents(part, o->output);
+    };
+    if (Require(KindOfPart(o->parts[0])) == PartKind::kCalibration)
+      merge(MergeFiles<Calibration>(o->parts, LoadCalibration));
+    else
+      merge(MergeFiles<Measurement>(o->parts, LoadMeasurement));
+  };
+}
+
+std::function<void()> ChooseStep(CLI::App* app, TuneOptions* o) {
+  app->description("The last step: a plan within a budget, from what was measured.");
+  app->add_option("FILE", o->measurement, "a file of the second step that is whole")->required();
+  AddDumps(app, o, "all dumps that were measured, to measure the plan as a whole; or none");
+  AddChoosing(app, o);
+  return [o] {
+    CheckChoosing(o);
+    const Measurement m = Require(LoadMeasurement(o->measurement));
+    const std::optional<Dump> holdout = OpenHoldout(*o, m.model);
+    Finish(RunChoose(*o, m, OpenDumps(o->dumps, o->raw), holdout), *o);
+  };
+}
+
+std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
+  app->description(
       "Chooses how every KV head's K and V is stored: the least damage to attention within a "
-      "budget of bytes.",
-      "kvmix-tune");
-  AddOptions(&app, &o);
-  return RunProgram(&app, argc, argv, [&] { Run(o); });
+      "budget of bytes.");
+  AddDumps(app, o, kCalibrated);
+  AddMeasuring(app, o);
+  AddChoosing(app, o);
+  app->add_option("--work", o->work,
+                  "file to keep what was measured in, after every layer: another run goes on with "
+                  "it, and choose takes it");
+  app->footer(
+      "Example:\n  kvmix-tune model.c4.safetensors --holdout model.wikitext.safetensors --budget "
+      "0.45 -o plan.json\n"
+      "The same in steps, which can run in parts and elsewhere (STEP --help says how):\n"
+      "  kvmix-tune calibrate model.c4.safetensors -o calibration\n"
+      "  kvmix-tune measure model.c4.safetensors --calibration calibration --layers 0:14 -o a\n"
+      "  kvmix-tune measure model.c4.safetensors --calibration calibration --layers 14:28 -o b\n"
+      "  kvmix-tune merge a b -o measurement\n"
+      "  kvmix-tune choose measurement model.c4.safetensors --budget 0.45 -o plan.json");
+  return [o] {
+    CheckChoosing(o);
+    if (o->dumps.empty() && o->holdout.empty()) o->holdout = SamplePath("holdout");
+    const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::optional<Dump> holdout = OpenHoldout(*o, dumps[0].model());
+    const Measurement m = RunMeasure(*o, dumps, RunCalibrate(*o, dumps), o->work);
+    Finish(RunChoose(*o, m, dumps, holdout), *o);
+  };
+}
+
+constexpr std::pair<std::string_view, Step> kSteps[] = {{"calibrate", CalibrateStep},
+                                                        {"measure", MeasureStep},
+                                                        {"merge", MergeStep},
+                                                        {"choose", ChooseStep}};
+
+// A step is a first argument that is its name; a dump of that name is ./NAME.
+int Main(int argc, char** argv) {
+  const auto* step = argc < 2 ? std::end(kSteps)
+                              : std::ranges::find(kSteps, std::string_view(argv[1]),
+                                                  [](const auto& s) { return s.first; });
+  const bool is_step = step != std::end(kSteps);
+  TuneOptions o;
+  CLI::App app("", is_step ? fmt::format("kvmix-tune {}", step->first) : "kvmix-tune");
+  const std::function<void()> run = (is_step ? step->second : AllSteps)(&app, &o);
+  return RunProgram(&app, argc - is_step, argv + is_step, run);
 }
 
 }  // namespace

@@ -134,7 +134,8 @@ std::string AccuracyText(const TuneReport& r) {
   };
   const Provenance& p = r.choice.plan.provenance;
   add("predicted, head by head", r.choice.predicted);
-  add(fmt::format("calibration, {} tokens", p.calibration_tokens), r.calibration);
+  if (r.calibration)
+    add(fmt::format("calibration, {} tokens", p.calibration_tokens), *r.calibration);
   if (r.holdout) add(fmt::format("holdout, {} tokens", p.holdout_tokens), *r.holdout);
   return fmt::format(
       "Attention output against exact K and V, predicted and measured as a whole\n{}{}",
@@ -274,7 +275,7 @@ std::string ExplainText(const TuneReport& r) {
   }
   std::string text = fmt::format(
       "Why not smaller: bytes per token, and the NMSE of the worst query head that reads the KV "
-      "head\n(steps: c centre, f fold, h hadamard)\n{}"
+      "head\n(steps: c centre, f fold, h hadamard, s shape)\n{}"
       "limit, which the next smaller codec would break:\n"
       "  worst   a query head's NMSE would be above w = {:.2e}, {} x the least possible\n",
       table.Text(), r.choice.worst_limit, r.constraints.worst_tolerance);
@@ -368,7 +369,7 @@ std::string ReportJson(const TuneReport& r) {
                {"effective_bits", {{"all", bits.all}, {"k", bits.k}, {"v", bits.v}}},
                {"worst_limit", r.choice.worst_limit},
                {"predicted", ToJson(r.choice.predicted)},
-               {"calibration", ToJson(r.calibration)},
+               {"calibration", r.calibration ? ToJson(*r.calibration) : Json()},
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
                {"decode_ns_per_token",
                 {{"plan", r.choice.decode_ns},

@@ -20,8 +20,8 @@ struct TuneReport {
   ErrorTable table;
   Wisdom wisdom;
   Choice choice;
-  // The plan measured as a whole.
-  Fidelity calibration;
+  // The plan measured as a whole, where there were dumps for it.
+  std::optional<Fidelity> calibration;
   std::optional<Fidelity> holdout;
 };
 

@@ -12,8 +12,18 @@ namespace kvmix::internal {
 namespace {
 
 kernels::Storage StorageOf(Storage storage) {
-  if (storage == Storage::kF16) return kernels::Storage::kF16;
-  return storage == Storage::kI4 ? kernels::Storage::kI4 : kernels::Storage::kI8;
+  switch (storage) {
+    case Storage::kF16:
+      return kernels::Storage::kF16;
+    case Storage::kI6:
+      return kernels::Storage::kI6;
+    case Storage::kI4:
+      return kernels::Storage::kI4;
+    case Storage::kI3:
+      return kernels::Storage::kI3;
+    default:
+      return kernels::Storage::kI8;
+  }
 }
 
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
@@ -157,6 +167,8 @@ CompiledHeads::CompiledHeads(std::span<const HeadCodec* const> codecs, std::size
                           [](const HeadCodec* codec) { return codec->vectors != nullptr; })) {
     vectors_ = std::make_unique<float[]>(3 * size);
   }
+  if (std::ranges::any_of(codecs, [](const HeadCodec* codec) { return codec->kind.shape; }))
+    matrices_ = std::make_unique<float[]>(size * dim);
   for (std::size_t h = codecs.size(); h-- > 0;) {
     const HeadCodec& codec = *codecs[h];
     CompiledCodec& head = heads_[h];
@@ -174,6 +186,11 @@ CompiledHeads::CompiledHeads(std::span<const HeadCodec* const> codecs, std::size
       std::ranges::transform(codec.factor(), factor + size, [](float x) { return 1.0f / x; });
       head.transform_.factor = factor;
       head.transform_.inv_factor = factor + size;
+    }
+    if (codec.kind.shape) {
+      float* const matrix = matrices_.get() + h * dim * dim;
+      std::ranges::copy(codec.shaping(), matrix);
+      head.transform_.shaping = matrix;
     }
     head.across_heads_ = head.transform_;
     head.across_heads_.row_stride = dim;

@@ -86,7 +86,8 @@ class CompiledHeads {
  private:
   std::vector<CompiledCodec> heads_;
   std::vector<std::size_t> alike_;
-  std::unique_ptr<float[]> vectors_;  // [mean, factor, 1 / factor][heads][dim]
+  std::unique_ptr<float[]> vectors_;   // [mean, factor, 1 / factor][heads][dim]
+  std::unique_ptr<float[]> matrices_;  // [heads][dim][dim]
 };
 
 }  // namespace kvmix::internal

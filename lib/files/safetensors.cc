@@ -1,6 +1,11 @@
 #include "lib/files/safetensors.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -15,7 +20,9 @@ namespace kvmix::internal {
 
 namespace {
 
-constexpr std::size_t kLengthBytes = 8;
+static_assert(std::endian::native == std::endian::little);  // numbers are written as they lie
+
+constexpr std::size_t kLengthBytes = 8, kChecksumBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;
 
 constexpr std::pair<std::string_view, std::uint64_t> kDtypeBits[] = {
@@ -130,6 +137,51 @@ Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& p
   if (status.ok()) status = CheckCover(path, result, buffer);
   if (!status.ok()) return status;
   return result;
+}
+
+Status WriteSafetensors(const std::string& path, const std::map<std::string, std::string>& metadata,
+                        const std::vector<SafetensorsTensor>& tensors) {
+  nlohmann::ordered_json header = {{"__metadata__", metadata}};
+  std::uint64_t bytes = 0;
+  const auto add = [&](const std::string& name, const std::string& dtype,
+                       const std::vector<std::uint64_t>& shape, std::uint64_t size) {
+    header[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {bytes, bytes + size}}};
+    bytes += size;
+  };
+  for (const SafetensorsTensor& t : tensors) add(t.name, t.dtype, t.shape, t.data.size());
+  add("checksum", "U64", {1}, kChecksumBytes);
+  std::string text = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors lie on whole words
+  const std::uint64_t length = text.size();
+
+  return WriteFileAtomically(
+      path, fmt::format("room for {} bytes and the right to write them", 8 + length + bytes),
+      [&](std::FILE* file) {
+        XXH3_state_t hash;
+        XXH3_64bits_reset(&hash);
+        const auto write = [&](const void* data, std::size_t size) {
+          XXH3_64bits_update(&hash, data, size);
+          return std::fwrite(data, 1, size, file) == size;
+        };
+        bool good = write(&length, sizeof length) && write(text.data(), text.size());
+        for (const SafetensorsTensor& t : tensors)
+          good = good && write(t.data.data(), t.data.size());
+        const std::uint64_t checksum = XXH3_64bits_digest(&hash);
+        return good && write(&checksum, sizeof checksum);
+      });
+}
+
+Status CheckChecksum(std::string_view file, const std::string& path) {
+  std::uint64_t written = 0;
+  if (file.size() < sizeof written)
+    return FileError(ErrorCode::kCorrupt, path, "checksum", "8 bytes", file.size());
+  const std::size_t size = file.size() - sizeof written;
+  std::memcpy(&written, file.data() + size, sizeof written);
+  const std::uint64_t found = XXH3_64bits(file.data(), size);
+  if (found == written) return {};
+  return FileError(ErrorCode::kCorrupt, path, "checksum",
+                   fmt::format("{:016x}, as the file says", written),
+                   fmt::format("{:016x}: the file is damaged or was edited", found));
 }
 
 }  // namespace kvmix::internal

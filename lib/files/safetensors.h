@@ -1,6 +1,6 @@
 // The safetensors format: 8 bytes of little-endian header length, a JSON header, a buffer of
 // tensors. Read as strictly as the format's own reader does, and a little more: unknown fields of a
-// tensor and any name or field given twice are refused as well.
+// tensor and any name or field given twice are refused as well. Written with a checksum.
 #ifndef KVMIX_LIB_FILES_SAFETENSORS_H_
 #define KVMIX_LIB_FILES_SAFETENSORS_H_
 
@@ -32,6 +32,21 @@ struct Safetensors {
 // dtype; a length that is not dtype x shape (or overflows); a buffer that the tensors do not cover
 // exactly once.
 Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path);
+
+// A tensor to be written. `data`: its numbers in C order, little-endian.
+struct SafetensorsTensor {
+  std::string name, dtype;
+  std::vector<std::uint64_t> shape;
+  std::string_view data;
+};
+
+// Writes the tensors in this order, atomically, and behind them "checksum" (U64, [1]): XXH3 (64
+// bits) of all that stands before its 8 bytes, which are the last of the file.
+Status WriteSafetensors(const std::string& path, const std::map<std::string, std::string>& metadata,
+                        const std::vector<SafetensorsTensor>& tensors);
+
+// kCorrupt where a file that was so written is not what it was.
+Status CheckChecksum(std::string_view file, const std::string& path);
 
 }  // namespace kvmix::internal
 

@@ -17,19 +17,21 @@ struct Row {
   std::string_view name;
   std::size_t size;
 };
-constexpr Row<Storage> kStorages[] = {  // bits
-    {Storage::kF16, "f16", 16},
-    {Storage::kI8, "i8", 8},
-    {Storage::kI4, "i4", 4}};
+constexpr Row<Storage> kStorages[] = {{Storage::kF16, "f16", 16},  // bits
+                                      {Storage::kI8, "i8", 8},
+                                      {Storage::kI6, "i6", 6},
+                                      {Storage::kI4, "i4", 4},
+                                      {Storage::kI3, "i3", 3}};
 constexpr Row<Scale> kScales[] = {{Scale::kNone, "", 0},  // bytes beside every token's codes
                                   {Scale::kHead, "-head", 0},
                                   {Scale::kToken, "-token", 4},
                                   {Scale::kTokenBF16, "-token-bf16", 2}};
 constexpr Row<bool CodecKind::*> kSteps[] = {{&CodecKind::centre, "+centre", 0},
                                              {&CodecKind::fold, "+fold", 0},
-                                             {&CodecKind::hadamard, "+hadamard", 0}};
+                                             {&CodecKind::hadamard, "+hadamard", 0},
+                                             {&CodecKind::shape, "+shape", 0}};
 
-constexpr float kLargestFactor = 0x1p32f;
+constexpr float kLargestFactor = 0x1p32f, kLargestShaping = 0x1p16f;
 
 // The row of a value; null for a value that is none of its enum's.
 template <class Table, class T>
@@ -38,14 +40,29 @@ const Row<T>* Find(const Table& table, T value) {
   return row == std::end(table) ? nullptr : row;
 }
 
-// Codes have a scale, i4's one per token, and maybe steps before it; numbers (f16) have neither.
+// Codes have a scale and maybe steps before it; numbers (f16) have neither. A scale of the head is
+// for plain int8.
 bool Exists(const CodecKind& kind) {
   if (Find(kStorages, kind.storage) == nullptr || Find(kScales, kind.scale) == nullptr ||
       kind.rounding != Rounding::kNearest)
     return false;
   if (kind.storage == Storage::kF16) return kind == CodecKind();
-  return kind.scale != Scale::kNone &&
-         !(kind.storage == Storage::kI4 && kind.scale == Scale::kHead);
+  if (kind.scale == Scale::kHead) return kind.storage == Storage::kI8 && !kind.shape;
+  return kind.scale != Scale::kNone;
+}
+
+// head_dim must be a multiple of it.
+std::size_t ChannelStep(Storage storage) {
+  switch (storage) {
+    case Storage::kI6:
+      return 4;
+    case Storage::kI4:
+      return 2;
+    case Storage::kI3:
+      return 8;
+    default:
+      return 1;
+  }
 }
 
 template <class... Args>
@@ -62,6 +79,23 @@ Status CheckVector(std::span<const float> vector, bool wanted, std::size_t head_
   if (bad == vector.end()) return {};
   return Invalid("expected a {} of finite numbers in its range, found {} in channel {}", what, *bad,
                  bad - vector.begin());
+}
+
+Status CheckShaping(std::span<const float> matrix, bool wanted, std::size_t head_dim) {
+  const std::size_t expected = wanted ? head_dim * head_dim : 0;
+  if (matrix.size() != expected)
+    return Invalid("expected a shaping matrix of {} numbers, found {}", expected, matrix.size());
+  for (std::size_t i = 0; i < matrix.size(); ++i) {
+    const std::size_t row = i / head_dim, column = i % head_dim;
+    const float x = matrix[i];
+    const bool valid = column < row ? std::fabs(x) <= kLargestShaping  // no NaN
+                                    : x == (column == row ? 1.0f : 0.0f);
+    if (!valid) {
+      return Invalid("expected a shaping matrix that is unit lower triangular, found {} at {}, {}",
+                     x, row, column);
+    }
+  }
+  return {};
 }
 
 // All names of a table, for an error.
@@ -93,9 +127,13 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
     }
   }
   return Invalid(
-      "codec: expected a storage ({}), but for f16 a scale ({}; i4 has no -head) and, in this "
-      "order, any of {}; found \"{}\"",
+      "codec: expected a storage ({}), but for f16 a scale ({}; -head for i8 without +shape) "
+      "and, in this order, any of {}; found \"{}\"",
       Names(kStorages), Names(kScales), Names(kSteps), name);
+}
+
+bool Fits(const CodecKind& kind, std::size_t head_dim) {
+  return head_dim % ChannelStep(kind.storage) == 0;
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
@@ -115,9 +153,16 @@ std::span<const float> HeadCodec::factor() const {
   return vectors->factor;
 }
 
+std::span<const float> HeadCodec::shaping() const {
+  if (vectors == nullptr) return {};
+  return vectors->shaping;
+}
+
 bool HeadCodec::operator==(const HeadCodec& other) const {
   return kind == other.kind && head_scale == other.head_scale &&
-         std::ranges::equal(mean(), other.mean()) && std::ranges::equal(factor(), other.factor());
+         std::ranges::equal(mean(), other.mean()) &&
+         std::ranges::equal(factor(), other.factor()) &&
+         std::ranges::equal(shaping(), other.shaping());
 }
 
 Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
@@ -126,16 +171,20 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
         "expected a codec that exists, found a storage with a scale or with steps that it cannot "
         "have");
   }
-  if (codec.kind.storage == Storage::kI4 && head_dim % 2 != 0)
-    return Invalid("{}: expected an even head_dim, found {}", ToString(codec.kind), head_dim);
+  if (!Fits(codec.kind, head_dim))
+    return Invalid("{}: expected a head_dim that is a multiple of {}, found {}",
+                   ToString(codec.kind), ChannelStep(codec.kind.storage), head_dim);
   const float scale = codec.head_scale;
   if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale)))
     return Invalid("expected a scale above 0, found {}", scale);
   Status mean = CheckVector(codec.mean(), codec.kind.centre, head_dim, "mean",
                             [](float x) { return std::isfinite(x); });
   if (!mean.ok()) return mean;
-  return CheckVector(codec.factor(), codec.kind.fold, head_dim, "factor",
-                     [](float x) { return x >= 1.0f / kLargestFactor && x <= kLargestFactor; });
+  Status factor =
+      CheckVector(codec.factor(), codec.kind.fold, head_dim, "factor",
+                  [](float x) { return x >= 1.0f / kLargestFactor && x <= kLargestFactor; });
+  if (!factor.ok()) return factor;
+  return CheckShaping(codec.shaping(), codec.kind.shape, head_dim);
 }
 
 }  // namespace kvmix

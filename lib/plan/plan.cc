@@ -47,6 +47,11 @@ Status CheckPlan(const Plan& plan) {
       if (Status s = CheckCodec(plan.codecs[first + i], is_k ? shape.k_dim : shape.v_dim); !s.ok())
         return Error(s.code(), "layer {}, KV head {}, {}: {}", layer, i / 2, is_k ? "K" : "V",
                      s.message());
+      if (!is_k && plan.codecs[first + i].kind.shape)
+        return Error(ErrorCode::kInvalidArgument,
+                     "layer {}, KV head {}, V: expected a codec without +shape, which only K has, "
+                     "found {}",
+                     layer, i / 2, ToString(plan.codecs[first + i].kind));
     }
     first += 2 * shape.kv_heads;
   }
@@ -120,7 +125,9 @@ std::uint64_t Fingerprint(const Plan& plan) {
   }
   number(plan.exact_first);
   for (const HeadCodec& codec : plan.codecs) {
-    const std::string kind = ToString(codec.kind);
+    CodecKind decoded = codec.kind;
+    decoded.shape = false;  // that only the encoder knows
+    const std::string kind = ToString(decoded);
     bytes(kind.data(), kind.size() + 1);  // with the 0 at its end
     floats({&codec.head_scale, 1});
     floats(codec.mean());

@@ -1,12 +1,14 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
 // minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
-// layers that differ and exact_first, 1.3 i4.
+// layers that differ and exact_first, 1.3 i4, 1.4 i6, i3 and shape.
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -16,6 +18,7 @@
 #include "lib/files/file.h"
 #include "lib/files/json_view.h"
 #include "lib/plan/model_json.h"
+#include "lib/plan/shaping_file.h"
 
 namespace kvmix {
 
@@ -28,7 +31,8 @@ namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
-constexpr std::size_t kMinor = 1, kMinorOfLayers = 2, kMinorOfI4 = 3;  // 2: and of exact_first
+constexpr std::size_t kMinor = 1, kMinorOfLayers = 2, kMinorOfI4 = 3,  // 2: and of exact_first
+    kMinorOfShaping = 4;                                                // and of i6 and i3
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -91,19 +95,29 @@ std::string AccuracyText(const Provenance& p) {
 
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
-  if (std::ranges::any_of(
-          plan.codecs, [](const HeadCodec& codec) { return codec.kind.storage == Storage::kI4; }))
-    return kMinorOfI4;
-  return plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
+  std::size_t minor = plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
+  for (const HeadCodec& codec : plan.codecs) {
+    const CodecKind& kind = codec.kind;
+    if (kind.storage == Storage::kI4) minor = std::max(minor, kMinorOfI4);
+    if (kind.storage == Storage::kI6 || kind.storage == Storage::kI3 || kind.shape)
+      minor = std::max(minor, kMinorOfShaping);
+  }
+  return minor;
 }
 
-std::string PlanText(const Plan& plan) {
+std::string ShapingText(const std::string& file, const std::string& hash) {
+  if (file.empty()) return "";
+  return fmt::format("\n  \"shaping\": {{\"file\": {}, \"xxh3\": \"{}\"}},", JsonText(file), hash);
+}
+
+// shaping: a line, or nothing.
+std::string PlanText(const Plan& plan, const std::string& shaping) {
   const Provenance& p = plan.provenance;
   return fmt::format(
       R"({{
   "format": "{}",
   "version": [{}, {}],
-  {},{}
+  {},{}{}
   "bytes_per_token": {},
   "saved_fraction": {},
   "provenance": {{"model": {}, "calibration": {}, "calibration_tokens": {}, "longest_prompt": {}, )"
@@ -116,6 +130,7 @@ std::string PlanText(const Plan& plan) {
 )",
       kFormat, kMajor, MinorOf(plan), ModelText(plan.model),
       plan.exact_first == 0 ? "" : fmt::format("\n  \"exact_first\": {},", plan.exact_first),
+      shaping,
       BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
       p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,
       AccuracyText(p), CodecsText(plan));
@@ -172,6 +187,22 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model) {
   return codecs;
 }
 
+// A file in the plan's own folder.
+std::string Beside(const std::string& plan_path, const std::string& file) {
+  return (std::filesystem::path(plan_path).parent_path() / file).string();
+}
+
+Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* plan) {
+  if (!internal::HasShaping(*plan)) return {};
+  const JsonView shaping = root["shaping"];
+  const std::string file = shaping["file"].Text(), hash = shaping["xxh3"].Text();
+  if (file.empty() || hash.empty()) return {};  // said already
+  if (std::filesystem::path(file).filename().string() != file)
+    return FileError(ErrorCode::kCorrupt, plan_path, "shaping.file", "the name of a file beside it",
+                     internal::Quoted(file));
+  return internal::LoadShaping(Beside(plan_path, file), hash, plan);
+}
+
 Fidelity ReadFidelity(const JsonView& accuracy, const std::string& key) {
   Fidelity fidelity;
   if (!accuracy.has(key)) return fidelity;
@@ -207,7 +238,15 @@ Status SavePlan(const Plan& plan, const std::string& path) {
   if (!IsFinite(plan.provenance.on_calibration) || !IsFinite(plan.provenance.on_holdout)) {
     return FileError(ErrorCode::kInvalidArgument, path, "accuracy", "finite numbers", "NaN or Inf");
   }
-  return internal::WriteFileAtomically(path, PlanText(plan));
+  if (!internal::HasShaping(plan)) return internal::WriteFileAtomically(path, PlanText(plan, ""));
+  const std::string hash = internal::ShapingHash(plan),
+                    file = internal::ShapingFileName(path, hash), matrices = Beside(path, file);
+  std::error_code ignored;
+  const bool had = std::filesystem::exists(matrices, ignored);
+  if (Status s = internal::SaveShaping(plan, matrices); !s.ok()) return s;
+  Status s = internal::WriteFileAtomically(path, PlanText(plan, ShapingText(file, hash)));
+  if (!s.ok() && !had) std::filesystem::remove(matrices, ignored);
+  return s;
 }
 
 Result<Plan> LoadPlan(const std::string& path) {
@@ -223,6 +262,8 @@ Result<Plan> LoadPlan(const std::string& path) {
   plan.codecs = ReadCodecs(root["codecs"], plan.model);
   if (root.has("exact_first")) plan.exact_first = root["exact_first"].Count();
   plan.provenance = ReadProvenance(root);
+  if (!status.ok()) return status;
+  if (Status s = ReadShaping(root, path, &plan); !s.ok()) return s;
   if (!status.ok()) return status;
   if (Status s = CheckPlan(plan); !s.ok())
     return Error(ErrorCode::kCorrupt, "{}: {}", path, s.message());

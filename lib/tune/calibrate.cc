@@ -4,7 +4,8 @@
 #include <cmath>
 #include <utility>
 
-#include "kvmix/quantize.h"
+#include "lib/files/file.h"
+#include "lib/tune/shaping.h"
 
 namespace kvmix::internal {
 namespace {
@@ -14,35 +15,32 @@ constexpr float kLargestRatio = 64.0f;
 
 }  // namespace
 
-HeadCalibration::HeadCalibration(const std::vector<const Dump*>& dumps, std::size_t layer,
-                                 std::size_t kv_head, Tensor tensor) {
-  for (const Dump* dump : dumps) rows_.push_back(dump->head(layer, kv_head, tensor));
-}
-
-template <class Visit>
-void HeadCalibration::ForNumbers(const Visit& visit) const {
-  for (const RowsView& rows : rows_) {
-    for (std::size_t t = 0; t < rows.tokens; ++t) {
-      for (std::size_t c = 0; c < rows.head_dim; ++c) visit(c, rows.At(t, 0, c));
-    }
-  }
+Status CheckCalibrated(const CodecKind& kind) {
+  if (kind.scale != Scale::kHead || !(kind.fold || kind.hadamard)) return {};
+  return Error(ErrorCode::kInvalidArgument,
+               "candidate {}: expected a scale per head without fold and rotation, or a scale per "
+               "token: calibration knows the range of each channel alone",
+               ToString(kind));
 }
 
 std::vector<float> HeadCalibration::Mean() const {
-  std::vector<double> sum(rows_[0].head_dim, 0.0);
-  ForNumbers([&](std::size_t c, float x) { sum[c] += x; });
-  double tokens = 0.0;
-  for (const RowsView& rows : rows_) tokens += static_cast<double>(rows.tokens);
   std::vector<float> mean;
-  for (const double x : sum) mean.push_back(static_cast<float>(x / tokens));
+  for (const double x : statistics_.sum)
+    mean.push_back(static_cast<float>(x / static_cast<double>(statistics_.tokens)));
   return mean;
 }
 
+std::vector<float> HeadCalibration::Range(const std::vector<float>& mean) const {
+  std::vector<float> range;
+  for (std::size_t c = 0; c < statistics_.sum.size(); ++c) {
+    const float middle = mean.empty() ? 0.0f : mean[c];
+    range.push_back(std::max(statistics_.max[c] - middle, middle - statistics_.min[c]));
+  }
+  return range;
+}
+
 std::vector<float> HeadCalibration::Factor(const std::vector<float>& mean) const {
-  std::vector<float> range(rows_[0].head_dim, 0.0f);
-  ForNumbers([&](std::size_t c, float x) {
-    range[c] = std::max(range[c], std::fabs(x - (mean.empty() ? 0.0f : mean[c])));
-  });
+  std::vector<float> range = Range(mean);
   const float largest = *std::ranges::max_element(range);
   if (!(largest > 0.0f)) return std::vector<float>(range.size(), 1.0f);
   double sum_log = 0.0;
@@ -55,22 +53,27 @@ std::vector<float> HeadCalibration::Factor(const std::vector<float>& mean) const
   return range;
 }
 
-std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(bool centre, bool fold) {
-  std::shared_ptr<const CodecVectors>& vectors = vectors_[centre][fold];
-  if (vectors != nullptr || !(centre || fold)) return vectors;
+std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(const CodecKind& kind) {
+  std::shared_ptr<const CodecVectors>& vectors =
+      vectors_[kind.centre][kind.fold][kind.shape ? 1 + kind.hadamard : 0];
+  if (vectors != nullptr || !(kind.centre || kind.fold || kind.shape)) return vectors;
   CodecVectors numbers;
-  if (centre) numbers.mean = fold ? Vectors(true, false)->mean : Mean();
-  if (fold) numbers.factor = Factor(numbers.mean);
+  if (kind.centre) numbers.mean = Mean();
+  if (kind.fold) numbers.factor = Factor(numbers.mean);
+  if (kind.shape) {
+    numbers.shaping = ShapingMatrix(statistics_.query_moment, numbers.factor, kind.hadamard,
+                                    statistics_.sum.size());
+  }
   return vectors = std::make_shared<const CodecVectors>(std::move(numbers));
 }
 
 HeadCodec HeadCalibration::Codec(const CodecKind& kind) {
-  HeadCodec codec{kind, 0.0f, Vectors(kind.centre, kind.fold)};
+  HeadCodec codec{kind, 0.0f, Vectors(kind)};
   if (kind.scale != Scale::kHead) return codec;
-  for (const RowsView& rows : rows_) {
-    codec.head_scale = std::max(codec.head_scale, HeadScale(rows, codec));
-  }
-  if (codec.head_scale == 0.0f) codec.head_scale = 1.0f;  // only zeros: any scale stores them
+  const std::vector<float> mean(codec.mean().begin(), codec.mean().end());
+  // As HeadScale() has it, and 1 where there are only zeros: any scale stores them.
+  const float largest = std::ranges::max(Range(mean));
+  codec.head_scale = largest < 0x1p-100f ? 1.0f : largest / 127.0f;
   return codec;
 }
 

@@ -2,35 +2,41 @@
 #ifndef KVMIX_LIB_TUNE_CALIBRATE_H_
 #define KVMIX_LIB_TUNE_CALIBRATE_H_
 
-#include <cstddef>
 #include <memory>
 #include <vector>
 
 #include "kvmix/codec.h"
-#include "kvmix/dump.h"
+#include "kvmix/status.h"
+#include "kvmix/tune.h"
 
 namespace kvmix::internal {
 
-// One KV head's K or V in all dumps. The codecs that come from it share its vectors.
+// What HeadCalibration can make: a scale per head needs each channel's range alone, which a fold
+// and a rotation mix.
+Status CheckCalibrated(const CodecKind& kind);
+
+// One KV head's K or V. The codecs that come from it share its vectors.
 class HeadCalibration {
  public:
-  HeadCalibration(const std::vector<const Dump*>& dumps, std::size_t layer, std::size_t kv_head,
-                  Tensor tensor);
+  // `statistics` of at least one token must outlive this.
+  explicit HeadCalibration(const HeadStatistics& statistics) : statistics_(statistics) {}
 
   // Mean: of each channel, over all tokens. Factor: the square root of each channel's range,
   // max |x - mean|, over the geometric mean of these roots: large channels get smaller by as much
-  // as small ones get larger. Head scale: the one that covers every token.
+  // as small ones get larger. Head scale: the one that covers every token. Shaping (of K): from the
+  // queries' second moment.
   HeadCodec Codec(const CodecKind& kind);
 
  private:
-  template <class Visit>
-  void ForNumbers(const Visit& visit) const;  // visit(channel, number), token by token
   std::vector<float> Mean() const;
-  std::vector<float> Factor(const std::vector<float>& mean) const;  // empty: not centred
-  std::shared_ptr<const CodecVectors> Vectors(bool centre, bool fold);
+  // Of each channel max |x - mean|; an empty mean is none.
+  std::vector<float> Range(const std::vector<float>& mean) const;
+  std::vector<float> Factor(const std::vector<float>& mean) const;
+  std::shared_ptr<const CodecVectors> Vectors(const CodecKind& kind);
 
-  std::vector<RowsView> rows_;                         // of each dump
-  std::shared_ptr<const CodecVectors> vectors_[2][2];  // [centre][fold]
+  const HeadStatistics& statistics_;
+  // [centre][fold][unshaped, shaped, shaped and rotated]
+  std::shared_ptr<const CodecVectors> vectors_[2][2][3];
 };
 
 }  // namespace kvmix::internal

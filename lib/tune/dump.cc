@@ -1,6 +1,9 @@
 // Dumps: opening, checking, views.
 #include "kvmix/dump.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -473,6 +476,17 @@ Status Dump::CheckFinite(std::size_t layer) const {
                                    kind == kQueries ? "query" : "KV", head, token, channel));
   }
   return {};
+}
+
+std::uint64_t Dump::LayerHash(std::size_t layer) const {
+  KVMIX_CHECK(layer, <, impl_->layers.size());
+  XXH3_state_t hash;
+  XXH3_64bits_reset(&hash);
+  for (const Impl::Stored& tensor : impl_->layers[layer]) {
+    const RowsView& x = tensor.rows;  // without a gap, in either order of its axes
+    XXH3_64bits_update(&hash, x.data, x.tokens * x.heads * x.head_dim * x.element_bytes());
+  }
+  return XXH3_64bits_digest(&hash);
 }
 
 void Dump::Release(std::size_t layer) const {

@@ -1,11 +1,11 @@
 // The errors of every candidate on every head, and of whole plans, through the library's own cache
 // and attention.
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <mutex>
-#include <tuple>
+#include <numeric>
 #include <utility>
 
 #include <fmt/format.h>
@@ -16,6 +16,8 @@
 #include "lib/cache/parallel.h"
 #include "lib/files/file.h"
 #include "lib/tune/calibrate.h"
+#include "lib/tune/layers.h"
+#include "lib/tune/parts.h"
 
 namespace kvmix {
 
@@ -48,83 +50,24 @@ std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
   return errors;
 }
 
-// Calls work(layer, threads for it) for every layer, once its numbers are known to be finite, and
-// returns the first layer's error. Layers run side by side, which costs the least waiting, as long
-// as the outputs that they hold stay small; else one after the other with all threads.
-constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
-
-Status ForLayers(std::size_t first, std::size_t last, const std::vector<const Dump*>& dumps,
-                 const MeasureOptions& options,
-                 const std::function<Status(std::size_t, const MeasureOptions&)>& work) {
-  if (Status s = internal::CheckThreads(options.num_threads); !s.ok()) return s;
-  const std::size_t layers = last - first;
-  std::size_t layer_bytes = 1;  // of an exact and an approximate output
-  for (const Dump* dump : dumps) {
-    for (const LayerShape& shape : dump->model().layers) {
-      layer_bytes = std::max(layer_bytes,
-                             2 * sizeof(float) * dump->tokens() * shape.query_heads * shape.v_dim);
-    }
-  }
-  const std::size_t most = std::max<std::size_t>(1, std::min(kOutputBytes / layer_bytes, layers));
-  const int side_by_side = internal::ThreadsFor(options.num_threads, most);
-  MeasureOptions within = options;
-  if (side_by_side > 1) within.num_threads = 1;
-  std::vector<Status> results(layers);
-  std::mutex progress_mutex;
-  std::size_t done = 0;
-  std::atomic<bool> failed = false;
-  internal::RunParts(layers, side_by_side, 1, [&](std::size_t i) {
-    if (failed) return;
-    for (const Dump* dump : dumps) {
-      if (results[i].ok()) results[i] = dump->CheckFinite(first + i);
-    }
-    if (results[i].ok()) results[i] = work(first + i, within);
-    for (const Dump* dump : dumps) dump->Release(first + i);
-    if (!results[i].ok()) failed = true;
-    const std::lock_guard lock(progress_mutex);
-    if (options.progress) options.progress(++done, layers);
-  });
-  const auto bad = std::ranges::find_if_not(results, &Status::ok);
-  return bad == results.end() ? Status() : *bad;
-}
-
-Status CheckDumps(const std::vector<const Dump*>& dumps) {
-  if (dumps.empty()) return Error(ErrorCode::kInvalidArgument, "measuring needs at least one dump");
-  const Dump& first = *dumps[0];
-  for (const Dump* dump : dumps) {
-    if (!dump->has_q())
-      return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention errors need",
-                   dump->path());
-    if (dump->model() != first.model())
-      return Error(ErrorCode::kMismatch, "{}: {}, but {} has {}", dump->path(),
-                   ToString(dump->model()), first.path(), ToString(first.model()));
-  }
-  return {};
-}
-
-// The entries of one layer, [kv_heads][K, V], candidates calibrated, errors still empty.
-Status StartLayer(const std::vector<const Dump*>& dumps, const CandidateKinds& candidates,
-                  std::size_t layer, std::vector<HeadErrors>* heads) {
-  const Model& model = dumps[0]->model();
+// One dump's entries of one layer, [kv_heads][K, V], attention errors still empty.
+Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
+                                           const std::vector<std::vector<HeadCodec>>& codecs) {
+  const Model& model = dump.model();
   std::size_t queries = 0;
   for (const std::size_t reader : model.readers(layer)) queries += model.layers[reader].group();
-  for (std::size_t i = 0; i < model.layers[layer].kv_heads * 2; ++i) {
+  std::vector<HeadErrors> heads;
+  for (std::size_t i = 0; i < codecs.size(); ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
-    HeadErrors& head = heads->emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
-    internal::HeadCalibration calibration(dumps, layer, i / 2, tensor);
-    for (const CodecKind& kind : tensor == Tensor::kK ? candidates.k : candidates.v) {
-      CandidateError& candidate = head.candidates.emplace_back();
-      candidate.codec = calibration.Codec(kind);
-      candidate.queries.resize(queries);
-      for (const Dump* dump : dumps) {
-        const auto values = EncodingError(dump->head(layer, i / 2, tensor), candidate.codec);
-        if (!values.ok()) return values.status();
-        candidate.values += *values;
-      }
-      head.max_abs = candidate.values.max_abs;
+    HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
+    for (const HeadCodec& codec : codecs[i]) {
+      const auto values = EncodingError(dump.head(layer, i / 2, tensor), codec);
+      if (!values.ok()) return values.status();
+      head.candidates.push_back({codec, std::vector<AttentionError>(queries), *values});
+      head.max_abs = values->max_abs;
     }
   }
-  return {};
+  return heads;
 }
 
 // Adds one dump's attention errors in one reading layer to a layer's entries, after those of
@@ -214,40 +157,43 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
         errors.begin() + static_cast<std::ptrdiff_t>(model.query_heads_before(layer)));
     return s;
   };
-  if (Status s = ForLayers(0, layers, {&dump}, options, measure); !s.ok()) return s;
+  std::vector<std::size_t> all(layers);
+  std::iota(all.begin(), all.end(), std::size_t{0});
+  if (Status s = internal::ForLayers(all, {&dump}, options, measure); !s.ok()) return s;
   return errors;
 }
 
 Result<CandidateKinds> Candidates(const std::string& name) {
   const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
   if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
-  std::vector<CodecKind> k_steps = {{}, {.centre = true}}, v_steps = {{}};
-  const bool i4 = name == "int4";  // `all`, and the same in i4
-  if (name == "all" || i4) {
-    k_steps.insert(k_steps.end(), {{.hadamard = true},
-                                   {.centre = true, .hadamard = true},
-                                   {.centre = true, .fold = true},
-                                   {.centre = true, .fold = true, .hadamard = true}});
-    v_steps.push_back({.hadamard = true});
-  } else if (name != "int8") {
-    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8, all or int4",
-                 name);
-  }
-  const auto with_scales = [&](const std::vector<CodecKind>& steps) {
-    std::vector<CodecKind> kinds = {f16};
-    for (const Storage storage : {Storage::kI8, Storage::kI4}) {
-      if (storage == Storage::kI4 && !i4) continue;
-      for (CodecKind kind : steps) {
-        kind.storage = storage;
-        for (const Scale scale : {Scale::kToken, Scale::kTokenBF16}) {
-          kind.scale = scale;
-          kinds.push_back(kind);
-        }
+  if (name != "int8" && name != "all")
+    return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8 or all", name);
+  CandidateKinds kinds{{f16}, {f16}};
+  const auto add = [](std::vector<CodecKind>* to, Storage storage, std::vector<Scale> scales,
+                      const std::vector<CodecKind>& steps) {
+    for (CodecKind kind : steps) {
+      kind.storage = storage;
+      for (const Scale scale : scales) {
+        kind.scale = scale;
+        to->push_back(kind);
       }
     }
-    return kinds;
   };
-  return CandidateKinds{with_scales(k_steps), with_scales(v_steps)};
+  const std::vector<Scale> both = {Scale::kToken, Scale::kTokenBF16}, bf16 = {Scale::kTokenBF16};
+  add(&kinds.k, Storage::kI8, both, {{}, {.centre = true}});
+  add(&kinds.v, Storage::kI8, both, {{}});
+  if (name == "int8") return kinds;
+  const CodecKind rotated{.hadamard = true}, centred{.centre = true, .hadamard = true},
+      folded{.centre = true, .fold = true, .hadamard = true},
+      shaped{.centre = true, .fold = true, .hadamard = true, .shape = true};
+  add(&kinds.k, Storage::kI8, both,
+      {rotated, centred, {.centre = true, .fold = true}, folded, shaped});
+  add(&kinds.v, Storage::kI8, both, {rotated});
+  for (const Storage storage : {Storage::kI6, Storage::kI4, Storage::kI3}) {
+    add(&kinds.k, storage, bf16, {rotated, centred, folded, shaped});
+    add(&kinds.v, storage, bf16, {rotated});
+  }
+  return kinds;
 }
 
 Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec) {
@@ -259,71 +205,191 @@ Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec) {
   return row_codec->Errors(rows, codes.data(), scales.data());
 }
 
-Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const CandidateKinds& candidates,
-                           std::size_t first_layer, std::size_t last_layer,
-                           const MeasureOptions& options) {
-  if (Status s = CheckDumps(dumps); !s.ok()) return s;
+namespace {
+
+// The same numbers that the calibration saw, in these layers and in those that read them: the dump
+// by the calibration's name for it.
+Result<const DumpId*> Recognize(const Dump& dump, const Calibration& calibration,
+                                const std::vector<std::size_t>& layers,
+                                const MeasureOptions& options) {
+  std::vector<std::size_t> needed;
+  for (const std::size_t layer : layers)
+    std::ranges::copy(dump.model().readers(layer), std::back_inserter(needed));
+  const std::vector<std::string> hashes = internal::LayerHashes(dump, needed, options.num_threads);
+  std::vector<const DumpId*> alike;
+  std::string why = "that was not";
+  for (const DumpId& id : calibration.dumps) {
+    std::size_t same = 0;
+    while (same < needed.size() && id.layers[needed[same]] == hashes[same]) ++same;
+    if (same == needed.size() && id.tokens == dump.tokens()) alike.push_back(&id);
+    if (same < needed.size() && id.name == internal::FileName(dump.path()))
+      why = fmt::format("with other numbers in layer {}", needed[same]);
+  }
+  if (alike.size() > 1) {  // they differ elsewhere
+    const Result<DumpId> whole = Identify(dump, options);
+    if (!whole.ok()) return whole.status();
+    std::erase_if(alike, [&](const DumpId* id) { return id->hash != whole->hash; });
+  }
+  if (!alike.empty()) return alike[0];
+  return Error(ErrorCode::kMismatch, "{}: expected a dump that was calibrated on, {}, found one {}",
+               dump.path(), internal::Names(calibration.dumps), why);
+}
+
+// What the candidates are on a layer, [kv_heads][K, V].
+std::vector<std::vector<HeadCodec>> Codecs(const std::vector<HeadStatistics>& statistics,
+                                           const CandidateKinds& candidates,
+                                           const LayerShape& shape) {
+  std::vector<std::vector<HeadCodec>> codecs;
+  for (const HeadStatistics& head : statistics) {
+    const Tensor t = static_cast<Tensor>(codecs.size() % 2);
+    std::vector<HeadCodec>& of_head = codecs.emplace_back();
+    internal::HeadCalibration calibration(head);
+    for (const CodecKind& kind : internal::KindsFor(candidates, shape, t))
+      of_head.push_back(calibration.Codec(kind));
+  }
+  return codecs;
+}
+
+}  // namespace
+
+Result<Measurement> StartMeasurement(const Calibration& calibration,
+                                     const CandidateKinds& candidates,
+                                     const MeasureOptions& options) {
   if (candidates.k.empty() || candidates.v.empty())
     return Error(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
-  ErrorTable table;
-  table.model = dumps[0]->model();
-  table.exact_first = options.exact_first;
-  table.model_name = dumps[0]->model_name();
-  if (first_layer > last_layer || last_layer > table.model.layers.size())
-    return Error(ErrorCode::kInvalidArgument, "layers {} to {}: {} has layers 0 to {}", first_layer,
-                 last_layer, dumps[0]->path(), table.model.layers.size());
-  for (const Dump* dump : dumps) {
-    table.dumps.push_back(internal::FileName(dump->path()));
-    table.tokens += dump->tokens();
-    table.longest_prompt = std::max(table.longest_prompt, std::ranges::max(dump->prompt_tokens()));
+  for (const std::vector<CodecKind>* kinds : {&candidates.k, &candidates.v}) {
+    for (const CodecKind& kind : *kinds)
+      if (Status s = internal::CheckCalibrated(kind); !s.ok()) return s;
   }
-  std::vector<std::vector<HeadErrors>> layers(last_layer - first_layer);
-  const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
-    if (!table.model.layers[layer].owns_kv()) return Status();
-    std::vector<HeadErrors>& heads = layers[layer - first_layer];
-    Status s = StartLayer(dumps, candidates, layer, &heads);
-    std::size_t first = 0;
-    for (const std::size_t reader : table.model.readers(layer)) {
-      for (const Dump* dump : dumps) {
-        if (s.ok() && reader != layer) s = dump->CheckFinite(reader);
-        if (s.ok()) s = AddAttentionErrors(*dump, reader, first, within, &heads);
-        if (reader != layer) dump->Release(reader);
-      }
-      first += table.model.layers[reader].group();
-    }
-    return s;
+  Measurement m{.model = calibration.model,
+                .dumps = calibration.dumps,
+                .candidates = candidates,
+                .exact_first = options.exact_first};
+  const Wisdom here = ThisMachine(options.target);
+  m.target = here.target;
+  m.library_version = here.version;
+  return m;
+}
+
+Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibration,
+               std::size_t first_layer, std::size_t last_layer, const MeasureOptions& options,
+               Measurement* measurement, const std::function<Status()>& finished) {
+  if (Status s = internal::CheckDumps(dumps); !s.ok()) return s;
+  const Model& model = calibration.model;
+  if (dumps[0]->model() != model)
+    return Error(ErrorCode::kMismatch, "{}: {}, but what was calibrated has {}", dumps[0]->path(),
+                 ToString(dumps[0]->model()), ToString(model));
+  const auto layers = internal::OwnLayers(*dumps[0], first_layer, last_layer);
+  if (!layers.ok()) return layers.status();
+  if (Status s = internal::CheckWhole(calibration.pieces, *layers, calibration.dumps); !s.ok())
+    return Error(s.code(), "the calibration lacks {}", s.message());
+  std::vector<const DumpId*> ids;
+  for (const Dump* dump : dumps) {
+    const auto id = Recognize(*dump, calibration, *layers, options);
+    if (!id.ok()) return id.status();
+    if (const auto twice = std::ranges::find(ids, *id); twice != ids.end())
+      return internal::GivenTwice(*dumps[static_cast<std::size_t>(twice - ids.begin())], *dump);
+    ids.push_back(*id);
+  }
+  const auto is_done = [&](std::size_t layer, const DumpId* id) {
+    const auto piece = measurement->pieces.find(layer);
+    return piece != measurement->pieces.end() && piece->second.contains(id->hash);
   };
-  if (Status s = ForLayers(first_layer, last_layer, dumps, options, measure); !s.ok()) return s;
-  for (std::vector<HeadErrors>& heads : layers)
+  std::vector<std::size_t> left;
+  for (const std::size_t layer : *layers) {
+    const auto known = measurement->statistics.find(layer);
+    if (known != measurement->statistics.end() &&
+        known->second != internal::Sum(calibration.pieces.at(layer)))
+      return internal::OtherCalibration(layer);
+    if (!std::ranges::all_of(ids, [&](const DumpId* id) { return is_done(layer, id); }))
+      left.push_back(layer);
+  }
+  std::mutex mutex;  // of *measurement
+  const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
+    std::vector<HeadStatistics> statistics = internal::Sum(calibration.pieces.at(layer));
+    const auto codecs = Codecs(statistics, measurement->candidates, model.layers[layer]);
+    std::map<std::string, std::vector<HeadErrors>> found;  // by the dump's hash
+    for (std::size_t d = 0; d < dumps.size(); ++d) {
+      Result<std::vector<HeadErrors>> heads = StartLayer(*dumps[d], layer, codecs);
+      if (!heads.ok()) return heads.status();
+      std::size_t first = 0;
+      for (const std::size_t reader : model.readers(layer)) {
+        Status s = reader == layer ? Status() : dumps[d]->CheckFinite(reader);
+        if (s.ok()) s = AddAttentionErrors(*dumps[d], reader, first, within, &*heads);
+        if (reader != layer) dumps[d]->Release(reader);
+        if (!s.ok()) return s;
+        first += model.layers[reader].group();
+      }
+      found.emplace(ids[d]->hash, std::move(*heads));
+    }
+    const std::lock_guard lock(mutex);
+    measurement->statistics[layer] = std::move(statistics);
+    measurement->pieces[layer].merge(found);
+    return finished ? finished() : Status();
+  };
+  MeasureOptions how = options;
+  how.exact_first = measurement->exact_first;
+  return internal::ForLayers(left, dumps, how, measure);
+}
+
+namespace {
+
+// Of the layers that were measured, on all dumps.
+ErrorTable TableOf(const Measurement& m) {
+  ErrorTable table;
+  table.model = m.model;
+  table.exact_first = m.exact_first;
+  table.model_name = m.dumps[0].model_name;
+  for (const DumpId& id : m.dumps) {
+    table.dumps.push_back(id.name);
+    table.tokens += id.tokens;
+    table.longest_prompt = std::max(table.longest_prompt, id.longest_prompt);
+  }
+  std::ranges::sort(table.dumps);
+  for (const auto& [layer, dumps] : m.pieces) {
+    const auto codecs = Codecs(m.statistics.at(layer), m.candidates, m.model.layers[layer]);
+    std::vector<HeadErrors> heads = dumps.begin()->second;
+    for (std::size_t i = 0; i < heads.size(); ++i) {
+      for (std::size_t c = 0; c < codecs[i].size(); ++c) {
+        CandidateError& sum = heads[i].candidates[c];
+        sum.codec = codecs[i][c];
+        for (auto dump = std::next(dumps.begin()); dump != dumps.end(); ++dump) {
+          const HeadErrors& more = dump->second[i];
+          heads[i].max_abs = std::max(heads[i].max_abs, more.max_abs);
+          sum.values += more.candidates[c].values;
+          for (std::size_t q = 0; q < sum.queries.size(); ++q)
+            sum.queries[q] += more.candidates[c].queries[q];
+        }
+      }
+    }
     std::ranges::move(heads, std::back_inserter(table.heads));
+  }
   return table;
 }
 
-Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b) {
-  const auto origin = [](const ErrorTable& t) {
-    return std::vector<std::pair<const char*, std::string>>{
-        {"layers", ToString(t.model)},
-        {"model", t.model_name},
-        {"dumps", fmt::format("{}", fmt::join(t.dumps, ","))},
-        {"exact first tokens", fmt::format("{}", t.exact_first)},
-        {"tokens", fmt::format("{}", t.tokens)},
-        {"longest prompt", fmt::format("{}", t.longest_prompt)}};
-  };
-  const auto of_a = origin(a), of_b = origin(b);
-  for (std::size_t i = 0; i < of_a.size(); ++i) {
-    if (of_a[i] != of_b[i])
-      return Error(ErrorCode::kMismatch, "error tables cannot be merged: {} '{}' against '{}'",
-                   of_a[i].first, of_a[i].second, of_b[i].second);
-  }
-  const auto place = [](const HeadErrors& h) { return std::tuple(h.layer, h.kv_head, h.tensor); };
-  ErrorTable merged = a;
-  merged.heads.clear();
-  std::ranges::merge(a.heads, b.heads, std::back_inserter(merged.heads), {}, place, place);
-  const auto twice = std::ranges::adjacent_find(merged.heads, {}, place);
-  if (twice != merged.heads.end())
-    return Error(ErrorCode::kMismatch, "error tables cannot be merged: layer {} is in both",
-                 twice->layer);
-  return merged;
+}  // namespace
+
+Result<ErrorTable> Table(const Measurement& measurement) {
+  std::vector<std::size_t> own;
+  for (std::size_t layer = 0; layer < measurement.model.layers.size(); ++layer)
+    if (measurement.model.layers[layer].owns_kv()) own.push_back(layer);
+  if (Status s = internal::CheckWhole(measurement.pieces, own, measurement.dumps); !s.ok())
+    return Error(s.code(), "the measurement lacks {}", s.message());
+  return TableOf(measurement);
+}
+
+Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const CandidateKinds& candidates,
+                           std::size_t first_layer, std::size_t last_layer,
+                           const MeasureOptions& options) {
+  MeasureOptions quietly = options;
+  quietly.progress = nullptr;
+  const Result<Calibration> calibration = Calibrate(dumps, first_layer, last_layer, quietly);
+  if (!calibration.ok()) return calibration.status();
+  Result<Measurement> m = StartMeasurement(*calibration, candidates, options);
+  if (!m.ok()) return m.status();
+  if (Status s = Measure(dumps, *calibration, first_layer, last_layer, options, &*m); !s.ok())
+    return s;
+  return TableOf(*m);
 }
 
 }  // namespace kvmix

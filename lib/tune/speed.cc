@@ -118,6 +118,7 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   std::vector<Cache> caches;  // one KV head each, full: of the speeds in `added`
   for (const CodecKind& k_kind : k) {
     for (const CodecKind& v_kind : v) {
+      if (!Fits(k_kind, layer.k_dim) || !Fits(v_kind, layer.v_dim)) continue;
       const HeadCodec kc = CodecFor(k_kind), vc = CodecFor(v_kind);
       HeadSpeed speed{
           ToString(kc.kind), ToString(vc.kind), group, layer.k_dim, layer.v_dim, tokens, 0.0};

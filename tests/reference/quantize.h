@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kvmix/codec.h"
@@ -23,7 +24,7 @@ namespace kvmix::reference {
 
 // Canonical rows of one head.
 struct Coded {
-  std::vector<std::uint8_t> rows;  // [tokens][head_dim] codes, those of i4 two a byte, or halves
+  std::vector<std::uint8_t> rows;  // [tokens] codes, those below i8 in planes, or halves
   std::vector<float> scales;       // [tokens], where the codec stores them
   std::uint64_t clamped = 0;
 };
@@ -53,7 +54,7 @@ inline void Rotate(std::vector<float>& x) {
 
 // y of one row: what is divided by the scale and rounded.
 inline std::vector<float> Stepped(const RowsView& rows, std::size_t token, const HeadCodec& codec) {
-  const bool cut = codec.kind.fold || codec.kind.hadamard;
+  const bool cut = codec.kind.fold || codec.kind.hadamard || codec.kind.shape;
   const float most = cut ? 0x1p64f : std::numeric_limits<float>::max();
   std::vector<float> y(rows.head_dim);
   for (std::size_t c = 0; c < y.size(); ++c) {
@@ -87,36 +88,62 @@ inline float HeadScale(const RowsView& rows, const HeadCodec& codec) {
   return ScaleOf(max, false);
 }
 
-// i4's levels by code: the Lloyd-Max quantizer of a normal distribution has its outermost level at
-// 2.7326, which is 127 here.
-inline constexpr int kI4Levels[16] = {6,    18,  31,  44,  58,  75,  96,  127,
-                                      -127, -96, -75, -58, -44, -31, -18, -6};
+// The storages below i8 as docs/formats.md defines them. The Lloyd-Max quantizers of a normal
+// distribution have their outermost levels at 2.7326 (16) and 2.1520 (8), which are 127 here.
+struct Below8 {
+  int bits;
+  std::vector<int> levels;   // by code
+  std::vector<int> reaches;  // in the order in which they are tried
+};
 
-// The codes and the scale of one row in i4, as docs/formats.md defines them.
-struct I4Row {
+inline Below8 Below8Of(Storage storage) {
+  if (storage == Storage::kI4) {
+    return {4,
+            {6, 18, 31, 44, 58, 75, 96, 127, -127, -96, -75, -58, -44, -31, -18, -6},
+            {16, 15, 14, 13, 12}};
+  }
+  if (storage == Storage::kI3)
+    return {3, {14, 45, 79, 127, -127, -79, -45, -14}, {15, 13, 12, 11, 10}};
+  Below8 i6{6, {}, {31, 34, 38, 43}};
+  for (int code = 0; code < 64; ++code)  // -32 is never written
+    i6.levels.push_back(code < 32 ? code : code == 32 ? 0 : code - 64);
+  return i6;
+}
+
+// The code of z within a reach.
+inline int CodeOf(const Below8& storage, int z, int reach) {
+  const int largest = 1 << (storage.bits - 1);
+  if (storage.bits == 6) {
+    const int level = std::min(31, (std::abs(z) * reach + (1 << 14)) >> 15);
+    return (z < 0 ? -level : level) & 63;
+  }
+  int code = 0;
+  while (code + 1 < largest && std::abs(z) > (storage.levels[code] + storage.levels[code + 1]) *
+                                                 reach * 32767 / (2 * 127 * 16)) {
+    ++code;
+  }
+  return z < 0 ? 2 * largest - 1 - code : code;
+}
+
+struct LevelRow {
   std::vector<int> codes;  // [head_dim]
   float scale = 0.0f;
 };
 
-inline I4Row EncodeI4(const std::vector<float>& y, bool bf16) {
-  I4Row row{std::vector<int>(y.size()), 0.0f};
+inline LevelRow EncodeBelow8(const std::vector<float>& y, const Below8& storage, bool bf16) {
+  LevelRow row{std::vector<int>(y.size()), 0.0f};
   const float absmax = AbsMax(y);
   if (absmax < 0x1p-100f) return row;
-  std::vector<int> z(y.size()), codes(y.size());
-  for (std::size_t c = 0; c < y.size(); ++c)
-    z[c] = static_cast<int>(std::nearbyint(Product(y[c], 32767.0f / absmax)));
+  std::vector<int> codes(y.size());
   double best = -1.0, best_scale = 0.0;
-  for (int reach = 16; reach >= 12; --reach) {
+  for (const int reach : storage.reaches) {
     std::int64_t a = 0, b = 0;
     for (std::size_t c = 0; c < y.size(); ++c) {
-      int code = 0;
-      while (code < 7 &&
-             std::abs(z[c]) > (kI4Levels[code] + kI4Levels[code + 1]) * reach * 32767 / 4064) {
-        ++code;
-      }
-      codes[c] = z[c] < 0 ? 15 - code : code;
-      a += z[c] * kI4Levels[codes[c]];
-      b += kI4Levels[code] * kI4Levels[code];
+      const int z = static_cast<int>(std::nearbyint(Product(y[c], 32767.0f / absmax)));
+      codes[c] = CodeOf(storage, z, reach);
+      const int level = storage.levels[static_cast<std::size_t>(codes[c])];
+      a += z * level;
+      b += level * level;
     }
     const double a_f64 = static_cast<double>(a), b_f64 = static_cast<double>(b);
     const double squared = a_f64 * a_f64, gain = squared / b_f64;
@@ -125,13 +152,65 @@ inline I4Row EncodeI4(const std::vector<float>& y, bool bf16) {
     best_scale = a_f64 / b_f64;
     row.codes = codes;
   }
-  const float unit = absmax / 32767.0f;
-  row.scale = std::min(static_cast<float>(double{unit} * best_scale), 0x1p121f);
+  const float unit = absmax / 32767.0f, most = storage.bits == 6 ? 0x1p123f : 0x1p121f;
+  row.scale = std::min(static_cast<float>(double{unit} * best_scale), most);
   if (bf16) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(row.scale);
     row.scale = std::bit_cast<float>((bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u);
   }
   return row;
+}
+
+// The canonical row: planes of 4 and 2, 4, or 2 and 1 bits; of 8 bits the codes themselves.
+inline std::vector<std::uint8_t> Planes(const std::vector<int>& codes, int bits) {
+  std::vector<std::uint8_t> row;
+  const auto plane = [&](int from, int width) {
+    const std::size_t first = row.size(), of_byte = static_cast<std::size_t>(8 / width);
+    row.resize(first + codes.size() / of_byte);
+    for (std::size_t c = 0; c < codes.size(); ++c) {
+      const int part = codes[c] >> from & ((1 << width) - 1);
+      row[first + c / of_byte] = static_cast<std::uint8_t>(
+          row[first + c / of_byte] | part << (static_cast<int>(c % of_byte) * width));
+    }
+  };
+  if (bits == 8) plane(0, 8);
+  if (bits == 6 || bits == 4) plane(0, 4);
+  if (bits == 6) plane(4, 2);
+  if (bits == 3) plane(0, 2);
+  if (bits == 3) plane(2, 1);
+  return row;
+}
+
+// Code c of such a row.
+inline int CodeAt(const std::uint8_t* row, std::size_t dim, std::size_t c, int bits) {
+  if (bits == 4) return row[c / 2] >> (c % 2 * 4) & 15;
+  if (bits == 6)
+    return (row[c / 2] >> (c % 2 * 4) & 15) | (row[dim / 2 + c / 4] >> (c % 4 * 2) & 3) << 4;
+  return (row[c / 4] >> (c % 4 * 2) & 3) | (row[dim / 4 + c / 8] >> (c % 8) & 1) << 2;
+}
+
+// +shape: the codes of y at a scale, from the last channel to the first. levels: by code.
+inline std::vector<int> Shaped(const std::vector<float>& y, std::span<const float> matrix,
+                               const std::vector<int>& levels, float scale) {
+  const std::size_t dim = y.size();
+  std::vector<float> t = y;
+  std::vector<int> codes(dim);
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (std::size_t k = dim; k-- > 0;) {
+    const int n = static_cast<int>(
+        std::nearbyint(std::clamp(Product(t[k], inverse), -127.0f, 127.0f)));
+    for (std::size_t code = 1; code < levels.size(); ++code) {
+      const int best = levels[static_cast<std::size_t>(codes[k])], level = levels[code];
+      const int far = std::abs(n - level), best_far = std::abs(n - best);
+      if (far < best_far || (far == best_far && std::abs(level) < std::abs(best)))
+        codes[k] = static_cast<int>(code);
+    }
+    const float decoded =
+        Product(scale, static_cast<float>(levels[static_cast<std::size_t>(codes[k])]));
+    const float error = y[k] - decoded;
+    for (std::size_t i = 0; i < k; ++i) t[i] += Product(matrix[k * dim + i], error);
+  }
+  return codes;
 }
 
 inline Coded Encode(const RowsView& rows, const HeadCodec& codec) {
@@ -148,17 +227,29 @@ inline Coded Encode(const RowsView& rows, const HeadCodec& codec) {
       continue;
     }
     const std::vector<float> y = Stepped(rows, t, codec);
-    if (codec.kind.storage == Storage::kI4) {
-      const I4Row row = EncodeI4(y, codec.kind.scale == Scale::kTokenBF16);
+    const auto append = [&](const std::vector<int>& codes, int bits) {
+      const std::vector<std::uint8_t> row = Planes(codes, bits);
+      out.rows.insert(out.rows.end(), row.begin(), row.end());
+    };
+    if (codec.kind.storage != Storage::kI8) {
+      const Below8 storage = Below8Of(codec.kind.storage);
+      LevelRow row = EncodeBelow8(y, storage, codec.kind.scale == Scale::kTokenBF16);
+      if (codec.kind.shape) row.codes = Shaped(y, codec.shaping(), storage.levels, row.scale);
       out.scales.push_back(row.scale);
-      for (std::size_t c = 0; c < y.size(); c += 2)
-        out.rows.push_back(static_cast<std::uint8_t>(row.codes[c] | row.codes[c + 1] << 4));
+      append(row.codes, storage.bits);
       continue;
     }
     float scale = codec.head_scale;
     if (codec.kind.scale != Scale::kHead) {
       scale = ScaleOf(AbsMax(y), codec.kind.scale == Scale::kTokenBF16);
       out.scales.push_back(scale);
+    }
+    if (codec.kind.shape) {
+      std::vector<int> levels(256);
+      for (int code = 0; code < 256; ++code)
+        levels[static_cast<std::size_t>(code)] = static_cast<std::int8_t>(code);
+      append(Shaped(y, codec.shaping(), levels, scale), 8);
+      continue;
     }
     for (const float v : y) {
       float code = 0.0f;
@@ -186,9 +277,12 @@ inline std::vector<float> Decode(const void* rows, const float* scales, std::siz
       const std::size_t at = t * head_dim + c;
       if (codec.kind.storage == Storage::kF16) {
         x[c] = HalfToFloat(static_cast<Half>(bytes[2 * at] | bytes[2 * at + 1] << 8));
-      } else if (codec.kind.storage == Storage::kI4) {
-        const int code = bytes[at / 2] >> (c % 2 == 0 ? 0 : 4) & 0x0F;  // a row is whole bytes
-        x[c] = Product(scales[t], static_cast<float>(kI4Levels[code]));
+      } else if (codec.kind.storage != Storage::kI8) {
+        const Below8 storage = Below8Of(codec.kind.storage);
+        const std::size_t row_bytes = head_dim * static_cast<std::size_t>(storage.bits) / 8;
+        const int code = CodeAt(bytes + t * row_bytes, head_dim, c, storage.bits);
+        const int level = storage.levels[static_cast<std::size_t>(code)];
+        x[c] = Product(scales[t], static_cast<float>(level));
       } else {
         const float scale = scales != nullptr ? scales[t] : codec.head_scale;
         x[c] = Product(scale, static_cast<std::int8_t>(bytes[at]));

@@ -276,6 +276,20 @@ Status AddToDump(Context& c, const Attention& a, std::span<const MirrorRequest> 
   return s;
 }
 
+// Means, folds and queries of short prompts are not those of long ones: RoPE turns slow channels.
+constexpr std::size_t kFarBeyond = 4;  // times the longest prompt of the calibration
+
+void WarnOfLength(std::size_t cells) {
+  const std::optional<Plan>& plan = TheSettings().plan;
+  if (!plan || plan->provenance.longest_prompt == 0) return;
+  const std::size_t longest = plan->provenance.longest_prompt;
+  if (cells <= kFarBeyond * longest) return;
+  SayOnce("length", "warning: a context of " + std::to_string(cells) +
+                        " tokens, but the plan was calibrated on prompts of at most " +
+                        std::to_string(longest) + ": it may be less accurate there. Calibrate on "
+                        "prompts as long as those that are served.");
+}
+
 Status Attend(Context& c, const ggml_tensor* op) {
   const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2), *mask = op->src[3];
   const std::optional<Attention> a = Read(op);
@@ -286,6 +300,7 @@ Status Attend(Context& c, const ggml_tensor* op) {
                     cells = static_cast<std::size_t>(k->ne[1]);
   if (a->max_bias > 0.0f) MakeSlopes(a->shape.query_heads, a->max_bias, &c.slopes);
   const bool is_new = c.seen_mask != mask;  // all layers of a kind have one mask
+  if (is_new) WarnOfLength(cells);
   c.seen_mask = mask;
   c.seen.resize(streams * cells);
   std::vector<MirrorRequest> requests(streams);

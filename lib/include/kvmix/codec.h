@@ -2,11 +2,12 @@
 //
 //   y = R((x - mean) / factor)                                          before it is stored
 //   code = round-to-nearest-even(y / scale), in [-127, 127]             i8
-//   code = the number of the nearest of 16 levels times scale           i4
-//   x' = mean + factor * R(scale * code)                                what codes of i8 stand for
-//   x' = mean + factor * R(scale * level[code])                         and those of i4
+//   code = round-to-nearest(y / scale), in [-31, 31]                    i6
+//   code = the number of the nearest of 16 (8) levels times scale       i4 (i3)
+//   x' = mean + factor * R(scale * code)                                what codes stand for
+//   x' = mean + factor * R(scale * level[code])                         those of i4 and i3
 //
-// f16 stores x itself. The levels of i4, of +-127 at most: kernels/levels.h, docs/formats.md.
+// f16 stores x itself. The levels of i4 and i3, of +-127 at most: kernels/levels.h, docs/formats.md.
 //
 // Each field of a CodecKind is one of these steps, so kinds compose:
 //   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is
@@ -16,6 +17,9 @@
 //   hadamard  R is the Hadamard matrix over sqrt(b), its own inverse, in blocks of b channels, the
 //             largest power of two that divides head_dim; else R is nothing. It spreads outliers
 //             over the channels. K's is applied to q, V's to the output.
+//   shape     K's codes are chosen one channel after the other, so that their errors fall where
+//             queries do not look (kernels/shape-inl.h). Needs a scale per token. Decoding and
+//             attention do not know of it.
 #ifndef KVMIX_CODEC_H_
 #define KVMIX_CODEC_H_
 
@@ -40,7 +44,9 @@ enum class Tensor : std::uint8_t { kK, kV };
 enum class Storage : std::uint8_t {
   kF16,
   kI8,
-  kI4,  // with a scale per token only; head_dim must be even
+  kI6,  // below i8: with a scale per token only; head_dim must be a multiple of 4
+  kI4,  // of 2
+  kI3,  // of 8
 };
 enum class Scale : std::uint8_t {
   kNone,   // f16
@@ -56,16 +62,20 @@ struct CodecKind {
   bool centre = false;
   bool fold = false;
   bool hadamard = false;
+  bool shape = false;
   Rounding rounding = Rounding::kNearest;
 
   bool operator==(const CodecKind&) const = default;
 };
 
-// "f16", "i8-head", "i4-token", "i8-token-bf16+centre+fold+hadamard": the storage, the scale, and
-// the steps that are taken, in this order.
+// "f16", "i8-head", "i4-token", "i8-token-bf16+centre+fold+hadamard+shape": the storage, the scale,
+// and the steps that are taken, in this order.
 KVMIX_API std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
 KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
+
+// head_dim is such that a canonical row is whole bytes.
+KVMIX_API bool Fits(const CodecKind& kind, std::size_t head_dim);
 
 // Bytes that one token of one KV head's K or V takes in the canonical form: codes and stored
 // scales.
@@ -73,8 +83,9 @@ KVMIX_API std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim)
 
 // The numbers of a codec, per channel. Empty where its kind does not ask for them.
 struct CodecVectors {
-  std::vector<float> mean;    // [head_dim]
-  std::vector<float> factor;  // [head_dim], each in [2^-32, 2^32]
+  std::vector<float> mean = {};     // [head_dim]
+  std::vector<float> factor = {};   // [head_dim], each in [2^-32, 2^32]
+  std::vector<float> shaping = {};  // [head_dim][head_dim], unit lower triangular, each in +-2^16
 
   bool operator==(const CodecVectors&) const = default;
 };
@@ -87,6 +98,7 @@ struct HeadCodec {
 
   std::span<const float> mean() const;            // empty if there is none
   std::span<const float> factor() const;          // empty if there is none
+  std::span<const float> shaping() const;         // empty if there is none
   bool operator==(const HeadCodec& other) const;  // by the numbers, not by who shares them
 };
 

@@ -18,6 +18,7 @@
 #define KVMIX_DUMP_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -70,6 +71,8 @@ class KVMIX_API Dump {
 
   // NaN or Inf in this layer's own K, V or Q: an error naming file, tensor, layer, head, token.
   Status CheckFinite(std::size_t layer) const;
+  // XXH3 (64 bits) of this layer's own K, V and Q, one after the other, as they lie in the file.
+  std::uint64_t LayerHash(std::size_t layer) const;
   // Tells the kernel that the pages of this layer's own tensors are not needed for now, so that a
   // long walk over layers keeps little in memory.
   void Release(std::size_t layer) const;

@@ -5,15 +5,15 @@
 //   scale of a row = absmax(y) / 127, f32 division; bf16 scales are then rounded up to bf16
 //   code = round-to-nearest-even(y / scale), f32 division, clamped to [-127, 127]
 //
-// That is i8. i4 tries five scales a row, from absmax(y) / 127 down to 3 / 4 of it, takes the codes
-// whose squared error is the smallest once their scale is the best one for them, and stores that
-// scale; docs/formats.md has every step.
+// That is i8. The storages below try four or five scales a row, take the codes whose squared error
+// is the smallest once their scale is the best one for them, and store that scale. With +shape other
+// codes follow, of the same scale. docs/formats.md has every step.
 //
 // Input is f16, bf16 or f32. The same numbers give the same bytes, whatever type they come in.
 //   NaN          counts as 0, in every storage
 //   infinities   count as +-65504, the largest half, in every storage
-//   huge values  i8 and i4 take any finite number; with a rotation or a fold it is cut at 2^64.
-//                f16 storage cuts at +-65504.
+//   huge values  f16 storage cuts at +-65504. The others take any finite number; with a rotation, a
+//                fold or shaping it is cut at 2^64.
 //   zero rows    have scale 0 and codes 0; so has a row whose |y| all lie below 2^-100
 // Pointers need no alignment beyond their types' own; outputs may not overlap inputs.
 #ifndef KVMIX_QUANTIZE_H_

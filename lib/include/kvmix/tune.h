@@ -1,13 +1,18 @@
-// From dumps to a plan, in three steps:
-//   measure   dumps -> error table of some layers
-//   merge     tables of other layers of the same model and dumps -> one table
-//   choose    table + speeds + budget -> plan
+// From dumps to a plan, in four steps, each of which can be done in parts and elsewhere:
+//   Calibrate   dumps -> statistics of some layers, which the codecs' numbers are made from
+//   Measure     dumps + statistics -> errors of every candidate in some layers
+//   Merge       parts of either kind, of other layers and dumps -> one
+//   Choose      errors + speeds + budget -> plan
+// What comes out does not depend on how the work was split (by layers, by dumps), on the order of
+// parts or dumps, nor on threads: what is known of each dump stays apart up to the end, where sums
+// run over the dumps by their hash. (Instruction sets do round differently.)
 #ifndef KVMIX_TUNE_H_
 #define KVMIX_TUNE_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,6 +50,61 @@ KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer,
 KVMIX_API Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& plan,
                                                           const MeasureOptions& options = {});
 
+// ---- parts of the work
+
+// A dump by what is in it. Hashes are XXH3 (64 bits), as 16 hexadecimal digits.
+struct DumpId {
+  std::string hash = {};  // of the model's name, the prompts' lengths, the shapes and `layers`
+  std::string name = {};  // of its file
+  std::string model_name = {};
+  std::size_t tokens = 0;
+  std::size_t longest_prompt = 0;
+  std::vector<std::string> layers = {};  // of each layer's own K, V and Q, as they lie in the file
+
+  bool operator==(const DumpId&) const = default;
+};
+
+// Reads all of the dump.
+KVMIX_API Result<DumpId> Identify(const Dump& dump, const MeasureOptions& options = {});
+
+// By layer that owns K and V, then by the hash of the dump.
+template <class T>
+using Pieces = std::map<std::size_t, std::map<std::string, T>>;
+
+// ---- calibrate
+
+// What is known of one KV head's K or V over the tokens of some dumps: sums, so that those of other
+// dumps can be added. Every number that codecs have is made from these.
+struct KVMIX_API HeadStatistics {
+  std::uint64_t tokens = 0;
+  std::vector<double> sum;      // [head_dim], over the tokens
+  std::vector<float> min, max;  // [head_dim]
+  // K only: [head_dim][head_dim], the sum of q q^T over the tokens and over the query heads that
+  // read the head, in every layer that does. Symmetric.
+  std::vector<double> query_moment = {};
+
+  // Adds those of other tokens of the same head.
+  HeadStatistics& operator+=(const HeadStatistics& o);
+  bool operator==(const HeadStatistics&) const = default;
+};
+
+struct Calibration {
+  Model model = {};
+  std::vector<DumpId> dumps = {};                   // by hash
+  Pieces<std::vector<HeadStatistics>> pieces = {};  // [kv_heads][K, V]
+};
+
+// Layers [first_layer, last_layer) of dumps of one model, whose shapes must agree, layers side by
+// side. NaN or Inf, a dump without Q and one that is given twice are errors. All of every dump is
+// read, for its hash. Memory: a layer's tensors and statistics.
+KVMIX_API Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps,
+                                        std::size_t first_layer, std::size_t last_layer,
+                                        const MeasureOptions& options = {});
+
+// Associative, and the same in any order. Other shapes are an error, and so is a layer of a dump
+// that is in both.
+KVMIX_API Result<Calibration> Merge(const Calibration& a, const Calibration& b);
+
 // ---- measure
 
 // The codecs that the tuner may choose from.
@@ -54,10 +114,11 @@ struct CandidateKinds {
 // By name:
 //   seed  f16, i8-head, i8-token (the study's)
 //   int8  f16, i8-token, i8-token-bf16; K also centred
-//   all   f16, i8-token, i8-token-bf16; K also centred, rotated, centred and rotated, centred and
-//         folded, and all three; V also rotated. (V is never centred: the V of an attention sink is
-//         near zero, and centring makes its codes large.)
-//   int4  all, and i4 wherever `all` has i8
+//   all   int8; i8 of K also rotated, centred and rotated, centred and folded, all three, and these
+//         shaped; of V also rotated. i6, i4 and i3, with a bf16 scale, rotated; K also centred,
+//         folded and shaped. (V is never centred: the V of an attention sink is near zero, and
+//         centring makes its codes large.)
+// A kind that does not fit the heads' dimension is left out.
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 
 // Errors of the values themselves: rows of one head encoded and decoded again.
@@ -81,7 +142,7 @@ struct HeadErrors {
 struct ErrorTable {
   Model model;
   std::size_t exact_first = 0;     // of the plans that the errors are those of
-  std::vector<std::string> dumps;  // names
+  std::vector<std::string> dumps;  // names, sorted
   std::string model_name;
   std::size_t tokens = 0;
   std::size_t longest_prompt = 0;
@@ -89,17 +150,62 @@ struct ErrorTable {
   std::vector<HeadErrors> heads;
 };
 
-// Scales and means come from all `dumps` together (one model; their shapes must agree), errors are
-// measured on them all, and by the queries of every layer that reads the head. Layers
-// [first_layer, last_layer), side by side. NaN or Inf, or a dump
-// without Q, is an error. Memory: a few times one layer's tensors for every layer in work; layers
-// whose outputs would take more than 1 GiB together wait their turn.
+// What Measure() found out, and where it stands.
+struct Measurement {
+  Model model = {};
+  std::vector<DumpId> dumps = {};  // of the calibration, by hash
+  CandidateKinds candidates = {};
+  std::string candidate_set = {};  // their name, for people
+  std::size_t exact_first = 0;     // of the plans that the errors are those of
+  std::string target = {};         // the instruction set
+  std::string library_version = {};
+  // Of each layer that was measured [kv_heads][K, V], over all dumps: what its codecs are made
+  // from.
+  std::map<std::size_t, std::vector<HeadStatistics>> statistics = {};
+  // [kv_heads][K, V]; of their codecs the kinds alone.
+  Pieces<std::vector<HeadErrors>> pieces = {};
+};
+
+// A measurement of nothing yet.
+KVMIX_API Result<Measurement> StartMeasurement(const Calibration& calibration,
+                                               const CandidateKinds& candidates,
+                                               const MeasureOptions& options = {});
+
+// Measures what `measurement` lacks of these layers of these dumps, by the queries of every layer
+// that reads a head. The calibration must hold every layer of all of its dumps, and know these
+// ones; their numbers must be those that it saw. `finished`, if given, is called whenever a layer
+// was added, by one thread at a time; its error ends the work. Layers run side by side. Memory: a
+// few times one layer's tensors for every layer in work; layers whose outputs would take more than
+// 1 GiB together wait their turn.
+KVMIX_API Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibration,
+                         std::size_t first_layer, std::size_t last_layer,
+                         const MeasureOptions& options, Measurement* measurement,
+                         const std::function<Status()>& finished = {});
+
+// As for calibrations. Other candidates, target, version of the library or calibration are an
+// error.
+KVMIX_API Result<Measurement> Merge(const Measurement& a, const Measurement& b);
+
+// The errors over all dumps, and the codecs that make them. What of the layers and dumps is missing
+// is an error that names it.
+KVMIX_API Result<ErrorTable> Table(const Measurement& measurement);
+
+// Calibration and measuring at once, of these layers alone.
 KVMIX_API Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps,
                                      const CandidateKinds& candidates, std::size_t first_layer,
                                      std::size_t last_layer, const MeasureOptions& options = {});
 
-// Tables over disjoint layers of the same model and dumps; associative. A head in both is an error.
-KVMIX_API Result<ErrorTable> Merge(const ErrorTable& a, const ErrorTable& b);
+// ---- files (docs/formats.md)
+
+enum class PartKind { kCalibration, kMeasurement };
+
+// Save writes `path` whole or leaves it untouched. Load refuses a newer major version, damage and
+// whatever contradicts itself, naming the file.
+KVMIX_API Status SavePart(const Calibration& calibration, const std::string& path);
+KVMIX_API Status SavePart(const Measurement& measurement, const std::string& path);
+KVMIX_API Result<PartKind> KindOfPart(const std::string& path);
+KVMIX_API Result<Calibration> LoadCalibration(const std::string& path);
+KVMIX_API Result<Measurement> LoadMeasurement(const std::string& path);
 
 // ---- choose
 

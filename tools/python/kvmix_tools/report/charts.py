@@ -227,6 +227,52 @@ def pareto(tune):
          ['K and V in fp16', *(point['fp16_tensors'] for point in front)]])
 
 
+def past_half(tune, cache_types):
+    """The front past half of the bytes, and llama.cpp's types beside it."""
+    keys = ('saved_fraction', 'worst_nmse', 'mean_nmse', 'worst_cosine')
+    points = [('kvmix', p['saved_fraction'], *(p['predicted'][key] for key in keys[1:]))
+              for p in tune['front'] if 0.45 <= p['saved_fraction'] <= 0.8]
+    types = [(t['type'], *(t[key] for key in keys)) for t in cache_types['types']]
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.5))
+
+    def label(text, x, y, colour, **style):
+        ax.annotate(text, (x, y), textcoords='offset points', color=colour, **style)
+
+    for series, colour, style, name in ((points, 'series0', {'linewidth': 2}, 'kvmix'),
+                                        (types, 'series1', {'marker': 'D', 'linestyle': ''},
+                                         'llama.cpp')):
+        if series:
+            x, y = zip(*((100 * saved, nmse) for _, saved, nmse, *_ in series))
+            ax.plot(x, y, color=theme.LIGHT[colour], **style)
+            end = np.argmax(x)
+            label(name, x[end], y[end], theme.LIGHT[colour], xytext=(8, 0), weight='bold',
+                  va='center')
+    for name, saved, nmse, *_ in types:
+        label(name, 100 * saved, nmse, theme.LIGHT['series1'], xytext=(-5, 7), ha='center')
+    plan = 100 * tune['saved_fraction'], tune['predicted']['worst_nmse']
+    if 45 <= plan[0] <= 80:
+        ax.plot(*plan, '*', color=theme.LIGHT['series0'], markersize=14)
+        label('the plan', *plan, theme.LIGHT['series0'], xytext=(0, -10), ha='center', va='top')
+    ax.set(yscale='log', xlim=(44, 81), xlabel='KV bytes saved, %',
+           ylabel='NMSE of the worst query head')
+    ax.margins(y=0.15)
+    log_axis(ax.yaxis)
+    ax.grid(True)
+    names, saved, *errors = zip(*points, *types)
+    text = ', '.join(f'{name} {100 * saved:.1f} % at {nmse:.1e}' for name, saved, nmse, *_ in types)
+    return Chart(
+        'past_half', 'Past half of the bytes',
+        'Lower is better. The line: the best plans, as the tuner predicts. The points: llama.cpp’s '
+        'cache types for K and V, rotated and rounded as it does, on '
+        f'{cache_types["dump"]} ({cache_types["tokens"]} tokens).',
+        f'Line chart of {len(points)} plans that save 45 to 80 % of the bytes, against the NMSE of '
+        f'the worst query head, and points for llama.cpp’s cache types: {text}.',
+        figure,
+        [['stored as', *names], column('saved', '{:.2f} %', [100 * x for x in saved]),
+         *(column(title, form, cells) for title, form, cells in zip(
+             ('worst NMSE', 'mean NMSE', 'worst cosine'), ('{:.2e}', '{:.2e}', '{:.6f}'), errors))])
+
+
 def plan_grid(plan):
     cells = plan['cells']
     by_layer = plan['by_layer']['KV heads']
@@ -305,7 +351,10 @@ def draw_all(inputs):
     charts = ((pareto, inputs.tune), (plan_grid, inputs.plan or inputs.tune),
               (attention_per_layer, inputs.attention), (mse_per_layer, inputs.quant),
               (heatmap, inputs.quant if rounded else None), (kernel_speeds, inputs.bench))
-    return [draw(of) for draw, of in charts if of]
+    drawn = [draw(of) for draw, of in charts if of]
+    if inputs.cache_types:
+        drawn.insert(1, past_half(inputs.tune, inputs.cache_types))
+    return drawn
 
 
 def svg(chart):

@@ -1,0 +1,78 @@
+#include "lib/tune/layers.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+
+#include "lib/cache/parallel.h"
+#include "lib/files/file.h"
+
+namespace kvmix::internal {
+namespace {
+
+// Of the outputs that layers side by side hold.
+constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
+
+}  // namespace
+
+Status CheckDumps(const std::vector<const Dump*>& dumps) {
+  if (dumps.empty()) return Error(ErrorCode::kInvalidArgument, "measuring needs at least one dump");
+  const Dump& first = *dumps[0];
+  for (const Dump* dump : dumps) {
+    if (!dump->has_q())
+      return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention errors need",
+                   dump->path());
+    if (dump->model() != first.model())
+      return Error(ErrorCode::kMismatch, "{}: {}, but {} has {}", dump->path(),
+                   ToString(dump->model()), first.path(), ToString(first.model()));
+  }
+  return {};
+}
+
+Result<std::vector<std::size_t>> OwnLayers(const Dump& dump, std::size_t first, std::size_t last) {
+  const std::vector<LayerShape>& shapes = dump.model().layers;
+  if (first > last || last > shapes.size())
+    return Error(ErrorCode::kInvalidArgument, "layers {} to {}: {} has layers 0 to {}", first, last,
+                 dump.path(), shapes.size());
+  std::vector<std::size_t> own;
+  for (std::size_t layer = first; layer < last; ++layer)
+    if (shapes[layer].owns_kv()) own.push_back(layer);
+  return own;
+}
+
+Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const Dump*>& dumps,
+                 const MeasureOptions& options,
+                 const std::function<Status(std::size_t, const MeasureOptions&)>& work) {
+  if (Status s = CheckThreads(options.num_threads); !s.ok()) return s;
+  std::size_t layer_bytes = 1;  // of an exact and an approximate output
+  for (const Dump* dump : dumps) {
+    for (const LayerShape& shape : dump->model().layers) {
+      layer_bytes = std::max(layer_bytes,
+                             2 * sizeof(float) * dump->tokens() * shape.query_heads * shape.v_dim);
+    }
+  }
+  const std::size_t most =
+      std::max<std::size_t>(1, std::min(kOutputBytes / layer_bytes, layers.size()));
+  const int side_by_side = ThreadsFor(options.num_threads, most);
+  MeasureOptions within = options;
+  if (side_by_side > 1) within.num_threads = 1;
+  std::vector<Status> results(layers.size());
+  std::mutex progress_mutex;
+  std::size_t done = 0;
+  std::atomic<bool> failed = false;
+  RunParts(layers.size(), side_by_side, 1, [&](std::size_t i) {
+    if (failed) return;
+    for (const Dump* dump : dumps) {
+      if (results[i].ok()) results[i] = dump->CheckFinite(layers[i]);
+    }
+    if (results[i].ok()) results[i] = work(layers[i], within);
+    for (const Dump* dump : dumps) dump->Release(layers[i]);
+    if (!results[i].ok()) failed = true;
+    const std::lock_guard lock(progress_mutex);
+    if (options.progress) options.progress(++done, layers.size());
+  });
+  const auto bad = std::ranges::find_if_not(results, &Status::ok);
+  return bad == results.end() ? Status() : *bad;
+}
+
+}  // namespace kvmix::internal

@@ -1,0 +1,66 @@
+// Parts of calibrations and measurements: which dump they are of, what they lack, how they add up.
+#ifndef KVMIX_LIB_TUNE_PARTS_H_
+#define KVMIX_LIB_TUNE_PARTS_H_
+
+#include <cstddef>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "kvmix/dump.h"
+#include "kvmix/status.h"
+#include "kvmix/tune.h"
+#include "lib/files/file.h"
+
+namespace kvmix::internal {
+
+// The DumpId::layers of these layers.
+std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
+                                     int num_threads);
+
+std::string Names(const std::vector<DumpId>& dumps);  // "a.safetensors, b.safetensors"
+
+Status GivenTwice(const Dump& first, const Dump& second);
+Status OtherCalibration(std::size_t layer);
+
+// The candidates of a layer's K or V.
+inline const std::vector<CodecKind>& KindsFor(const CandidateKinds& candidates, const LayerShape&,
+                                              Tensor t) {
+  return t == Tensor::kK ? candidates.k : candidates.v;
+}
+
+// Of one layer, [kv_heads][K, V], over the dumps by their hash.
+std::vector<HeadStatistics> Sum(const std::map<std::string, std::vector<HeadStatistics>>& dumps);
+
+// A layer of the dump of this hash.
+using Place = std::pair<std::string, std::size_t>;
+// "layers 3 to 5 and 9 of c4.safetensors, layer 2 of wiki.safetensors"
+std::string PlacesText(std::vector<Place> places, const std::vector<DumpId>& dumps);
+
+// Every dump has a piece in every one of these layers; else an error that lists those that are
+// missing.
+template <class T>
+Status CheckWhole(const Pieces<T>& pieces, const std::vector<std::size_t>& layers,
+                  const std::vector<DumpId>& dumps) {
+  std::vector<Place> missing;
+  for (const std::size_t layer : layers) {
+    const auto of_layer = pieces.find(layer);
+    for (const DumpId& id : dumps) {
+      if (of_layer == pieces.end() || !of_layer->second.contains(id.hash))
+        missing.emplace_back(id.hash, layer);
+    }
+  }
+  if (missing.empty()) return {};
+  return {ErrorCode::kMismatch, PlacesText(std::move(missing), dumps)};
+}
+
+// The same origin for a measurement: what must agree before pieces may come together.
+Status CheckSameOrigin(const Measurement& a, const Measurement& b);
+
+}  // namespace kvmix::internal
+
+#endif  // KVMIX_LIB_TUNE_PARTS_H_

@@ -1,0 +1,56 @@
+// The command line of kvmix-tune, for its short form and for each of its four steps.
+#ifndef KVMIX_TOOLS_TUNE_OPTIONS_H_
+#define KVMIX_TOOLS_TUNE_OPTIONS_H_
+
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+#include "kvmix/dump.h"
+#include "kvmix/tune.h"
+
+namespace kvmix::tools {
+
+struct TuneOptions {
+  std::vector<std::string> dumps;
+  RawFormat raw;
+  std::vector<std::string> parts;  // of `merge`; of `measure` the calibration
+  std::string measurement;         // of `choose`
+  std::string layers;              // "FIRST:LAST"
+  std::string candidates = "all";
+  std::string target;
+  std::size_t exact_first = 0;
+  Constraints constraints;
+  std::optional<double> max_ms;
+  std::string holdout;
+  std::size_t context = 4096;
+  std::string wisdom;
+  int threads = 0;
+  std::string work;  // the file that the short form keeps its measurement in
+  std::string output;
+  bool json = false;
+  bool explain = false;
+
+  // The half-open range that `layers` names; without it, all of the model's.
+  std::pair<std::size_t, std::size_t> LayerRange(const Model& model) const;
+};
+
+inline constexpr const char* kDefaultPlan = "plan.json";
+
+// DUMP, --threads, and what raw folders need.
+void AddDumps(CLI::App* app, TuneOptions* o, const std::string& what);
+void AddLayers(CLI::App* app, TuneOptions* o);
+// --candidates, --exact-first, --target
+void AddMeasuring(CLI::App* app, TuneOptions* o);
+// --budget and all else that the choice depends on, and where the plan goes
+void AddChoosing(CLI::App* app, TuneOptions* o);
+// -o, which must be there
+void AddPartOutput(CLI::App* app, TuneOptions* o, const std::string& what);
+
+}  // namespace kvmix::tools
+
+#endif  // KVMIX_TOOLS_TUNE_OPTIONS_H_
