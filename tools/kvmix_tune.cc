@@ -149,9 +149,9 @@ std::optional<Dump> OpenHoldout(const TuneOptions& o, const Model& expected) {
   return holdout;
 }
 
-// `dumps`: those that were measured, or none.
-TuneReport RunChoose(TuneOptions o, const Measurement& m, const std::vector<Dump>& dumps,
-                     const std::optional<Dump>& holdout) {
+// `table`: what was measured; `dumps`: those that it was measured on, or none.
+TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
+                     const std::vector<Dump>& dumps, const std::optional<Dump>& holdout) {
   const std::vector<const Dump*> calibration = InOrder(dumps, m);
   o.target = m.target;
   TuneReport report;
@@ -160,7 +160,7 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, const std::vector<Dump
   report.constraints = o.constraints;
   report.times_are_kept = !o.wisdom.empty();
   report.explain = o.explain;
-  report.table = Require(Table(m));
+  report.table = std::move(table);
   report.wisdom = Speeds(o, m.model, m.candidates);
   report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
 
@@ -297,8 +297,10 @@ std::function<void()> ChooseStep(CLI::App* app, TuneOptions* o) {
   return [o] {
     CheckChoosing(o);
     const Measurement m = Require(LoadMeasurement(o->measurement));
+    Result<ErrorTable> table = kvmix::Table(m);
+    if (!table.ok()) Refuse("{}: {}", o->measurement, table.status().message());
     const std::optional<Dump> holdout = OpenHoldout(*o, m.model);
-    Finish(RunChoose(*o, m, OpenDumps(o->dumps, o->raw), holdout), *o);
+    Finish(RunChoose(*o, m, std::move(*table), OpenDumps(o->dumps, o->raw), holdout), *o);
   };
 }
 
@@ -327,7 +329,7 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
     const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
     const std::optional<Dump> holdout = OpenHoldout(*o, dumps[0].model());
     const Measurement m = RunMeasure(*o, dumps, RunCalibrate(*o, dumps), o->work);
-    Finish(RunChoose(*o, m, dumps, holdout), *o);
+    Finish(RunChoose(*o, m, Require(kvmix::Table(m)), dumps, holdout), *o);
   };
 }
 

@@ -314,7 +314,7 @@ std::vector<HeadErrors> ReadErrors(const Measurement& m, std::size_t dump, std::
   std::vector<HeadErrors> heads;
   for (std::size_t i = 0; i < numbers.size() && reader->status().ok(); ++i) {
     const Tensor t = static_cast<Tensor>(i % 2);
-    const std::vector<CodecKind>& kinds = internal::KindsFor(m.candidates, shape, t);
+    const std::vector<CodecKind> kinds = internal::KindsFor(m.candidates, shape, t);
     const std::size_t tokens = m.dumps[dump].tokens,
                       queries = numbers[i].attention.size() / 3 / kinds.size();
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, t, 0.0, {}});

@@ -4,7 +4,9 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include <fmt/ranges.h>
@@ -73,6 +75,14 @@ Status GivenTwice(const Dump& first, const Dump& second) {
 
 Status OtherCalibration(std::size_t layer) {
   return Error(ErrorCode::kMismatch, "layer {} was measured with another calibration", layer);
+}
+
+std::vector<CodecKind> KindsFor(const CandidateKinds& candidates, const LayerShape& shape,
+                                Tensor t) {
+  std::vector<CodecKind> kinds;
+  std::ranges::copy_if(t == Tensor::kK ? candidates.k : candidates.v, std::back_inserter(kinds),
+                       [&](const CodecKind& kind) { return Fits(kind, shape.dim(t)); });
+  return kinds;
 }
 
 std::vector<HeadStatistics> Sum(const std::map<std::string, std::vector<HeadStatistics>>& dumps) {

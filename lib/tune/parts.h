@@ -27,11 +27,9 @@ std::string Names(const std::vector<DumpId>& dumps);  // "a.safetensors, b.safet
 Status GivenTwice(const Dump& first, const Dump& second);
 Status OtherCalibration(std::size_t layer);
 
-// The candidates of a layer's K or V.
-inline const std::vector<CodecKind>& KindsFor(const CandidateKinds& candidates, const LayerShape&,
-                                              Tensor t) {
-  return t == Tensor::kK ? candidates.k : candidates.v;
-}
+// The candidates of a layer's K or V: those that fit its dimension.
+std::vector<CodecKind> KindsFor(const CandidateKinds& candidates, const LayerShape& shape,
+                                Tensor t);
 
 // Of one layer, [kv_heads][K, V], over the dumps by their hash.
 std::vector<HeadStatistics> Sum(const std::map<std::string, std::vector<HeadStatistics>>& dumps);

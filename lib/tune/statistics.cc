@@ -67,7 +67,7 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
                    .sum = std::vector(rows.head_dim, 0.0),
                    .min = std::vector(rows.head_dim, kInfinity),
                    .max = std::vector(rows.head_dim, -kInfinity),
-                    .query_moment = {}};
+                   .query_moment = {}};
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t c = 0; c < rows.head_dim; ++c) {
       const float x = rows.At(t, 0, c);
