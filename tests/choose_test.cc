@@ -55,8 +55,9 @@ ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::ui
 // int8 takes half of fp16's time, a tenth more for each stored scale; i4 a little less.
 Wisdom Speeds(const Geometry& g, std::size_t context) {
   const std::vector<std::pair<std::string, double>> codecs = {
-      {"f16", 100.0},          {"i8-head", 50.0},  {"i8-token", 60.0},
-      {"i8-token-bf16", 55.0}, {"i4-token", 48.0}, {"i4-token-bf16", 45.0}};
+      {"f16", 100.0},          {"i8-head", 50.0},      {"i8-token", 60.0},
+      {"i8-token-bf16", 55.0}, {"i4-token", 48.0},     {"i4-token-bf16", 45.0},
+      {"i6-token-bf16", 52.0}, {"i3-token-bf16", 49.0}};
   Wisdom wisdom;
   for (const auto& [k, k_ns] : codecs)
     for (const auto& [v, v_ns] : codecs)
@@ -197,6 +198,37 @@ TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
   EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
   constraints.time_tolerance = 1.0;
   EXPECT_FALSE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
+}
+
+// Wisdom of a CPU that is slow where one of K and V is i4 and the other is not, and heads of which
+// i4 costs each about as much: which ones have it hardly matters to accuracy, and much to time.
+TEST(Choose, SaysWhatIgnoringTimesCosts) {
+  ErrorTable table = RandomTable({8, 2, 8, 64}, "all", 3);
+  std::mt19937 random(3);
+  for (HeadErrors& head : table.heads) {
+    const double factor = 1.0 + static_cast<double>(random() % 100) / 1e4;
+    for (CandidateError& c : head.candidates) {
+      const Storage storage = c.codec.kind.storage;
+      const double nmse = storage == Storage::kF16 ? 0.0 : storage == Storage::kI8 ? 1e-5 : 1e-3;
+      for (AttentionError& e : c.queries) e = {nmse * factor, 1.0, 1.0 - nmse, 1};
+    }
+  }
+  Wisdom wisdom = Speeds(table.model.geometry().value(), kContext);
+  for (HeadSpeed& s : wisdom.speeds)
+    if (s.k_codec.starts_with("i4") != s.v_codec.starts_with("i4")) s.decode_ns *= 1.5;
+  Constraints constraints, timeless;
+  constraints.budget = timeless.budget = 0.6;
+  constraints.worst_tolerance = timeless.worst_tolerance = 2.5;  // K and V both i4, or one
+  timeless.time_tolerance = 1.0;
+  const Choice with = *Choose(table, wisdom, kContext, constraints),
+               without = *Choose(table, wisdom, kContext, timeless);
+  EXPECT_GT(with.decided_by_time, 0u);
+  EXPECT_EQ(with.without_times.decode_ns, without.decode_ns);
+  EXPECT_EQ(with.without_times.predicted.mean_nmse, without.predicted.mean_nmse);
+  EXPECT_EQ(with.without_times.saved_fraction, SavedFraction(without.plan, kContext));
+  EXPECT_LT(with.decode_ns, 0.85 * without.decode_ns);
+  EXPECT_LE(with.predicted.mean_nmse,
+            constraints.time_tolerance * without.predicted.mean_nmse * (1.0 + 1e-12));
 }
 
 // Other times for the same codecs, as of another run or machine.

@@ -99,15 +99,12 @@ class Figures(Tune):
             of_v = [c['codec'] for h in heads if h['tensor'] == 'v' for c in h['candidates']]
             self.assertTrue(of_v and not any('centre' in codec for codec in of_v))
 
-    def test_four_bits_only_where_they_are_named(self):
-        report = json.loads(self.succeed('--budget', '0.7', '--candidates', 'int4', '--json'))
+    def test_past_half_of_the_bytes(self):
+        report = json.loads(self.succeed('--budget', '0.7', '--json'))
         self.assertGreaterEqual(report['saved_fraction'], 0.7)
         self.assertGreater(report['holdout']['worst_cosine'], 0.97)
         four = [h['codec'] for h in report['heads'] if h['codec'].startswith('i4-')]
         self.assertGreater(len(four), 28)
-        report = json.loads(self.succeed('--budget', '0.45', '--json'))
-        self.assertFalse([c for h in report['heads'] for c in h['candidates']
-                          if c['codec'].startswith('i4')])
 
     def test_the_studys_codecs_keep_outliers_in_fp16(self):
         report = json.loads(self.succeed('--budget', '0.45', '--candidates', 'seed', '--json'))
@@ -125,7 +122,7 @@ class Figures(Tune):
         self.assertGreater(tight['saved_fraction'], 0.2)
 
     def test_explain(self):
-        arguments = ('--budget', '0.6', '--candidates', 'int4', '--explain')
+        arguments = ('--budget', '0.6', '--explain')
         report = json.loads(self.succeed(*arguments, '--json'))
         limits = set()
         for head in report['heads']:
@@ -145,7 +142,7 @@ class Figures(Tune):
             self.assertEqual(max(other['nmse']), other['worst_nmse'])
         self.assertEqual(limits, {'none', 'worst', 'sum'})
         text = self.succeed(*arguments, '-o', 'plan')
-        rows = re.findall(r'^ +\d+ +[01]  [KV] +(?:i[48]-\S+|f16) +\d+ .*(?:none|worst|sum)$', text,
+        rows = re.findall(r'^ +\d+ +[01]  [KV] +(?:i[3468]-\S+|f16) .*(?:none|worst|sum)$', text,
                           re.MULTILINE)
         self.assertEqual(len(rows), 112)
         self.assertRegex(text, r"\n  worst   a query head's NMSE would be above w = \S+, 1\.25 x")
@@ -537,7 +534,7 @@ class Refusals(Tune):
     def test_budgets_beyond_the_codecs_say_what_is_possible(self):
         self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates',
                        'seed')
-        self.fail_with(r'budget 0\.8: the most .* 0\.4921', '--budget', '0.8')
+        self.fail_with(r'budget 0\.85: the most .* 0\.80\d\d', '--budget', '0.85')
         # Of a pair of limits the best of each alone.
         self.fail_with(r'budget 0\.45 with cosine 0\.99999: within this budget the worst head '
                        r'reaches 0\.9999\d\d at best, with this cosine 0\.[01]\d* of the bytes',

@@ -152,12 +152,18 @@ std::string TimeNote(const TuneReport& r) {
         "Decode times did not enter the choice: give --wisdom FILE, and they decide within {:.0f} "
         "%.\n",
         100.0 * (Constraints().time_tolerance - 1.0));
-  return fmt::format(
+  const ParetoPoint& without = r.choice.without_times;
+  std::string text = fmt::format(
       "Decode times decided {} of {} tensors{}.\n", r.choice.decided_by_time,
       r.choice.plan.codecs.size(),
       r.times_are_kept
           ? ""
           : ", and another run, timed anew, may choose otherwise: --wisdom FILE keeps them");
+  if (r.choice.decided_by_time > 0)
+    text += fmt::format(
+        "Without them: {:.3f} ms a token, worst NMSE {:.2e}, mean NMSE {:.2e} as predicted.\n",
+        without.decode_ns / 1e6, without.predicted.worst_nmse, without.predicted.mean_nmse);
+  return text;
 }
 
 // A layer of every shape that decode times tell apart.
@@ -269,7 +275,7 @@ std::string ExplainText(const TuneReport& r) {
   }
   std::string text = fmt::format(
       "Why not smaller: bytes per token, and the NMSE of the worst query head that reads the KV "
-      "head\n(steps: c centre, f fold, h hadamard)\n{}"
+      "head\n(steps: c centre, f fold, h hadamard, s shape)\n{}"
       "limit, which the next smaller codec would break:\n"
       "  worst   a query head's NMSE would be above w = {:.2e}, {} x the least possible\n",
       table.Text(), r.choice.worst_limit, r.constraints.worst_tolerance);
@@ -367,6 +373,7 @@ std::string ReportJson(const TuneReport& r) {
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
                {"decode_ns_per_token",
                 {{"plan", r.choice.decode_ns},
+                 {"without_times", r.choice.without_times.decode_ns},
                  {"fp16", r.choice.fp16_decode_ns},
                  {"tensors_decided", r.choice.decided_by_time},
                  {"context", r.context},
