@@ -123,7 +123,8 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
     EXPECT_EQ(*parsed, kind) << Name(kind);
     names.insert(ToString(kind));
   }
-  // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of four.
+  // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of
+  // four.
   EXPECT_EQ(names.size(), 1u + 8u + 2u * 4u * 16u);
   EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
@@ -207,7 +208,8 @@ TEST(CodecKind, BytesPerToken) {
       const std::size_t scale = kind.scale == Scale::kToken       ? 4
                                 : kind.scale == Scale::kTokenBF16 ? 2
                                                                   : 0;
-      EXPECT_EQ(BytesPerToken(kind, dim), dim * Bits(kind.storage) / 8 + scale) << ToString(kind) << ", " << dim;
+      EXPECT_EQ(BytesPerToken(kind, dim), dim * Bits(kind.storage) / 8 + scale)
+          << ToString(kind) << ", " << dim;
     }
   }
 }
@@ -266,7 +268,8 @@ TEST(HeadCodec, RowsBelowEightBitsAreWholeBytes) {
       EXPECT_EQ(status.ok(), dim % step == 0) << name << ", " << dim;
       EXPECT_EQ(Fits(codec.kind, dim), status.ok());
       if (status.ok()) continue;
-      EXPECT_EQ(status.message(), std::string(name) + ": expected a head_dim that is a multiple of " +
+      EXPECT_EQ(status.message(), std::string(name) +
+                                      ": expected a head_dim that is a multiple of " +
                                       std::to_string(step) + ", found " + std::to_string(dim));
     }
   }
