@@ -524,7 +524,8 @@ TEST(RaiseToTruth, RaisesTheHeadsThatAreWorseThanPredicted) {
   const Geometry g{3, 2, 4, 16};
   const ErrorTable table = RandomTable(g, "int8", 5);
   const Wisdom wisdom = Speeds(g, 100);
-  const Constraints constraints{.budget = 0.4};
+  Constraints constraints;
+  constraints.budget = 0.4;
   const Choice choice = Choose(table, wisdom, 100, constraints).value();
   std::vector<AttentionError> truth;
   const auto nmse = [&](const ErrorTable& t, std::size_t i, std::size_t q) {
