@@ -211,7 +211,10 @@ TEST(Choose, SaysWhatIgnoringTimesCosts) {
     const double factor = 1.0 + static_cast<double>(random() % 100) / 1e4;
     for (CandidateError& c : head.candidates) {
       const Storage storage = c.codec.kind.storage;
-      const double nmse = storage == Storage::kF16 ? 0.0 : storage == Storage::kI8 ? 1e-5 : 1e-3;
+      const double nmse = storage == Storage::kF16  ? 0.0
+                          : storage == Storage::kI8 ? 1e-5
+                          : storage == Storage::kI4 ? 1e-3
+                                                    : 1.0;  // out of the question
       for (AttentionError& e : c.queries) e = {nmse * factor, 1.0, 1.0 - nmse, 1};
     }
   }

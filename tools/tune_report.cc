@@ -220,14 +220,14 @@ std::string SpeedText(const TuneReport& r) {
     if (!r.table.model.geometry())
       what += fmt::format(" x {}/{}, {} queries, {} tokens", layer.k_dim, layer.v_dim,
                           layer.group(), layer.seen(r.context));
-    Table table(fmt::format("{}\tV {}", what, fmt::join(names[1], "\tV ")), 1);
+    Table table(fmt::format("\t{}", fmt::join(names[1], "\t")), 1);
     for (const std::string& k : names[0]) {
       std::vector<double> row;
       for (const std::string& v : names[1])
         row.push_back(r.wisdom.Find(k, v, layer, r.context)->decode_ns / 1e6);
-      table.Add("K {}\t{:.4f}", k, fmt::join(row, "\t"));
+      table.Add("{}\t{:.4f}", k, fmt::join(row, "\t"));
     }
-    text += table.Text();
+    text += fmt::format("  {}, K down, V across\n{}", what, table.Text());
   }
   return text + TimeNote(r);
 }
