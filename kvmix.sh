@@ -9,6 +9,7 @@
 # ./kvmix.sh fuzz     feeds damaged files to the readers for two minutes
 # ./kvmix.sh check    lint, then all tests with clang, with sanitizers and with gcc: what CI runs
 # ./kvmix.sh llama    runs llama.cpp with kvmix inside: fetches and builds it, tunes, measures
+# ./kvmix.sh slurm    tunes the sample on a Slurm cluster of this machine alone; a task is killed
 # ./kvmix.sh graphs   compares graphs of llama.cpp through the plug-in with ggml's own results
 # KVMIX_BUILD names another build folder, CXX another compiler for a new one.
 set -euo pipefail
@@ -73,6 +74,6 @@ shift || true
 case $command in
   demo) demo "$@" ;;
   test) run_tests "$@" ;;
-  lint | tidy | fuzz | check | llama | graphs) "$command" ;;
-  *) sed -n '2,14s/^# //p' "$0"; exit 2 ;;
+  lint | tidy | fuzz | check | llama | slurm | graphs) "$command" ;;
+  *) sed -n '2,15s/^# //p' "$0"; exit 2 ;;
 esac

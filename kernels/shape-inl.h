@@ -1,8 +1,8 @@
 // Per target: the step +shape, codes whose errors fall where queries do not look.
 //
 // With e = y - decoded(y), a query q' as the kernel sees it (folded, rotated) misses its score by
-// q' . e, whose mean square is e^T H e, H the mean of q' q'^T. Factored as H = L D L^T, L unit lower
-// triangular, D diagonal and positive,
+// q' . e, whose mean square is e^T H e, H the mean of q' q'^T. Factored as H = L D L^T, L unit
+// lower triangular, D diagonal and positive,
 //
 //   e^T H e = sum over k of D[k] * (e[k] + sum over i > k of L[i][k] * e[i])^2
 //

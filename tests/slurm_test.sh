@@ -4,7 +4,7 @@
 # same command again gives, byte for byte, the plan of the short form. Skipped (exit code 77) where
 # there is no Slurm: on Debian, the packages slurm-wlm and munge.
 set -euo pipefail
-script=$1 program=$2 sample=$3
+script=$(realpath "$1") program=$(realpath "$2") sample=$(realpath "$3")
 for needed in munged slurmctld slurmd sbatch; do
   PATH=$PATH:/usr/sbin command -v $needed >/dev/null || {
     printf 'slurm_test: SKIPPED, there is no %s here (Debian: slurm-wlm, munge)\n' $needed >&2

@@ -11,6 +11,8 @@ import sys
 import tempfile
 import unittest
 
+import numpy as np
+
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 TUNE = pathlib.Path(sys.argv.pop()).resolve()
 
@@ -22,7 +24,7 @@ from kvmix_tools.dump import header  # noqa: E402
 # sets round differently, and between codecs that are about equally accurate that decides: the
 # holdout's worst cosine moves by less than this, where losing an outlier head costs ten times as
 # much.
-HOLDOUT_WORST_COSINE = {'all': (0.99985, 0.0001), 'int8': (0.99927, 0.0003),
+HOLDOUT_WORST_COSINE = {'all': (0.99993, 0.00005), 'int8': (0.99927, 0.0003),
                         'seed': (0.99927, 0.0003)}
 OUTLIERS = {(0, 0), (0, 1), (1, 0), (7, 1), (15, 1)}  # (layer, KV head) of K
 
@@ -53,7 +55,7 @@ class Tune(unittest.TestCase):
         self.assertNotEqual(done.returncode, 0, done.stdout)
         self.assertEqual(done.stdout, '')
         self.assertEqual(done.stderr.count('\n'), 1, done.stderr)
-        self.assertRegex(done.stderr, r'\Akvmix-tune: error: .*' + pattern)
+        self.assertRegex(done.stderr, r'\Akvmix-tune( \w+)?: error: .*' + pattern)
         self.assertEqual(sorted(self.folder.iterdir()), before)
 
 
@@ -87,7 +89,7 @@ class Figures(Tune):
         self.assertEqual(saved[-1], 0)  # fp16
 
     def test_candidates(self):
-        for candidates, steps in (('int8', {'centre'}), ('all', {'centre', 'fold', 'hadamard'})):
+        for candidates, steps in (('int8', {'centre'}), ('all', {'centre', 'fold', 'hadamard', 'shape'})):
             report = json.loads(self.succeed('--budget', '0.45', '--candidates', candidates,
                                              '--json'))
             self.assertGreaterEqual(report['saved_fraction'], 0.45)
@@ -120,7 +122,7 @@ class Figures(Tune):
         self.assertGreater(tight['saved_fraction'], 0.2)
 
     def test_explain(self):
-        arguments = ('--budget', '0.6', '--explain')
+        arguments = ('--budget', '0.78', '--explain')
         report = json.loads(self.succeed(*arguments, '--json'))
         limits = set()
         for head in report['heads']:
@@ -184,8 +186,9 @@ class Files(Tune):
         self.assertIn('plan written to mine.json\n', text)
         self.assertIn('% saved', text)
         self.assertRegex(text, r'\n +codec +K heads +V heads\n')
-        self.assertRegex(text, r'\n  F  f16 +\d+ +\d+\n  a  i8-token\S* +\d+ +\d+\n')
-        self.assertEqual([p.name for p in self.folder.iterdir()], ['mine.json'])
+        self.assertRegex(text, r'\n  F  f16 +\d+ +\d+\n  a  i\d-token\S* +\d+ +\d+\n')
+        matrices = json.loads((self.folder / 'mine.json').read_text())['shaping']['file']
+        self.assertEqual({p.name for p in self.folder.iterdir()}, {'mine.json', matrices})
         self.plan_fits(self.folder / 'mine.json')
         text = self.succeed('--budget', '0.45', '-o', 'mine.json', '--json')
         self.assertIsInstance(json.loads(text), dict)  # named: replaced, and JSON as well
@@ -259,7 +262,7 @@ class UnlikeLayers(Tune):
         text = self.succeed('dump', '--budget', '0.4', '--context', '1024', '-o', 'plan')
         plan = json.loads((self.folder / 'plan').read_text())
         self.assertEqual((plan['version'], len(plan['layers']), plan['layers'][6]),
-                         ([1, 2], 8, None))
+                         ([1, 4], 8, None))
         self.assertEqual(plan['layers'][7]['kv_layer'], 5)
         self.assertEqual([len(layer or ()) for layer in plan['codecs']],
                          [2, 2, 2, 2, 2, 1, 0, 0])
@@ -297,6 +300,237 @@ class UnlikeLayers(Tune):
         self.assertEqual(size[1], ['fp16', '736', '0.0000', f'{6 + 40960 / 2**20:.2f}'])
 
 
+class Steps(Tune):
+    """calibrate, measure, merge, choose: the short form's plan byte for byte, whatever the split;
+    what is missing, doubled, foreign or damaged is named, and nothing is written."""
+    LAYERS = 6
+
+    def setUp(self):
+        super().setUp()
+        self.dumps = [self.write_dump('x', 40, 1), self.write_dump('y', 25, 2),
+                      self.write_dump('z', 3, 3)]
+
+    def write_dump(self, name, tokens, seed, layers=LAYERS):
+        normal, shapes = random.Random(seed), {}
+        for layer in range(layers):
+            for kind in 'kqv':
+                shapes[f'layers.{layer}.{kind}'] = tokens, 4 if kind == 'q' else 2, 16
+        count = sum(t * h * d for t, h, d in shapes.values())
+        data = struct.pack(f'<{count}e', *(normal.gauss(0, 1) for _ in range(count)))
+        (self.folder / name).write_bytes(header(shapes, {'model': 'm'}) + data)
+        return name
+
+    def part(self, name, step, *arguments):
+        self.succeed(step, *arguments, '-o', name)
+        return name
+
+    def calibration(self, *dumps):
+        return self.part('calibration', 'calibrate', *dumps)
+
+    def contents(self, *names):
+        return [(self.folder / name).read_bytes() for name in names]
+
+    def test_the_plan_of_the_short_form_byte_for_byte(self):
+        aim = ('--budget', '0.6', '--holdout', self.dumps[0])
+        (self.folder / 'short').mkdir()
+        self.succeed(*self.dumps, *aim, '-o', 'short/plan', '--work', 'work')
+        x, y, z = self.dumps
+        parts = [self.part('c0', 'calibrate', x, z, '--layers', '0:4'),
+                 self.part('c1', 'calibrate', x, '--layers', '4:6', '--threads', '1'),
+                 self.part('c2', 'calibrate', z, '--layers', '4:6'),
+                 self.part('c3', 'calibrate', y)]
+        self.part('c', 'merge', parts[2], parts[0], parts[3], parts[1])
+        parts = [self.part('m0', 'measure', y, x, '--calibration', 'c', '--layers', '1:6'),
+                 self.part('m1', 'measure', x, y, '--layers', '0:1', '--calibration', *parts),
+                 self.part('m2', 'measure', z, '--calibration', 'c', '--threads', '1')]
+        self.part('m', 'merge', parts[1], parts[2], parts[0])
+        self.assertEqual(*self.contents('m', 'work'))
+        (self.folder / 'four').mkdir()
+        self.succeed('choose', 'm', z, x, y, *aim, '-o', 'four/plan')
+        self.assertEqual(*self.contents('short/plan', 'four/plan'))
+        # Without dumps the same codecs, and another budget needs nothing but the file.
+        for name in self.dumps:
+            (self.folder / name).unlink()
+        plan = json.loads((self.folder / 'four' / 'plan').read_text())
+        text = self.succeed('choose', 'm', '--budget', '0.6', '-o', 'dumpless')
+        self.assertNotIn('calibration, 68 tokens', text)
+        self.assertEqual(json.loads((self.folder / 'dumpless').read_text())['codecs'],
+                         plan['codecs'])
+        report = json.loads(self.succeed('choose', 'm', '--min-cosine', '0.99999', '--json'))
+        self.assertGreaterEqual(report['predicted']['worst_cosine'], 0.99999)
+        self.assertIsNone(report['calibration'])
+        self.assertLess(report['saved_fraction'], plan['saved_fraction'])
+
+    def test_measuring_goes_on_where_it_stopped(self):
+        x = self.dumps[0]
+        c = self.calibration(x)
+        whole = self.contents(self.part('whole', 'measure', x, '--calibration', c))
+        self.part('part', 'measure', x, '--calibration', c, '--layers', '2:4')
+        text = self.succeed('measure', x, '--calibration', c, '--layers', '0:4', '-o', 'part')
+        self.assertEqual(text, 'part\n  holds layers 0 to 3 of x\n  lacks layers 4 to 5 of x\n')
+        for _ in range(2):  # the second time there is nothing left to do
+            self.part('part', 'measure', x, '--calibration', c)
+            self.assertEqual(self.contents('part'), whole)
+        before = self.contents('part')
+        self.fail_with('part: parts cannot be merged: candidates of K: expected .*, found .*; '
+                       'name another file', 'measure', x, '--calibration', c, '--candidates',
+                       'int8', '-o', 'part')
+        self.part('other', 'calibrate', *self.dumps)
+        self.fail_with('part: .*calibration dumps: expected .*, found x ', 'measure', x,
+                       '--calibration', 'other', '-o', 'part')
+        self.fail_with('x: metadata kvmix: expected .*, found none', 'measure', x, '--calibration',
+                       c, '-o', x)
+        self.assertEqual(self.contents('part'), before)
+
+    def test_what_is_missing_or_doubled_is_named(self):
+        x, y, _ = self.dumps
+        self.part('c0', 'calibrate', x, y, '--layers', '0:4')
+        text = self.succeed('merge', 'c0', '-o', 'c')
+        for name in (x, y):
+            self.assertRegex(text, f'holds .*layers 0 to 3 of {name}')
+            self.assertRegex(text, f'lacks .*layers 4 to 5 of {name}')
+        self.fail_with('lacks .*layers 4 to 5 of x', 'measure', x, '--calibration', 'c', '-o', 'm')
+        self.part('c1', 'calibrate', x, y, '--layers', '3:6')
+        self.fail_with('c1: parts cannot be merged: both have .*layer 3 of y', 'merge', 'c0', 'c1',
+                       '-o', 'twice')
+        self.fail_with('same dump as x', 'calibrate', x, x, '-o', 'twice')
+        self.part('c1', 'calibrate', x, y, '--layers', '4:6')
+        self.part('c', 'merge', 'c0', 'c1')
+        self.part('m0', 'measure', x, '--calibration', 'c')
+        self.part('m1', 'measure', y, '--calibration', 'c', '--layers', '1:6')
+        self.fail_with('m0: the measurement lacks layers 0 to 5 of y', 'choose', 'm0', '--budget',
+                       '0.4')
+        self.part('m', 'merge', 'm0', 'm1')
+        self.fail_with('m: the measurement lacks layer 0 of y', 'choose', 'm', '--budget', '0.4')
+        self.fail_with('m1: parts cannot be merged: both have layers 1 to 5 of y', 'merge', 'm1',
+                       'm1', '-o', 'twice')
+        self.part('m2', 'measure', y, '--calibration', 'c', '--layers', '0:1')
+        self.part('m', 'merge', 'm', 'm2')
+        self.fail_with('expected every dump that was measured, x, y, or none, found 1 of 2',
+                       'choose', 'm', x, '--budget', '0.4')
+        self.fail_with('z: expected one of the dumps that were measured, x, y', 'choose', 'm', 'z',
+                       '--budget', '0.4')
+
+    def test_what_does_not_belong_together_is_refused(self):
+        x, y, _ = self.dumps
+        self.part('cx', 'calibrate', x)
+        self.part('cy', 'calibrate', y)
+        self.part('mx', 'measure', x, '--calibration', 'cx')
+        self.part('my', 'measure', y, '--calibration', 'cy')
+        self.fail_with('my: .*calibration dumps: expected x .*, found y ', 'merge', 'mx', 'my',
+                       '-o', 'm')
+        self.fail_with('y: expected a dump that was calibrated on, x, found one that was not',
+                       'measure', y, '--calibration', 'cx', '-o', 'm')
+        self.fail_with('mx: format: expected "kvmix-calibration", found "kvmix-measurement"',
+                       'merge', 'cx', 'mx', '-o', 'm')
+        self.fail_with('cx: format: expected "kvmix-measurement"', 'choose', 'cx', '--budget',
+                       '0.4')
+        self.part('small', 'measure', x, '--calibration', 'cx', '--layers', '0:1', '--candidates',
+                  'int8')
+        self.part('rest', 'measure', x, '--calibration', 'cx', '--layers', '1:6')
+        self.fail_with('rest: .*candidates of K: expected', 'merge', 'small', 'rest', '-o', 'm')
+        self.write_dump('other', 40, 1, layers=2)
+        self.part('co', 'calibrate', 'other')
+        self.fail_with('co: .*layers: expected 6 layers .*, found 2 layers', 'merge', 'cx', 'co',
+                       '-o', 'm')
+        self.fail_with('other: 2 layers .* calibrated has 6 layers', 'measure', 'other',
+                       '--calibration', 'cx', '-o', 'm')
+        # One number of the dump changed since it was calibrated.
+        data = bytearray((self.folder / x).read_bytes())
+        data[-9] ^= 1
+        (self.folder / x).write_bytes(data)
+        self.fail_with('x: expected a dump that was calibrated on, x, found one with other numbers '
+                       'in layer 5', 'measure', x, '--calibration', 'cx', '-o', 'm')
+
+    def test_damaged_parts(self):
+        c = self.calibration(self.dumps[0])
+        self.part('m', 'measure', self.dumps[0], '--calibration', c)
+        good = self.contents('m')[0]
+        for damaged in (good[:-1], good[:len(good) // 2], good[:5], b'', good + b'x',
+                        good[:-3000] + bytes([good[-3000] ^ 1]) + good[-2999:],
+                        good.replace(b'i8-token', b'i6-token', 1)):
+            (self.folder / 'm').write_bytes(damaged)
+            self.fail_with('m: .*expected', 'choose', 'm', '--budget', '0.4')
+            self.fail_with('m: .*expected', 'merge', 'm', '-o', 'n')
+            self.fail_with('m: .*expected', 'measure', self.dumps[0], '--calibration', c, '-o', 'm')
+        newer = good.replace(rb'\"version\":[1,0]', rb'\"version\":[2,0]', 1)
+        self.assertNotEqual(newer, good)
+        (self.folder / 'm').write_bytes(newer)
+        self.fail_with('m: version: expected major version 1, found 2', 'choose', 'm', '--budget',
+                       '0.4')
+
+    def test_numpy_reads_them_as_documented(self):
+        x, y, _ = self.dumps
+        self.part('m', 'measure', x, y, '--calibration', self.calibration(x, y))
+
+        def tensors(name):
+            data = self.contents(name)[0]
+            length = struct.unpack_from('<Q', data)[0]
+            head, buffer = json.loads(data[8:8 + length]), data[8 + length:]
+            metadata = head.pop('__metadata__')
+            dtypes = {'F64': '<f8', 'F16': '<f2', 'U64': '<u8'}
+            return metadata, {
+                key: np.frombuffer(buffer[slice(*t['data_offsets'])],
+                                   dtypes[t['dtype']]).reshape(t['shape'])
+                for key, t in head.items()}
+        metadata, numbers = tensors('calibration')
+        about = json.loads(metadata['kvmix'])
+        order = [dump['name'] for dump in about['dumps']]
+        self.assertEqual(sorted(order), [x, y])
+        self.assertEqual([dump['pieces'] for dump in about['dumps']], [list(range(6))] * 2)
+        of_x = tensors(x)[1]
+        q, k, v = (of_x[f'layers.2.{kind}'].astype(float) for kind in 'qkv')
+        prefix = f'dumps.{order.index(x)}.layers.2'
+        for kind, rows in (('k', k), ('v', v)):
+            np.testing.assert_allclose(numbers[f'{prefix}.{kind}.sum'], rows.sum(0))
+            np.testing.assert_array_equal(numbers[f'{prefix}.{kind}.min'], rows.min(0))
+            np.testing.assert_array_equal(numbers[f'{prefix}.{kind}.max'], rows.max(0))
+        q = q.reshape(40, 2, 2, 16)  # tokens, KV heads, group, head_dim
+        np.testing.assert_allclose(numbers[f'{prefix}.k.query_moment'],
+                                   np.einsum('thgi,thgj->hij', q, q))
+        metadata, numbers = tensors('m')
+        candidates = json.loads(metadata['kvmix'])['candidates']
+        self.assertEqual(candidates['name'], 'all')
+        errors = numbers[f'{prefix}.k.attention']
+        self.assertEqual(errors.shape, (2, len(candidates['k']), 2, 3))
+        exact = candidates['k'].index('f16')
+        self.assertEqual(np.abs(errors[:, exact, :, 0]).max(), 0)
+        np.testing.assert_array_equal(errors[:, exact, :, 2], 40)  # cosines of 1, a token each
+        values = numbers[f'{prefix}.v.values']
+        self.assertEqual(values.shape, (2, len(candidates['v']), 3))
+        np.testing.assert_array_equal(values[:, 0, 2], np.abs(v).max((0, 2)))
+
+    def test_one_token_and_a_head_of_zeros(self):
+        shapes = {f'layers.0.{kind}': (1, 1, 16) for kind in 'kqv'}
+        (self.folder / 'one').write_bytes(header(shapes, {'kv_heads': '1'}) + bytes(3 * 32))
+        self.part('m', 'measure', 'one', '--calibration', self.calibration('one'))
+        self.succeed('choose', 'm', 'one', '--budget', '0.4', '-o', 'plan')
+        self.assertGreaterEqual(json.loads((self.folder / 'plan').read_text())['saved_fraction'],
+                                0.4)
+
+    def test_a_dump_may_be_called_as_a_step_is(self):
+        (self.folder / 'merge').write_bytes((self.folder / self.dumps[0]).read_bytes())
+        self.succeed('./merge', '--budget', '0.4', '-o', 'plan')
+        plan = json.loads((self.folder / 'plan').read_text())
+        self.assertEqual(plan['provenance']['calibration'], 'merge')
+
+    def test_arguments(self):
+        x = self.dumps[0]
+        for text in ('1', ':', '0-3', '0:x', '-1:3', ':2', '0:3:4'):
+            self.fail_with(f"--layers: expected FIRST:LAST, .* found '{text}'", 'calibrate', x,
+                           f'--layers={text}', '-o', 'c')
+        self.fail_with('layers 0 to 7: x has layers 0 to 6', 'calibrate', x, '--layers', '0:7',
+                       '-o', 'c')
+        self.fail_with('--output is required', 'calibrate', x)
+        self.fail_with('--calibration is required', 'measure', x, '-o', 'm')
+        self.fail_with('PART is required', 'merge', '-o', 'm')
+        self.fail_with('FILE is required', 'choose', '--budget', '0.4')
+        self.fail_with('give --budget', 'choose', 'm', '-o', 'plan')
+        self.fail_with('none: expected a readable file', 'choose', 'none', '--budget', '0.4')
+        c = self.calibration(x)
+        self.fail_with('AVX9', 'measure', x, '--calibration', c, '--target', 'AVX9', '-o', 'm')
+
+
 class Refusals(Tune):
     def test_budgets_beyond_the_codecs_say_what_is_possible(self):
         self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates',
@@ -304,10 +538,10 @@ class Refusals(Tune):
         self.fail_with(r'budget 0\.85: the most .* 0\.80\d\d', '--budget', '0.85')
         # Of a pair of limits the best of each alone.
         self.fail_with(r'budget 0\.45 with cosine 0\.99999: within this budget the worst head '
-                       r'reaches 0\.9999\d\d at best, with this cosine 0\.[01]\d* of the bytes',
+                       r'reaches 0\.9999\d\d at best, with this cosine 0\.[0-3]\d* of the bytes',
                        '--min-cosine', '0.99999', '--budget', '0.45')
         self.fail_with(r'budget 0\.9 with cosine 0\.9999: the most that these codecs can save is '
-                       r'0\.4921 of the fp16 bytes, with this cosine 0\.4\d* of the bytes',
+                       r'0\.8046 of the fp16 bytes, with this cosine 0\.5\d* of the bytes',
                        '--min-cosine', '0.9999', '--budget', '0.9')
 
     def test_numbers_that_are_none(self):

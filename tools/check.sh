@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# The commands of kvmix.sh for who changes kvmix: lint, tidy, fuzz and check. Sourced by kvmix.sh.
+# The commands of kvmix.sh for who changes kvmix: lint, tidy, fuzz, slurm and check. Sourced by
+# kvmix.sh.
 
 # Puts a program of exactly this version on the PATH, where there is another or none: from pip.
 need_tool() { # PROGRAM VERSION PIP-PACKAGE
@@ -76,6 +77,18 @@ fuzz() {
   done
 }
 
+slurm() {
+  packages+=(slurm-wlm munge)
+  prepare
+  compile tools/kvmix-tune
+  if tests/slurm_test.sh tools/slurm/tune.sh "$build"/tools/kvmix-tune data/sample; then
+    printf '1 passed, 0 failed\n'
+  else
+    printf '0 passed, 1 failed\n'
+    return 1
+  fi
+}
+
 # Runs one stage of check and adds up what its last line counts. A stage that fails without
 # counting a failure is one.
 stage() { # NAME COMMAND...
@@ -106,6 +119,7 @@ check() {
     -Dcpp_args="-fno-sanitize-recover=all -fno-sanitize=alignment" \
     -Doptimization=1 -Ddebug=true -Ddefault_library=static -Dbench=false -Dtools=false
   stage gcc ./kvmix.sh test -Dwerror=true
+  stage slurm ./kvmix.sh slurm
   stage graphs ./kvmix.sh graphs
   [ ${#failed_stages[@]} -eq 0 ] || say "FAILED stages: ${failed_stages[*]}"
   printf '%s passed, %s failed\n' "$passed" "$failed"

@@ -285,6 +285,13 @@ struct Choice {
 KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
                                 const Constraints& constraints);
 
+// Holds the table that a plan was chosen from against the plan as a whole. truth: its errors on the
+// table's dumps, as MeasurePlan() gives them. Where a query head's NMSE is more than `factor` times
+// what the table predicts, the errors of all candidates of its KV head's K and V are raised by that
+// ratio. Returns how many query heads these are; if any, choose again.
+KVMIX_API std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& truth,
+                                   double factor, ErrorTable* table);
+
 }  // namespace kvmix
 
 #endif  // KVMIX_TUNE_H_
