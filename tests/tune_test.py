@@ -89,7 +89,8 @@ class Figures(Tune):
         self.assertEqual(saved[-1], 0)  # fp16
 
     def test_candidates(self):
-        for candidates, steps in (('int8', {'centre'}), ('all', {'centre', 'fold', 'hadamard', 'shape'})):
+        for candidates, steps in (('int8', {'centre'}),
+                                  ('all', {'centre', 'fold', 'hadamard', 'shape'})):
             report = json.loads(self.succeed('--budget', '0.45', '--candidates', candidates,
                                              '--json'))
             self.assertGreaterEqual(report['saved_fraction'], 0.45)
