@@ -23,6 +23,7 @@
 #include "kvmix/tune.h"
 #include "lib/files/file.h"
 #include "lib/tune/parts.h"
+#include "plan_export.h"
 #include "tune_options.h"
 #include "tune_report.h"
 
@@ -335,7 +336,8 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
       "  kvmix-tune measure model.c4.safetensors --calibration calibration --layers 0:14 -o a\n"
       "  kvmix-tune measure model.c4.safetensors --calibration calibration --layers 14:28 -o b\n"
       "  kvmix-tune merge a b -o measurement\n"
-      "  kvmix-tune choose measurement model.c4.safetensors --budget 0.45 -o plan.json");
+      "  kvmix-tune choose measurement model.c4.safetensors --budget 0.45 -o plan.json\n"
+      "For another engine:\n  kvmix-tune export plan.json --to llama.cpp");
   return [o] {
     CheckChoosing(o);
     if (o->dumps.empty() && o->holdout.empty()) o->holdout = SamplePath("holdout");
@@ -346,10 +348,27 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
   };
 }
 
+std::function<void()> ExportStep(CLI::App* app, TuneOptions* o) {
+  app->description(
+      "A plan in the words of another engine, as near as it comes to it, and what is lost.");
+  app->add_option("PLAN", o->plan, "a plan of kvmix-tune")->required();
+  app->add_option("--to", o->engine, "whose words")->required()->check(CLI::IsMember(kEngines));
+  app->add_option("-o,--output", o->output, "file for the flags or the configuration alone");
+  app->add_flag("--json", o->json, "print it, and what is lost, as JSON");
+  return [o] {
+    const Plan plan = Require(LoadPlan(o->plan));
+    const PlanExport found = ExportPlan(plan, o->engine);
+    if (!o->output.empty()) Require(internal::WriteFileAtomically(o->output, found.text));
+    Print(o->json ? ToJson(found, plan, o->engine)
+                  : (o->output.empty() ? found.text + "\n" : "") + NotesText(found, o->engine));
+  };
+}
+
 constexpr std::pair<std::string_view, Step> kSteps[] = {{"calibrate", CalibrateStep},
                                                         {"measure", MeasureStep},
                                                         {"merge", MergeStep},
-                                                        {"choose", ChooseStep}};
+                                                        {"choose", ChooseStep},
+                                                        {"export", ExportStep}};
 
 // A step is a first argument that is its name; a dump of that name is ./NAME.
 int Main(int argc, char** argv) {

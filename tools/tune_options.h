@@ -20,6 +20,7 @@ struct TuneOptions {
   RawFormat raw;
   std::vector<std::string> parts;  // of `merge`; of `measure` the calibration
   std::string measurement;         // of `choose`
+  std::string plan, engine;        // of `export`
   std::string layers;              // "FIRST:LAST"
   std::string candidates = "all";
   std::string target;
