@@ -41,7 +41,9 @@ constexpr Codecs kCodecs[] = {
     {"i8-token", "f16"},
     {"i8-token+hadamard", "i8-token+hadamard"},
     {"i8-token-bf16", "i8-token-bf16"},
+    {"i6-token-bf16", "i6-token-bf16"},
     {"i4-token-bf16", "i4-token-bf16"},
+    {"i3-token-bf16", "i3-token-bf16"},
 };
 
 constexpr std::size_t kPrefillQueries = 512;

@@ -18,6 +18,7 @@
 #include "bench/workload.h"
 #include "kernels/kernels.h"
 #include "kvmix/speed.h"
+#include "kvmix/tune.h"
 #include "kvmix/version.h"
 #include "lib/tune/stopwatch.h"
 #include "tools/console.h"
@@ -123,11 +124,21 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   state.SetLabel(w.note.empty() ? w.limit : w.limit + kNoteSeparator + w.note);
 }
 
-// Every pair of codecs for every GQA group and head_dim of the table, into `path`.
-void SaveWisdomFile(const Options& options) {
+// All that kvmix-tune may choose, as times tell it apart.
+std::vector<CodecKind> TimedKinds() {
   std::vector<CodecKind> kinds;
-  for (const char* name : {"f16", "i8-head", "i8-token", "i8-token-bf16"})
-    kinds.push_back(*ParseCodecKind(name));
+  for (const char* candidates : {"seed", "all"}) {
+    for (const CodecKind& kind : Require(Candidates(candidates)).k) {
+      const auto is_same = [&](const CodecKind& k) { return SpeedName(k) == SpeedName(kind); };
+      if (std::ranges::none_of(kinds, is_same)) kinds.push_back(kind);
+    }
+  }
+  return kinds;
+}
+
+// Every pair of them for every GQA group and head_dim of the table, into a file.
+void SaveWisdomFile(const Options& options) {
+  const std::vector<CodecKind> kinds = TimedKinds();
   Wisdom wisdom = kvmix::ThisMachine(options.target);
   for (const Shape& shape : kShapes) {
     ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),

@@ -158,8 +158,8 @@ void AppendTokens(const Shape& shape, std::size_t at_a_time, AppendData& data) {
   const std::size_t row = shape.kv_heads * shape.head_dim;
   if (data.cache.tokens(0) == kAppendCapacity && !data.cache.Truncate(0).ok()) return;
   for (std::size_t t = 0; t < kAppendTokens; t += at_a_time) {
-    RowsView k = RowsView::F16(data.rows.data() + t * 2 * row, at_a_time, shape.kv_heads,
-                               shape.head_dim);
+    RowsView k =
+        RowsView::F16(data.rows.data() + t * 2 * row, at_a_time, shape.kv_heads, shape.head_dim);
     k.token_stride = static_cast<std::ptrdiff_t>(2 * row);
     RowsView v = k;
     v.data = data.rows.data() + t * 2 * row + row;

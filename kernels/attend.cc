@@ -69,6 +69,10 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
       }
     }
   }
+  for (std::size_t step = (dim + S::kWidth - 1) / S::kWidth; step < KSteps<S>(dim);
+       ++step, to += rows * P::kTermBytes) {
+    std::memset(to, 0, P::kTermBytes);
+  }
   info = {!P::kFixedPoint || nothing ? 1.0f : scale, 0, 0};
   if constexpr (P::kFixedPoint && KVMIX_UNSIGNED_QUADS) {
     info.start_high = -128 * hn::ReduceSum(DI32(), sum_high);
@@ -84,8 +88,8 @@ HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* queries, const
   const std::size_t dim = f.k.row.dim;
   for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
     Multiply<P, QueryTerms<P, kRows>, kRows, kVecs>(
-        w.k.Get(token / kLanes, kVecs, 0, dim), w.k.stride, queries, info, 0, KSteps<S>(dim),
-        prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+        w.k.Get(token / kLanes, kVecs, 0, dim), w.k.stride, queries, info, 0,
+        KSteps<S>(dim) / S::kParts, prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           const std::size_t at = token + v * kLanes;
           hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
         });
@@ -135,7 +139,7 @@ HWY_NOINLINE void Weigh(const BlockFormat& f, float* out, std::size_t out_stride
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
     Multiply<P, WeightTerms, kRows, vecs>(
         w.v.Get(channel / kLanes, vecs, w.first, w.last), kVTileBytes<S>, w.weights[0], kFromZero,
-        w.first / S::kWidth, w.last / S::kWidth, prefetch,
+        w.first / S::kTerms, w.last / S::kTerms, prefetch,
         [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           float* to = out + r * out_stride + channel + v * kLanes;
           const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
@@ -280,6 +284,9 @@ void Begin(const AttendTask& t, const ScoreStage& score, const Turns& turns, std
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
 }
 
+// Tokens seen are rounded to whole steps of softmax, and to whole groups where products read them.
+constexpr std::size_t kSeenStep = KVMIX_QUADS ? HWY_MAX(kTokenStep, I3::kTerms) : kTokenStep;
+
 // What the rows of a turn see of block b; false: nothing.
 bool See(const AttendTask& t, std::size_t first_row, std::size_t rows, std::size_t b, Work& w) {
   w.first = kBlockTokens;
@@ -287,8 +294,8 @@ bool See(const AttendTask& t, std::size_t first_row, std::size_t rows, std::size
   for (std::size_t r = 0; r < rows; ++r) {
     w.seen[r] = Visible(t, first_row + r, b);
     if (w.seen[r].last == 0) continue;
-    w.first = HWY_MIN(w.first, w.seen[r].first / kTokenStep * kTokenStep);
-    w.last = HWY_MAX(w.last, RoundUp(w.seen[r].last, kTokenStep));
+    w.first = HWY_MIN(w.first, w.seen[r].first / kSeenStep * kSeenStep);
+    w.last = HWY_MAX(w.last, RoundUp(w.seen[r].last, kSeenStep));
   }
   return w.last != 0;
 }

@@ -44,6 +44,7 @@ namespace {
 constexpr float kSmallest = 0x1p-100f;  // a row below has scale 0
 constexpr float kSafe = 0x1p-60f;       // no underflow in Quotient from here on
 constexpr int kMaxCode = 127;
+constexpr std::size_t kShapedGroup = 16;                // rows: one a lane of AVX-512
 constexpr std::size_t kLarge = std::size_t{256} << 10;  // bytes: not for L2
 
 // f(IO()): whether it writes `tokens` rows of T past the caches, in vectors of that many lanes. An
@@ -354,9 +355,10 @@ HWY_INLINE void TransformRows(const RowsIn& rows, const Transform& transform, co
   WithDtype(rows.dtype, [&]<class X>(X) KVMIX_LAMBDA {
     const Source<X> in(rows, transform.mean, transform.row_stride);
     if (!transform.rotates_or_folds() && transform.shaping == nullptr) return body(0, in);
-    HWY_ALIGN float y[kGroup * kMaxDim];
-    for (std::size_t first = 0; first < in.count; first += kGroup) {
-      const std::size_t count = HWY_MIN(kGroup, in.count - first);
+    const std::size_t group = transform.shaping != nullptr ? kShapedGroup : kGroup;
+    HWY_ALIGN float y[kShapedGroup * kMaxDim];
+    for (std::size_t first = 0; first < in.count; first += group) {
+      const std::size_t count = HWY_MIN(group, in.count - first);
       for (std::size_t r = 0; r < count; ++r) {
         const CarefulRows x(in, first + r, 0x1p64f);
         float* to = y + r * in.dim;
@@ -373,8 +375,9 @@ HWY_INLINE void TransformRows(const RowsIn& rows, const Transform& transform, co
 
 // ---- i6, i4, i3
 
+// shaped: only the scales, as other codes follow.
 template <class X>
-void EncodeBelowI8(const Source<X>& in, const RowFormat& format, CodeRows out,
+void EncodeBelowI8(const Source<X>& in, const RowFormat& format, bool shaped, CodeRows out,
                    float* HWY_RESTRICT scales) {
   HWY_ALIGN float y[kMaxDim];
   HWY_ALIGN std::uint8_t codes[kMaxDim];
@@ -395,9 +398,9 @@ void EncodeBelowI8(const Source<X>& in, const RowFormat& format, CodeRows out,
       continue;
     }
     const float scale = WithLevels(format.storage, [&]<class L>(L) KVMIX_LAMBDA {
-      return EncodeLevels<L>(y, in.dim, absmax, codes);
+      return EncodeLevels<L>(y, in.dim, absmax, shaped ? nullptr : codes);
     });
-    PackRow(format.storage, codes, in.dim, row);
+    if (!shaped) PackRow(format.storage, codes, in.dim, row);
     scales[t] = format.scale == ScaleStore::kBF16 ? NearestBF16(scale) : scale;
   }
 }
@@ -412,17 +415,27 @@ std::uint64_t EncodeI8(const Source<X>& in, const RowFormat& format, CodeRows ou
   return 0;
 }
 
-// Other codes for up to kGroup rows from `first` on, of the scales that they have.
+// Other codes for up to kShapedGroup rows from `first` on, of the scales that they have.
 void Shape(const Source<Floats>& y, const Transform& transform, std::size_t first,
            const RowFormat& format, const float* scales, CodeRows out) {
-  HWY_ALIGN std::uint8_t codes[kGroup * kMaxDim];
-  ShapedRow rows[kGroup];
+  HWY_ALIGN std::uint8_t codes[kShapedGroup * kMaxDim];
+  WithShapedLevels(format.storage, [&]<class Levels>(Levels) KVMIX_LAMBDA {
+    // Rows of one head share a matrix, and together they pay from three on.
+    if (transform.row_stride == 0 && y.count >= 3) {
+      for (std::size_t r = 0; r < y.count; r += kLanes) {
+        ShapeTogether<Levels>(y.row(r), HWY_MIN(kLanes, y.count - r), y.dim, transform.shaping,
+                              scales + r, codes + r * kMaxDim, kMaxDim);
+      }
+      return;
+    }
+    ShapedRow rows[kShapedGroup];
+    for (std::size_t r = 0; r < y.count; ++r)
+      rows[r] = {y.row(r), transform.ShapingOf(first + r, y.dim), scales[r], codes + r * kMaxDim};
+    ShapeApart<Levels, kShapedGroup>(rows, y.count, y.dim);
+  });
   for (std::size_t r = 0; r < y.count; ++r) {
-    rows[r] = {y.row(r), transform.ShapingOf(first + r, y.dim), scales[r], codes + r * kMaxDim};
-  }
-  ShapeRows<kGroup>(rows, y.count, y.dim, NearestOf(format.storage));
-  for (std::size_t r = 0; r < y.count; ++r) {
-    PackRow(format.storage, rows[r].codes, y.dim, reinterpret_cast<std::uint8_t*>(out.row(r)));
+    PackRow(format.storage, codes + r * kMaxDim, y.dim,
+            reinterpret_cast<std::uint8_t*>(out.row(r)));
   }
 }
 
@@ -460,7 +473,7 @@ std::uint64_t Encode(const EncodeTask& t) {
     if (t.format.storage == Storage::kI8) {
       clamped += EncodeI8(y, t.format, to, scales);
     } else {
-      EncodeBelowI8(y, t.format, to, scales);
+      EncodeBelowI8(y, t.format, t.transform.shaping != nullptr, to, scales);
     }
     if constexpr (std::is_same_v<std::remove_cvref_t<decltype(y)>, Source<Floats>>) {
       if (t.transform.shaping != nullptr) Shape(y, t.transform, first, t.format, scales, to);

@@ -1,4 +1,4 @@
-// Per target: "rows times tile", the one product that both QK and PV are, for tiles of F16 and I8.
+// Per target: "rows times tile", the one product that both QK and PV are.
 //
 //   sum[r][lane] = sum over terms of row[r][term] * tile[term][lane]
 //
@@ -68,6 +68,7 @@ HWY_INLINE VI32 WeightCodes(VF e, const float* scale) {
 struct FloatProduct {
   using Stored = F16;
   static constexpr bool kFixedPoint = false;
+  static constexpr bool kIsOfK = false;         // the same tile vectors for both
   static constexpr std::size_t kTermBytes = 4;  // of a row, for a step
   static constexpr bool kTwoSums = false;       // a row's, for one tile vector
   static constexpr float kLargestQuery = 1.0f, kLargestWeight = 1.0f;
@@ -94,10 +95,10 @@ struct FloatProduct {
 // of low for a step. vpdpbusd: in QK the tile is the unsigned operand (code ^ 0x80; RowInfo's start
 // is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned. sdot: all are
 // signed.
-template <bool kOfK>
+template <class S, bool kOfK>
 struct IntProduct {
-  using Stored = I8;
-  static constexpr bool kFixedPoint = true;
+  using Stored = S;
+  static constexpr bool kFixedPoint = true, kIsOfK = kOfK;
   static constexpr std::size_t kTermBytes = 8;
   static constexpr bool kTwoSums = true;
   static constexpr float kLargestQuery = 32512.0f;  // 127 * 256: a rounded high limb fits
@@ -171,10 +172,10 @@ struct IntProduct {
 // A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
 // of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns
 // and are added in pairs at the end.
-template <bool kOfK>
+template <class S, bool kOfK>
 struct IntProduct {
-  using Stored = I8;
-  static constexpr bool kFixedPoint = true;
+  using Stored = S;
+  static constexpr bool kFixedPoint = true, kIsOfK = kOfK;
   static constexpr std::size_t kTermBytes = 4;
   static constexpr bool kTwoSums = !HWY_ARCH_X86;
   static constexpr float kLargestQuery = 32767.0f;
@@ -219,11 +220,11 @@ struct IntProduct {
 };
 #endif
 
-// The products of F16 and I8 as K and as V.
+// The products of tiles as K and as V.
 template <class S>
-using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<true>>;
+using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<S, true>>;
 template <class S>
-using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<false>>;
+using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<S, false>>;
 
 // Most rows of a turn: as many as share a tile vector's load (f16: and its conversion) in
 // registers. Eight rows with two sums leave room for one tile vector only, and their broadcast
@@ -232,19 +233,18 @@ using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntPro
 template <class P>
 constexpr std::size_t kTurnRows = P::kTwoSums ? 4 : kMaxRows;
 template <class P>
-constexpr std::size_t kOneTurnRows =
-    kVectorBytes<typename P::Stored> == 64 ? kMaxRows : kTurnRows<P>;
+constexpr std::size_t kOneTurnRows = P::Stored::kGroupBytes >= 64 ? kMaxRows : kTurnRows<P>;
 // Tile vectors of a register block.
 template <class P, std::size_t kRows>
-constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                               ? 1
-                                 : kVectorBytes<typename P::Stored> < 64 && kRows <= 2 ? 4
-                                                                                       : 2;
+constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                     ? 1
+                                 : P::Stored::kGroupBytes < 64 && kRows <= 2 ? 4
+                                                                             : 2;
 // Where the tile comes from memory, one cache line a step: one load instruction then walks it from
 // front to end, at 0.92-0.97 of DRAM's speed on Granite Rapids, whose prefetchers follow
 // instructions; two lines a step read it at 0.70-0.83.
 template <class P, std::size_t kRows>
-constexpr std::size_t kStreamVecs = HWY_MIN((kHotVecs<P, kRows>),
-                                            64 / kVectorBytes<typename P::Stored>);
+constexpr std::size_t kStreamVecs = HWY_MAX(std::size_t{1}, HWY_MIN((kHotVecs<P, kRows>),
+                                                                    64 / P::Stored::kGroupBytes));
 
 // Fetches the next block into L2 while this one is read; each turn fetches a share. Not into L1,
 // which would hold its few miss buffers for longer. They bind even so: lines must be asked for once
@@ -283,35 +283,39 @@ struct WeightTerms {  // [kMaxRows][limbs][kBlockTokens], 4 bytes a token in all
   static constexpr std::size_t kRow = 4 * kBlockTokens, kStep = 4, kToLow = kBlockTokens;
 };
 
-// The steps of all of K's channels.
+// The steps of all of K's channels, those that fill the last group as well.
 template <class S>
 HWY_INLINE constexpr std::size_t KSteps(std::size_t dim) {
-  return (dim + S::kWidth - 1) / S::kWidth;
+  return RoundUp(dim, S::kTerms) / S::kWidth;
 }
 
 // One register block: kRows rows times kVecs neighbouring tiles (tile_bytes apart), over their
-// vectors [first, last). emit(row, vec, sums as floats) is called for every pair.
+// groups [first, last). emit(row, vec, sums as floats) is called for every pair.
 template <class P, class Terms, std::size_t kRows, std::size_t kVecs, class Emit>
 HWY_INLINE void Multiply(const std::uint8_t* tile, std::size_t tile_bytes, const std::uint8_t* rows,
                          const RowInfo* info, std::size_t first, std::size_t last,
                          Prefetcher& prefetcher, const Emit& emit) {
   using S = typename P::Stored;
-  Prefetcher prefetch = prefetcher;  // in registers
-  const std::size_t share = prefetch.template Share<kVecs * kVectorBytes<S>>();
+  constexpr std::size_t kBytes = kVecs * S::kGroupBytes;  // of a group of all tiles
+  Prefetcher prefetch = prefetcher;                       // in registers
+  const std::size_t share = prefetch.template Share<kBytes>();
   typename P::Sum sum[kRows][kVecs];
   Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
     Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::Start(info[r], sum[r][v]); });
   });
   KVMIX_ROLLED
-  for (std::size_t step = first; step < last; ++step) {
-    decltype(S::Codes(tile)) t[kVecs];
-    Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
-      t[v] = S::Codes(tile + v * tile_bytes + step * kVectorBytes<S>);
-    });
-    if (prefetch.turns != 0) prefetch.template Advance<kVecs * kVectorBytes<S>>(share);
-    Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-      const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
-      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
+  for (std::size_t group = first; group < last; ++group) {
+    Unroll<S::kParts>([&](auto part) KVMIX_LAMBDA {
+      decltype(S::template Codes<P::kIsOfK, part>(tile)) t[kVecs];
+      Unroll<kVecs>([&](auto v) KVMIX_LAMBDA {
+        t[v] = S::template Codes<P::kIsOfK, part>(tile + v * tile_bytes + group * S::kGroupBytes);
+      });
+      if (part == 0 && prefetch.turns != 0) prefetch.template Advance<kBytes>(share);
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+        const std::size_t step = group * S::kParts + part;
+        const auto terms = P::Terms(rows + r * Terms::kRow + step * Terms::kStep, Terms::kToLow);
+        Unroll<kVecs>([&](auto v) KVMIX_LAMBDA { P::MulAdd(sum[r][v], t[v], terms); });
+      });
     });
   }
   prefetcher = prefetch;

@@ -33,15 +33,18 @@ struct Place {
   int shift;
 };
 
-// Tiles that products multiply. A product takes kWidth neighbouring terms of a lane at a step, the
-// Codes of a Word; a tile vector is a word of each lane. KWord() makes a word of K from canonical
-// bytes, Canonical() undoes it.
+// A product takes kWidth neighbouring terms of a lane at a step, the codes of a Word. A tile is a
+// sequence of groups of kGroupBytes, each of kParts steps; Codes<kOfK, part>() reads one of them
+// from a group of K's or V's. KWord() makes a word of K from canonical bytes, Canonical() undoes
+// it.
 struct F16 {
   static constexpr Storage kStorage = Storage::kF16;
   static constexpr bool kPacked = false;
-  static constexpr std::size_t kWidth = 1, kTerms = 1;
+  static constexpr std::size_t kWidth = 1, kParts = 1, kTerms = 1;
   using Code = std::uint16_t;
   using Word = std::uint16_t;
+  static constexpr std::size_t kGroupBytes = kLanes * sizeof(Word);
+  template <bool kOfK, std::size_t kPart>
   static HWY_INLINE VF Codes(const std::uint8_t* p) {
     const hn::Rebind<hwy::float16_t, DF> d;
     return hn::PromoteTo(DF(), hn::LoadU(d, reinterpret_cast<const hwy::float16_t*>(p)));
@@ -54,9 +57,11 @@ struct F16 {
 struct I8 {
   static constexpr Storage kStorage = Storage::kI8;
   static constexpr bool kPacked = false;
-  static constexpr std::size_t kWidth = KVMIX_QUADS ? 4 : 2, kTerms = kWidth;
+  static constexpr std::size_t kWidth = KVMIX_QUADS ? 4 : 2, kParts = 1, kTerms = kWidth;
   using Code = std::uint8_t;
   using Word = hwy::UnsignedFromSize<kWidth>;
+  static constexpr std::size_t kGroupBytes = kLanes * sizeof(Word);
+  template <bool kOfK, std::size_t kPart>
 #if KVMIX_QUADS
   static HWY_INLINE VI32 Codes(const std::uint8_t* p) {
     return hn::LoadU(DI32(), reinterpret_cast<const std::int32_t*>(p));
@@ -89,27 +94,33 @@ struct Plane {
   static constexpr std::size_t kPerByte = 8 / kBits;
 };
 
-// A tile below int8 is one of I8 (without the flip of K's sign) in groups of kRegisters registers.
-// A group is one plane after the other; a plane has the bits of register r at bits
-// kBits * (r % kPerByte) of its register r / kPerByte, byte by byte. So a shift and a mask unpack
-// a register (unpack-inl.h), and a group is kTerms terms of every lane.
-template <class... P>
+// v's bytes, each by so many bits up (below 0: down); bits of neighbours come in from the side.
+template <int kBy>
+HWY_INLINE VU8 Shifted(VU8 v) {
+  const hn::Repartition<std::uint16_t, DU8> d16;
+  const auto two = hn::BitCast(d16, v);
+  if constexpr (kBy > 0) return hn::BitCast(DU8(), hn::ShiftLeft<kBy>(two));
+  if constexpr (kBy < 0) return hn::BitCast(DU8(), hn::ShiftRight<-kBy>(two));
+  return v;
+}
+
+// A tile below int8 is one of I8 (without the flip of K's sign) in groups of kParts registers. A
+// group is one plane after the other; a plane has the bits of register r at bits
+// kBits * (r % kPerByte) of its register r / kPerByte, byte by byte. So a shift and a mask give a
+// register's codes, and a table their levels. A group is kTerms terms of every lane.
+template <class S, class... P>
 struct Packed {
   static constexpr bool kPacked = true;
-  static constexpr int kBits = (P::kBits + ...);
-  static constexpr std::size_t kRegisters = std::max({P::kPerByte...});
-  static constexpr std::size_t kTerms = 4 * kRegisters;
-  static constexpr std::size_t kGroupBytes = kRegisters * kBits / 8 * kFourTerms;
+  static constexpr int kBits = (P::kBits + ...), kCodes = 1 << kBits;
+  static constexpr std::size_t kWidth = 4, kParts = std::max({P::kPerByte...});
+  static constexpr std::size_t kTerms = kWidth * kParts;
+  static constexpr std::size_t kGroupBytes = kParts * kBits / 8 * kFourTerms;
 
   // f(Plane()) for each in order.
   template <class F>
   static HWY_INLINE void ForPlanes(const F& f) {
     (f(P()), ...);
   }
-  // Bytes from the start of a group.
-  template <class Q>
-  static constexpr std::size_t kPlaneOffset = kRegisters* Q::kFrom / 8 * kFourTerms;
-
   template <class Q>
   static HWY_INLINE Place PlaceOf(Q, std::size_t term) {
     const std::size_t r = term % kTerms / 4;
@@ -118,17 +129,94 @@ struct Packed {
         term / kTerms * kGroupBytes + kPlaneOffset<Q> + r / Q::kPerByte * kFourTerms + of_byte.at,
         of_byte.shift + static_cast<int>(r % Q::kPerByte) * Q::kBits};
   }
+
+  // The levels of register kPart of a group, one a byte, as I8's tiles have them.
+  template <bool kOfK, std::size_t kPart>
+  static HWY_INLINE VI32 Codes(const std::uint8_t* group) {
+    VU8 codes = hn::Zero(DU8());
+    ForPlanes([&]<class Q>(Q plane) KVMIX_LAMBDA {
+      const VU8 v = hn::LoadU(DU8(), group + kPlaneOffset<Q> + kPart / Q::kPerByte * kFourTerms);
+      constexpr int kUp = Q::kFrom - static_cast<int>(kPart % Q::kPerByte) * Q::kBits;
+      codes = WithPlane(plane, codes, Shifted<kUp>(v));
+    });
+    return hn::BitCast(DI32(), Levels<kOfK>(codes));
+  }
+
+ private:
+  // Bytes from the start of a group.
+  template <class Q>
+  static constexpr std::size_t kPlaneOffset = kParts* Q::kFrom / 8 * kFourTerms;
+
+  // With the bits of one plane, whatever is beside them in `shifted`. Where vpermb looks codes up,
+  // the bits above a code may be any.
+  template <class Q>
+  static HWY_INLINE VU8 WithPlane(Q, VU8 codes, VU8 shifted) {
+#if KVMIX_UNSIGNED_QUADS
+    if constexpr (Q::kFrom == 0) return shifted;
+    const VU8 below = hn::Set(DU8(), static_cast<std::uint8_t>((1 << Q::kFrom) - 1));
+    return hn::IfVecThenElse(below, codes, shifted);
+#else
+    const VU8 own = hn::Set(DU8(), static_cast<std::uint8_t>(Q::kMask << Q::kFrom));
+    if constexpr (Q::kFrom == 0) return hn::And(shifted, own);
+    return hn::OrAnd(codes, shifted, own);
+#endif
+  }
+
+  // The levels by code, as often as the table has room; vpdpbusd takes K's with the sign flipped.
+  template <bool kOfK, std::size_t kSize>
+  static constexpr std::array<std::uint8_t, kSize> Table() {
+    std::array<std::uint8_t, kSize> table{};
+    for (std::size_t c = 0; c < kSize; ++c)
+      table[c] = static_cast<std::uint8_t>(S::Level(static_cast<int>(c % kCodes)) ^
+                                           (kOfK && KVMIX_UNSIGNED_QUADS ? 0x80 : 0));
+    return table;
+  }
+
+  template <bool kOfK>
+  static HWY_INLINE VU8 Levels(VU8 codes) {
+#if KVMIX_UNSIGNED_QUADS
+    // vpermb looks at the lowest six bits of a byte.
+    static constexpr auto kTable = Table<kOfK, 64>();
+    return hn::TableLookupLanes(hn::LoadU(DU8(), kTable.data()),
+                                hn::Indices512<std::uint8_t>{codes.raw});
+#else
+    if constexpr (kCodes > 16) {  // i6: a number in two's complement
+      const VU8 sign = hn::Set(DU8(), std::uint8_t{kCodes / 2});
+      return hn::Sub(hn::Xor(codes, sign), sign);
+    } else {
+#if HWY_TARGET == HWY_SSE2
+      // No pshufb, and a table read byte by byte is ten times as slow.
+      const DI8 d;
+      const VI8 c = hn::BitCast(d, codes);
+      const auto at_least = [&](VI8 v, int least) KVMIX_LAMBDA {
+        return hn::Gt(v, hn::Set(d, static_cast<std::int8_t>(least - 1)));
+      };
+      const VI8 negative = hn::VecFromMask(d, at_least(c, kCodes / 2));
+      const VI8 rank = hn::Xor(c, hn::And(negative, hn::Set(d, std::int8_t{kCodes - 1})));
+      VI8 magnitude = hn::Set(d, static_cast<std::int8_t>(S::Level(0)));
+      Unroll<kCodes / 2 - 1>([&](auto i) KVMIX_LAMBDA {
+        const VI8 rise = hn::Set(d, static_cast<std::int8_t>(S::Level(i + 1) - S::Level(i)));
+        magnitude = hn::Add(magnitude, hn::IfThenElseZero(at_least(rank, i + 1), rise));
+      });
+      return hn::BitCast(DU8(), hn::Sub(hn::Xor(magnitude, negative), negative));
+#else
+      static constexpr auto kTable = Table<kOfK, 16>();
+      return hn::TableLookupBytes(hn::LoadDup128(DU8(), kTable.data()), codes);
+#endif
+    }
+#endif
+  }
 };
 
-struct I6 : Packed<Plane<0, 4>, Plane<4, 2>> {
+struct I6 : Packed<I6, Plane<0, 4>, Plane<4, 2>> {
   static constexpr Storage kStorage = Storage::kI6;
   static constexpr int Level(int code) { return (code ^ 32) - 32; }
 };
-struct I4 : Packed<Plane<0, 4>> {
+struct I4 : Packed<I4, Plane<0, 4>> {
   static constexpr Storage kStorage = Storage::kI4;
   static constexpr int Level(int code) { return kLevels[static_cast<std::size_t>(code)]; }
 };
-struct I3 : Packed<Plane<0, 2>, Plane<2, 1>> {
+struct I3 : Packed<I3, Plane<0, 2>, Plane<2, 1>> {
   static constexpr Storage kStorage = Storage::kI3;
   static constexpr int Level(int code) { return kLevels3[static_cast<std::size_t>(code)]; }
 };
@@ -150,18 +238,16 @@ HWY_INLINE decltype(auto) WithStorage(Storage storage, const F& f) {
   }
   return f(I8());
 }
-// F16 or I8: the tiles that a storage's products multiply.
+// The tiles that a storage's products multiply. Quads are unpacked in registers, for every turn of
+// rows anew; pairs, which have to be widened as well, once for all turns (unpack-inl.h).
 template <class S>
-using Multiplied = std::conditional_t<std::is_same_v<S, F16>, F16, I8>;
+using Multiplied = std::conditional_t<KVMIX_QUADS || !S::kPacked, S, I8>;
 template <class F>
 HWY_INLINE decltype(auto) WithMultiplied(Storage storage, const F& f) {
-  if (storage == Storage::kF16) return f(F16());
-  return f(I8());
+  return WithStorage(storage,
+                     [&]<class S>(S) KVMIX_LAMBDA -> decltype(auto) { return f(Multiplied<S>()); });
 }
 
-// Bytes of one tile vector, of a storage that products multiply.
-template <class S>
-constexpr std::size_t kVectorBytes = kLanes * sizeof(typename S::Word);
 // Bytes of all terms of kLanes tokens (K) or kLanes channels (V).
 template <class S>
 HWY_INLINE constexpr std::size_t TileBytes(std::size_t terms) {

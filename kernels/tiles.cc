@@ -55,12 +55,16 @@ float LoadScale(const TileFormat& f, const std::uint8_t* block, std::size_t toke
   return hwy::BitCastScalar<float>(upper << 16);
 }
 
+// A word of a lane in a tile.
+template <class S>
+using WordOf = typename std::conditional_t<std::is_same_v<S, F16>, F16, I8>::Word;
+
 // ---- K: a row is a lane's words in one tile
 
 // The first word of K's row `token` of a block; the following ones are kLanes words apart.
 template <class S, typename Byte>
 HWY_INLINE Byte* KRow(const TileFormat& f, Byte* block, std::size_t token) {
-  using Word = typename Multiplied<S>::Word;
+  using Word = WordOf<S>;
   return block + f.codes_offset + token / kLanes * TileBytes<S>(f.row.dim) +
          token % kLanes * sizeof(Word);
 }
@@ -96,7 +100,7 @@ template <class S, typename Byte, class F>
 HWY_INLINE void ForFours(Byte* tile, std::size_t dim, const F& f) {
   for (std::size_t c = 0; c < dim; c += S::kTerms, tile += S::kGroupBytes) {
     S::ForPlanes([&]<class P>(P plane) KVMIX_LAMBDA {
-      for (std::size_t r = 0; r < S::kRegisters; r += P::kPerByte)
+      for (std::size_t r = 0; r < S::kParts; r += P::kPerByte)
         f(plane, tile + S::PlaceOf(plane, 4 * r).at, c + 4 * r);
     });
   }
@@ -167,7 +171,7 @@ HWY_INLINE void ForPlaces(std::size_t token, const F& f) {
 // Merges the bits of one token's codes into the words that it shares with its neighbours.
 template <class S, typename Code>
 HWY_INLINE void MergeV(const Code* codes, std::size_t dim, std::size_t token, std::uint8_t* tiles) {
-  using Word = typename Multiplied<S>::Word;
+  using Word = WordOf<S>;
   const hn::CappedTag<Word, kLanes> dw;
   const hn::Rebind<Code, decltype(dw)> dc;
   ForPlaces<S>(token, [&](Place place, int from, Code mask) KVMIX_LAMBDA {
@@ -194,7 +198,7 @@ HWY_INLINE void MergeV(const Code* codes, std::size_t dim, std::size_t token, st
 
 template <class S, typename Code>
 HWY_INLINE void SplitV(const std::uint8_t* tiles, std::size_t dim, std::size_t token, Code* codes) {
-  using Word = typename Multiplied<S>::Word;
+  using Word = WordOf<S>;
   ForPlaces<S>(token, [&](Place place, int from, Code mask) KVMIX_LAMBDA {
     for (std::size_t c = 0; c < dim; ++c) {
       const Word word = LoadScalar<Word>(tiles + place.at + c / kLanes * kVTileBytes<S> +

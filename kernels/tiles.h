@@ -8,7 +8,7 @@
 // (kernels/attend.h). `lanes` is a constant of a target, `width` one of a storage on a target:
 // width 1 for f16, 2 where i16 pairs are multiplied (vpmaddwd), 4 where bytes are (vpdpbusd, sdot).
 // Tiles of i6, i4 and i3 are such tiles of bytes with fewer bits, plane by plane (storage-inl.h,
-// docs/formats.md); attention unpacks them once for all rows (unpack-inl.h).
+// docs/formats.md).
 // Channels are padded with zeros to whole vectors. For vpdpbusd K is stored as code ^ 0x80, an
 // unsigned byte, which is what it wants (and AMX: [16 lanes][4] is its B operand as it stands).
 #ifndef KVMIX_KERNELS_TILES_H_

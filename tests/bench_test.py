@@ -13,12 +13,13 @@ import tempfile
 import unittest
 
 PROGRAM = sys.argv.pop(1) if len(sys.argv) > 1 else 'kvmix-bench'
-CODEC = r'(f16|i8-token|i8-head|i8-token\+hadamard|i8-token-bf16|i4-token-bf16)'
+CODEC = r'(f16|i8-token|i8-head|i8-token\+hadamard|i8-token-bf16|i[643]-token-bf16)'
 SHAPE = r'q\d+kv\d+d\d+(x\d+)?'
 NAME = re.compile(rf'attend_decode/\w+/k={CODEC},v={CODEC}/{SHAPE}/(512|4k|8k|32k|128k)/t[12]|'
                   rf'attend_prefill/\w+/k={CODEC},v={CODEC}/{SHAPE}/512x(512|4k)/t[12]|'
                   rf'(quantize_token|quantize_head|dequantize_f32|dequantize_f16)/\w+/{SHAPE}/'
-                  rf'(24k|128k|256m)/t1|(append|append_rotated|append_i4|store)/\w+/{SHAPE}/1/t1|'
+                  rf'(24k|128k|256m)/t1|store/\w+/{SHAPE}/1/t1|'
+                  rf'(append|append_rotated|append_i4|append_shaped)/\w+/{SHAPE}/(1|64)/t1|'
                   rf'(fork|shift)/\w+/{SHAPE}/4k/t1|'
                   rf'attend_batch/\w+/k={CODEC},v={CODEC}/{SHAPE}/(16x2k|64x4k\+64)/t[12]')
 # Small and hot, one of each kind.
@@ -116,6 +117,21 @@ class BenchTest(unittest.TestCase):
             done = bench(*args)
             self.assertEqual(done.returncode, 1, args)
             self.assertRegex(done.stderr, rf'\Akvmix-bench: error: .*{words}.*\n\Z')
+
+    def test_wisdom_holds_every_pair_of_storages(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / 'wisdom.json'
+            done = bench('--quick', '--save-wisdom', str(path))
+            self.assertEqual(done.returncode, 0, done.stderr)
+            speeds = json.loads(path.read_text())['speeds']
+        shapes = {(s['group'], s['head_dim'], s.get('v_dim')) for s in speeds}
+        pairs = {(s['k'], s['v']) for s in speeds}
+        names = {k for k, _ in pairs}
+        self.assertLessEqual({'f16', 'i8-head', 'i8-token', 'i8-token-bf16', 'i6-token-bf16',
+                              'i4-token-bf16', 'i3-token-bf16'}, names)
+        self.assertEqual(len(pairs), len(names) ** 2)
+        self.assertEqual(len(speeds), len(pairs) * len(shapes))
+        self.assertIn((4, 128, None), shapes)
 
 
 if __name__ == '__main__':

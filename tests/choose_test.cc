@@ -20,7 +20,9 @@ namespace {
 
 HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
   CodecVectors vectors{std::vector<float>(kind.centre ? head_dim : 0, 0.5f),
-                       std::vector<float>(kind.fold ? head_dim : 0, 2.0f)};
+                       std::vector<float>(kind.fold ? head_dim : 0, 2.0f),
+                       std::vector<float>(kind.shape ? head_dim * head_dim : 0, 0.0f)};
+  for (std::size_t c = 0; kind.shape && c < head_dim; ++c) vectors.shaping[c * (head_dim + 1)] = 1;
   return {kind, kind.scale == Scale::kHead ? 0.1f : 0.0f,
           std::make_shared<const CodecVectors>(std::move(vectors))};
 }
@@ -55,8 +57,9 @@ ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::ui
 // int8 takes half of fp16's time, a tenth more for each stored scale; i4 a little less.
 Wisdom Speeds(const Geometry& g, std::size_t context) {
   const std::vector<std::pair<std::string, double>> codecs = {
-      {"f16", 100.0},          {"i8-head", 50.0},  {"i8-token", 60.0},
-      {"i8-token-bf16", 55.0}, {"i4-token", 48.0}, {"i4-token-bf16", 45.0}};
+      {"f16", 100.0},          {"i8-head", 50.0},      {"i8-token", 60.0},
+      {"i8-token-bf16", 55.0}, {"i4-token", 48.0},     {"i4-token-bf16", 45.0},
+      {"i6-token-bf16", 52.0}, {"i3-token-bf16", 49.0}};
   Wisdom wisdom;
   for (const auto& [k, k_ns] : codecs)
     for (const auto& [v, v_ns] : codecs)
@@ -197,6 +200,40 @@ TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
   EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
   constraints.time_tolerance = 1.0;
   EXPECT_FALSE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
+}
+
+// Wisdom of a CPU that is slow where one of K and V is i4 and the other is not, and heads of which
+// i4 costs each about as much: which ones have it hardly matters to accuracy, and much to time.
+TEST(Choose, SaysWhatIgnoringTimesCosts) {
+  ErrorTable table = RandomTable({8, 2, 8, 64}, "all", 3);
+  std::mt19937 random(3);
+  for (HeadErrors& head : table.heads) {
+    const double factor = 1.0 + static_cast<double>(random() % 100) / 1e4;
+    for (CandidateError& c : head.candidates) {
+      const Storage storage = c.codec.kind.storage;
+      const double nmse = storage == Storage::kF16  ? 0.0
+                          : storage == Storage::kI8 ? 1e-5
+                          : storage == Storage::kI4 ? 1e-3
+                                                    : 1.0;  // out of the question
+      for (AttentionError& e : c.queries) e = {nmse * factor, 1.0, 1.0 - nmse, 1};
+    }
+  }
+  Wisdom wisdom = Speeds(table.model.geometry().value(), kContext);
+  for (HeadSpeed& s : wisdom.speeds)
+    if (s.k_codec.starts_with("i4") != s.v_codec.starts_with("i4")) s.decode_ns *= 1.5;
+  Constraints constraints, timeless;
+  constraints.budget = timeless.budget = 0.6;
+  constraints.worst_tolerance = timeless.worst_tolerance = 2.5;  // K and V both i4, or one
+  timeless.time_tolerance = 1.0;
+  const Choice with = *Choose(table, wisdom, kContext, constraints),
+               without = *Choose(table, wisdom, kContext, timeless);
+  EXPECT_GT(with.decided_by_time, 0u);
+  EXPECT_EQ(with.without_times.decode_ns, without.decode_ns);
+  EXPECT_EQ(with.without_times.predicted.mean_nmse, without.predicted.mean_nmse);
+  EXPECT_EQ(with.without_times.saved_fraction, SavedFraction(without.plan, kContext));
+  EXPECT_LT(with.decode_ns, 0.85 * without.decode_ns);
+  EXPECT_LE(with.predicted.mean_nmse,
+            constraints.time_tolerance * without.predicted.mean_nmse * (1.0 + 1e-12));
 }
 
 // Other times for the same codecs, as of another run or machine.
@@ -482,6 +519,56 @@ TEST(Choose, LargeModelsTakeLessThanASecond) {
     EXPECT_LE(faster->decode_ns, constraints.max_decode_ns);
     EXPECT_GE(SavedFraction(faster->plan), budget);
   }
+}
+
+// A plan that turns out as predicted leaves the table as it is; a head that does not is held for as
+// bad as it was, with all its candidates, and another plan is chosen.
+TEST(RaiseToTruth, RaisesTheHeadsThatAreWorseThanPredicted) {
+  const Geometry g{3, 2, 4, 16};
+  const ErrorTable table = RandomTable(g, "int8", 5);
+  const Wisdom wisdom = Speeds(g, 100);
+  Constraints constraints;
+  constraints.budget = 0.4;
+  const Choice choice = Choose(table, wisdom, 100, constraints).value();
+  std::vector<AttentionError> truth;
+  const auto nmse = [&](const ErrorTable& t, std::size_t i, std::size_t q) {
+    for (const CandidateError& c : t.heads[i].candidates)
+      if (c.codec.kind == choice.plan.codecs[i].kind) return c.queries[q].nmse();
+    return 1.0;
+  };
+  for (std::size_t i = 0; i < table.heads.size(); i += 2) {
+    for (std::size_t q = 0; q < 2; ++q) {
+      const double predicted = nmse(table, i, q) + nmse(table, i + 1, q);
+      truth.push_back({1.4 * predicted, 1.0, 1.0, 1});
+    }
+  }
+  ErrorTable raised = table;
+  EXPECT_EQ(RaiseToTruth(choice.plan, truth, 1.5, &raised), 0u);
+  const auto same = [&](std::size_t i) {
+    for (std::size_t c = 0; c < table.heads[i].candidates.size(); ++c) {
+      for (std::size_t q = 0; q < 2; ++q) {
+        if (raised.heads[i].candidates[c].queries[q].nmse() !=
+            table.heads[i].candidates[c].queries[q].nmse())
+          return false;
+      }
+    }
+    return true;
+  };
+  for (std::size_t i = 0; i < table.heads.size(); ++i) EXPECT_TRUE(same(i));
+
+  // Layer 1, KV head 1, its second query head.
+  const std::size_t head = 6, query = 7;
+  truth[query].sum_squared_error *= 100.0;
+  EXPECT_EQ(RaiseToTruth(choice.plan, truth, 1.5, &raised), 1u);
+  for (std::size_t i = 0; i < table.heads.size(); ++i)
+    EXPECT_EQ(same(i), i != head && i != head + 1) << i;
+  EXPECT_NEAR(nmse(raised, head, 1) + nmse(raised, head + 1, 1), truth[query].nmse(), 1e-12);
+  const AttentionError &was = table.heads[head].candidates[1].queries[0],
+                       &is = raised.heads[head].candidates[1].queries[0];
+  EXPECT_NEAR((1.0 - is.cosine()) / (1.0 - was.cosine()), 140.0, 1e-6);
+  EXPECT_EQ(raised.heads[head].candidates[0].queries[0].nmse(), 0.0);  // f16 stays exact
+  const Choice again = Choose(raised, wisdom, 100, constraints).value();
+  EXPECT_NE(again.plan.codecs, choice.plan.codecs);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Codecs: names, sizes, which kinds exist, which numbers they must have.
 #include "kvmix/codec.h"
 
-#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -123,7 +122,8 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
     EXPECT_EQ(*parsed, kind) << Name(kind);
     names.insert(ToString(kind));
   }
-  // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of four.
+  // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of
+  // four.
   EXPECT_EQ(names.size(), 1u + 8u + 2u * 4u * 16u);
   EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
@@ -207,7 +207,8 @@ TEST(CodecKind, BytesPerToken) {
       const std::size_t scale = kind.scale == Scale::kToken       ? 4
                                 : kind.scale == Scale::kTokenBF16 ? 2
                                                                   : 0;
-      EXPECT_EQ(BytesPerToken(kind, dim), dim * Bits(kind.storage) / 8 + scale) << ToString(kind) << ", " << dim;
+      EXPECT_EQ(BytesPerToken(kind, dim), dim * Bits(kind.storage) / 8 + scale)
+          << ToString(kind) << ", " << dim;
     }
   }
 }
@@ -266,7 +267,8 @@ TEST(HeadCodec, RowsBelowEightBitsAreWholeBytes) {
       EXPECT_EQ(status.ok(), dim % step == 0) << name << ", " << dim;
       EXPECT_EQ(Fits(codec.kind, dim), status.ok());
       if (status.ok()) continue;
-      EXPECT_EQ(status.message(), std::string(name) + ": expected a head_dim that is a multiple of " +
+      EXPECT_EQ(status.message(), std::string(name) +
+                                      ": expected a head_dim that is a multiple of " +
                                       std::to_string(step) + ", found " + std::to_string(dim));
     }
   }
@@ -292,13 +294,13 @@ TEST(HeadCodec, MeansAreFinite) {
   const CodecKind kind{Storage::kI8, Scale::kToken, true};
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf}) {
-    codec.vectors = Vectors({1.0f, 2.0f, bad, 4.0f, 5.0f, 6.0f, 7.0f, 8.0f}, {});
+    codec.vectors = Vectors(With(2, bad), {});
     ExpectRefused(codec, "a mean of finite numbers in its range");
     ExpectRefused(codec, "in channel 2");
   }
   for (const float good : {0.0f, -0.0f, std::numeric_limits<float>::max(),
                            -std::numeric_limits<float>::denorm_min()}) {
-    codec.vectors = Vectors({1.0f, 2.0f, good, 4.0f, 5.0f, 6.0f, 7.0f, 8.0f}, {});
+    codec.vectors = Vectors(With(2, good), {});
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
 }
@@ -308,12 +310,12 @@ TEST(HeadCodec, FactorsAreFromTwoToTheMinus32ToTwoToThe32) {
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf, 0.0f, -0.0f, -1.0f, 0x1.FFFFFEp-33f,
                           0x1.000002p32f, std::numeric_limits<float>::denorm_min()}) {
-    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, bad, 1.0f, 2.0f, 4.0f, 8.0f});
+    codec.vectors = Vectors({}, With(3, bad));
     ExpectRefused(codec, "a factor of finite numbers in its range");
     ExpectRefused(codec, "in channel 3");
   }
   for (const float good : {0x1p-32f, 0x1p32f, 1.0f}) {
-    codec.vectors = Vectors({}, {1.0f, 2.0f, 4.0f, good, 1.0f, 2.0f, 4.0f, 8.0f});
+    codec.vectors = Vectors({}, With(3, good));
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
 }
@@ -346,13 +348,9 @@ TEST(HeadCodec, EqualByItsNumbers) {
   other.kind.hadamard = true;
   EXPECT_NE(codec, other);
   other = codec;
-  std::vector<float> mean(kDim, -1.5f), factor(kDim, 2.0f);
-  mean[3] = -1.25f;
-  other.vectors = Vectors(mean, factor);
+  other.vectors = Vectors(With(3, -1.25f, -1.5f), std::vector<float>(kDim, 2.0f));
   EXPECT_NE(codec, other);
-  mean[3] = -1.5f;
-  factor[2] = 2.5f;
-  other.vectors = Vectors(mean, factor);
+  other.vectors = Vectors(std::vector<float>(kDim, -1.5f), With(2, 2.5f, 2.0f));
   EXPECT_NE(codec, other);
   other.vectors = nullptr;
   EXPECT_NE(codec, other);

@@ -512,8 +512,8 @@ TEST_F(MeasureTest, CandidateLists) {
              "i8-token-bf16+centre+fold+hadamard+shape"};
   Names v = {"f16", "i8-token", "i8-token-bf16", "i8-token+hadamard", "i8-token-bf16+hadamard"};
   for (const std::string below : {"i6", "i4", "i3"}) {
-    for (const std::string steps : {"+hadamard", "+centre+hadamard", "+centre+fold+hadamard",
-                                    "+centre+fold+hadamard+shape"})
+    for (const std::string steps :
+         {"+hadamard", "+centre+hadamard", "+centre+fold+hadamard", "+centre+fold+hadamard+shape"})
       k.push_back(below + "-token-bf16" + steps);
     v.push_back(below + "-token-bf16+hadamard");
   }

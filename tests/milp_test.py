@@ -59,7 +59,7 @@ class Pairs:
 
 class Milp(unittest.TestCase):
     def test_worst_then_sum(self):
-        for candidates, budget in (('all', 0.2), ('all', 0.45), ('int4', 0.55), ('int4', 0.7)):
+        for candidates, budget in (('int8', 0.2), ('int8', 0.45), ('all', 0.49), ('all', 0.7)):
             with self.subTest(candidates=candidates, budget=budget):
                 report = tune('--budget', str(budget), '--candidates', candidates)
                 pairs = Pairs(report['heads'])

@@ -185,7 +185,8 @@ TEST(Plan, CheckPlan) {
   refused({{Storage::kF16, Scale::kToken}}, "a storage with a scale");
   refused({{Storage::kI8, Scale::kNone}}, "a storage with a scale");
   refused({{Storage::kI4, Scale::kHead}, 1.0f, nullptr}, "a storage with a scale");
-  refused({{Storage::kI4, Scale::kToken}}, "i4-token: expected a head_dim that is a multiple of 2, found 3");
+  refused({{Storage::kI4, Scale::kToken}},
+          "i4-token: expected a head_dim that is a multiple of 2, found 3");
 
   Plan plan = good;
   plan.codecs.pop_back();

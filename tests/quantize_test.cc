@@ -203,8 +203,8 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
   void ExpectAll(const Rows& rows, const Floats& mean) const {
     Expect(rows, Codec("i8-token", mean));
     Expect(rows, Codec("i8-token-bf16", mean));
-    for (const std::string name : {"i6-token", "i6-token-bf16", "i4-token", "i4-token-bf16",
-                                   "i3-token", "i3-token-bf16"}) {
+    for (const std::string name :
+         {"i6-token", "i6-token-bf16", "i4-token", "i4-token-bf16", "i3-token", "i3-token-bf16"}) {
       const HeadCodec codec = Codec(name, mean);
       if (Fits(codec.kind, rows.aligned().head_dim)) Expect(rows, codec);
     }
@@ -708,15 +708,15 @@ TEST_P(QuantizeTest, ShapedCodesAreTheReferences) {
     for (const std::size_t dim : Sizes{1, 2, 7, 8, 16, 24, 31, 40, 64, 80, 128, 256, 512}) {
       const Floats matrix = RandomMatrix(dim, 95);
       for (const bool centred : {false, true}) {
-        const HeadCodec codec =
-            ShapedCodec(name, centred ? RandomMean(dim, 96) : kNoMean, matrix);
+        const HeadCodec codec = ShapedCodec(name, centred ? RandomMean(dim, 96) : kNoMean, matrix);
         if (!Fits(codec.kind, dim)) continue;
         for (const std::size_t tokens : Sizes{1, 2, 8, 13}) {
           std::mt19937 random(97);
           std::normal_distribution<float> normal(0.0f, 5.0f);
-          Expect(Rows(Dtype::kF16, tokens, dim, 0,
-                      [&](std::size_t, std::size_t) { return BitsOf(Dtype::kF16, normal(random)); }),
-                 codec);
+          Expect(
+              Rows(Dtype::kF16, tokens, dim, 0,
+                   [&](std::size_t, std::size_t) { return BitsOf(Dtype::kF16, normal(random)); }),
+              codec);
         }
       }
     }
@@ -760,8 +760,8 @@ TEST_P(QuantizeTest, ShapingMovesErrorsToWhereNoQueryLooks) {
     double missed[2] = {0.0, 0.0};
     for (const bool shaped : {false, true}) {
       const HeadCodec codec = shaped ? ShapedCodec(name, kNoMean, matrix) : Codec(name);
-      const Floats decoded = reference::Decode(Encode(rows.shifted(), codec, TransformOf(codec)),
-                                               500, kDim, codec);
+      const Floats decoded =
+          reference::Decode(Encode(rows.shifted(), codec, TransformOf(codec)), 500, kDim, codec);
       for (std::size_t t = 0; t < 500; ++t) {
         for (std::size_t r = 0; r < kRank; ++r) {
           double dot = 0.0;

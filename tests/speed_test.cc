@@ -256,7 +256,8 @@ TEST(MeasureHeadSpeeds, OfUnlikeLayers) {
 }
 
 TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
-  for (const auto& [name, storages] : {std::pair<const char*, std::size_t>{"int8", 3}, {"all", 6}}) {
+  for (const auto& [name, storages] :
+       {std::pair<const char*, std::size_t>{"int8", 3}, {"all", 6}}) {
     Wisdom wisdom = ThisMachine();
     const CandidateKinds kinds = *Candidates(name);
     ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, {kinds.v[0]}, Shape(1, 16), 20, 0.0, &wisdom).ok());

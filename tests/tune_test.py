@@ -24,7 +24,7 @@ from kvmix_tools.dump import header  # noqa: E402
 # sets round differently, and between codecs that are about equally accurate that decides: the
 # holdout's worst cosine moves by less than this, where losing an outlier head costs ten times as
 # much.
-HOLDOUT_WORST_COSINE = {'all': (0.99985, 0.0001), 'int8': (0.99927, 0.0003),
+HOLDOUT_WORST_COSINE = {'all': (0.99993, 0.00005), 'int8': (0.99927, 0.0003),
                         'seed': (0.99927, 0.0003)}
 OUTLIERS = {(0, 0), (0, 1), (1, 0), (7, 1), (15, 1)}  # (layer, KV head) of K
 
@@ -89,7 +89,8 @@ class Figures(Tune):
         self.assertEqual(saved[-1], 0)  # fp16
 
     def test_candidates(self):
-        for candidates, steps in (('int8', {'centre'}), ('all', {'centre', 'fold', 'hadamard'})):
+        for candidates, steps in (('int8', {'centre'}),
+                                  ('all', {'centre', 'fold', 'hadamard', 'shape'})):
             report = json.loads(self.succeed('--budget', '0.45', '--candidates', candidates,
                                              '--json'))
             self.assertGreaterEqual(report['saved_fraction'], 0.45)
@@ -99,15 +100,12 @@ class Figures(Tune):
             of_v = [c['codec'] for h in heads if h['tensor'] == 'v' for c in h['candidates']]
             self.assertTrue(of_v and not any('centre' in codec for codec in of_v))
 
-    def test_four_bits_only_where_they_are_named(self):
-        report = json.loads(self.succeed('--budget', '0.7', '--candidates', 'int4', '--json'))
+    def test_past_half_of_the_bytes(self):
+        report = json.loads(self.succeed('--budget', '0.7', '--json'))
         self.assertGreaterEqual(report['saved_fraction'], 0.7)
         self.assertGreater(report['holdout']['worst_cosine'], 0.97)
         four = [h['codec'] for h in report['heads'] if h['codec'].startswith('i4-')]
         self.assertGreater(len(four), 28)
-        report = json.loads(self.succeed('--budget', '0.45', '--json'))
-        self.assertFalse([c for h in report['heads'] for c in h['candidates']
-                          if c['codec'].startswith('i4')])
 
     def test_the_studys_codecs_keep_outliers_in_fp16(self):
         report = json.loads(self.succeed('--budget', '0.45', '--candidates', 'seed', '--json'))
@@ -125,7 +123,7 @@ class Figures(Tune):
         self.assertGreater(tight['saved_fraction'], 0.2)
 
     def test_explain(self):
-        arguments = ('--budget', '0.6', '--candidates', 'int4', '--explain')
+        arguments = ('--budget', '0.78', '--explain')
         report = json.loads(self.succeed(*arguments, '--json'))
         limits = set()
         for head in report['heads']:
@@ -145,7 +143,7 @@ class Figures(Tune):
             self.assertEqual(max(other['nmse']), other['worst_nmse'])
         self.assertEqual(limits, {'none', 'worst', 'sum'})
         text = self.succeed(*arguments, '-o', 'plan')
-        rows = re.findall(r'^ +\d+ +[01]  [KV] +(?:i[48]-\S+|f16) +\d+ .*(?:none|worst|sum)$', text,
+        rows = re.findall(r'^ +\d+ +[01]  [KV] +(?:i[3468]-\S+|f16) .*(?:none|worst|sum)$', text,
                           re.MULTILINE)
         self.assertEqual(len(rows), 112)
         self.assertRegex(text, r"\n  worst   a query head's NMSE would be above w = \S+, 1\.25 x")
@@ -189,8 +187,9 @@ class Files(Tune):
         self.assertIn('plan written to mine.json\n', text)
         self.assertIn('% saved', text)
         self.assertRegex(text, r'\n +codec +K heads +V heads\n')
-        self.assertRegex(text, r'\n  F  f16 +\d+ +\d+\n  a  i8-token\S* +\d+ +\d+\n')
-        self.assertEqual([p.name for p in self.folder.iterdir()], ['mine.json'])
+        self.assertRegex(text, r'\n  F  f16 +\d+ +\d+\n  a  i\d-token\S* +\d+ +\d+\n')
+        matrices = json.loads((self.folder / 'mine.json').read_text())['shaping']['file']
+        self.assertEqual({p.name for p in self.folder.iterdir()}, {'mine.json', matrices})
         self.plan_fits(self.folder / 'mine.json')
         text = self.succeed('--budget', '0.45', '-o', 'mine.json', '--json')
         self.assertIsInstance(json.loads(text), dict)  # named: replaced, and JSON as well
@@ -264,7 +263,7 @@ class UnlikeLayers(Tune):
         text = self.succeed('dump', '--budget', '0.4', '--context', '1024', '-o', 'plan')
         plan = json.loads((self.folder / 'plan').read_text())
         self.assertEqual((plan['version'], len(plan['layers']), plan['layers'][6]),
-                         ([1, 2], 8, None))
+                         ([1, 4], 8, None))
         self.assertEqual(plan['layers'][7]['kv_layer'], 5)
         self.assertEqual([len(layer or ()) for layer in plan['codecs']],
                          [2, 2, 2, 2, 2, 1, 0, 0])
@@ -539,13 +538,13 @@ class Refusals(Tune):
     def test_budgets_beyond_the_codecs_say_what_is_possible(self):
         self.fail_with(r'budget 0\.8: the most .* 0\.5000', '--budget', '0.8', '--candidates',
                        'seed')
-        self.fail_with(r'budget 0\.8: the most .* 0\.4921', '--budget', '0.8')
+        self.fail_with(r'budget 0\.85: the most .* 0\.80\d\d', '--budget', '0.85')
         # Of a pair of limits the best of each alone.
         self.fail_with(r'budget 0\.45 with cosine 0\.99999: within this budget the worst head '
-                       r'reaches 0\.9999\d\d at best, with this cosine 0\.[01]\d* of the bytes',
+                       r'reaches 0\.9999\d\d at best, with this cosine 0\.[0-3]\d* of the bytes',
                        '--min-cosine', '0.99999', '--budget', '0.45')
         self.fail_with(r'budget 0\.9 with cosine 0\.9999: the most that these codecs can save is '
-                       r'0\.4921 of the fp16 bytes, with this cosine 0\.4\d* of the bytes',
+                       r'0\.8046 of the fp16 bytes, with this cosine 0\.5\d* of the bytes',
                        '--min-cosine', '0.9999', '--budget', '0.9')
 
     def test_numbers_that_are_none(self):

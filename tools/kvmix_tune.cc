@@ -30,6 +30,9 @@ namespace kvmix::tools {
 namespace {
 
 constexpr double kSpeedSeconds = 0.5;
+// A query head of the plan as a whole beyond so many times its predicted NMSE has the plan chosen
+// again, at most so often.
+constexpr std::size_t kRepairs = 3;
 
 // Tells early that a file cannot be written, before minutes of work.
 void CheckWritable(const std::string& path) {
@@ -86,16 +89,16 @@ MeasureOptions WithBar(const TuneOptions& o, ProgressBar* bar) {
           o.exact_first};
 }
 
-// The plan as a whole over several dumps.
-Fidelity MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan, const TuneOptions& o,
-                      const std::string& label) {
+// The errors of the plan as a whole over several dumps.
+std::vector<AttentionError> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan,
+                                         const TuneOptions& o, const std::string& label) {
   ProgressBar bar(label);
   std::vector<AttentionError> total(plan.model.query_heads_before(plan.model.layers.size()));
   for (const Dump* dump : dumps) {
     const auto errors = Require(MeasurePlan(*dump, plan, WithBar(o, &bar)));
     for (std::size_t i = 0; i < total.size(); ++i) total[i] += errors[i];
   }
-  return Summarize(total, plan.model);
+  return total;
 }
 
 // ---- the steps
@@ -170,16 +173,26 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
   report.explain = o.explain;
   report.table = std::move(table);
   report.wisdom = Speeds(o, m.model, m.candidates);
-  report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
+  const auto choose = [&] {
+    report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
+  };
+  choose();
 
   const Plan& plan = report.choice.plan;
-  Provenance& provenance = report.choice.plan.provenance;
-  if (!calibration.empty())
-    report.calibration = provenance.on_calibration =
+  for (bool again = !calibration.empty(); again;) {
+    const std::vector<AttentionError> truth =
         MeasureWhole(calibration, plan, o, "measuring the plan on the calibration");
+    report.calibration = Summarize(truth, m.model);
+    const std::size_t worse = RaiseToTruth(plan, truth, kWorseThanPredicted, &report.table);
+    report.worse_than_predicted.push_back(worse);
+    again = worse > 0 && report.worse_than_predicted.size() <= kRepairs;
+    if (again) choose();
+  }
+  Provenance& provenance = report.choice.plan.provenance;
+  if (report.calibration) provenance.on_calibration = *report.calibration;
   if (holdout) {
     report.holdout = provenance.on_holdout =
-        MeasureWhole({&*holdout}, plan, o, "measuring the plan on the holdout");
+        Summarize(MeasureWhole({&*holdout}, plan, o, "measuring the plan on the holdout"), m.model);
     provenance.holdout = internal::FileName(holdout->path());
     provenance.holdout_tokens = holdout->tokens();
   }

@@ -18,6 +18,9 @@
 namespace kvmix::tools {
 namespace {
 
+// A holdout's mean NMSE over the calibration's from which on the report speaks of it.
+constexpr double kFarFrom = 2.0;
+
 using Json = nlohmann::ordered_json;
 
 // A head is an outlier if int8 with a scale per token costs it this many times what it costs the
@@ -126,6 +129,25 @@ std::string PlanText(const Plan& plan) {
   return text;
 }
 
+// Where prediction and truth part.
+std::string TruthNote(const TuneReport& r) {
+  std::string text;
+  const std::vector<std::size_t>& worse = r.worse_than_predicted;
+  if (!worse.empty() && worse.front() > 0) {
+    text += fmt::format(
+        "  Query heads over {} x their predicted NMSE, plan by plan: {}. Each time they were held "
+        "for\n  as bad as they were, and the plan was chosen again.\n",
+        kWorseThanPredicted, fmt::join(worse, ", "));
+  }
+  if (r.holdout && r.calibration && r.holdout->mean_nmse > kFarFrom * r.calibration->mean_nmse) {
+    text += fmt::format(
+        "  The holdout's mean NMSE is {:.1f} x the calibration's: calibrate on more text, and on "
+        "prompts\n  as long as those that are served.\n",
+        r.holdout->mean_nmse / r.calibration->mean_nmse);
+  }
+  return text;
+}
+
 std::string AccuracyText(const TuneReport& r) {
   Table table("\tworst cosine\tlayer, query head\tmean cosine\tworst NMSE\tmean NMSE", 1);
   const auto add = [&](const std::string& name, const Fidelity& f) {
@@ -138,11 +160,12 @@ std::string AccuracyText(const TuneReport& r) {
     add(fmt::format("calibration, {} tokens", p.calibration_tokens), *r.calibration);
   if (r.holdout) add(fmt::format("holdout, {} tokens", p.holdout_tokens), *r.holdout);
   return fmt::format(
-      "Attention output against exact K and V, predicted and measured as a whole\n{}{}",
+      "Attention output against exact K and V, predicted and measured as a whole\n{}{}{}",
       table.Text(),
       r.holdout
           ? ""
-          : "  no holdout: --holdout DUMP measures the plan on text that it was not made from\n");
+          : "  no holdout: --holdout DUMP measures the plan on text that it was not made from\n",
+      TruthNote(r));
 }
 
 // What the times had to do with the choice.
@@ -152,12 +175,18 @@ std::string TimeNote(const TuneReport& r) {
         "Decode times did not enter the choice: give --wisdom FILE, and they decide within {:.0f} "
         "%.\n",
         100.0 * (Constraints().time_tolerance - 1.0));
-  return fmt::format(
+  const ParetoPoint& without = r.choice.without_times;
+  std::string text = fmt::format(
       "Decode times decided {} of {} tensors{}.\n", r.choice.decided_by_time,
       r.choice.plan.codecs.size(),
       r.times_are_kept
           ? ""
           : ", and another run, timed anew, may choose otherwise: --wisdom FILE keeps them");
+  if (r.choice.decided_by_time > 0)
+    text += fmt::format(
+        "Without them: {:.3f} ms a token, worst NMSE {:.2e}, mean NMSE {:.2e} as predicted.\n",
+        without.decode_ns / 1e6, without.predicted.worst_nmse, without.predicted.mean_nmse);
+  return text;
 }
 
 // A layer of every shape that decode times tell apart.
@@ -191,14 +220,14 @@ std::string SpeedText(const TuneReport& r) {
     if (!r.table.model.geometry())
       what += fmt::format(" x {}/{}, {} queries, {} tokens", layer.k_dim, layer.v_dim,
                           layer.group(), layer.seen(r.context));
-    Table table(fmt::format("{}\tV {}", what, fmt::join(names[1], "\tV ")), 1);
+    Table table(fmt::format("\t{}", fmt::join(names[1], "\t")), 1);
     for (const std::string& k : names[0]) {
       std::vector<double> row;
       for (const std::string& v : names[1])
         row.push_back(r.wisdom.Find(k, v, layer, r.context)->decode_ns / 1e6);
-      table.Add("K {}\t{:.4f}", k, fmt::join(row, "\t"));
+      table.Add("{}\t{:.4f}", k, fmt::join(row, "\t"));
     }
-    text += table.Text();
+    text += fmt::format("  {}, K down, V across\n{}", what, table.Text());
   }
   return text + TimeNote(r);
 }
@@ -269,7 +298,7 @@ std::string ExplainText(const TuneReport& r) {
   }
   std::string text = fmt::format(
       "Why not smaller: bytes per token, and the NMSE of the worst query head that reads the KV "
-      "head\n(steps: c centre, f fold, h hadamard)\n{}"
+      "head\n(steps: c centre, f fold, h hadamard, s shape)\n{}"
       "limit, which the next smaller codec would break:\n"
       "  worst   a query head's NMSE would be above w = {:.2e}, {} x the least possible\n",
       table.Text(), r.choice.worst_limit, r.constraints.worst_tolerance);
@@ -365,8 +394,10 @@ std::string ReportJson(const TuneReport& r) {
                {"predicted", ToJson(r.choice.predicted)},
                {"calibration", r.calibration ? ToJson(*r.calibration) : Json()},
                {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
+               {"worse_than_predicted", r.worse_than_predicted},
                {"decode_ns_per_token",
                 {{"plan", r.choice.decode_ns},
+                 {"without_times", r.choice.without_times.decode_ns},
                  {"fp16", r.choice.fp16_decode_ns},
                  {"tensors_decided", r.choice.decided_by_time},
                  {"context", r.context},

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kvmix/speed.h"
 #include "kvmix/tune.h"
@@ -23,7 +24,12 @@ struct TuneReport {
   // The plan measured as a whole, where there were dumps for it.
   std::optional<Fidelity> calibration;
   std::optional<Fidelity> holdout;
+  // Of each plan that was measured on the calibration, the last of them the one above: the query
+  // heads whose NMSE was more than kWorseThanPredicted times the predicted one.
+  std::vector<std::size_t> worse_than_predicted;
 };
+
+inline constexpr double kWorseThanPredicted = 1.5;
 
 std::string ReportText(const TuneReport& report);
 std::string ReportJson(const TuneReport& report);

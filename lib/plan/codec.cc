@@ -160,8 +160,7 @@ std::span<const float> HeadCodec::shaping() const {
 
 bool HeadCodec::operator==(const HeadCodec& other) const {
   return kind == other.kind && head_scale == other.head_scale &&
-         std::ranges::equal(mean(), other.mean()) &&
-         std::ranges::equal(factor(), other.factor()) &&
+         std::ranges::equal(mean(), other.mean()) && std::ranges::equal(factor(), other.factor()) &&
          std::ranges::equal(shaping(), other.shaping());
 }
 
@@ -180,9 +179,9 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
   Status mean = CheckVector(codec.mean(), codec.kind.centre, head_dim, "mean",
                             [](float x) { return std::isfinite(x); });
   if (!mean.ok()) return mean;
-  Status factor =
-      CheckVector(codec.factor(), codec.kind.fold, head_dim, "factor",
-                  [](float x) { return x >= 1.0f / kLargestFactor && x <= kLargestFactor; });
+  Status factor = CheckVector(codec.factor(), codec.kind.fold, head_dim, "factor", [](float x) {
+    return x >= 1.0f / kLargestFactor && x <= kLargestFactor;
+  });
   if (!factor.ok()) return factor;
   return CheckShaping(codec.shaping(), codec.kind.shape, head_dim);
 }

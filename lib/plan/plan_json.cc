@@ -32,7 +32,7 @@ namespace {
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
 constexpr std::size_t kMinor = 1, kMinorOfLayers = 2, kMinorOfI4 = 3,  // 2: and of exact_first
-    kMinorOfShaping = 4;                                                // and of i6 and i3
+    kMinorOfShaping = 4;                                               // and of i6 and i3
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -130,8 +130,7 @@ std::string PlanText(const Plan& plan, const std::string& shaping) {
 )",
       kFormat, kMajor, MinorOf(plan), ModelText(plan.model),
       plan.exact_first == 0 ? "" : fmt::format("\n  \"exact_first\": {},", plan.exact_first),
-      shaping,
-      BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
+      shaping, BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
       p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,
       AccuracyText(p), CodecsText(plan));
 }

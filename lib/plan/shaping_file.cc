@@ -76,8 +76,8 @@ Status LoadShaping(const std::string& path, const std::string& hash, Plan* plan)
     if (!status.ok()) return;
     const auto found = matrices->tensors.find(name);
     if (found == matrices->tensors.end()) {
-      status = FileError(ErrorCode::kCorrupt, path, name, "a matrix, as the plan has the step",
-                         "none");
+      status =
+          FileError(ErrorCode::kCorrupt, path, name, "a matrix, as the plan has the step", "none");
       return;
     }
     const SafetensorsEntry& entry = found->second;

@@ -315,6 +315,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
     choice.fp16_decode_ns = ns ? choice.fp16_decode_ns + *ns : 0.0;
     if (!ns) break;
   }
+  choice.without_times = internal::Describe(without_time, table.model, fp16_bytes);
   choice.front = internal::Front(*menu, table.model, fp16_bytes);
   Provenance& provenance = choice.plan.provenance;
   provenance.model = table.model_name;

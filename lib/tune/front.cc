@@ -9,16 +9,6 @@
 namespace kvmix::internal {
 namespace {
 
-ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_bytes) {
-  ParetoPoint point{Saved(Total(picks, &Pair::bytes), fp16_bytes), Predict(picks, model),
-                    Total(picks, &Pair::decode_ns)};
-  for (const Pair& p : picks) {
-    for (const CandidateError* candidate : {p.k, p.v})
-      point.fp16_tensors += candidate->codec.kind.storage == Storage::kF16;
-  }
-  return point;
-}
-
 // At most kFrontPoints of the front's levels of the worst NMSE, evenly spaced along the curve
 // (saved fraction, log of the worst).
 constexpr std::size_t kFrontPoints = 64;
@@ -76,6 +66,16 @@ std::vector<FrontLevel> FrontLevels(const Menu& menu) {
 }
 
 }  // namespace
+
+ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_bytes) {
+  ParetoPoint point{Saved(Total(picks, &Pair::bytes), fp16_bytes), Predict(picks, model),
+                    Total(picks, &Pair::decode_ns)};
+  for (const Pair& p : picks) {
+    for (const CandidateError* candidate : {p.k, p.v})
+      point.fp16_tensors += candidate->codec.kind.storage == Storage::kF16;
+  }
+  return point;
+}
 
 std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t fp16_bytes) {
   std::vector<ParetoPoint> front;

@@ -74,6 +74,8 @@ double Saved(std::size_t bytes, std::size_t fp16_bytes);
 // The errors of a plan of these picks, K's and V's added up.
 Fidelity Predict(const Picks& picks, const Model& model);
 
+ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_bytes);
+
 // At most 64 points of the Pareto front of bytes and worst NMSE, by falling saved fraction.
 std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t fp16_bytes);
 

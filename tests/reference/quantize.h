@@ -197,8 +197,8 @@ inline std::vector<int> Shaped(const std::vector<float>& y, std::span<const floa
   std::vector<int> codes(dim);
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
   for (std::size_t k = dim; k-- > 0;) {
-    const int n = static_cast<int>(
-        std::nearbyint(std::clamp(Product(t[k], inverse), -127.0f, 127.0f)));
+    const int n =
+        static_cast<int>(std::nearbyint(std::clamp(Product(t[k], inverse), -127.0f, 127.0f)));
     for (std::size_t code = 1; code < levels.size(); ++code) {
       const int best = levels[static_cast<std::size_t>(codes[k])], level = levels[code];
       const int far = std::abs(n - level), best_far = std::abs(n - best);

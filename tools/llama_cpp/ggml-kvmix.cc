@@ -286,7 +286,8 @@ void WarnOfLength(std::size_t cells) {
   if (cells <= kFarBeyond * longest) return;
   SayOnce("length", "warning: a context of " + std::to_string(cells) +
                         " tokens, but the plan was calibrated on prompts of at most " +
-                        std::to_string(longest) + ": it may be less accurate there. Calibrate on "
+                        std::to_string(longest) +
+                        ": it may be less accurate there. Calibrate on "
                         "prompts as long as those that are served.");
 }
 

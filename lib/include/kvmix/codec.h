@@ -7,7 +7,8 @@
 //   x' = mean + factor * R(scale * code)                                what codes stand for
 //   x' = mean + factor * R(scale * level[code])                         those of i4 and i3
 //
-// f16 stores x itself. The levels of i4 and i3, of +-127 at most: kernels/levels.h, docs/formats.md.
+// f16 stores x itself. The levels of i4 and i3, of +-127 at most: kernels/levels.h,
+// docs/formats.md.
 //
 // Each field of a CodecKind is one of these steps, so kinds compose:
 //   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is

@@ -89,8 +89,8 @@ KVMIX_API std::size_t Fp16BytesPerToken(const Model& model);
 // JSON, and where K has the step +shape a safetensors file of matrices in the same folder, which
 // the JSON names with its hash: move and copy both. Save writes a temporary file beside `path` and
 // renames it, so that `path` is whole or untouched; the matrices of a plan that was there before
-// stay. Load refuses a newer major version, unknown codecs, a matrix file that is missing or another
-// one, and anything that CheckPlan refuses, naming the file.
+// stay. Load refuses a newer major version, unknown codecs, a matrix file that is missing or
+// another one, and anything that CheckPlan refuses, naming the file.
 KVMIX_API Status SavePlan(const Plan& plan, const std::string& path);
 KVMIX_API Result<Plan> LoadPlan(const std::string& path);
 // The plan fits this model; else an error naming both.

@@ -6,8 +6,8 @@
 //   code = round-to-nearest-even(y / scale), f32 division, clamped to [-127, 127]
 //
 // That is i8. The storages below try four or five scales a row, take the codes whose squared error
-// is the smallest once their scale is the best one for them, and store that scale. With +shape other
-// codes follow, of the same scale. docs/formats.md has every step.
+// is the smallest once their scale is the best one for them, and store that scale. With +shape
+// other codes follow, of the same scale. docs/formats.md has every step.
 //
 // Input is f16, bf16 or f32. The same numbers give the same bytes, whatever type they come in.
 //   NaN          counts as 0, in every storage

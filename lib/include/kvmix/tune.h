@@ -221,7 +221,7 @@ struct Constraints {
   double time_tolerance = 1.02;
 };
 
-// One point of the Pareto front: no plan saves as much with a smaller worst NMSE.
+// What a plan gives. On the Pareto front no plan saves as much with a smaller worst NMSE.
 struct ParetoPoint {
   double saved_fraction = 0.0;
   Fidelity predicted;
@@ -253,6 +253,7 @@ struct Choice {
   double decode_ns = 0.0;  // one token, all layers, 1 thread
   double fp16_decode_ns = 0.0;
   std::size_t decided_by_time = 0;  // K and V of KV heads that have another codec without times
+  ParetoPoint without_times;        // of the choice without them: what ignoring times costs
   double worst_limit = 0.0;         // w * worst_tolerance of the steps below
   std::vector<Reason> reasons;      // of each of the plan's codecs
   // By falling saved fraction, from the smallest plan to fp16; at most 64 points, even along the
@@ -283,6 +284,13 @@ struct Choice {
 // of Zen 4 and 60 MB beside the table; with 33 candidates each 0.3 seconds and 90 MB.
 KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
                                 const Constraints& constraints);
+
+// Holds the table that a plan was chosen from against the plan as a whole. truth: its errors on the
+// table's dumps, as MeasurePlan() gives them. Where a query head's NMSE is more than `factor` times
+// what the table predicts, the errors of all candidates of its KV head's K and V are raised by that
+// ratio. Returns how many query heads these are; if any, choose again.
+KVMIX_API std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& truth,
+                                   double factor, ErrorTable* table);
 
 }  // namespace kvmix
 

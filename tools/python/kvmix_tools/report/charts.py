@@ -234,28 +234,25 @@ def past_half(tune, cache_types):
               for p in tune['front'] if 0.45 <= p['saved_fraction'] <= 0.8]
     types = [(t['type'], *(t[key] for key in keys)) for t in cache_types['types']]
     figure, ax = plt.subplots(figsize=(WIDTH, 3.5))
-
-    def label(text, x, y, colour, **style):
-        ax.annotate(text, (x, y), textcoords='offset points', color=colour, **style)
-
-    for series, colour, style, name in ((points, 'series0', {'linewidth': 2}, 'kvmix'),
-                                        (types, 'series1', {'marker': 'D', 'linestyle': ''},
-                                         'llama.cpp')):
-        if series:
-            x, y = zip(*((100 * saved, nmse) for _, saved, nmse, *_ in series))
-            ax.plot(x, y, color=theme.LIGHT[colour], **style)
-            end = np.argmax(x)
-            label(name, x[end], y[end], theme.LIGHT[colour], xytext=(8, 0), weight='bold',
-                  va='center')
-    for name, saved, nmse, *_ in types:
-        label(name, 100 * saved, nmse, theme.LIGHT['series1'], xytext=(-5, 7), ha='center')
+    ours, theirs = ({'color': theme.LIGHT[f'series{i}']} for i in (0, 1))
+    below = {'textcoords': 'offset points', 'xytext': (5, -5), 'va': 'top', **ours}
+    if points:
+        x, y = zip(*((100 * saved, nmse) for _, saved, nmse, *_ in points))
+        ax.plot(x, y, linewidth=2, **ours)
+        at = np.abs(np.array(x) - 70).argmin()
+        ax.annotate('kvmix', (x[at], y[at]), weight='bold', **below)
     plan = 100 * tune['saved_fraction'], tune['predicted']['worst_nmse']
     if 45 <= plan[0] <= 80:
-        ax.plot(*plan, '*', color=theme.LIGHT['series0'], markersize=14)
-        label('the plan', *plan, theme.LIGHT['series0'], xytext=(0, -10), ha='center', va='top')
+        ax.plot(*plan, '*', markersize=14, **ours)
+        ax.annotate('the plan', plan, **below)
+    for i, (name, saved, nmse, *_) in enumerate(types, 1):
+        ax.plot(100 * saved, nmse, 'D', **theirs)
+        ax.annotate(f'llama.cpp\n{name}' if i == len(types) else name, (100 * saved, nmse),
+                    textcoords='offset points', xytext=(-3, 7), ha='center', va='bottom',
+                    weight='bold', **theirs)
     ax.set(yscale='log', xlim=(44, 81), xlabel='KV bytes saved, %',
            ylabel='NMSE of the worst query head')
-    ax.margins(y=0.15)
+    ax.margins(y=0.2)
     log_axis(ax.yaxis)
     ax.grid(True)
     names, saved, *errors = zip(*points, *types)
