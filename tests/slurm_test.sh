@@ -16,6 +16,7 @@ folder=$(mktemp -d /tmp/kvmix-slurm-XXXXXX)  # short: it holds sockets
 pids=()
 clean() {
   local status=$?
+  squeue -h -o %A 2>/dev/null | xargs -r scancel --full --signal=KILL 2>/dev/null || true
   [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true
   [ ${#pids[@]} -eq 0 ] || wait "${pids[@]}" 2>/dev/null || true
   [ $status -eq 0 ] || tail -n 20 "$folder"/*.log "$folder"/work/*.log >&2 || true

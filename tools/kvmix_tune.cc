@@ -48,6 +48,14 @@ void CheckWritable(const std::string& path) {
     Refuse("{}: may not write to the folder {}", path, folder.string());
 }
 
+// What a step writes may take the place of what a step wrote, and of nothing else.
+void CheckPart(const std::string& path) {
+  CheckWritable(path);
+  std::error_code error;
+  if (std::filesystem::is_regular_file(path, error) && !KindOfPart(path).ok())
+    Refuse("{}: expected no file, or one that a step of kvmix-tune wrote, found another", path);
+}
+
 std::vector<Dump> OpenDumps(const std::vector<std::string>& paths, const RawFormat& raw) {
   std::vector<Dump> dumps;
   for (const std::string& path : paths) dumps.push_back(OpenDump(path, raw));
@@ -263,7 +271,7 @@ std::function<void()> CalibrateStep(CLI::App* app, TuneOptions* o) {
   AddLayers(app, o);
   AddPartOutput(app, o, "the file to write");
   return [o] {
-    CheckWritable(o->output);
+    CheckPart(o->output);
     const Calibration calibration = RunCalibrate(*o, OpenDumps(DumpPaths(*o), o->raw));
     Require(SavePart(calibration, o->output));
     PrintContents(calibration, o->output);
@@ -279,7 +287,7 @@ std::function<void()> MeasureStep(CLI::App* app, TuneOptions* o) {
   AddMeasuring(app, o);
   AddPartOutput(app, o, "the file to write, after every layer; one that is there is gone on with");
   return [o] {
-    CheckWritable(o->output);
+    CheckPart(o->output);
     const Calibration calibration = MergeFiles<Calibration>(o->parts, LoadCalibration);
     const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
     PrintContents(RunMeasure(*o, dumps, calibration, o->output), o->output);
@@ -291,7 +299,7 @@ std::function<void()> MergeStep(CLI::App* app, TuneOptions* o) {
   app->add_option("PART", o->parts, "files of one kind")->required();
   AddPartOutput(app, o, "the file to write");
   return [o] {
-    CheckWritable(o->output);
+    CheckPart(o->output);
     const auto merge = [&](const auto& part) {
       Require(SavePart(part, o->output));
       PrintContents(part, o->output);
