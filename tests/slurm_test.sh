@@ -13,16 +13,19 @@ for needed in munged slurmctld slurmd sbatch; do
 done
 export PATH=$PATH:/usr/sbin
 folder=$(mktemp -d /tmp/kvmix-slurm-XXXXXX)  # short: it holds sockets
+export SLURM_CONF=$folder/slurm.conf  # from here on no command sees another cluster
 pids=()
 clean() {
   local status=$?
-  squeue -h -o %A 2>/dev/null | xargs -r scancel --full --signal=KILL 2>/dev/null || true
+  squeue -h -o %A 2>/dev/null | xargs -r scancel || true
+  until_true jobs_are_done || true  # slurmd would wait for them
   [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true
   [ ${#pids[@]} -eq 0 ] || wait "${pids[@]}" 2>/dev/null || true
   [ $status -eq 0 ] || tail -n 20 "$folder"/*.log "$folder"/work/*.log >&2 || true
   rm -rf "$folder"
 }
 trap clean EXIT
+jobs_are_done() { [ -z "$(squeue -h 2>/dev/null)" ]; }
 fail() { printf 'slurm_test: %s\n' "$*" >&2; exit 1; }
 until_true() { # COMMAND...: within a minute
   local i
@@ -30,12 +33,12 @@ until_true() { # COMMAND...: within a minute
     if "$@" >/dev/null 2>&1; then return 0; fi
     sleep 0.1
   done
-  fail "waited a minute for: $*"
+  printf 'slurm_test: waited a minute for: %s\n' "$*" >&2
+  return 1
 }
 
 # ---- a cluster
 port=$((20000 + $$ % 20000 * 2))
-export SLURM_CONF=$folder/slurm.conf
 mkdir "$folder"/{state,spool,work}
 cat >"$SLURM_CONF" <<CONF
 ClusterName=kvmix
@@ -54,6 +57,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
+KillWait=1
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES State=UP
@@ -87,7 +91,6 @@ wait \$!
 TUNE
 chmod +x "$folder"/tune
 export KVMIX_TUNE=$folder/tune
-jobs_are_done() { [ -z "$(squeue -h)" ]; }
 run() {
   "$script" 28 14 "$folder"/work "$sample"/*.calibration.safetensors -- --budget 0.49 \
     --holdout "$sample"/*.holdout.safetensors -o "$folder"/plan.json >"$folder"/run.log
