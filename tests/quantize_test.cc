@@ -17,6 +17,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -773,6 +774,54 @@ TEST_P(QuantizeTest, ShapingMovesErrorsToWhereNoQueryLooks) {
     }
     EXPECT_LT(missed[1], 0.25 * missed[0]) << name;
   }
+}
+
+// H = L D L^T, of queries as the kernel sees them: what is left of H between L's inverses is
+// diagonal.
+TEST(ShapingMatrix, FactorsTheQueriesSecondMoment) {
+  constexpr std::size_t kDim = 24, kQueries = 50;
+  std::mt19937 random(90);
+  std::normal_distribution<float> normal;
+  Floats factor(kDim);
+  for (float& f : factor) f = std::exp(normal(random));
+  std::vector<double> moment(kDim * kDim, 0.0), h(kDim * kDim, 0.0);
+  for (std::size_t n = 0; n < kQueries; ++n) {
+    Floats q(kDim);
+    for (float& x : q) x = normal(random);
+    Floats seen = q;
+    for (std::size_t c = 0; c < kDim; ++c) seen[c] *= factor[c];
+    reference::Rotate(seen);
+    for (std::size_t i = 0; i < kDim * kDim; ++i) {
+      moment[i] += static_cast<double>(q[i / kDim]) * q[i % kDim];
+      h[i] += static_cast<double>(seen[i / kDim]) * seen[i % kDim];
+    }
+  }
+  double trace = 0.0;
+  for (std::size_t i = 0; i < kDim; ++i) trace += h[i * kDim + i];
+  for (std::size_t i = 0; i < kDim; ++i) h[i * kDim + i] += 0.03 * trace / kDim;
+  const Floats l = internal::ShapingMatrix(moment, factor, true, kDim);
+  for (int side = 0; side < 2; ++side) {  // h <- L^-1 h, then the same from the right
+    for (std::size_t row = 0; row < kDim; ++row) {
+      for (std::size_t k = 0; k < row; ++k) {
+        for (std::size_t c = 0; c < kDim; ++c)
+          h[row * kDim + c] -= double{l[row * kDim + k]} * h[k * kDim + c];
+      }
+    }
+    for (std::size_t i = 0; i < kDim * kDim; ++i) {
+      if (i / kDim < i % kDim) std::swap(h[i], h[i % kDim * kDim + i / kDim]);
+    }
+  }
+  for (std::size_t i = 0; i < kDim * kDim; ++i) {
+    if (i / kDim == i % kDim) {
+      EXPECT_GT(h[i], 0.0);
+    } else {
+      EXPECT_NEAR(h[i], 0.0, 1e-5 * trace) << i / kDim << ", " << i % kDim;
+    }
+  }
+  // Of a head at which no query looked.
+  const Floats unit = internal::ShapingMatrix(std::vector<double>(kDim * kDim), {}, false, kDim);
+  for (std::size_t i = 0; i < unit.size(); ++i)
+    EXPECT_EQ(unit[i], i / kDim == i % kDim ? 1.0f : 0.0f);
 }
 
 // ---- i6, i4, i3
