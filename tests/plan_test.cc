@@ -327,19 +327,21 @@ std::string MatricesOf(const std::string& plan_path) {
 
 TEST(PlanFile, ShapingMatricesComeBackExactly) {
   const TempFolder folder;
-  const std::string path = folder.file("my.plan.json");
+  const std::string path = folder.file("plan.json");
   const Plan plan = ShapedPlan(0.1f);
   ASSERT_TRUE(SavePlan(plan, path).ok());
   const json written = json::parse(ReadBytes(path));
   EXPECT_EQ(written["version"], (json{1, 4}));
   EXPECT_EQ(written["shaping"]["file"].get<std::string>(),
-            "my.plan-" + written["shaping"]["xxh3"].get<std::string>() + ".safetensors");
+            "shaping-" + written["shaping"]["xxh3"].get<std::string>() + ".safetensors");
   const Result<Plan> loaded = LoadPlan(path);
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
   EXPECT_EQ(loaded->codecs, plan.codecs);
 
-  // Another plan in its place has another file, and the first plan's copy still has its own.
-  std::filesystem::copy(path, folder.file("copy.json"));
+  // The same plan is the same text under another name. Another one in its place has another file,
+  // and the first plan's copy still has its own.
+  ASSERT_TRUE(SavePlan(plan, folder.file("copy.json")).ok());
+  EXPECT_EQ(ReadBytes(folder.file("copy.json")), ReadBytes(path));
   ASSERT_TRUE(SavePlan(ShapedPlan(0.2f), path).ok());
   EXPECT_EQ(LoadPlan(path)->codecs, ShapedPlan(0.2f).codecs);
   EXPECT_EQ(LoadPlan(folder.file("copy.json"))->codecs, plan.codecs);

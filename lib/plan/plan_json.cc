@@ -238,8 +238,8 @@ Status SavePlan(const Plan& plan, const std::string& path) {
     return FileError(ErrorCode::kInvalidArgument, path, "accuracy", "finite numbers", "NaN or Inf");
   }
   if (!internal::HasShaping(plan)) return internal::WriteFileAtomically(path, PlanText(plan, ""));
-  const std::string hash = internal::ShapingHash(plan),
-                    file = internal::ShapingFileName(path, hash), matrices = Beside(path, file);
+  const std::string hash = internal::ShapingHash(plan), file = internal::ShapingFileName(hash),
+                    matrices = Beside(path, file);
   std::error_code ignored;
   const bool had = std::filesystem::exists(matrices, ignored);
   if (Status s = internal::SaveShaping(plan, matrices); !s.ok()) return s;

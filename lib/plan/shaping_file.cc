@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <filesystem>
 #include <memory>
 #include <span>
 #include <utility>
@@ -54,8 +53,8 @@ std::string ShapingHash(const Plan& plan) {
   return fmt::format("{:016x}", XXH3_64bits_digest(&hash));
 }
 
-std::string ShapingFileName(const std::string& plan_path, const std::string& hash) {
-  return fmt::format("{}-{}.safetensors", std::filesystem::path(plan_path).stem().string(), hash);
+std::string ShapingFileName(const std::string& hash) {
+  return fmt::format("shaping-{}.safetensors", hash);
 }
 
 Status SaveShaping(const Plan& plan, const std::string& path) {

@@ -15,9 +15,9 @@ bool HasShaping(const Plan& plan);
 // XXH3 (64 bits) of the matrices' numbers, head after head, as 16 hexadecimal digits.
 std::string ShapingHash(const Plan& plan);
 
-// "plan-HASH.safetensors" for ".../plan.json": plans of other matrices do not share a file, so that
-// a plan is replaced as a whole or not at all.
-std::string ShapingFileName(const std::string& plan_path, const std::string& hash);
+// Named after what it holds: plans of other matrices do not share a file, so that a plan is
+// replaced as a whole or not at all, and the same plan is the same text under any name.
+std::string ShapingFileName(const std::string& hash);
 
 // The matrix of layer N's KV head H is the tensor "layers.N.heads.H.k", F32, [k_dim, k_dim].
 Status SaveShaping(const Plan& plan, const std::string& path);
