@@ -516,7 +516,8 @@ TEST(Choose, LargeModelsTakeLessThanASecond) {
     constraints.budget = budget;
     const std::clock_t start = std::clock();
     const auto choice = Choose(table, wisdom, kContext, constraints);
-    if (kFullSpeed) EXPECT_LT(std::clock() - start, CLOCKS_PER_SEC);
+    const std::clock_t taken = std::clock() - start;
+    EXPECT_TRUE(taken < CLOCKS_PER_SEC || !kFullSpeed) << taken;
     ASSERT_TRUE(choice.ok());
     EXPECT_GE(SavedFraction(choice->plan), budget);
     EXPECT_LE(choice->front.size(), 64u);
