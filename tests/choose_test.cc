@@ -13,7 +13,6 @@
 
 #include <gtest/gtest.h>
 
-#include "hwy/base.h"
 #include "kvmix/tune.h"
 
 namespace kvmix {
@@ -502,8 +501,11 @@ ErrorTable LargeTable() {
   return RandomTable({126, 8, 128, 128}, kinds, 5);
 }
 
-#if defined(__OPTIMIZE__)
-constexpr bool kFullSpeed = !HWY_IS_ASAN;
+#if !defined(__has_feature)
+#define __has_feature(x) 0
+#endif
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !__has_feature(address_sanitizer)
+constexpr bool kFullSpeed = true;
 #else
 constexpr bool kFullSpeed = false;
 #endif
