@@ -34,6 +34,7 @@
 #include "kernels/planes-inl.h"
 #include "kernels/rows-inl.h"
 #include "kernels/shape-inl.h"
+#include "kernels/storage-inl.h"
 #include "kernels/transform-inl.h"
 #include "kernels/vectors-inl.h"
 
@@ -536,10 +537,13 @@ void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
   const Transform own = in.transform.From(r);
   const std::uint8_t* row = in.rows + r * in.row_stride;
   HWY_ALIGN std::uint8_t levels[kMaxDim];
-  if (BitsOf(in.format.storage) < 8) {
-    SpreadLevels(in.format.storage, row, dim, levels);
-    row = levels;
-  }
+  WithStorage(in.format.storage, [&]<class S>(S) KVMIX_LAMBDA {
+    if constexpr (S::kPacked) {
+      SpreadRow<S>(row, dim, levels,
+                   [](VU8 c) KVMIX_LAMBDA { return S::template Levels<false>(c); });
+      row = levels;
+    }
+  });
   const std::int8_t* const codes = reinterpret_cast<const std::int8_t*>(row);
   if (in.format.storage == Storage::kF16) {
     ConvertRow<Halves>(reinterpret_cast<const std::uint16_t*>(row), dim, to);

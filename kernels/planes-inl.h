@@ -6,7 +6,6 @@
 #define KVMIX_KERNELS_PLANES_INL_H_
 #endif
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -14,7 +13,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/formats.h"
-#include "kernels/levels.h"
+#include "kernels/storage-inl.h"
 #include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -51,18 +50,16 @@ HWY_INLINE void PackPlane(const std::uint8_t* HWY_RESTRICT codes, std::size_t di
 // codes: aligned, whole vectors are read.
 HWY_INLINE void PackRow(Storage storage, const std::uint8_t* HWY_RESTRICT codes, std::size_t dim,
                         std::uint8_t* HWY_RESTRICT row) {
-  switch (storage) {
-    case Storage::kI6:
-      PackPlane<0, 4>(codes, dim, row);
-      return PackPlane<4, 2>(codes, dim, row + dim / 2);
-    case Storage::kI4:
-      return PackPlane<0, 4>(codes, dim, row);
-    case Storage::kI3:
-      PackPlane<0, 2>(codes, dim, row);
-      return PackPlane<2, 1>(codes, dim, row + dim / 4);
-    default:
+  WithStorage(storage, [&]<class S>(S) KVMIX_LAMBDA {
+    if constexpr (S::kPacked) {
+      S::ForPlanes([&]<class P>(P) KVMIX_LAMBDA {
+        PackPlane<P::kFrom, P::kBits>(codes, dim, row);
+        row += dim * P::kBits / 8;
+      });
+    } else {
       std::memcpy(row, codes, dim);
-  }
+    }
+  });
 }
 
 // The inverse of PackPlane: the plane's bits, one code's a byte, in whole vectors.
@@ -87,47 +84,23 @@ HWY_INLINE void SpreadPlane(const std::uint8_t* HWY_RESTRICT plane, std::size_t 
   if constexpr (kBits == 1) twice(std::integral_constant<int, 1>(), dim);
 }
 
-// to[c] <- the code of channel c of a row below i8. Whole vectors are written: `to` is aligned and
-// has room for dim rounded up to them.
-HWY_INLINE void SpreadCodes(Storage storage, const std::uint8_t* HWY_RESTRICT row, std::size_t dim,
-                            std::uint8_t* HWY_RESTRICT to) {
-  if (storage == Storage::kI4) return SpreadPlane<4>(row, dim, to);
-  HWY_ALIGN std::uint8_t upper[kMaxDim];
-  const auto join = [&](auto shift) KVMIX_LAMBDA {
-    for (std::size_t i = 0; i < dim; i += hn::MaxLanes(DU8())) {
-      const VU8 up = hn::ShiftLeft<shift>(hn::Load(DU8(), upper + i));
-      hn::Store(hn::Or(hn::Load(DU8(), to + i), up), DU8(), to + i);
+// to[c] <- f(the code of channel c) of a row of the packed storage S; f takes and gives a vector of
+// bytes. Whole vectors are written: `to` is aligned and has room for dim rounded up to them.
+template <class S, class F>
+HWY_INLINE void SpreadRow(const std::uint8_t* HWY_RESTRICT row, std::size_t dim,
+                          std::uint8_t* HWY_RESTRICT to, const F& f) {
+  constexpr std::size_t kStep = hn::MaxLanes(DU8());
+  HWY_ALIGN std::uint8_t plane[kMaxDim];
+  S::ForPlanes([&]<class P>(P) KVMIX_LAMBDA {
+    SpreadPlane<P::kBits>(row, dim, plane);
+    row += dim * P::kBits / 8;
+    for (std::size_t i = 0; i < dim; i += kStep) {
+      VU8 codes = hn::Load(DU8(), plane + i);
+      if constexpr (P::kFrom != 0)
+        codes = hn::Or(hn::Load(DU8(), to + i), hn::ShiftLeft<P::kFrom>(codes));
+      hn::Store(P::kFrom + P::kBits == S::kBits ? f(codes) : codes, DU8(), to + i);
     }
-  };
-  if (storage == Storage::kI6) {
-    SpreadPlane<4>(row, dim, to);
-    SpreadPlane<2>(row + dim / 2, dim, upper);
-    join(std::integral_constant<int, 4>());
-  } else {
-    SpreadPlane<2>(row, dim, to);
-    SpreadPlane<1>(row + dim / 4, dim, upper);
-    join(std::integral_constant<int, 2>());
-  }
-}
-
-// The same, the levels that the codes are.
-HWY_INLINE void SpreadLevels(Storage storage, const std::uint8_t* HWY_RESTRICT row, std::size_t dim,
-                             std::uint8_t* HWY_RESTRICT to) {
-  SpreadCodes(storage, row, dim, to);
-  static constexpr auto kTable3 = [] {
-    std::array<std::int8_t, 16> table{};
-    for (std::size_t c = 0; c < kLevels3.size(); ++c) table[c] = kLevels3[c];
-    return table;
-  }();
-  const VU8 half = hn::Set(DU8(), std::uint8_t{32});
-  const VI8 table = hn::LoadDup128(DI8(), (storage == Storage::kI4 ? kLevels : kTable3).data());
-  for (std::size_t i = 0; i < dim; i += hn::MaxLanes(DU8())) {
-    const VU8 codes = hn::Load(DU8(), to + i);
-    const VU8 levels = storage == Storage::kI6
-                           ? hn::Sub(hn::Xor(codes, half), half)
-                           : hn::BitCast(DU8(), hn::TableLookupBytes(table, codes));
-    hn::Store(levels, DU8(), to + i);
-  }
+  });
 }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE

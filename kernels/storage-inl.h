@@ -142,36 +142,7 @@ struct Packed {
     return hn::BitCast(DI32(), Levels<kOfK>(codes));
   }
 
- private:
-  // Bytes from the start of a group.
-  template <class Q>
-  static constexpr std::size_t kPlaneOffset = kParts* Q::kFrom / 8 * kFourTerms;
-
-  // With the bits of one plane, whatever is beside them in `shifted`. Where vpermb looks codes up,
-  // the bits above a code may be any.
-  template <class Q>
-  static HWY_INLINE VU8 WithPlane(Q, VU8 codes, VU8 shifted) {
-#if KVMIX_UNSIGNED_QUADS
-    if constexpr (Q::kFrom == 0) return shifted;
-    const VU8 below = hn::Set(DU8(), static_cast<std::uint8_t>((1 << Q::kFrom) - 1));
-    return hn::IfVecThenElse(below, codes, shifted);
-#else
-    const VU8 own = hn::Set(DU8(), static_cast<std::uint8_t>(Q::kMask << Q::kFrom));
-    if constexpr (Q::kFrom == 0) return hn::And(shifted, own);
-    return hn::OrAnd(codes, shifted, own);
-#endif
-  }
-
-  // The levels by code, as often as the table has room; vpdpbusd takes K's with the sign flipped.
-  template <bool kOfK, std::size_t kSize>
-  static constexpr std::array<std::uint8_t, kSize> Table() {
-    std::array<std::uint8_t, kSize> table{};
-    for (std::size_t c = 0; c < kSize; ++c)
-      table[c] = static_cast<std::uint8_t>(S::Level(static_cast<int>(c % kCodes)) ^
-                                           (kOfK && KVMIX_UNSIGNED_QUADS ? 0x80 : 0));
-    return table;
-  }
-
+  // The levels of codes, one a byte, K's in the form of I8's tiles.
   template <bool kOfK>
   static HWY_INLINE VU8 Levels(VU8 codes) {
 #if KVMIX_UNSIGNED_QUADS
@@ -205,6 +176,36 @@ struct Packed {
 #endif
     }
 #endif
+  }
+
+ private:
+  // Bytes from the start of a group.
+  template <class Q>
+  static constexpr std::size_t kPlaneOffset = kParts* Q::kFrom / 8 * kFourTerms;
+
+  // With the bits of one plane, whatever is beside them in `shifted`. Where vpermb looks codes up,
+  // the bits above a code may be any.
+  template <class Q>
+  static HWY_INLINE VU8 WithPlane(Q, VU8 codes, VU8 shifted) {
+#if KVMIX_UNSIGNED_QUADS
+    if constexpr (Q::kFrom == 0) return shifted;
+    const VU8 below = hn::Set(DU8(), static_cast<std::uint8_t>((1 << Q::kFrom) - 1));
+    return hn::IfVecThenElse(below, codes, shifted);
+#else
+    const VU8 own = hn::Set(DU8(), static_cast<std::uint8_t>(Q::kMask << Q::kFrom));
+    if constexpr (Q::kFrom == 0) return hn::And(shifted, own);
+    return hn::OrAnd(codes, shifted, own);
+#endif
+  }
+
+  // The levels by code, as often as the table has room; vpdpbusd takes K's with the sign flipped.
+  template <bool kOfK, std::size_t kSize>
+  static constexpr std::array<std::uint8_t, kSize> Table() {
+    std::array<std::uint8_t, kSize> table{};
+    for (std::size_t c = 0; c < kSize; ++c)
+      table[c] = static_cast<std::uint8_t>(S::Level(static_cast<int>(c % kCodes)) ^
+                                           (kOfK && KVMIX_UNSIGNED_QUADS ? 0x80 : 0));
+    return table;
   }
 };
 

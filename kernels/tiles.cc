@@ -128,7 +128,7 @@ template <class S>
 requires S::kPacked HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t dim,
                                              std::uint8_t* to) {
   HWY_ALIGN std::uint8_t codes[kMaxDim];
-  SpreadCodes(S::kStorage, row, dim, codes);
+  SpreadRow<S>(row, dim, codes, [](VU8 c) KVMIX_LAMBDA { return c; });
   std::memset(codes + dim, 0, RoundUp(dim, S::kTerms) - dim);
   ForFours<S>(to, dim, [&]<class P>(P, std::uint8_t* at, std::size_t c) KVMIX_LAMBDA {
     std::uint32_t four = 0;
@@ -215,7 +215,7 @@ HWY_INLINE void StoreV(const std::uint8_t* row, std::size_t dim, std::size_t tok
                        std::uint8_t* tiles) {
   if constexpr (S::kPacked) {
     HWY_ALIGN std::uint8_t codes[kMaxDim];
-    SpreadCodes(S::kStorage, row, dim, codes);
+    SpreadRow<S>(row, dim, codes, [](VU8 c) KVMIX_LAMBDA { return c; });
     MergeV<S>(codes, dim, token, tiles);
   } else {
     MergeV<S>(reinterpret_cast<const typename S::Code*>(row), dim, token, tiles);

@@ -20,7 +20,7 @@ constexpr std::size_t kColumns = 100;
 // A type of another engine's cache.
 struct Type {
   const char* name;
-  int holds;                 // storages of the plan up to so many bits
+  std::size_t holds;         // storages of the plan up to so many bits
   double bits;               // a number with its share of the scales
   std::size_t multiple = 1;  // what head_dim must be a multiple of
 };
@@ -31,23 +31,7 @@ const Types kLlamaTypes = {{"q4_0", 4, 4.5, 32}, {"q8_0", 8, 8.5, 32}, kF16};
 const Types kIkTypes = {{"q4_0", 4, 4.5, 32}, {"q6_0", 6, 6.5, 32}, {"q8_0", 8, 8.5, 32}, kF16};
 const Types kOptimizerTypes = {{"NVFP4", 4, 4.5, 16}, {"FP8", 8, 8.0}, kF16};
 
-int StoredBits(Storage storage) {
-  switch (storage) {
-    case Storage::kI3:
-      return 3;
-    case Storage::kI4:
-      return 4;
-    case Storage::kI6:
-      return 6;
-    case Storage::kI8:
-      return 8;
-    case Storage::kF16:
-      return 16;
-  }
-  return 16;
-}
-
-const Type& Least(const Types& types, int bits, std::size_t dim) {
+const Type& Least(const Types& types, std::size_t bits, std::size_t dim) {
   return *std::ranges::find_if(
       types, [&](const Type& t) { return t.holds >= bits && dim % t.multiple == 0; });
 }
@@ -64,9 +48,9 @@ std::vector<LayerNeed> Needs(const Plan& plan, Tensor t, const Types& types) {
   for (std::size_t layer = 0; layer < plan.model.layers.size(); ++layer) {
     const LayerShape& shape = plan.model.layers[layer];
     if (!shape.owns_kv()) continue;
-    int bits = 0;
+    std::size_t bits = 0;
     for (std::size_t head = 0; head < shape.kv_heads; ++head)
-      bits = std::max(bits, StoredBits(plan.codec(layer, head, t).kind.storage));
+      bits = std::max(bits, BitsOf(plan.codec(layer, head, t).kind.storage));
     const Type& type = Least(types, bits, shape.dim(t));
     needs.push_back(
         {layer, shape.kv_heads * shape.dim(t), static_cast<std::size_t>(&type - types.data())});

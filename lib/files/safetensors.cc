@@ -12,6 +12,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "lib/files/file.h"
 #include "lib/files/json_view.h"
@@ -137,6 +138,21 @@ Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& p
   if (status.ok()) status = CheckCover(path, result, buffer);
   if (!status.ok()) return status;
   return result;
+}
+
+Result<std::string_view> TensorData(const Safetensors& content, const std::string& path,
+                                    const std::string& name, std::string_view dtype,
+                                    const std::vector<std::uint64_t>& shape,
+                                    std::string_view what) {
+  const auto at = content.tensors.find(name);
+  if (at == content.tensors.end()) return FileError(ErrorCode::kCorrupt, path, name, what, "none");
+  const SafetensorsEntry& tensor = at->second;
+  if (tensor.dtype == dtype && tensor.shape == shape) return tensor.data;
+  const auto text = [](std::string_view type, const std::vector<std::uint64_t>& of) {
+    return fmt::format("{} [{}]", type, fmt::join(of, ", "));
+  };
+  return FileError(ErrorCode::kCorrupt, path, name, text(dtype, shape),
+                   text(tensor.dtype, tensor.shape));
 }
 
 Status WriteSafetensors(const std::string& path, const std::map<std::string, std::string>& metadata,

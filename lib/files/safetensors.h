@@ -33,6 +33,12 @@ struct Safetensors {
 // exactly once.
 Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path);
 
+// The data of a tensor of this type and shape. kCorrupt: it is missing (`what` says what was hoped
+// for) or another one.
+Result<std::string_view> TensorData(const Safetensors& content, const std::string& path,
+                                    const std::string& name, std::string_view dtype,
+                                    const std::vector<std::uint64_t>& shape, std::string_view what);
+
 // A tensor to be written. `data`: its numbers in C order, little-endian.
 struct SafetensorsTensor {
   std::string name, dtype;

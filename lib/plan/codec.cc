@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "lib/files/file.h"
@@ -51,19 +52,8 @@ bool Exists(const CodecKind& kind) {
   return kind.scale != Scale::kNone;
 }
 
-// head_dim must be a multiple of it.
-std::size_t ChannelStep(Storage storage) {
-  switch (storage) {
-    case Storage::kI6:
-      return 4;
-    case Storage::kI4:
-      return 2;
-    case Storage::kI3:
-      return 8;
-    default:
-      return 1;
-  }
-}
+// head_dim must be a multiple of it: planes of a power of two of bits are whole bytes each.
+std::size_t ChannelStep(Storage storage) { return 8 / std::gcd(BitsOf(storage), std::size_t{8}); }
 
 template <class... Args>
 Status Invalid(fmt::format_string<Args...> message, Args&&... args) {
@@ -130,6 +120,11 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
       "codec: expected a storage ({}), but for f16 a scale ({}; -head for i8 without +shape) "
       "and, in this order, any of {}; found \"{}\"",
       Names(kStorages), Names(kScales), Names(kSteps), name);
+}
+
+std::size_t BitsOf(Storage storage) {
+  const Row<Storage>* row = Find(kStorages, storage);
+  return row != nullptr ? row->size : 0;
 }
 
 bool Fits(const CodecKind& kind, std::size_t head_dim) {

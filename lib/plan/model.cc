@@ -96,6 +96,16 @@ std::vector<std::size_t> Model::readers(std::size_t layer) const {
   return readers;
 }
 
+std::vector<std::size_t> Model::queries(std::size_t layer, std::size_t kv_head) const {
+  std::vector<std::size_t> places;
+  for (const std::size_t reader : readers(layer)) {
+    const std::size_t group = layers[reader].group(),
+                      first = query_heads_before(reader) + kv_head * group;
+    for (std::size_t q = first; q < first + group; ++q) places.push_back(q);
+  }
+  return places;
+}
+
 std::size_t Model::tokens_held(std::size_t layer, std::size_t context) const {
   std::size_t tokens = 0;
   for (const std::size_t reader : readers(layer)) {

@@ -106,7 +106,6 @@ std::size_t MinorOf(const Plan& plan) {
 }
 
 std::string ShapingText(const std::string& file, const std::string& hash) {
-  if (file.empty()) return "";
   return fmt::format("\n  \"shaping\": {{\"file\": {}, \"xxh3\": \"{}\"}},", JsonText(file), hash);
 }
 

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include "lib/files/file.h"
 #include "lib/files/safetensors.h"
@@ -73,21 +72,15 @@ Status LoadShaping(const std::string& path, const std::string& hash, Plan* plan)
   Status status;
   ForShaped(*plan, [&](const std::string& name, std::size_t dim, HeadCodec& codec) {
     if (!status.ok()) return;
-    const auto found = matrices->tensors.find(name);
-    if (found == matrices->tensors.end()) {
-      status =
-          FileError(ErrorCode::kCorrupt, path, name, "a matrix, as the plan has the step", "none");
-      return;
-    }
-    const SafetensorsEntry& entry = found->second;
-    if (entry.dtype != "F32" || entry.shape != std::vector<std::uint64_t>{dim, dim}) {
-      status = FileError(ErrorCode::kCorrupt, path, name, fmt::format("F32 [{}, {}]", dim, dim),
-                         fmt::format("{} [{}]", entry.dtype, fmt::join(entry.shape, ", ")));
+    const Result<std::string_view> data =
+        TensorData(*matrices, path, name, "F32", {dim, dim}, "a matrix, as the plan has the step");
+    if (!data.ok()) {
+      status = data.status();
       return;
     }
     CodecVectors vectors = codec.vectors != nullptr ? *codec.vectors : CodecVectors();
     vectors.shaping.resize(dim * dim);
-    std::memcpy(vectors.shaping.data(), entry.data.data(), entry.data.size());
+    std::memcpy(vectors.shaping.data(), data->data(), data->size());
     codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
   });
   if (!status.ok()) return status;

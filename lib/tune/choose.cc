@@ -41,8 +41,7 @@ Status CheckTable(const ErrorTable& table) {
   auto head = table.heads.begin();
   for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
     if (!model.layers[layer].owns_kv()) continue;
-    std::size_t queries = 0;
-    for (const std::size_t reader : model.readers(layer)) queries += model.layers[reader].group();
+    const std::size_t queries = model.queries(layer, 0).size();
     for (std::size_t i = 0; i < 2 * model.layers[layer].kv_heads; ++i, ++head) {
       const bool in_place = head->layer == layer && head->kv_head == i / 2 &&
                             head->tensor == static_cast<Tensor>(i % 2);

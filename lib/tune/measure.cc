@@ -54,8 +54,7 @@ std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
 Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
                                            const std::vector<std::vector<HeadCodec>>& codecs) {
   const Model& model = dump.model();
-  std::size_t queries = 0;
-  for (const std::size_t reader : model.readers(layer)) queries += model.layers[reader].group();
+  const std::size_t queries = model.queries(layer, 0).size();
   std::vector<HeadErrors> heads;
   for (std::size_t i = 0; i < codecs.size(); ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);

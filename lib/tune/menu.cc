@@ -181,15 +181,11 @@ Fidelity Predict(const Picks& picks, const Model& model) {
   auto pick = picks.begin();
   for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
     if (!model.layers[layer].owns_kv()) continue;
-    const std::vector<std::size_t> readers = model.readers(layer);
     for (std::size_t head = 0; head < model.layers[layer].kv_heads; ++head, ++pick) {
       std::size_t q = 0;
-      for (const std::size_t reader : readers) {
-        const std::size_t group = model.layers[reader].group(),
-                          first = model.query_heads_before(reader) + head * group;
-        for (std::size_t i = 0; i < group; ++i, ++q) {
-          errors[first + i] = {Nmse(*pick, q), 1.0, 1.0 - Loss(*pick, q), 1};
-        }
+      for (const std::size_t place : model.queries(layer, head)) {
+        errors[place] = {Nmse(*pick, q), 1.0, 1.0 - Loss(*pick, q), 1};
+        ++q;
       }
     }
   }

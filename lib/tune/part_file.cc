@@ -57,8 +57,7 @@ struct Numbers {
 template <class Archive, class Heads>
 void Errors(const Measurement& m, std::size_t layer, const std::string& prefix, Archive* archive,
             Heads* heads) {
-  std::size_t queries = 0;
-  for (const std::size_t reader : m.model.readers(layer)) queries += m.model.layers[reader].group();
+  const std::size_t queries = m.model.queries(layer, 0).size();
   for (const Tensor t : {Tensor::kK, Tensor::kV}) {
     const std::size_t candidates =
         internal::KindsFor(m.candidates, m.model.layers[layer], t).size();
@@ -188,17 +187,14 @@ class Reader {
              std::vector<T> Head::*member, std::vector<Head>* heads) {
     std::vector<std::uint64_t> expected = {heads->size() / 2};
     expected.insert(expected.end(), shape.begin(), shape.end());
-    const auto at = content_.tensors.find(name);
-    if (at == content_.tensors.end()) return Fail(name, "a tensor", "none");
-    const internal::SafetensorsEntry& tensor = at->second;
-    if (tensor.dtype != "F64" || tensor.shape != expected) {
-      const auto text = [](std::string_view dtype, const std::vector<std::uint64_t>& of) {
-        return fmt::format("{} [{}]", dtype, fmt::join(of, ", "));
-      };
-      return Fail(name, text("F64", expected), text(tensor.dtype, tensor.shape));
+    const Result<std::string_view> data =
+        internal::TensorData(content_, path_, name, "F64", expected, "a tensor");
+    if (!data.ok()) {
+      if (status_.ok()) status_ = data.status();
+      return;
     }
-    const char* from = tensor.data.data();
-    const std::size_t count = tensor.data.size() / sizeof(double) / expected[0];
+    const char* from = data->data();
+    const std::size_t count = data->size() / sizeof(double) / expected[0];
     for (std::size_t h = 0; h < expected[0]; ++h) {
       std::vector<T>& numbers = (*heads)[2 * h + static_cast<std::size_t>(t)].*member;
       for (std::size_t i = 0; i < count; ++i, from += sizeof(double)) {

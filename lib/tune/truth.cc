@@ -6,6 +6,7 @@
 
 #include "kvmix/tune.h"
 #include "lib/files/check.h"
+#include "lib/tune/menu.h"
 
 namespace kvmix {
 namespace {
@@ -36,19 +37,14 @@ std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& tr
   std::size_t raised = 0;
   for (std::size_t i = 0; i < table->heads.size(); i += 2) {
     HeadErrors &k = table->heads[i], &v = table->heads[i + 1];
-    const CandidateError &k_taken = Taken(k, plan.codecs[i]),
-                         &v_taken = Taken(v, plan.codecs[i + 1]);
+    const internal::Pair taken{.k = &Taken(k, plan.codecs[i]), .v = &Taken(v, plan.codecs[i + 1])};
     double ratio = 1.0;
     std::size_t q = 0;
-    for (const std::size_t reader : model.readers(k.layer)) {
-      const std::size_t group = model.layers[reader].group(),
-                        first = model.query_heads_before(reader) + k.kv_head * group;
-      for (std::size_t h = first; h < first + group; ++h, ++q) {
-        const double predicted = k_taken.queries[q].nmse() + v_taken.queries[q].nmse();
-        if (!(truth[h].nmse() > factor * predicted) || predicted == 0.0) continue;
-        ratio = std::max(ratio, truth[h].nmse() / predicted);
-        ++raised;
-      }
+    for (const std::size_t place : model.queries(k.layer, k.kv_head)) {
+      const double predicted = internal::Nmse(taken, q++), found = truth[place].nmse();
+      if (!(found > factor * predicted) || predicted == 0.0) continue;
+      ratio = std::max(ratio, found / predicted);
+      ++raised;
     }
     if (ratio == 1.0) continue;
     Raise(ratio, &k);

@@ -75,6 +75,9 @@ KVMIX_API std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
 KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
 
+// Of a code, or of f16's number: 16, 8, 6, 4 or 3.
+KVMIX_API std::size_t BitsOf(Storage storage);
+
 // head_dim is such that a canonical row is whole bytes.
 KVMIX_API bool Fits(const CodecKind& kind, std::size_t head_dim);
 

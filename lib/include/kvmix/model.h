@@ -67,6 +67,9 @@ struct KVMIX_API Model {
   std::size_t kv_layer(std::size_t layer) const { return layers[layer].kv_layer.value_or(layer); }
   // The layers that read this one's K and V, itself first.
   std::vector<std::size_t> readers(std::size_t layer) const;
+  // The query heads that read one KV head of this layer: those of the first reader, then the next
+  // one's. Each as its place among all layers' query heads.
+  std::vector<std::size_t> queries(std::size_t layer, std::size_t kv_head) const;
   // How many of a context's tokens they see: what the layer keeps.
   std::size_t tokens_held(std::size_t layer, std::size_t context) const;
   // KV heads that the layers before this one own, and query heads of those that have K and V: where
