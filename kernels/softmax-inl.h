@@ -24,22 +24,49 @@ namespace kvmix::kernels::HWY_NAMESPACE {
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
 
-// 2^x, relative error 8e-5 (so NMSE 6e-9 at most, a hundredth of what the attention may cost); x
-// below -100 and NaN count as -100, so that no product with the result becomes a denormal (those
-// cost a hundred cycles each on some CPUs). x < 2^22.
-HWY_INLINE VF Exp2(VF x) {
+// x[i] -> 2^x[i], relative error 8e-5 (so NMSE 6e-9 at most, a hundredth of what the attention may
+// cost); x below -100 and NaN become 2^-100 or 0, so that no product with the result becomes a
+// denormal (those cost a hundred cycles each on some CPUs). x < 2^22. All vectors take a step
+// before the next one, so that few instructions wait for others in the CPU's schedulers.
+template <std::size_t N>
+HWY_INLINE void Exp2(VF (&x)[N]) {
   const DF df;
-  const DI32 di;
+  const auto each = [](auto step) KVMIX_LAMBDA { Unroll<N>(step); };
+  VF f[N], p[N];
+  const auto polynomial = [&](float c0, float c1, float c2, float c3) KVMIX_LAMBDA {
+    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(f[i], hn::Set(df, c3), hn::Set(df, c2)); });
+    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(p[i], f[i], hn::Set(df, c1)); });
+    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(p[i], f[i], hn::Set(df, c0)); });
+  };
+  const VF smallest = hn::Set(df, kSmallestExponent);
+#if HWY_TARGET <= HWY_AVX3
+  // x - floor(x), and p * 2^floor(x) or 0: an instruction each that Highway does not have.
+  hn::Mask<DF> large[N];
+  each([&](auto i) KVMIX_LAMBDA { f[i].raw = _mm512_reduce_ps(x[i].raw, _MM_FROUND_FLOOR); });
+  each([&](auto i) KVMIX_LAMBDA { large[i] = hn::Gt(x[i], smallest); });
+  polynomial(0.99992521f, 0.69583351f, 0.22606717f, 0.07802452f);
+  each([&](auto i)
+           KVMIX_LAMBDA { x[i].raw = _mm512_maskz_scalef_ps(large[i].raw, p[i].raw, x[i].raw); });
+#else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits: cheaper than
   // conversions, which must mind overflow.
+  const DI32 di;
   const VF round = hn::Set(df, 0x1.8p23f);
-  const VF clamped = hn::Max(x, hn::Set(df, kSmallestExponent));
-  const VF n = hn::Add(clamped, round);
-  const VF f = hn::Sub(clamped, hn::Sub(n, round));
-  VF p = hn::MulAdd(f, hn::Set(df, 0.0551716648042202f), hn::Set(df, 0.2426111251115799f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.6932609677314758f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.9999280571937561f));
-  return hn::BitCast(df, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, n))));
+  VF n[N];
+  each([&](auto i) KVMIX_LAMBDA { x[i] = hn::Max(x[i], smallest); });
+  each([&](auto i) KVMIX_LAMBDA { n[i] = hn::Add(x[i], round); });
+  each([&](auto i) KVMIX_LAMBDA { f[i] = hn::Sub(x[i], hn::Sub(n[i], round)); });
+  polynomial(0.9999280571937561f, 0.6932609677314758f, 0.2426111251115799f, 0.0551716648042202f);
+  each([&](auto i) KVMIX_LAMBDA {
+    const VI32 exponent = hn::ShiftLeft<23>(hn::BitCast(di, n[i]));
+    x[i] = hn::BitCast(df, hn::Add(hn::BitCast(di, p[i]), exponent));
+  });
+#endif
+}
+HWY_INLINE VF Exp2(VF x) {
+  VF one[1] = {x};
+  Exp2(one);
+  return one[0];
 }
 
 // An upper bound of log2(v_scale), at most 0.09 above it: the exponent, and the mantissa on a
@@ -133,15 +160,20 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
     float* scores = w.scores[r];
     for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
     for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
-    VF block_max = hn::Set(df, kNegInf);
     const VF scale = hn::Set(df, w.scale[r]);
-    for (std::size_t t = w.first; t < w.last; t += kLanes) {
-      const VF s = hn::Load(df, scores + t);
-      block_max =
-          hn::Max(block_max, P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
-                                            : hn::Mul(s, scale));
+    VF block_max[kWeightVecs];
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { block_max[i] = hn::Set(df, kNegInf); });
+    for (std::size_t step = w.first; step < w.last; step += kTokenStep) {
+      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+        const std::size_t t = step + i * kLanes;
+        const VF s = hn::Load(df, scores + t);
+        block_max[i] =
+            hn::Max(block_max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
+                                                 : hn::Mul(s, scale));
+      });
     }
-    w.block_max[r] = hn::ReduceMax(df, block_max);
+    w.block_max[r] = hn::ReduceMax(
+        df, hn::Max(hn::Max(block_max[0], block_max[1]), hn::Max(block_max[2], block_max[3])));
   }
 
   for (std::size_t r = 0; r < rows; r += kLanes) {  // rows as lanes
@@ -170,12 +202,15 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
     VF total = hn::Zero(df);
     for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
       for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
-      VF e[kWeightVecs];
+      VF x[kWeightVecs], e[kWeightVecs];
       Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-        const VF x = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
-        e[i] = Exp2(x);
+        x[i] = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
+        e[i] = x[i];
+      });
+      Exp2(e);
+      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
         // Codes round to 0 by themselves.
-        if constexpr (!P::kFixedPoint) e[i] = hn::IfThenElseZero(hn::Gt(x, smallest), e[i]);
+        if constexpr (!P::kFixedPoint) e[i] = hn::IfThenElseZero(hn::Gt(x[i], smallest), e[i]);
         total = hn::Add(total, e[i]);
       });
       P::PackWeights(e, w.v_scale, t, w.weights[r]);
