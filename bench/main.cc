@@ -16,6 +16,7 @@
 
 #include "bench/reporter.h"
 #include "bench/workload.h"
+#include "kernels/amx.h"
 #include "kernels/kernels.h"
 #include "kvmix/speed.h"
 #include "kvmix/tune.h"
@@ -200,6 +201,8 @@ void RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
   }
   benchmark::AddCustomContext("target", kernels.target);
   benchmark::AddCustomContext("cpu", kvmix::ThisMachine().cpu);
+  if (const std::string& why_not = kernels::Amx().why_not; !why_not.empty())
+    benchmark::AddCustomContext("amx_not_used", why_not);
   benchmark::AddCustomContext("kvmix_version", std::string(Version()));
   const std::size_t matched = benchmark::RunSpecifiedBenchmarks(display.get(), file.get());
   benchmark::Shutdown();

@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "kernels/amx.h"
 #include "kvmix/speed.h"
 #include "tools/console.h"
 
@@ -77,6 +78,8 @@ class Table : public BenchmarkReporter {
                              SizeText(m.caches.l2), SizeText(m.caches.last), SizeText(m.memory))
                       << "Medians. GB/s: bytes read and written. of limit: 100 % is the time that "
                          "the limit beside it allows.\n";
+    if (const std::string& why_not = kernels::Amx().why_not; !why_not.empty())
+      GetOutputStream() << "This CPU has AMX, but it is not used: " << why_not << "\n";
     return true;
   }
 

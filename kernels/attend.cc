@@ -26,6 +26,7 @@
 #include "kernels/per_target.h"
 #include "kernels/product-inl.h"
 #include "kernels/softmax-inl.h"
+#include "kernels/task-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
@@ -33,35 +34,20 @@ namespace {
 
 // ---- a storage of K: scores
 
-// max |q| of n numbers; NaN if one is NaN or infinite.
-HWY_INLINE float LargestFinite(const float* q, std::size_t n) {
-  const DF df;
-  VF largest = hn::Zero(df);
-  hn::Mask<DF> finite = hn::FirstN(df, kLanes);
-  for (std::size_t c = 0; c < n; c += kLanes) {
-    const VF x = hn::LoadN(df, q + c, HWY_MIN(kLanes, n - c));
-    largest = hn::Max(largest, hn::Abs(x));
-    finite = hn::And(finite, hn::IsFinite(x));
-  }
-  return hn::AllTrue(df, finite) ? hn::ReduceMax(df, largest)
-                                 : std::numeric_limits<float>::quiet_NaN();
-}
-
 // One row of a turn of `rows`, as terms; to: its first term's place, as QueryTerms has it. largest:
-// LargestFinite of the row. A row with NaN or Inf counts as zeros.
+// LargestFinite of the row. A row with NaN or Inf counts as zeros. info.scale: QueryScale, or 1.
 template <class P>
 void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows, std::uint8_t* to,
                RowInfo& info) {
   using S = typename P::Stored;
   const DF df;
-  const float scale = largest / P::kLargestQuery;
-  const bool nothing = !(scale >= 0x1p-100f);
-  const VF inv_scale = hn::Set(df, nothing ? 0.0f : 1.0f / scale);
+  const float scale = QueryScale<P>(largest);
+  const VF inv_scale = hn::Set(df, scale == 0.0f ? 0.0f : 1.0f / scale);
   VI32 sum_high = hn::Zero(DI32()), sum_low = sum_high;
   for (std::size_t c = 0; c < dim; c += kLanes) {
     const std::size_t n = HWY_MIN(kLanes, dim - c);
     alignas(64) std::uint8_t terms[kLanes * 4];
-    P::PackQuery(nothing ? hn::Zero(df) : hn::LoadN(df, q + c, n), inv_scale, terms, sum_high,
+    P::PackQuery(scale == 0.0f ? hn::Zero(df) : hn::LoadN(df, q + c, n), inv_scale, terms, sum_high,
                  sum_low);
     for (std::size_t i = 0; i < n; i += S::kWidth, to += rows * P::kTermBytes) {
       for (std::size_t limb = 0; limb < P::kTermBytes / 4; ++limb) {
@@ -73,7 +59,7 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
        ++step, to += rows * P::kTermBytes) {
     std::memset(to, 0, P::kTermBytes);
   }
-  info = {!P::kFixedPoint || nothing ? 1.0f : scale, 0, 0};
+  info = {P::kFixedPoint ? scale : 1.0f, 0, 0};
   if constexpr (P::kFixedPoint && KVMIX_UNSIGNED_QUADS) {
     info.start_high = -128 * hn::ReduceSum(DI32(), sum_high);
     info.start_low = -128 * hn::ReduceSum(DI32(), sum_low);
@@ -182,47 +168,6 @@ const WeighStage& WeighStageOf(const BlockFormat& f) {
 // Turns that share in fetching the next block: with more, arithmetic outweighs memory anyway.
 constexpr std::size_t kMaxFetchingTurns = 4;
 
-// The scales of a block's tokens as f32: in place, or in `copy` (of a constant one, only the first
-// time).
-HWY_INLINE const float* Scales(const TileFormat& f, const std::uint8_t* block, bool first_time,
-                               float* copy) {
-  const DF df;
-  if (f.row.scale == ScaleStore::kF32)
-    return reinterpret_cast<const float*>(block + f.scales_offset);
-  if (f.row.scale == ScaleStore::kConstant && !first_time) return copy;
-  for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    VF s = hn::Set(df, f.row.constant);
-    if (f.row.scale == ScaleStore::kBF16) {
-      const hn::Rebind<hwy::bfloat16_t, DF> db;
-      s = hn::PromoteTo(
-          df, hn::LoadU(db, reinterpret_cast<const hwy::bfloat16_t*>(block + f.scales_offset) + t));
-    }
-    hn::Store(s, df, copy + t);
-  }
-  return copy;
-}
-
-// Tokens of block b that row r sees.
-HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t b) {
-  const std::size_t query = row / t.group;
-  const std::int64_t start = static_cast<std::int64_t>(b * kBlockTokens),
-                     row_end = t.first_end + static_cast<std::int64_t>(query),
-                     window = static_cast<std::int64_t>(t.window);
-  std::int64_t first = static_cast<std::int64_t>(t.first_token),
-               last = static_cast<std::int64_t>(t.last_token);
-  if (window != 0) first = HWY_MAX(first, row_end - window);
-  if (t.causal) last = HWY_MIN(last, row_end);
-  first = HWY_MAX(first - start, std::int64_t{0});
-  last = HWY_MIN(last - start, static_cast<std::int64_t>(kBlockTokens));
-  if (t.mask != nullptr) {
-    const MaskRange& range = t.mask->ranges[query * t.mask->blocks + b];
-    first = HWY_MAX(first, static_cast<std::int64_t>(range.first));
-    last = HWY_MIN(last, static_cast<std::int64_t>(range.last));
-  }
-  return first < last ? Range{static_cast<std::size_t>(first), static_cast<std::size_t>(last)}
-                      : Range{0, 0};
-}
-
 // Scratch in an operand: the terms of its rows, row_bytes each | RowInfo of all rows | K's and V's
 // tiles of a block, unpacked. Bytes from its start.
 struct Scratch {
@@ -275,66 +220,10 @@ void Begin(const AttendTask& t, const ScoreStage& score, const Turns& turns, std
       RowInfo& info = *turns.info(r);
       score.pack(t.q + r * dim, dim, t.max[r], rows, turns.queries(first) + i * score.term_bytes,
                  info);
-      // Not 0, which times a masked score of -inf would be NaN.
-      info.scale = HWY_MAX(info.scale * t.scale * kLog2E, 0x1p-100f);
-      if (!std::isnan(t.max[r])) t.max[r] = kNegInf;
-      t.sum[r] = 0.0f;
+      info.scale = StartRow(t, r, info.scale);
     }
   }
   std::memset(t.out, 0, t.rows * padded * sizeof(float));
-}
-
-// Tokens seen are rounded to whole steps of softmax, and to whole groups where products read them.
-constexpr std::size_t kSeenStep = KVMIX_QUADS ? HWY_MAX(kTokenStep, I3::kTerms) : kTokenStep;
-
-// What the rows of a turn see of block b; false: nothing.
-bool See(const AttendTask& t, std::size_t first_row, std::size_t rows, std::size_t b, Work& w) {
-  w.first = kBlockTokens;
-  w.last = 0;
-  for (std::size_t r = 0; r < rows; ++r) {
-    w.seen[r] = Visible(t, first_row + r, b);
-    if (w.seen[r].last == 0) continue;
-    w.first = HWY_MIN(w.first, w.seen[r].first / kSeenStep * kSeenStep);
-    w.last = HWY_MAX(w.last, RoundUp(w.seen[r].last, kSeenStep));
-  }
-  return w.last != 0;
-}
-
-// The tokens of block b that rows of any turn may see, in whole steps.
-Range TaskTokens(const AttendTask& t, std::size_t b) {
-  const std::size_t start = b * kBlockTokens;
-  return {t.first_token > start ? (t.first_token - start) / kTokenStep * kTokenStep : 0,
-          RoundUp(HWY_MIN(t.last_token - start, kBlockTokens), kTokenStep)};
-}
-
-// The first block from b on, before `end`, of which the mask lets a query see anything; or `end`.
-std::size_t NextSeen(const AttendTask& t, std::size_t b, std::size_t end) {
-  if (t.mask == nullptr) return b;
-  const auto seen = [&](std::size_t query) {
-    return t.mask->ranges[query * t.mask->blocks + b].last != 0;
-  };
-  for (; b < end; ++b) {
-    for (std::size_t query = 0; query < t.rows / t.group; ++query) {
-      if (seen(query)) return b;
-    }
-  }
-  return end;
-}
-
-// From products to scores in units of log2, where more than a factor is asked for.
-void Finish(const AttendTask& t, std::size_t row, std::size_t r, std::size_t b, Work& w) {
-  if (t.soft_cap != 0.0f) {
-    const float bias = t.bias != nullptr ? t.bias[row] : 0.0f;
-    SoftCap(w.scores[r], w.first, w.last, w.scale[r], t.soft_cap, bias);
-    w.scale[r] = 1.0f;
-  }
-  if (t.mask != nullptr && w.seen[r].last != 0) {
-    const std::size_t query = row / t.group;
-    if (t.mask->ranges[query * t.mask->blocks + b].zeros) return;
-    const float slope = t.mask->slopes != nullptr ? t.mask->slopes[row % t.group] : 1.0f;
-    AddMask(*t.mask, query, b, slope, w.scale[r], w.seen[r], w.scores[r]);
-    w.scale[r] = 1.0f;
-  }
 }
 
 void Attend(const AttendTask& t) {
@@ -345,7 +234,6 @@ void Attend(const AttendTask& t) {
   const Scratch scratch(f, score, t.rows);
   const Turns turns(t, scratch, score, weigh);
   Begin(t, score, turns, padded);
-  if (t.first_token >= t.last_token) return;  // no block to look up
 
   Work w;
   std::uint8_t* const operand = static_cast<std::uint8_t*>(t.operand);
@@ -354,48 +242,35 @@ void Attend(const AttendTask& t) {
   const std::size_t sharing = t.stream ? HWY_MIN(turns.count(), kMaxFetchingTurns) : 0;
   const std::size_t scale_lines =
       (f.v.codes_offset - f.k.scales_offset + f.block_bytes - f.v.scales_offset) / 64;
-  const std::size_t end = (t.last_token + kBlockTokens - 1) / kBlockTokens;
-  bool first_time = true;
-  for (std::size_t b = NextSeen(t, t.first_token / kBlockTokens, end), after; b < end; b = after) {
-    after = NextSeen(t, b + 1, end);
-    const std::uint8_t* block = t.blocks[b];
-    const Range tokens = TaskTokens(t, b);
-    const std::uint8_t* next = after < end ? t.blocks[after] : t.after;
-    const std::size_t fetching = next != nullptr ? sharing : 0;
-    w.k_scale = Scales(f.k, block, first_time, w.k_copy);
-    w.v_scale = Scales(f.v, block, first_time, w.v_copy);
-    if (f.v.row.scale != ScaleStore::kConstant || first_time) {
-      for (std::size_t i = 0; i < kBlockTokens; i += kLanes) {
-        hn::Store(Log2Bound(hn::LoadU(DF(), w.v_scale + i)), DF(), w.v_log2 + i);
-      }
-    }
-    first_time = false;
-    w.k = k_tiles.Of(block + f.k.codes_offset);
-    w.v = v_tiles.Of(block + f.v.codes_offset);
-    for (std::size_t turn = 0; turn < turns.count(); ++turn) {
-      const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
-      if (!See(t, row, rows, b, w)) continue;
-      const bool stream = t.stream && turn == 0;
-      Prefetcher prefetch{block, 0, k_tiles.packed_stride, k_tiles.stride};
-      std::size_t lines = 0;  // for softmax to fetch
-      if (turn < fetching) {
-        prefetch.next = next + turn * f.block_bytes / fetching;
-        prefetch.turns = fetching;
-        lines = scale_lines / fetching;
-      }
-      if (turns.count() > 1) w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
-      score.run[stream][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
-      for (std::size_t r = 0; r < rows; ++r) {
-        w.scale[r] = turns.info(row + r)->scale;
-        Finish(t, row + r, r, b, w);
-      }
-      weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
-      if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);
-      prefetch.packed_stride = v_tiles.packed_stride;
-      prefetch.stride = v_tiles.stride;
-      weigh.run[stream][rows - 1](f, t.out + row * padded, padded, prefetch, w);
-    }
-  }
+  ForBlocks(
+      t, w, [&](std::size_t b, const std::uint8_t* block, const std::uint8_t* next) KVMIX_LAMBDA {
+        const Range tokens = TaskTokens(t, b);
+        const std::size_t fetching = next != nullptr ? sharing : 0;
+        w.k = k_tiles.Of(block + f.k.codes_offset);
+        w.v = v_tiles.Of(block + f.v.codes_offset);
+        for (std::size_t turn = 0; turn < turns.count(); ++turn) {
+          const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
+          if (!See(t, row, rows, b, w)) continue;
+          const bool stream = t.stream && turn == 0;
+          Prefetcher prefetch{block, 0, k_tiles.packed_stride, k_tiles.stride};
+          std::size_t lines = 0;  // for softmax to fetch
+          if (turn < fetching) {
+            prefetch.next = next + turn * f.block_bytes / fetching;
+            prefetch.turns = fetching;
+            lines = scale_lines / fetching;
+          }
+          if (turns.count() > 1)
+            w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
+          score.run[stream][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
+          for (std::size_t r = 0; r < rows; ++r) w.scale[r] = turns.info(row + r)->scale;
+          FinishScores(t, row, rows, b, w);
+          weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
+          if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);
+          prefetch.packed_stride = v_tiles.packed_stride;
+          prefetch.stride = v_tiles.stride;
+          weigh.run[stream][rows - 1](f, t.out + row * padded, padded, prefetch, w);
+        }
+      });
 }
 
 std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {

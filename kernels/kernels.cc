@@ -2,6 +2,7 @@
 #include "kernels/kernels.h"
 
 #include "hwy/highway.h"
+#include "kernels/amx.h"
 
 namespace kvmix::kernels {
 namespace {
@@ -16,6 +17,17 @@ std::vector<Kernels> MakeAll() {
                    TileKernelsFor(target), MaskKernelsFor(target), AttendKernelsFor(target),
                    ExactKernelsFor(target)});
   }
+#if HWY_TARGETS & HWY_AVX3_DL
+  if (Amx().yes) {
+    Kernels amx = all.front();
+    for (const Kernels& k : all) {
+      if (k.target == std::string_view(hwy::TargetName(HWY_AVX3_DL))) amx = k;
+    }
+    amx.target = "AMX";
+    amx.attend = AmxAttendKernels();
+    all.insert(all.begin(), amx);
+  }
+#endif
   return all;
 }
 

@@ -20,7 +20,7 @@
 namespace kvmix::kernels {
 
 struct Kernels {
-  const char* target;  // Highway's name: "AVX3_DL", "AVX2", "NEON"
+  const char* target;  // Highway's name, "AVX3_DL", "AVX2", "NEON"; or "AMX" (kernels/amx.h)
   EncodeKernels encode;
   TransformKernels transform;
   TileKernels tiles;

@@ -7,6 +7,7 @@
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
+#include "kernels/amx.h"
 #include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -136,6 +137,11 @@ HWY_AFTER_NAMESPACE();
 namespace kvmix::kernels {
 HWY_EXPORT(ProbeTable);
 ProbeKernels ProbeKernelsFor(std::string_view target) {
+  if (target == "AMX") {  // AVX3_DL, but for one product
+    ProbeKernels probe = ProbeKernelsFor("AVX3_DL");
+    probe.dot_u8i8 = &AmxDotU8I8;
+    return probe;
+  }
   std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS;
   while ((left & (left - 1)) != 0 && target != hwy::TargetName(left & -left)) left &= left - 1;
   return KVMIX_CALL_FOR(left & -left, ProbeTable)();

@@ -88,27 +88,32 @@ struct Range {
   std::size_t first, last;
 };
 
-constexpr std::size_t kRowLanes = RoundUp(kMaxRows, kLanes);
-
-struct Work {
-  Tiles k, v;  // of the block
+// Up to kRows rows that go through softmax together, and what they see of a block. kRowFloats: from
+// row to row of scores.
+template <std::size_t kRows, std::size_t kRowFloats = kBlockTokens>
+struct SoftmaxRows {
+  static constexpr std::size_t kRowLanes = RoundUp(kRows, kLanes);
   // Scales of the block's tokens: where they lie, or a copy as f32.
   const float* k_scale;
   const float* v_scale;
   alignas(64) float k_copy[kBlockTokens];
   alignas(64) float v_copy[kBlockTokens];
   alignas(64) float v_log2[kBlockTokens];  // an upper bound of log2(v_scale)
-  alignas(64) float scores[kMaxRows][kBlockTokens];
-  alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
-  // Of softmax, row by row, with room for whole vectors of rows.
-  Range seen[kMaxRows];                         // tokens of the block; {0, 0}: none
-  float scale[kMaxRows];                        // of the scores, to units of log2
+  alignas(64) float scores[kRows][kRowFloats];
+  // Row by row, with room for whole vectors of rows.
+  Range seen[kRows];                            // tokens of the block; {0, 0}: none
+  alignas(64) float scale[kRowLanes];           // of the scores, to units of log2
   alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
   alignas(64) float shift[kRowLanes];           // a weight's code is v_scale * 2^(s + shift)
   alignas(64) float weight_scale[kRowLanes];    // w_scale
   alignas(64) float correction[kRowLanes];      // 2^(m - m')
-  // This turn's tokens: whole steps of kTokenStep that cover what any of its rows sees.
+  // These rows' tokens: whole steps of kTokenStep that cover what any of them sees.
   std::size_t first, last;
+};
+
+struct Work : SoftmaxRows<kMaxRows> {
+  Tiles k, v;  // of the block
+  alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
 };
 
 // s -> cap * tanh((s * scale + bias) / cap). scale: to units of log2, which the result has as well;
@@ -148,13 +153,9 @@ HWY_INLINE void AddMask(const Mask& mask, std::size_t query, std::size_t b, floa
   }
 }
 
-// Softmax of a turn's rows, in walks that each take all rows, so that one row's reductions hide
-// behind another's arithmetic. w_scale puts the block's largest weight just below kLargestWeight.
-// Row r sees the tokens w.seen[r] of the block; one that sees none keeps its max, its sum and its
-// output. Fetches `lines` on the way.
-template <class P>
-HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t lines,
-                          Prefetcher& prefetch, Work& w) {
+// w.block_max of every row, after its scores of tokens that it does not see have become -inf.
+template <class P, class Rows>
+HWY_INLINE void BlockMaxima(std::size_t rows, Rows& w) {
   const DF df;
   for (std::size_t r = 0; r < rows; ++r) {
     float* scores = w.scores[r];
@@ -175,8 +176,14 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
     w.block_max[r] = hn::ReduceMax(
         df, hn::Max(hn::Max(block_max[0], block_max[1]), hn::Max(block_max[2], block_max[3])));
   }
+}
 
-  for (std::size_t r = 0; r < rows; r += kLanes) {  // rows as lanes
+// From the block's maxima to what makes weights of scores, rows as lanes. w_scale puts the block's
+// largest weight just below kLargestWeight.
+template <class P, class Rows>
+HWY_INLINE void RaiseMaxima(std::size_t rows, float* max, Rows& w) {
+  const DF df;
+  for (std::size_t r = 0; r < rows; r += kLanes) {
     const std::size_t n = HWY_MIN(kLanes, rows - r);
     const VF block = hn::Load(df, w.block_max + r), before = hn::LoadN(df, max + r, n);
     const VF now = hn::IfThenElse(hn::Gt(block, before), block, before);  // a NaN in `max` stays
@@ -189,7 +196,36 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
     hn::Store(shift, df, w.shift + r);
     hn::Store(Exp2(hn::Neg(hn::Add(shift, now))), df, w.weight_scale + r);
   }
+}
 
+// e[i] = 2^(s + shift) of a step's scores. Returns total + all of them.
+template <class P>
+HWY_INLINE VF Weights(const float* scores, VF scale, VF shift, VF total, WeightVectors& e) {
+  const DF df;
+  VF x[kWeightVecs];
+  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+    x[i] = hn::MulAdd(hn::Load(df, scores + i * kLanes), scale, shift);
+    e[i] = x[i];
+  });
+  Exp2(e);
+  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+    if constexpr (!P::kFixedPoint) {  // codes round to 0 by themselves
+      e[i] = hn::IfThenElseZero(hn::Gt(x[i], hn::Set(df, kSmallestExponent)), e[i]);
+    }
+    total = hn::Add(total, e[i]);
+  });
+  return total;
+}
+
+// Softmax of a turn's rows, in walks that each take all rows, so that one row's reductions hide
+// behind another's arithmetic. Row r sees the tokens w.seen[r] of the block; one that sees none
+// keeps its max, its sum and its output. Fetches `lines` on the way.
+template <class P>
+HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t lines,
+                          Prefetcher& prefetch, Work& w) {
+  const DF df;
+  BlockMaxima<P>(rows, w);
+  RaiseMaxima<P>(rows, max, w);
   const std::size_t steps = rows * (w.last - w.first) / kTokenStep;
   std::size_t due = 0;  // lines due are due / steps
   for (std::size_t r = 0; r < rows; ++r) {
@@ -197,22 +233,12 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
       std::memset(w.weights[r], 0, sizeof(w.weights[r]));
       continue;
     }
-    const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]),
-             smallest = hn::Set(df, kSmallestExponent);
+    const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]);
     VF total = hn::Zero(df);
     for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
       for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
-      VF x[kWeightVecs], e[kWeightVecs];
-      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-        x[i] = hn::MulAdd(hn::Load(df, w.scores[r] + t + i * kLanes), scale, shift);
-        e[i] = x[i];
-      });
-      Exp2(e);
-      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-        // Codes round to 0 by themselves.
-        if constexpr (!P::kFixedPoint) e[i] = hn::IfThenElseZero(hn::Gt(x[i], smallest), e[i]);
-        total = hn::Add(total, e[i]);
-      });
+      WeightVectors e;
+      total = Weights<P>(w.scores[r] + t, scale, shift, total, e);
       P::PackWeights(e, w.v_scale, t, w.weights[r]);
     }
     sum[r] = sum[r] * w.correction[r] + hn::ReduceSum(df, total) * w.weight_scale[r];

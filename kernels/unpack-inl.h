@@ -67,13 +67,13 @@ struct Tiles {
   }
 };
 
-// Those of K or V, without the codes of a block.
-template <bool kOfK>
+// Those of K or V, without the codes of a block. M: the tiles that a storage's products multiply.
+template <bool kOfK, template <class> class M = Multiplied>
 Tiles TilesOf(const TileFormat& f, std::uint8_t* scratch) {
   const std::size_t terms = kOfK ? f.row.dim : kBlockTokens;
   return WithStorage(f.row.storage, [&]<class S>(S) KVMIX_LAMBDA -> Tiles {
     const std::size_t bytes = TileBytes<S>(terms);
-    if constexpr (!std::is_same_v<S, Multiplied<S>>) {
+    if constexpr (!std::is_same_v<S, M<S>>) {
       return {nullptr, bytes * 8 / S::kBits, &Unpack<S, kOfK>, bytes, scratch};
     } else {
       return {nullptr, bytes, nullptr, bytes, nullptr};
@@ -82,9 +82,9 @@ Tiles TilesOf(const TileFormat& f, std::uint8_t* scratch) {
 }
 
 // Scratch for all tiles of a block.
-template <bool kOfK>
+template <bool kOfK, template <class> class M = Multiplied>
 std::size_t UnpackedBytes(const TileFormat& f) {
-  const Tiles tiles = TilesOf<kOfK>(f, nullptr);
+  const Tiles tiles = TilesOf<kOfK, M>(f, nullptr);
   if (tiles.unpack == nullptr) return 0;
   return (kOfK ? kBlockTokens : RoundUp(f.row.dim, kLanes)) / kLanes * tiles.stride;
 }

@@ -12,15 +12,19 @@
 #include <initializer_list>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "kernels/amx.h"
+#include "kernels/amx_bodies.h"
 #include "kernels/kernels.h"
 #include "kernels/levels.h"
 #include "kvmix/half.h"
+#include "tests/amx_emulator.h"
 
 namespace kvmix::kernels {
 namespace {
@@ -35,6 +39,27 @@ constexpr double kLog2E = 1.4426950408889634;
 
 // The bound that kvmix/attention.h states, on NMSE.
 constexpr double kBound = 1e-6;
+
+// All targets, and the kernels of tiles for any number of rows: over tiles in memory, and by the
+// instructions, done by this test where the CPU has none.
+const std::vector<Kernels>& TestedKernels() {
+  static const std::vector<Kernels> kernels = [] {
+    std::vector<Kernels> all = AllKernels();
+    const auto add = [&](const char* name, const AttendKernels& attend) {
+      if (attend.attend == nullptr) {
+        std::printf("  NOT TESTED HERE: %s, for want of AVX3_DL\n", name);
+        return;
+      }
+      all.push_back(*FindKernels("AVX3_DL"));
+      all.back().target = name;
+      all.back().attend = attend;
+    };
+    add("tiles in memory", PortableTileKernels());
+    if (Amx().yes) add("tiles of AMX", HardwareTileKernels());
+    return all;
+  }();
+  return kernels;
+}
 
 RowFormat Format(Storage storage, ScaleStore scale, std::size_t dim, float constant) {
   RowFormat format;
@@ -239,6 +264,7 @@ struct Ask {
   float scale = 0.125f;
   float soft_cap = 0.0f;
   Floats bias = {};  // [rows], or empty
+  const Mask* mask = nullptr;
 };
 
 Ask RandomAsk(std::mt19937& rng, const Head& head, std::size_t rows, std::size_t group) {
@@ -336,6 +362,7 @@ Outcome Attend(const Blocks& blocks, const Ask& ask, bool stream,
   task.group = ask.group;
   task.first_end = ask.first_end;
   task.window = ask.window;
+  task.mask = ask.mask;
   task.scale = ask.scale;
   task.soft_cap = ask.soft_cap;
   task.bias = ask.bias.empty() ? nullptr : ask.bias.data();
@@ -421,7 +448,7 @@ class AttendKernel : public ::testing::Test {
   void Check(const Head& head, const Ask& ask, const std::vector<std::size_t>& order = {},
              double bound = kBound, bool huge_scores = false) {
     const std::vector<Expected> expected = Reference(head, ask);
-    for (const Kernels& kernels : AllKernels()) {
+    for (const Kernels& kernels : TestedKernels()) {
       SCOPED_TRACE(kernels.target);
       const Blocks blocks(kernels, head, order);
       for (const bool stream : {false, true}) {
@@ -532,7 +559,7 @@ TEST_F(AttendKernel, SoftCapAndBias) {
       ask.soft_cap = 0.0f;
       Ask without = ask;
       without.bias = {};
-      for (const Kernels& kernels : AllKernels()) {
+      for (const Kernels& kernels : TestedKernels()) {
         const Blocks blocks(kernels, head);
         EXPECT_TRUE(SameBits(Attend(blocks, ask, true), Attend(blocks, without, true)))
             << kernels.target;
@@ -555,7 +582,7 @@ TEST_F(AttendKernel, NotANumberInQ) {
             Ask with = ask;
             for (std::size_t r = channel % 2; r < rows; r += 3)
               with.q[r * k_dim + channel] = special;
-            for (const Kernels& kernels : AllKernels()) {
+            for (const Kernels& kernels : TestedKernels()) {
               const Blocks blocks(kernels, head);
               for (const bool stream : {false, true}) {
                 const Outcome clean = Attend(blocks, ask, stream), o = Attend(blocks, with, stream);
@@ -592,7 +619,7 @@ TEST_F(AttendKernel, ScatteredBlocksGiveTheSameBits) {
     for (const std::size_t rows : Sizes{1, 5, 18}) {
       Ask ask = RandomAsk(rng, head, rows, 4);
       ask.first = 100;
-      for (const Kernels& kernels : AllKernels()) {
+      for (const Kernels& kernels : TestedKernels()) {
         const Blocks in_order(kernels, head), scattered(kernels, head, {3, 0, 4, 1, 2});
         for (const bool stream : {false, true}) {
           const Outcome expected = Attend(in_order, ask, stream);
@@ -610,7 +637,7 @@ TEST_F(AttendKernel, ScatteredBlocksGiveTheSameBits) {
 // and gives the same bits.
 TEST_F(AttendKernel, StreamingGivesTheSameBits) {
   constexpr std::size_t kTokens = 700;
-  for (const Kernels& kernels : AllKernels()) {
+  for (const Kernels& kernels : TestedKernels()) {
     for (const std::size_t head_dim : Sizes{64, 80}) {
       for (const auto& [k, v] : {std::pair(kI8F32, kI8F32),
                                  {kF16, kF16},
@@ -637,6 +664,108 @@ TEST_F(AttendKernel, StreamingGivesTheSameBits) {
   }
 }
 
+// Tiles take 16 rows at a time, vectors up to eight: rows, dims and ends of every kind give the
+// same bits.
+TEST_F(AttendKernel, TilesGiveTheBitsOfVectors) {
+  const Kernels* const vectors = FindKernels("AVX3_DL");
+  if (vectors == nullptr) GTEST_SKIP() << "no AVX3_DL here, so no kernel of tiles";
+  std::mt19937 rng(31);
+  const auto compare = [&](const Head& head, Ask ask) {
+    const Blocks blocks(*vectors, head);
+    const Outcome expected = Attend(blocks, ask, false);
+    for (const Kernels& kernels : TestedKernels()) {
+      if (!std::string_view(kernels.target).starts_with("tiles")) continue;
+      const Blocks same(kernels, head);
+      for (const bool stream : {false, true}) {
+        EXPECT_TRUE(SameBits(Attend(same, ask, stream), expected))
+            << kernels.target << ", " << ask.rows << " rows in groups of " << ask.group << ", "
+            << ask.first << " to " << ask.last << ", window " << ask.window << ", " << Names(head);
+      }
+    }
+  };
+  for (const std::size_t dim : Sizes{16, 64, 80, 96, 128, 256, 512}) {
+    for (const auto& [k, v] : {std::pair(kI8F32, kI8BF16), {kI4BF16, kI3F32}, {kI6BF16, kI8F32}}) {
+      const Head head = RandomHead(k, v, dim, dim, 610, 31);
+      for (const std::size_t rows : Sizes{1, 7, 15, 16, 17, 33}) {
+        Ask ask = RandomAsk(rng, head, rows, 4);
+        compare(head, ask);
+        ask.first = 256 + 70;
+        compare(head, ask);
+        ask.window = 100;
+        ask.soft_cap = rows % 2 == 0 ? 5.0f : 0.0f;
+        compare(head, ask);
+      }
+    }
+  }
+  // A prompt from its first token on: rows that see nothing in blocks that others see; and scores
+  // so far apart that blocks replace each other.
+  for (const std::size_t group : Sizes{1, 7}) {
+    const Head head = RandomHead(kI8F32, kI8F32, 64, 48, 530, 32);
+    Ask ask = RandomAsk(rng, head, 530 * group, group);
+    ask.first_end = 1;
+    ask.scale = 5.0f;
+    compare(head, ask);
+    ask.first_end = -20;
+    ask.window = 40;
+    compare(head, ask);
+  }
+  // Masks: zeros in runs, numbers, queries and blocks of which nothing is seen, slopes.
+  for (const std::size_t group : Sizes{1, 3}) {
+    const Head head = RandomHead(kI8F32, kI4BF16, 64, 64, 800, 33);
+    constexpr std::size_t kQueries = 21;
+    const std::size_t blocks = (head.tokens() + kBlockTokens - 1) / kBlockTokens;
+    Floats numbers(kQueries * head.tokens(), -kInf);
+    std::vector<MaskRange> ranges(kQueries * blocks);
+    for (std::size_t i = 0; i < kQueries; ++i) {
+      const std::size_t first = rng() % head.tokens(), count = i % 7 == 0 ? 0 : rng() % 700;
+      float* const of_query = &numbers[i * head.tokens()];
+      for (std::size_t t = first; t < std::min(first + count, head.tokens()); ++t) {
+        if (i % 2 == 0 || rng() % 5 != 0) {
+          of_query[t] = i % 3 == 0 ? 0.0f : -0.01f * static_cast<float>(rng() % 100);
+        }
+      }
+      ASSERT_TRUE(vectors->mask.scan(of_query, Dtype::kF32, head.tokens(), &ranges[i * blocks]));
+    }
+    const Floats slopes = {0.5f, 0.25f, 2.0f};
+    Mask mask{numbers.data(), Dtype::kF32,   static_cast<std::ptrdiff_t>(head.tokens()),
+              head.tokens(),  ranges.data(), blocks,
+              slopes.data()};
+    Ask ask = RandomAsk(rng, head, kQueries * group, group);
+    ask.mask = &mask;
+    compare(head, ask);
+    mask.slopes = nullptr;
+    ask.soft_cap = 3.0f;
+    compare(head, ask);
+  }
+}
+
+#if defined(__x86_64__) && defined(__linux__)
+// The instructions as the compiler has left them, done by this test where the CPU lacks them.
+TEST_F(AttendKernel, InstructionsOfTilesGiveTheBitsOfTilesInMemory) {
+  Kernels portable, hardware;
+  if (FindKernels("AVX3_DL") == nullptr) GTEST_SKIP() << "no AVX3_DL here, so no kernel of tiles";
+  portable = hardware = *FindKernels("AVX3_DL");
+  portable.attend = PortableTileKernels();
+  hardware.attend = HardwareTileKernels();
+  std::optional<kvmix::testing::AmxEmulator> emulator;
+  if (!Amx().yes) {
+    std::printf("  no AMX here: its instructions are emulated\n");
+    emulator.emplace();
+  }
+  std::mt19937 rng(41);
+  for (const auto& [dim, rows] : {std::pair<std::size_t, std::size_t>{64, 35}, {80, 8}, {128, 5}}) {
+    const Head head = RandomHead(kI8F32, kI4BF16, dim, dim, 600, 41);
+    const Ask ask = RandomAsk(rng, head, rows, 5);
+    const Outcome expected = Attend(Blocks(portable, head), ask, false);
+    EXPECT_TRUE(SameBits(Attend(Blocks(hardware, head), ask, false), expected)) << dim;
+  }
+  if (emulator) {
+    EXPECT_GT(kvmix::testing::AmxEmulator::done(), 1000u);
+    EXPECT_FALSE(kvmix::testing::AmxEmulator::configured()) << "tiles were not released";
+  }
+}
+#endif
+
 // Ranges of a context, merged by their out, max and sum, are the whole of it.
 TEST_F(AttendKernel, MergedRangesAreOne) {
   std::mt19937 rng(8);
@@ -651,7 +780,7 @@ TEST_F(AttendKernel, MergedRangesAreOne) {
                                                {0, 513, 900},
                                                {0, 899, 900},
                                                {0, 256, 512, 768, 900}}) {
-      for (const Kernels& kernels : AllKernels()) {
+      for (const Kernels& kernels : TestedKernels()) {
         SCOPED_TRACE(kernels.target);
         const Blocks blocks(kernels, head);
         Outcome merged;
@@ -705,7 +834,7 @@ TEST_F(AttendKernel, TokensOutOfSightDoNotCount) {
       range.first = 100;
       range.last = 400;
       for (const Ask& a : {ask, range}) {
-        for (const Kernels& kernels : AllKernels()) {
+        for (const Kernels& kernels : TestedKernels()) {
           const Blocks blocks(kernels, head), blocks_with(kernels, with);
           const Outcome o = Attend(blocks, a, true), o_with = Attend(blocks_with, a, true);
           EXPECT_TRUE(std::ranges::all_of(o.sum, [](float x) { return x > 0.0f; }));

@@ -191,8 +191,8 @@ struct Expected {
 };
 constexpr std::uint64_t kRowsHash = 8626993407055650010u, kI4RowsHash = 7972970176493465098u;
 const std::map<std::string_view, Expected> kExpected = {
-    {"AVX3_DL", {0x3767A659A41DA331, 0x348A71F6012B08A4, 0xF7FB0DF027B008E2, 0xC5A106BCFD9B1940}},
-    {"AVX3", {0xEB3F2A3546D73D4, 0x92FE1ABD61299C27, 0xDB090F0F1D09C237, 0xCED5B27A473A6CC2}},
+    {"AVX3_DL", {0x66088166507D52BB, 0x739D8F7D18212733, 0x9E6493042DAB6F1A, 0x8D9122C27166CA2}},
+    {"AVX3", {0xD6DFB35E614F321A, 0xB04EC8933882BC51, 0x849F7BA8276E22DD, 0x8D9122C27166CA2}},
     {"AVX2", {0xF5EBB39CEA673685, 0xD7AD389823AD7CBE, 0xFD832F12D2730B6, 0xCED5B27A473A6CC2}},
     {"SSE4", {0xD5923A7E4F21FAF4, 0xF95DEB99AC13535B, 0x698940793CA7802D, 0xCED5B27A473A6CC2}},
     {"SSE2", {0xD5923A7E4F21FAF4, 0xF95DEB99AC13535B, 0x698940793CA7802D, 0xCED5B27A473A6CC2}},
@@ -211,7 +211,7 @@ TEST(Bytes, AreThoseOfBefore) {
     options.sinks = sinks.data();
     const Expected found = {OutputHash(decode, 1, {}), OutputHash(prefill, 70, {}),
                             OutputHash(prefill, 70, options), SamplePlanHash(std::string(target))};
-    const auto expected = kExpected.find(target);
+    const auto expected = kExpected.find(target == "AMX" ? "AVX3_DL" : target);
     if (expected == kExpected.end()) {
       std::printf("  no stored hashes of %s: outputs and plan are not compared\n", target.data());
       continue;

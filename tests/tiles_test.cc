@@ -27,10 +27,9 @@ struct TargetTiles {
 // What each target is meant to use. One that is missing here fails the tests: it would run on some
 // fall-back that nobody has looked at.
 const std::map<std::string, TargetTiles> kTargets = {
-    {"AVX3_DL", {16, 4, 0x80}}, {"AVX3", {16, 2, 0}},
-    {"AVX2", {8, 2, 0}},        {"SSE4", {4, 2, 0}},
-    {"SSE2", {4, 2, 0}},        {"NEON", {4, 2, 0}},
-    {"NEON_BF16", {4, 4, 0}},   {"NEON_WITHOUT_AES", {4, 2, 0}},
+    {"AMX", {16, 4, 0x80}}, {"AVX3_DL", {16, 4, 0x80}}, {"AVX3", {16, 2, 0}},
+    {"AVX2", {8, 2, 0}},    {"SSE4", {4, 2, 0}},        {"SSE2", {4, 2, 0}},
+    {"NEON", {4, 2, 0}},    {"NEON_BF16", {4, 4, 0}},   {"NEON_WITHOUT_AES", {4, 2, 0}},
 };
 
 // Of K and V.
