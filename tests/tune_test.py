@@ -408,6 +408,15 @@ class Steps(Tune):
             self.assertEqual({key: found['holdouts'][1][key] for key in found['calibration']},
                              found['calibration'])
 
+    def test_a_holdout_far_beyond_the_calibration(self):
+        x, y, z = self.dumps
+        done = self.run_program(TUNE, z, '--budget', '0.6', '--holdout', x, '--holdout', y, '-o',
+                                'plan')
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(done.stderr, ''.join(
+            rf'kvmix-tune: warning: {name}: a context of {tokens} tokens, but the plan was '
+            r'calibrated on prompts of at most 3: .*\n' for name, tokens in ((x, 40), (y, 25))))
+
     def test_measuring_goes_on_where_it_stopped(self):
         x = self.dumps[0]
         c = self.calibration(x)

@@ -207,6 +207,7 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
     if (std::ranges::find(m.dumps, holdout.id.hash, &DumpId::hash) != m.dumps.end())
       Warn(fmt::format("{}: this holdout is a dump of the calibration: take another text",
                        holdout.dump.path()));
+    WarnOfLength(holdout.dump, plan);
     const std::vector<AttentionError> errors =
         MeasureWhole({&holdout.dump}, plan, o, "measuring the plan on " + holdout.id.name);
     report.holdouts.push_back({holdout.id.name, holdout.id.tokens, holdout.id.longest_prompt,
