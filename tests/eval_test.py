@@ -302,6 +302,21 @@ class Attention(Case):
         for r in rows[1:]:
             self.assertLess(float(r[4]), 1e-6, r)
 
+    def test_prompts_far_beyond_the_calibration(self):
+        self.write_plan('plan.json', [[{'k': 'i8-token', 'v': 'f16'}] * KV_HEADS] * LAYERS)
+        plan = json.loads((self.path / 'plan.json').read_text())
+        for longest, more in ((23, ()), (22, ()), (22, ('--reference',))):  # 4 x 22 < 90 < 4 x 23
+            plan['provenance'] = {'model': '', 'calibration': 'c4', 'calibration_tokens': 99,
+                                  'longest_prompt': longest, 'holdout': '', 'holdout_tokens': 0}
+            (self.path / 'plan.json').write_text(json.dumps(plan))
+            done = self.run_eval('attention', 'dump.safetensors', '--plan', 'plan.json', *more)
+            self.assertEqual(done.returncode, 0)
+            self.assertEqual(done.stderr, '' if longest == 23 else
+                             'kvmix-eval: warning: dump.safetensors: a context of 90 tokens, but '
+                             'the plan was calibrated on prompts of at most 22: it may be less '
+                             'accurate there. Calibrate on prompts as long as those that are '
+                             'served.\n')
+
     def test_reference(self):
         rows = self.csv('attention', 'dump.safetensors', '--strategy', 1, '--reference')
         self.assertEqual(rows[0], ['layer', 'head', 'nmse', 'cos_sim', 'kernel_nmse'])

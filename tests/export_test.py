@@ -71,6 +71,46 @@ class Export(unittest.TestCase):
         self.assertEqual(self.text('ik_llama.cpp'),  # not rotated; f16 is in the middle
                          '-ctk f16 -ctk-first q8_0,1 -ctk-last q8_0,1 -ctv f16\n')
 
+    def test_openvino_has_one_precision_for_all_layers(self):
+        self.plan([[(V, V), (V, V)], [(V, V), (K, V)], [(V, V), (V, V)]])
+        found = self.export('openvino')
+        self.assertEqual(json.loads(found['text']), {
+            'KEY_CACHE_PRECISION': 'u8', 'KEY_CACHE_GROUP_SIZE': 64,
+            'VALUE_CACHE_PRECISION': 'u4', 'VALUE_CACHE_GROUP_SIZE': 64})
+        self.assertAlmostEqual(found['saved_fraction'], 1 - (9 + 5) / 32)  # 64 bits a group
+        notes = ' '.join(found['notes'])
+        self.assertIn('All layers have one precision, no property names one layer: 2 of 3 layers '
+                      'need less than this for K, 0 of 3 layers need less than this for V.', notes)
+        self.assertRegex(notes, 'WARNING: .* openvino does not rotate')
+        self.assertNotIn('u4 for values only', notes)
+        self.plan([[('i3-token-bf16+hadamard', 'i6-token-bf16')]], dim=48)
+        found = self.export('openvino')
+        self.assertEqual(json.loads(found['text']), {
+            'KEY_CACHE_PRECISION': 'u4', 'KEY_CACHE_GROUP_SIZE': 48,
+            'VALUE_CACHE_PRECISION': 'u8', 'VALUE_CACHE_GROUP_SIZE': 48})
+        self.assertIn('u4 for values only', ' '.join(found['notes']))
+        self.assertNotIn('multiple of 32', ' '.join(found['notes']))
+        self.plan([[('f16', V)], [('f16', 'f16')]])
+        found = self.export('openvino')
+        self.assertEqual(json.loads(found['text']), {'KEY_CACHE_PRECISION': 'f16',
+                                                     'VALUE_CACHE_PRECISION': 'f16'})
+        self.assertEqual(found['saved_fraction'], 0)
+
+    def test_openvino_groups_fit_heads_of_every_width(self):
+        wide, narrow = ({'kv_heads': 1, 'query_heads': 2, 'k_dim': k, 'v_dim': 128}
+                        for k in (192, 128))
+        self.plan([[(K, V)]])
+        plan = json.loads((self.folder / 'plan.json').read_text())
+        del plan['geometry']
+        plan.update(version=[1, 3], layers=[wide, narrow], codecs=[[{'k': K, 'v': V}]] * 2)
+        (self.folder / 'plan.json').write_text(json.dumps(plan))
+        found = self.export('openvino')
+        self.assertEqual(json.loads(found['text']), {
+            'KEY_CACHE_PRECISION': 'u8', 'KEY_CACHE_GROUP_SIZE': 64,
+            'VALUE_CACHE_PRECISION': 'u4', 'VALUE_CACHE_GROUP_SIZE': 128})
+        bits = (192 + 128) * 9 + 2 * 128 * 4.5
+        self.assertAlmostEqual(found['saved_fraction'], 1 - bits / (16 * (192 + 128 + 2 * 128)))
+
     def test_model_optimizer_names_a_format_per_layer(self):
         self.plan([[(K, K)], [(V, V)], [(K, V)], [(V, K)], [('f16', V)]])
         found = self.export('model-optimizer')
@@ -93,7 +133,7 @@ class Export(unittest.TestCase):
 
     def test_what_is_lost_is_said(self):
         self.plan([[('i4-token-bf16+centre+fold+hadamard', V), (V, V)]], exact_first=4)
-        for engine in ('llama.cpp', 'ik_llama.cpp', 'model-optimizer'):
+        for engine in ('llama.cpp', 'ik_llama.cpp', 'openvino', 'model-optimizer'):
             notes = self.export(engine)['notes']
             self.assertRegex(notes[0], f'WARNING: 1 of 2 K heads are centred .* {engine} does not '
                                        'centre. .*Qwen2')

@@ -311,14 +311,14 @@ class Steps(Tune):
         self.dumps = [self.write_dump('x', 40, 1), self.write_dump('y', 25, 2),
                       self.write_dump('z', 3, 3)]
 
-    def write_dump(self, name, tokens, seed, layers=LAYERS):
+    def write_dump(self, name, tokens, seed, layers=LAYERS, **metadata):
         normal, shapes = random.Random(seed), {}
         for layer in range(layers):
             for kind in 'kqv':
                 shapes[f'layers.{layer}.{kind}'] = tokens, 4 if kind == 'q' else 2, 16
         count = sum(t * h * d for t, h, d in shapes.values())
         data = struct.pack(f'<{count}e', *(normal.gauss(0, 1) for _ in range(count)))
-        (self.folder / name).write_bytes(header(shapes, {'model': 'm'}) + data)
+        (self.folder / name).write_bytes(header(shapes, {'model': 'm', **metadata}) + data)
         return name
 
     def part(self, name, step, *arguments):
@@ -332,7 +332,7 @@ class Steps(Tune):
         return [(self.folder / name).read_bytes() for name in names]
 
     def test_the_plan_of_the_short_form_byte_for_byte(self):
-        aim = ('--budget', '0.6', '--holdout', self.dumps[0])
+        aim = ('--budget', '0.6', '--holdout', self.write_dump('held', 20, 4))
         (self.folder / 'short').mkdir()
         self.succeed(*self.dumps, *aim, '-o', 'short/plan', '--work', 'work')
         x, y, z = self.dumps
@@ -361,6 +361,61 @@ class Steps(Tune):
         self.assertGreaterEqual(report['predicted']['worst_cosine'], 0.99999)
         self.assertIsNone(report['calibration'])
         self.assertLess(report['saved_fraction'], plan['saved_fraction'])
+
+    def test_several_holdouts(self):
+        x = self.dumps[0]
+        held = [self.write_dump('short', 20, 4, prompt_tokens='8,12'),
+                self.write_dump('long', 70, 5)]
+        aim = ('--budget', '0.6')
+        alone = [json.loads(self.succeed(x, *aim, '--holdout', name, '--json')) for name in held]
+        both = [argument for name in held for argument in ('--holdout', name)]
+        report = json.loads(self.succeed(*both, x, *aim, '--json'))  # x is no third holdout
+        self.assertEqual(report['holdouts'], [
+            {'dump': name, 'tokens': tokens, 'longest_prompt': longest, **one['holdout']}
+            for name, tokens, longest, one in zip(held, (20, 70), (12, 70), alone)])
+        worst = min(report['holdouts'], key=lambda h: h['worst_cosine'])
+        self.assertEqual({key: report[key] for key in ('holdout', 'holdout_dump')},
+                         {'holdout': alone[held.index(worst['dump'])]['holdout'],
+                          'holdout_dump': worst['dump']})
+        # The same in steps, in the other order; the plan's file keeps the worst.
+        self.part('m', 'measure', x, '--calibration', self.calibration(x))
+        text = self.succeed('choose', 'm', x, *aim, *both[2:], *both[:2], '-o', 'plan')
+        self.assertIn('\nheld out long (70 tokens)\n'
+                      'held out short (20 tokens, prompts of up to 12)\n', text)
+        self.assertRegex(text, r'\n  holdout 1, 70 tokens  .*\n  holdout 2, 20 tokens  ')
+        self.assertLessEqual(max(map(len, text.splitlines())), 100)
+        plan = json.loads((self.folder / 'plan').read_text())
+        self.assertEqual(plan['provenance']['holdout'], worst['dump'])
+        self.assertEqual(plan['provenance']['holdout_tokens'], worst['tokens'])
+        self.assertEqual(plan['accuracy']['holdout']['worst_cosine'], worst['worst_cosine'])
+
+    def test_holdouts_that_are_none(self):
+        x, y, _ = self.dumps
+        (self.folder / 'copy').write_bytes((self.folder / y).read_bytes())
+        self.write_dump('small', 40, 1, layers=2)
+        self.part('m', 'measure', x, '--calibration', self.calibration(x))
+        for first in ((x,), ('choose', 'm', x)):
+            aim = (*first, '--budget', '0.6')
+            self.fail_with('copy: the same dump as y: expected each once', *aim, '--holdout', y,
+                           '--holdout', 'copy')
+            self.fail_with('small: expected 6 layers .*, found 2 layers', *aim, '--holdout', y,
+                           '--holdout', 'small')
+            done = self.run_program(TUNE, *aim, '--holdout', y, '--holdout', x, '--json')
+            self.assertEqual((done.returncode, done.stderr),
+                             (0, 'kvmix-tune: warning: x: this holdout is a dump of the '
+                                 'calibration: take another text\n'))
+            found = json.loads(done.stdout)
+            self.assertEqual({key: found['holdouts'][1][key] for key in found['calibration']},
+                             found['calibration'])
+
+    def test_a_holdout_far_beyond_the_calibration(self):
+        x, y, z = self.dumps
+        done = self.run_program(TUNE, z, '--budget', '0.6', '--holdout', x, '--holdout', y, '-o',
+                                'plan')
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(done.stderr, ''.join(
+            rf'kvmix-tune: warning: {name}: a context of {tokens} tokens, but the plan was '
+            r'calibrated on prompts of at most 3: .*\n' for name, tokens in ((x, 40), (y, 25))))
 
     def test_measuring_goes_on_where_it_stopped(self):
         x = self.dumps[0]

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
 #include <exception>
 
@@ -21,6 +22,11 @@ int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>
   std::ranges::replace(message, '\n', ' ');
   std::fputs(fmt::format("{}: error: {}\n", app->get_name(), message).c_str(), stderr);
   return 1;
+}
+
+void Warn(const std::string& message) {
+  std::fputs(fmt::format("{}: warning: {}\n", program_invocation_short_name, message).c_str(),
+             stderr);
 }
 
 void Print(const std::string& text) {

@@ -39,6 +39,9 @@ T Require(Result<T> result) {
 // goes wrong is one line on stderr, "PROGRAM: error: MESSAGE", and the exit code 1.
 int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>& run);
 
+// One line on stderr, "PROGRAM: warning: MESSAGE", of what people should know; the work goes on.
+void Warn(const std::string& message);
+
 // Writes a program's result to stdout, all of it.
 void Print(const std::string& text);
 

@@ -1,5 +1,6 @@
 #include "dumps.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <system_error>
@@ -34,6 +35,11 @@ Dump OpenDump(const std::string& path, const RawFormat& raw) {
   if (raw.kv_heads == 0 || raw.head_dim == 0)
     Refuse("{}: a raw folder needs --kv-heads, --query-heads and --head-dim", path);
   return Require(Dump::Open(path, &raw));
+}
+
+void WarnOfLength(const Dump& dump, const Plan& plan) {
+  const std::string warning = LengthWarning(plan, std::ranges::max(dump.prompt_tokens()));
+  if (!warning.empty()) Warn(fmt::format("{}: {}", dump.path(), warning));
 }
 
 std::string SamplePath(const std::string& part) {

@@ -18,6 +18,9 @@ void AddRawOptions(CLI::App* app, RawFormat* raw);
 // A folder needs a whole `raw`; a file is read as safetensors.
 Dump OpenDump(const std::string& path, const RawFormat& raw);
 
+// Warns where the dump has prompts far beyond those that the plan was calibrated on.
+void WarnOfLength(const Dump& dump, const Plan& plan);
+
 // The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set,
 // else in share/kvmix beside the program's bin folder, else where the sources were when it was
 // built.

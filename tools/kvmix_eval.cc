@@ -175,6 +175,7 @@ std::string Attention(const Options& o) {
            o.raw.kv_heads && !o.raw.query_heads ? " (give --query-heads)" : "");
   if (dump.tokens() == 0) Refuse("{}: has no tokens", dump.path());
   const Plan plan = ChoosePlan(o, dump);
+  WarnOfLength(dump, plan);
   if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
   const std::vector<AttentionError> errors = Require(MeasurePlan(

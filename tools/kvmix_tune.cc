@@ -7,7 +7,6 @@
 #include <functional>
 #include <iterator>
 #include <map>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -152,18 +151,31 @@ std::vector<const Dump*> InOrder(const std::vector<Dump>& dumps, const Measureme
   return ordered;
 }
 
-std::optional<Dump> OpenHoldout(const TuneOptions& o, const Model& expected) {
-  if (o.holdout.empty()) return std::nullopt;
-  Dump holdout = OpenDump(o.holdout, o.raw);
-  if (!holdout.has_q()) Refuse("{}: has no Q, which attention errors need", o.holdout);
-  if (holdout.model() != expected)
-    Refuse("{}: expected {}, found {}", o.holdout, ToString(expected), ToString(holdout.model()));
-  return holdout;
+struct HeldOut {
+  Dump dump;
+  DumpId id;
+};
+
+// Each fits `expected`, and none is there twice.
+std::vector<HeldOut> OpenHoldouts(const TuneOptions& o, const Model& expected) {
+  std::vector<HeldOut> holdouts;
+  for (const std::string& path : o.holdouts) {
+    Dump dump = OpenDump(path, o.raw);
+    if (!dump.has_q()) Refuse("{}: has no Q, which attention errors need", path);
+    if (dump.tokens() == 0) Refuse("{}: has no tokens", path);
+    if (dump.model() != expected)
+      Refuse("{}: expected {}, found {}", path, ToString(expected), ToString(dump.model()));
+    DumpId id = Require(Identify(dump));
+    for (const HeldOut& other : holdouts)
+      if (other.id.hash == id.hash) Require(internal::GivenTwice(other.dump, dump));
+    holdouts.push_back({std::move(dump), std::move(id)});
+  }
+  return holdouts;
 }
 
 // `table`: what was measured; `dumps`: those that it was measured on, or none.
 TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
-                     const std::vector<Dump>& dumps, const std::optional<Dump>& holdout) {
+                     const std::vector<Dump>& dumps, const std::vector<HeldOut>& holdouts) {
   const std::vector<const Dump*> calibration = InOrder(dumps, m);
   o.target = m.target;
   TuneReport report;
@@ -191,11 +203,20 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
   }
   Provenance& provenance = report.choice.plan.provenance;
   if (report.calibration) provenance.on_calibration = *report.calibration;
-  if (holdout) {
-    report.holdout = provenance.on_holdout =
-        Summarize(MeasureWhole({&*holdout}, plan, o, "measuring the plan on the holdout"), m.model);
-    provenance.holdout = internal::FileName(holdout->path());
-    provenance.holdout_tokens = holdout->tokens();
+  for (const HeldOut& holdout : holdouts) {
+    if (std::ranges::find(m.dumps, holdout.id.hash, &DumpId::hash) != m.dumps.end())
+      Warn(fmt::format("{}: this holdout is a dump of the calibration: take another text",
+                       holdout.dump.path()));
+    WarnOfLength(holdout.dump, plan);
+    const std::vector<AttentionError> errors =
+        MeasureWhole({&holdout.dump}, plan, o, "measuring the plan on " + holdout.id.name);
+    report.holdouts.push_back({holdout.id.name, holdout.id.tokens, holdout.id.longest_prompt,
+                               Summarize(errors, m.model)});
+  }
+  if (const Holdout* worst = WorstHoldout(report)) {
+    provenance.holdout = worst->name;
+    provenance.holdout_tokens = worst->tokens;
+    provenance.on_holdout = worst->found;
   }
   return report;
 }
@@ -321,8 +342,8 @@ std::function<void()> ChooseStep(CLI::App* app, TuneOptions* o) {
     const Measurement m = Require(LoadMeasurement(o->measurement));
     Result<ErrorTable> table = kvmix::Table(m);
     if (!table.ok()) Refuse("{}: {}", o->measurement, table.status().message());
-    const std::optional<Dump> holdout = OpenHoldout(*o, m.model);
-    Finish(RunChoose(*o, m, std::move(*table), OpenDumps(o->dumps, o->raw), holdout), *o);
+    const std::vector<HeldOut> holdouts = OpenHoldouts(*o, m.model);
+    Finish(RunChoose(*o, m, std::move(*table), OpenDumps(o->dumps, o->raw), holdouts), *o);
   };
 }
 
@@ -348,11 +369,11 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
       "For another engine:\n  kvmix-tune export plan.json --to llama.cpp");
   return [o] {
     CheckChoosing(o);
-    if (o->dumps.empty() && o->holdout.empty()) o->holdout = SamplePath("holdout");
+    if (o->dumps.empty() && o->holdouts.empty()) o->holdouts = {SamplePath("holdout")};
     const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
-    const std::optional<Dump> holdout = OpenHoldout(*o, dumps[0].model());
+    const std::vector<HeldOut> holdouts = OpenHoldouts(*o, dumps[0].model());
     const Measurement m = RunMeasure(*o, dumps, RunCalibrate(*o, dumps), o->work);
-    Finish(RunChoose(*o, m, Require(kvmix::Table(m)), dumps, holdout), *o);
+    Finish(RunChoose(*o, m, Require(kvmix::Table(m)), dumps, holdouts), *o);
   };
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <functional>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <tuple>
@@ -29,6 +30,9 @@ using Types = std::vector<Type>;  // by rising bits; the last holds all
 const Type kF16{"f16", 16, 16.0};
 const Types kLlamaTypes = {{"q4_0", 4, 4.5, 32}, {"q8_0", 8, 8.5, 32}, kF16};
 const Types kIkTypes = {{"q4_0", 4, 4.5, 32}, {"q6_0", 6, 6.5, 32}, {"q8_0", 8, 8.5, 32}, kF16};
+// Without the scales, which are those of a group.
+const Types kOpenVinoTypes = {{"u4", 4, 4.0}, {"u8", 8, 8.0}, kF16};
+constexpr double kOpenVinoGroupBits = 64.0;  // a scale and a zero point, f32 both
 const Types kOptimizerTypes = {{"NVFP4", 4, 4.5, 16}, {"FP8", 8, 8.0}, kF16};
 
 const Type& Least(const Types& types, std::size_t bits, std::size_t dim) {
@@ -60,6 +64,24 @@ std::vector<LayerNeed> Needs(const Plan& plan, Tensor t, const Types& types) {
 
 std::size_t Most(const std::vector<LayerNeed>& needs) {
   return std::ranges::max(needs, {}, &LayerNeed::type).type;
+}
+
+// One type for K or V of all layers.
+struct OneForAll {
+  const Type* type = nullptr;
+  double numbers = 0.0;     // of a token
+  std::string raised = {};  // "1 of 3 layers need less than this for K"
+};
+
+OneForAll ForAllLayers(const Plan& plan, Tensor t, const Types& types) {
+  const std::vector<LayerNeed> needs = Needs(plan, t, types);
+  const std::size_t most = Most(needs);
+  OneForAll found{.type = &types[most]};
+  for (const LayerNeed& need : needs) found.numbers += static_cast<double>(need.numbers);
+  const auto less = std::ranges::count_if(needs, [&](auto& need) { return need.type < most; });
+  found.raised = fmt::format("{} of {} layers need less than this for {}", less, needs.size(),
+                             t == Tensor::kK ? 'K' : 'V');
+  return found;
 }
 
 double Saved(double bits, const Plan& plan) {
@@ -134,7 +156,7 @@ std::vector<std::string> Notes(const Plan& plan, const std::string& engine, doub
       notes.push_back(fmt::format("{} of {} K and V are {} in the plan, and not in {}.", n,
                                   2 * heads, name, engine));
   const auto fits = [](const LayerShape& s) { return s.k_dim % 32 == 0 && s.v_dim % 32 == 0; };
-  if (engine != "model-optimizer" && !std::ranges::all_of(plan.model.layers, fits))
+  if (engine.ends_with("llama.cpp") && !std::ranges::all_of(plan.model.layers, fits))
     notes.push_back(fmt::format(
         "{} stores blocks of 32 channels: a head_dim that is no multiple of 32 stays f16.",
         engine));
@@ -151,15 +173,10 @@ PlanExport ForLlama(const Plan& plan) {
   double bits = 0.0;
   std::vector<std::string> flags, raised;
   for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    const std::vector<LayerNeed> needs = Needs(plan, t, kLlamaTypes);
-    const std::size_t most = Most(needs);
-    const char letter = t == Tensor::kK ? 'k' : 'v';
-    for (const LayerNeed& need : needs)
-      bits += static_cast<double>(need.numbers) * kLlamaTypes[most].bits;
-    flags.push_back(fmt::format("--cache-type-{} {}", letter, kLlamaTypes[most].name));
-    const auto less = std::ranges::count_if(needs, [&](auto& need) { return need.type < most; });
-    raised.push_back(fmt::format("{} of {} layers need less than this for {}", less, needs.size(),
-                                 t == Tensor::kK ? 'K' : 'V'));
+    const OneForAll one = ForAllLayers(plan, t, kLlamaTypes);
+    bits += one.numbers * one.type->bits;
+    flags.push_back(fmt::format("--cache-type-{} {}", t == Tensor::kK ? 'k' : 'v', one.type->name));
+    raised.push_back(one.raised);
   }
   result.text = fmt::format("{}\n", fmt::join(flags, " "));
   result.saved_fraction = Saved(bits, plan);
@@ -242,11 +259,53 @@ PlanExport ForModelOptimizer(const Plan& plan) {
   return result;
 }
 
+// Channels that all heads' widths are multiples of: a whole head, where all are as wide.
+std::size_t OpenVinoGroup(const Plan& plan, Tensor t) {
+  std::size_t group = 0;
+  for (const LayerShape& shape : plan.model.layers)
+    if (shape.owns_kv()) group = std::gcd(group, shape.dim(t));
+  return group;
+}
+
+PlanExport ForOpenVino(const Plan& plan) {
+  nlohmann::ordered_json properties;
+  double bits = 0.0, bits_of_groups = 0.0;
+  std::vector<std::string> raised;
+  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    const OneForAll one = ForAllLayers(plan, t, kOpenVinoTypes);
+    const std::string name = t == Tensor::kK ? "KEY_CACHE" : "VALUE_CACHE";
+    bits += one.numbers * one.type->bits;
+    properties[name + "_PRECISION"] = one.type->name;
+    if (one.type->holds < 16) {
+      const std::size_t group = OpenVinoGroup(plan, t);
+      properties[name + "_GROUP_SIZE"] = group;
+      bits_of_groups += one.numbers / static_cast<double>(group) * kOpenVinoGroupBits;
+    }
+    raised.push_back(one.raised);
+  }
+  PlanExport result{properties.dump(1) + "\n", Saved(bits + bits_of_groups, plan), {}};
+  result.notes = Notes(plan, "openvino", result.saved_fraction, false);
+  result.notes.push_back(fmt::format(
+      "All layers have one precision, no property names one layer: {}.", fmt::join(raised, ", ")));
+  if (bits_of_groups > 0.0)
+    result.notes.push_back(
+        "Every group of channels has a scale and a zero point, both f32. A group is as wide as a "
+        "head, as in the plan, or, where widths differ, as their greatest common divisor; groups "
+        "of 32 take more bytes and round finer.");
+  if (properties["KEY_CACHE_PRECISION"] == "u4")
+    result.notes.push_back("Older releases take u4 for values only, and u8 or f16 for keys.");
+  result.notes.push_back(
+      "On x86 KEY_CACHE_QUANT_MODE BY_CHANNEL gives every channel of K a scale for a block of "
+      "tokens, which keys with a bias may need. A plan says nothing of it: measure it.");
+  return result;
+}
+
 }  // namespace
 
 PlanExport ExportPlan(const Plan& plan, const std::string& engine) {
   if (engine == "llama.cpp") return ForLlama(plan);
   if (engine == "ik_llama.cpp") return ForIkLlama(plan);
+  if (engine == "openvino") return ForOpenVino(plan);
   return ForModelOptimizer(plan);
 }
 

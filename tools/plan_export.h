@@ -2,8 +2,12 @@
 // demanding head needs. Names and rules are those of
 //   llama.cpp         common/arg.cpp: --cache-type-k, --cache-type-v; one type for all layers
 //   ik_llama.cpp      common/common.cpp: -ctk-first TYPE,N and -ctk-last TYPE,N beside -ctk, the
-//   same
-//                     for V; -khad and -vhad rotate
+//                     same for V; -khad and -vhad rotate
+//   openvino          openvinotoolkit/openvino, its CPU plug-in; one precision for all layers:
+//                     src/inference/include/openvino/runtime/properties.hpp: KEY_CACHE_PRECISION,
+//                     KEY_CACHE_GROUP_SIZE and the same of VALUE. In src/plugins/intel_cpu/src
+//                     config.cpp: u4, u8, f16, the mode BY_CHANNEL of keys;
+//                     transformations/transformation_pipeline.cpp: the bytes of a group
 //   model-optimizer   NVIDIA Model-Optimizer: kv_cache_quantized_layers of hf_quant_config.json
 #ifndef KVMIX_TOOLS_PLAN_EXPORT_H_
 #define KVMIX_TOOLS_PLAN_EXPORT_H_
@@ -15,7 +19,8 @@
 
 namespace kvmix::tools {
 
-inline const std::vector<std::string> kEngines = {"llama.cpp", "ik_llama.cpp", "model-optimizer"};
+inline const std::vector<std::string> kEngines = {"llama.cpp", "ik_llama.cpp", "openvino",
+                                                  "model-optimizer"};
 
 struct PlanExport {
   std::string text;                // flags, or a file's content

@@ -75,7 +75,10 @@ void AddChoosing(CLI::App* app, TuneOptions* o) {
   app->add_option("--max-time", o->max_ms,
                   "at most this predicted decode time of a token over all layers, in ms")
       ->check(Between(0.0, 1e9, false));
-  app->add_option("--holdout", o->holdout, "dump to measure the finished plan on");
+  app->add_option("--holdout", o->holdouts,
+                  "dump to measure the finished plan on; may be given several times, for other "
+                  "texts and lengths")
+      ->allow_extra_args(false);  // what follows its dump is another argument
   app->add_option("--context", o->context,
                   "tokens in the cache, for decode times, and for bytes where layers have a window")
       ->check(CLI::Range(1u, 1u << 20))

@@ -27,7 +27,7 @@ struct TuneOptions {
   std::size_t exact_first = 0;
   Constraints constraints;
   std::optional<double> max_ms;
-  std::string holdout;
+  std::vector<std::string> holdouts;
   std::size_t context = 4096;
   std::string wisdom;
   int threads = 0;

@@ -79,8 +79,8 @@ std::string OutlierText(const TuneReport& r) {
   const std::vector<const HeadErrors*> outliers = Outliers(r.table);
   if (outliers.empty())
     return fmt::format(
-        "No outlier heads: int8 with a scale per token costs no head more than {:.0f} x what it "
-        "costs the median head.\n",
+        "No outlier heads: int8 per token costs no query head over {:.0f} x the median head's "
+        "NMSE\n",
         kOutlierFactor);
   Table table("layer\tKV head\t\tmax|x|\tNMSE as int8\tNMSE as stored\tstored as", 0);
   for (const HeadErrors* h : outliers) {
@@ -139,13 +139,22 @@ std::string TruthNote(const TuneReport& r) {
         "for\n  as bad as they were, and the plan was chosen again.\n",
         kWorseThanPredicted, fmt::join(worse, ", "));
   }
-  if (r.holdout && r.calibration && r.holdout->mean_nmse > kFarFrom * r.calibration->mean_nmse) {
+  double most = 0.0;
+  for (const Holdout& holdout : r.holdouts) most = std::max(most, holdout.found.mean_nmse);
+  if (r.calibration && most > kFarFrom * r.calibration->mean_nmse) {
     text += fmt::format(
-        "  The holdout's mean NMSE is {:.1f} x the calibration's: calibrate on more text, and on "
+        "  {} holdout's mean NMSE is {:.1f} x the calibration's: calibrate on more text, and on "
         "prompts\n  as long as those that are served.\n",
-        r.holdout->mean_nmse / r.calibration->mean_nmse);
+        r.holdouts.size() == 1 ? "The" : "A", most / r.calibration->mean_nmse);
   }
   return text;
+}
+
+// "64 tokens", of several prompts "96 tokens, prompts of up to 64".
+std::string LengthText(const Holdout& h) {
+  return fmt::format(
+      "{} tokens{}", h.tokens,
+      h.longest_prompt == h.tokens ? "" : fmt::format(", prompts of up to {}", h.longest_prompt));
 }
 
 std::string AccuracyText(const TuneReport& r) {
@@ -158,13 +167,16 @@ std::string AccuracyText(const TuneReport& r) {
   add("predicted, head by head", r.choice.predicted);
   if (r.calibration)
     add(fmt::format("calibration, {} tokens", p.calibration_tokens), *r.calibration);
-  if (r.holdout) add(fmt::format("holdout, {} tokens", p.holdout_tokens), *r.holdout);
+  for (std::size_t i = 0; i < r.holdouts.size(); ++i) {
+    const std::string number = r.holdouts.size() == 1 ? "" : fmt::format(" {}", i + 1);
+    add(fmt::format("holdout{}, {} tokens", number, r.holdouts[i].tokens), r.holdouts[i].found);
+  }
   return fmt::format(
       "Attention output against exact K and V, predicted and measured as a whole\n{}{}{}",
       table.Text(),
-      r.holdout
-          ? ""
-          : "  no holdout: --holdout DUMP measures the plan on text that it was not made from\n",
+      r.holdouts.empty()
+          ? "  no holdout: --holdout DUMP measures the plan on text that it was not made from\n"
+          : "",
       TruthNote(r));
 }
 
@@ -339,7 +351,19 @@ Json ExplainJson(const HeadErrors& head, const Reason& reason) {
   return json;
 }
 
+Json ToJson(const Holdout& h) {
+  Json json = {{"dump", h.name}, {"tokens", h.tokens}, {"longest_prompt", h.longest_prompt}};
+  json.update(ToJson(h.found));
+  return json;
+}
+
 }  // namespace
+
+const Holdout* WorstHoldout(const TuneReport& r) {
+  const auto worst = std::ranges::min_element(
+      r.holdouts, {}, [](const Holdout& h) { return h.found.worst_cosine; });
+  return worst == r.holdouts.end() ? nullptr : &*worst;
+}
 
 std::string ReportText(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
@@ -347,7 +371,8 @@ std::string ReportText(const TuneReport& r) {
   std::string text = fmt::format("{}\n{}\ncalibrated on {} ({} tokens)\n",
                                  p.model.empty() ? "unknown model" : p.model, ToString(plan.model),
                                  p.calibration, p.calibration_tokens);
-  if (r.holdout) text += fmt::format("held out {} ({} tokens)\n", p.holdout, p.holdout_tokens);
+  for (const Holdout& h : r.holdouts)
+    text += fmt::format("held out {} ({})\n", h.name, LengthText(h));
   const std::size_t tokens = ContextMatters(r) ? r.context : 1;
   const EffectiveBits bits = BitsPerNumber(plan, tokens == 1 ? 0 : tokens);
   text += fmt::format(
@@ -371,6 +396,7 @@ std::string ReportJson(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
   const Provenance& p = plan.provenance;
   const EffectiveBits bits = BitsPerNumber(plan, r.context);
+  const Holdout* holdout = WorstHoldout(r);
   Json json = {{"format", "kvmix-tune-1"}, {"model", p.model}};
   if (const std::optional<Geometry> g = plan.model.geometry()) {
     json["geometry"] = {{"layers", g->layers},
@@ -393,7 +419,7 @@ std::string ReportJson(const TuneReport& r) {
                {"worst_limit", r.choice.worst_limit},
                {"predicted", ToJson(r.choice.predicted)},
                {"calibration", r.calibration ? ToJson(*r.calibration) : Json()},
-               {"holdout", r.holdout ? ToJson(*r.holdout) : Json()},
+               {"holdout", holdout ? ToJson(holdout->found) : Json()},
                {"worse_than_predicted", r.worse_than_predicted},
                {"decode_ns_per_token",
                 {{"plan", r.choice.decode_ns},
@@ -407,7 +433,9 @@ std::string ReportJson(const TuneReport& r) {
     json["context_bytes"] = ContextBytes(plan, r.context);
     json["fp16_context_bytes"] = Fp16ContextBytes(plan.model, r.context);
   }
-  for (const char* list : {"fp16_heads", "outliers", "heads", "front"}) json[list] = Json::array();
+  for (const char* list : {"holdouts", "fp16_heads", "outliers", "heads", "front"})
+    json[list] = Json::array();
+  for (const Holdout& h : r.holdouts) json["holdouts"].push_back(ToJson(h));
   for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
   for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
     const HeadErrors& h = r.table.heads[i];

@@ -12,6 +12,14 @@
 
 namespace kvmix::tools {
 
+// The plan measured as a whole on a dump that it was not made from.
+struct Holdout {
+  std::string name;  // of the dump's file
+  std::size_t tokens = 0;
+  std::size_t longest_prompt = 0;
+  Fidelity found;
+};
+
 struct TuneReport {
   std::string candidates;  // "seed", "int8"
   std::size_t context = 0;
@@ -23,13 +31,17 @@ struct TuneReport {
   Choice choice;
   // The plan measured as a whole, where there were dumps for it.
   std::optional<Fidelity> calibration;
-  std::optional<Fidelity> holdout;
+  std::vector<Holdout> holdouts;  // in the order they were given
   // Of each plan that was measured on the calibration, the last of them the one above: the query
   // heads whose NMSE was more than kWorseThanPredicted times the predicted one.
   std::vector<std::size_t> worse_than_predicted;
 };
 
 inline constexpr double kWorseThanPredicted = 1.5;
+
+// The holdout of the least worst cosine, of equals the first: the one that the plan's file keeps.
+// Null where there is none.
+const Holdout* WorstHoldout(const TuneReport& report);
 
 std::string ReportText(const TuneReport& report);
 std::string ReportJson(const TuneReport& report);

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <span>
 
+#include <fmt/format.h>
+
 #include "lib/files/check.h"
 #include "lib/files/file.h"
 
@@ -134,6 +136,16 @@ std::uint64_t Fingerprint(const Plan& plan) {
     floats(codec.factor());
   }
   return XXH3_64bits_digest(&hash);
+}
+
+std::string LengthWarning(const Plan& plan, std::size_t context) {
+  const std::size_t longest = plan.provenance.longest_prompt;
+  if (longest == 0 || context <= kFarBeyondCalibration * longest) return "";
+  return fmt::format(
+      "a context of {} tokens, but the plan was calibrated on prompts of at most {}: it may be "
+      "less "
+      "accurate there. Calibrate on prompts as long as those that are served.",
+      context, longest);
 }
 
 Status CheckModelMatches(const Plan& plan, const Model& model) {

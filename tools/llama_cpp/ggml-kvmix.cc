@@ -276,19 +276,10 @@ Status AddToDump(Context& c, const Attention& a, std::span<const MirrorRequest> 
   return s;
 }
 
-// Means, folds and queries of short prompts are not those of long ones: RoPE turns slow channels.
-constexpr std::size_t kFarBeyond = 4;  // times the longest prompt of the calibration
-
 void WarnOfLength(std::size_t cells) {
   const std::optional<Plan>& plan = TheSettings().plan;
-  if (!plan || plan->provenance.longest_prompt == 0) return;
-  const std::size_t longest = plan->provenance.longest_prompt;
-  if (cells <= kFarBeyond * longest) return;
-  SayOnce("length", "warning: a context of " + std::to_string(cells) +
-                        " tokens, but the plan was calibrated on prompts of at most " +
-                        std::to_string(longest) +
-                        ": it may be less accurate there. Calibrate on "
-                        "prompts as long as those that are served.");
+  const std::string warning = plan ? LengthWarning(*plan, cells) : "";
+  if (!warning.empty()) SayOnce("length", "warning: " + warning);
 }
 
 Status Attend(Context& c, const ggml_tensor* op) {

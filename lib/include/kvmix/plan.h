@@ -86,6 +86,13 @@ KVMIX_API EffectiveBits BitsPerNumber(const Plan& plan, std::size_t context = 0)
 KVMIX_API std::size_t BytesPerToken(const Plan& plan);
 KVMIX_API std::size_t Fp16BytesPerToken(const Model& model);
 
+// Means, folds and queries of short prompts are not those of long ones: RoPE slowly turns channels.
+// A context of more than so many times the longest prompt of the calibration deserves a warning.
+inline constexpr std::size_t kFarBeyondCalibration = 4;
+// The warning for a context of so many tokens, one line; empty where none is due, or where the plan
+// does not say what it was calibrated on.
+KVMIX_API std::string LengthWarning(const Plan& plan, std::size_t context);
+
 // JSON, and where K has the step +shape a safetensors file of matrices in the same folder, which
 // the JSON names with its hash: move and copy both. Save writes a temporary file beside `path` and
 // renames it, so that `path` is whole or untouched; the matrices of a plan that was there before
