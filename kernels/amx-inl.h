@@ -27,6 +27,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/amx_tiles-inl.h"
@@ -39,8 +40,8 @@
 #if HWY_TARGET == HWY_AVX3_DL
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
-static_assert(KVMIX_UNSIGNED_QUADS && kLanes == 16);
 
+static_assert(KVMIX_UNSIGNED_QUADS && kLanes == 16);
 static_assert(kTokenStep == kTileTerms && kSeenStep == kTokenStep);
 
 // What is below int8 is unpacked for all rows.
@@ -50,31 +51,6 @@ using TileMultiplied = std::conditional_t<S::kPacked, I8, S>;
 HWY_INLINE bool HasByteTiles(const BlockFormat& f) {
   return f.k.row.storage != Storage::kF16 && f.v.row.storage != Storage::kF16;
 }
-
-// The rows of a task in groups.
-struct RowGroups {
-  std::size_t rows;
-  std::size_t count() const { return (rows + kTileRows - 1) / kTileRows; }
-  std::size_t first(std::size_t group) const { return group * kTileRows; }
-  std::size_t of(std::size_t group) const { return HWY_MIN(kTileRows, rows - first(group)); }
-};
-
-// Scratch in an operand, bytes from its start: q | what undoes K's flipped sign, first values of
-// the sums, two tiles for a group | factors of the rows' products | sums of the weighed V | K's and
-// V's tiles of a block, unpacked.
-struct AmxScratch {
-  std::size_t steps;  // of 64 channels
-  std::size_t start, scale, sums, k, v, end;
-
-  AmxScratch(const BlockFormat& f, RowGroups groups)
-      : steps(RoundUp(f.k.row.dim, kTileTerms) / kTileTerms),
-        start(groups.count() * steps * 2 * kTileBytes),
-        scale(start + groups.count() * 2 * kTileBytes),
-        sums(scale + groups.count() * kTileRows * sizeof(float)),
-        k(sums + RoundUp(f.v.row.dim, 4 * kLanes) / kLanes * 2 * kTileBytes),
-        v(k + UnpackedBytes<true, TileMultiplied>(f.k) + kTileBytes),  // the last may be read past
-        end(v + UnpackedBytes<false, TileMultiplied>(f.v)) {}
-};
 
 // Shuffles of two vectors by blocks of four lanes, and of lanes within blocks: two of a's and two
 // of b's.
@@ -148,6 +124,40 @@ HWY_AFTER_NAMESPACE();
 HWY_PUSH_ATTRIBUTES(KVMIX_TILE_TARGET)
 namespace kvmix::kernels::HWY_NAMESPACE {
 
+// The rows of a task in groups.
+struct RowGroups {
+  std::size_t rows;
+  std::size_t count() const { return (rows + kTileRows - 1) / kTileRows; }
+  std::size_t first(std::size_t group) const { return group * kTileRows; }
+  std::size_t of(std::size_t group) const { return HWY_MIN(kTileRows, rows - first(group)); }
+  // f(std::integral_constant) with the rows that the group's tiles have: 16 or 8.
+  template <class F>
+  HWY_INLINE void WithTileRows(std::size_t group, const F& f) const {
+    if (of(group) > kTileRows / 2) {
+      f(std::integral_constant<std::size_t, kTileRows>());
+    } else {
+      f(std::integral_constant<std::size_t, kTileRows / 2>());
+    }
+  }
+};
+
+// Scratch in an operand, bytes from its start: q | what undoes K's flipped sign, first values of
+// the low limbs' sums, a tile for a group | factors of the rows' products | sums of the weighed V |
+// K's and V's tiles of a block, unpacked.
+struct AmxScratch {
+  std::size_t steps;  // of 64 channels
+  std::size_t start, scale, sums, k, v, end;
+
+  AmxScratch(const BlockFormat& f, RowGroups groups)
+      : steps(RoundUp(f.k.row.dim, kTileTerms) / kTileTerms),
+        start(groups.count() * steps * 2 * kTileBytes),
+        scale(start + groups.count() * kTileBytes),
+        sums(scale + groups.count() * kTileRows * sizeof(float)),
+        k(sums + RoundUp(f.v.row.dim, 4 * kLanes) / kLanes * 2 * kTileBytes),
+        v(k + UnpackedBytes<true, TileMultiplied>(f.k) + kTileBytes),  // the last may be read past
+        end(v + UnpackedBytes<false, TileMultiplied>(f.v)) {}
+};
+
 template <class T>
 class TileAttention {
  public:
@@ -165,6 +175,7 @@ class TileAttention {
     const BlockFormat& f = *task_.format;
     const Tiles k_tiles = TilesOf<true, TileMultiplied>(f.k, operand_ + scratch_.k),
                 v_tiles = TilesOf<false, TileMultiplied>(f.v, operand_ + scratch_.v);
+    // No lambda to be inlined: ForBlocks knows no tiles.
     ForBlocks(task_, w_, [&](std::size_t b, const std::uint8_t* block, const std::uint8_t* next) {
       const Range tokens = TaskTokens(task_, b);
       k_ = k_tiles.Of(block + f.k.codes_offset);
@@ -173,10 +184,10 @@ class TileAttention {
       v_ = v_tiles.Of(block + f.v.codes_offset);
       v_.Keep(0, padded_ / kLanes, tokens.first, tokens.last);
       fetch_ = next;
-      fetch_end_ = task_.stream && next != nullptr ? next + f.block_bytes : next;
+      fetch_lines_ = task_.stream && next != nullptr ? f.block_bytes / 64 : 0;
       for (std::size_t group = 0; group < groups_.count(); ++group) {
-        groups_.of(group) > kTileRows / 2 ? AttendRows<kTileRows>(group, b)
-                                          : AttendRows<kTileRows / 2>(group, b);
+        groups_.WithTileRows(group,
+                             [&](auto rows) KVMIX_TILE_LAMBDA { AttendRows<rows>(group, b); });
       }
     });
     Finish();
@@ -215,12 +226,14 @@ class TileAttention {
     for (std::size_t r = 0; r < task_.rows; ++r)
       task_.max[r] = LargestFinite(task_.q + r * dim, dim);
     for (std::size_t group = 0; group < groups_.count(); ++group) {
-      const std::size_t rows = groups_.of(group) > kTileRows / 2 ? kTileRows : kTileRows / 2;
-      for (std::size_t r = 0; r < groups_.of(group); ++r) BeginRow(group, rows, r);
+      groups_.WithTileRows(group, [&](auto rows) KVMIX_TILE_LAMBDA {
+        for (std::size_t r = 0; r < groups_.of(group); ++r) BeginRow<rows>(group, r);
+      });
     }
     std::memset(task_.out, 0, task_.rows * padded_ * sizeof(float));
   }
-  void BeginRow(std::size_t group, std::size_t rows, std::size_t r) {
+  template <std::size_t kRows>
+  void BeginRow(std::size_t group, std::size_t r) {
     const std::size_t row = groups_.first(group) + r, dim = task_.format->k.row.dim;
     const float scale = QueryScale<KP>(task_.max[row]);
     VI32 sum_high = hn::Zero(DI32()), sum_low = sum_high;
@@ -229,13 +242,14 @@ class TileAttention {
       KP::PackQuery(hn::LoadN(DF(), task_.q + row * dim + c, HWY_MIN(kLanes, dim - c)),
                     hn::Set(DF(), 1.0f / scale), limbs, sum_high, sum_low);
       std::uint8_t* const to =
-          Queries(group) + c / kTileTerms * 2 * rows * 64 + r * 64 + c % kTileTerms;
+          Queries(group) + c / kTileTerms * kStepBytes<kRows> + r * 64 + c % kTileTerms;
       std::memcpy(to, limbs, kLanes);
-      std::memcpy(to + rows * 64, limbs + kLanes, kLanes);
+      std::memcpy(to + kRows * 64, limbs + kLanes, kLanes);
     }
     const std::int32_t sum = 256 * hn::ReduceSum(DI32(), sum_high) + hn::ReduceSum(DI32(), sum_low);
+    const std::size_t low = kRows == kTileRows ? 0 : kRows * 64;  // in the tile
     hn::StoreU(hn::Set(DI32(), -128 * sum), DI32(),
-               reinterpret_cast<std::int32_t*>(Start(group) + (rows + r) * 64));
+               reinterpret_cast<std::int32_t*>(Start(group) + low + r * 64));
     RowScales(group)[r] = StartRow(task_, row, scale);
   }
 
@@ -243,7 +257,7 @@ class TileAttention {
     return operand_ + group * scratch_.steps * 2 * kTileBytes;
   }
   std::uint8_t* Start(std::size_t group) const {
-    return operand_ + scratch_.start + group * 2 * kTileBytes;
+    return operand_ + scratch_.start + group * kTileBytes;
   }
   float* RowScales(std::size_t group) const {
     return reinterpret_cast<float*>(operand_ + scratch_.scale) + group * kTileRows;
@@ -306,11 +320,11 @@ class TileAttention {
     tiles_.template Load<6>(third);
     tiles_.template Load<7>(fourth);
   }
-  HWY_INLINE void StoreSums(std::uint8_t* to) {
-    tiles_.template Store<4>(to);
-    tiles_.template Store<5>(to + kTileBytes);
-    tiles_.template Store<6>(to + 2 * kTileBytes);
-    tiles_.template Store<7>(to + 3 * kTileBytes);
+  HWY_INLINE void StoreSums(std::uint8_t* first_half, std::uint8_t* second_half) {
+    tiles_.template Store<4>(first_half);
+    tiles_.template Store<5>(first_half + kTileBytes);
+    tiles_.template Store<6>(second_half);
+    tiles_.template Store<7>(second_half + kTileBytes);
   }
 
   // Products of a group with kSide tiles of K from `tile` on, into one of two places in turn.
@@ -319,20 +333,17 @@ class TileAttention {
     const std::uint8_t* const start = Start(group);
     if constexpr (kRows == kTileRows) {  // high limbs start at 0
       tiles_.template Zero<4>();
-      tiles_.template Load<5>(start + kTileBytes);
+      tiles_.template Load<5>(start);
       tiles_.template Zero<6>();
-      tiles_.template Load<7>(start + kTileBytes);
+      tiles_.template Load<7>(start);
     } else {
       LoadSums(start, start, start, start);
     }
     const std::uint8_t* const k = k_.codes + tile * k_.stride;
     Multiply<true, kRows>(Queries(group), scratch_.steps,
                           [&](std::size_t i) KVMIX_LAMBDA { return k + i * k_.stride; });
-    StoreSums(Products<kRows>(tile));
-  }
-  template <std::size_t kRows>
-  std::uint8_t* Products(std::size_t tile) {
-    return products_[tile / kSide<kRows> % 2];
+    const std::size_t turn = tile / kSide<kRows> % 2;
+    StoreSums(products_[0][turn], products_[1][turn]);
   }
 
   // The next kSide channel tiles of what is pending. Past the end, the last is multiplied again.
@@ -351,7 +362,7 @@ class TileAttention {
                            pending_.last - pending_.first, [&](std::size_t i) KVMIX_LAMBDA {
                              return v + HWY_MIN(first + i, pending_.tiles - 1) * pending_.v_stride;
                            });
-    StoreSums(sums);
+    StoreSums(sums, sums + 2 * kTileBytes);
   }
 
   // ---- vectors
@@ -360,11 +371,12 @@ class TileAttention {
   template <std::size_t kRows>
   HWY_INLINE void Output(std::size_t last) {
     const DF df;
-    const std::size_t rows = groups_.of(pending_.group);
+    const std::size_t rows = groups_.of(pending_.group), padded = padded_;
     for (; pending_.output < HWY_MIN(last, pending_.tiles); ++pending_.output) {
       const std::uint8_t* sums = Sums<kRows>(pending_.output);
-      float* out = task_.out + groups_.first(pending_.group) * padded_ + pending_.output * kLanes;
-      for (std::size_t r = 0; r < rows; ++r, out += padded_, sums += 64) {
+      float* out = task_.out + groups_.first(pending_.group) * padded + pending_.output * kLanes;
+      KVMIX_ROLLED
+      for (std::size_t r = 0; r < rows; ++r, out += padded, sums += 64) {
         const VF before = hn::Mul(hn::LoadU(df, out), hn::Set(df, w_.correction[r]));
         const VF weighed = TileSums(sums, sums + kRows * 64);
         hn::StoreU(hn::MulAdd(weighed, hn::Set(df, w_.weight_scale[r]), before), df, out);
@@ -372,18 +384,19 @@ class TileAttention {
     }
   }
 
-  // Some of what is pending, and the output of what came before it, whose sums have had time to
-  // reach memory.
-  template <std::size_t kRows>
-  HWY_INLINE void Advance() {
-    const std::size_t before = pending_.next;
-    if (before < pending_.tiles) WeighTiles<kRows>();
-    Output<kRows>(before);
+  // What is pending advances by a step: first the output of what was weighed a step ago, whose sums
+  // have had time to reach memory; then, after `between`, the next tiles.
+  template <class Between>
+  HWY_INLINE void Advance(const Between& between) {
+    if (pending_.output == pending_.tiles) return between();
+    groups_.WithTileRows(pending_.group, [&](auto rows) KVMIX_TILE_LAMBDA {
+      Output<rows>(pending_.next);
+      between();
+      if (pending_.next < pending_.tiles) WeighTiles<rows>();
+    });
   }
   void Finish() {
-    while (pending_.output < pending_.tiles) {
-      groups_.of(pending_.group) > kTileRows / 2 ? Advance<kTileRows>() : Advance<kTileRows / 2>();
-    }
+    while (pending_.output < pending_.tiles) Advance([] {});
   }
 
   // Scores of kSide tiles of tokens from their products; kMaxima: and what they raise the rows'
@@ -391,12 +404,14 @@ class TileAttention {
   template <std::size_t kRows, bool kMaxima>
   HWY_INLINE void WalkProducts(std::size_t tile, VF (&maxima)[kTileRows]) {
     const DF df;
-    const std::uint8_t* const products = Products<kRows>(tile);
+    const std::size_t turn = tile / kSide<kRows> % 2;
     for (std::size_t i = 0; i < kSide<kRows>; ++i) {
-      const std::size_t t = (tile + i) * kLanes;
+      const std::size_t t = (tile + i) * kLanes, of_tile = i * kStepBytes<kRows>;
+      const std::uint8_t* const products =
+          products_[of_tile / kHalfBytes][turn] + of_tile % kHalfBytes;
       const VF k_scale = hn::LoadU(df, w_.k_scale + t), v_log2 = hn::Load(df, w_.v_log2 + t);
       Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-        const std::uint8_t* const at = products + i * kStepBytes<kRows> + r * 64;
+        const std::uint8_t* const at = products + r * 64;
         const VF s = hn::Mul(TileSums(at, at + kRows * 64), k_scale);
         hn::Store(s, df, w_.scores[r] + t);
         if constexpr (kMaxima) {
@@ -415,12 +430,9 @@ class TileAttention {
     Unroll<kTileRows>([&](auto r) KVMIX_LAMBDA { maxima[r] = hn::Set(DF(), kNegInf); });
     ScoreTiles<kRows>(group, first);
     for (std::size_t tile = first; tile < last; tile += kSide<kRows>) {
-      if (tile + kSide<kRows> < last) ScoreTiles<kRows>(group, tile + kSide<kRows>);
-      // Pending are groups before this one, of 16 rows; or a block's last one, of any size.
-      if (pending_.output < pending_.tiles) {
-        groups_.of(pending_.group) > kTileRows / 2 ? Advance<kTileRows>()
-                                                   : Advance<kTileRows / 2>();
-      }
+      Advance([&]() KVMIX_TILE_LAMBDA {
+        if (tile + kSide<kRows> < last) ScoreTiles<kRows>(group, tile + kSide<kRows>);
+      });
       WalkProducts<kRows, kMaxima>(tile, maxima);
     }
     if constexpr (kMaxima) {
@@ -454,9 +466,10 @@ class TileAttention {
     }
   }
 
-  // Asks for the next block's lines at an even pace.
+  // A step of weights asks for its share of the next block's lines.
   HWY_INLINE void Fetch() {
-    for (std::size_t i = 0; i < fetch_lines_ && fetch_ < fetch_end_; ++i, fetch_ += 64)
+    const std::size_t steps = kSteps * task_.rows;  // of a whole block
+    for (fetch_due_ += fetch_lines_; fetch_due_ >= steps; fetch_due_ -= steps, fetch_ += 64)
       __builtin_prefetch(fetch_, 0, 2);
   }
 
@@ -481,14 +494,13 @@ class TileAttention {
 
     const std::size_t first = w_.first / kTileTerms, last = w_.last / kTileTerms,
                       middle = first + (last - first + 1) / 2;
-    fetch_lines_ = task_.format->block_bytes / 64 / (kSteps * task_.rows) + 1;
     VF totals[kTileRows];
     Unroll<kTileRows>([&](auto r) KVMIX_LAMBDA { totals[r] = hn::Zero(df); });
-    WeightSteps<kRows>(rows, first, middle, totals);
-    pending_ = {group, first, middle, false, v_.codes, v_.stride, padded_ / kLanes};
-    if (middle < last) {
-      WeightSteps<kRows>(rows, middle, last, totals);
-      pending_ = {group, middle, last, true, v_.codes, v_.stride, padded_ / kLanes};
+    for (const Range half : {Range{first, middle}, Range{middle, last}}) {
+      if (half.first == half.last) break;
+      WeightSteps<kRows>(rows, half.first, half.last, totals);
+      pending_ = {group,    half.first, half.last,       half.first != first,
+                  v_.codes, v_.stride,  padded_ / kLanes};
     }
     const auto add = [](VF a, VF b) KVMIX_LAMBDA { return hn::Add(a, b); };
     float* const sum = task_.sum + first_row;
@@ -503,16 +515,19 @@ class TileAttention {
   std::uint8_t* const operand_;
   const std::size_t padded_;
   T tiles_;
-  Tiles k_, v_;  // of the block
-  const std::uint8_t* fetch_ = nullptr;
-  const std::uint8_t* fetch_end_ = nullptr;
-  std::size_t fetch_lines_ = 0;  // in a step of weights
+  Tiles k_, v_;                                  // of the block
+  const std::uint8_t* fetch_ = nullptr;          // the next line of the next block
+  std::size_t fetch_lines_ = 0, fetch_due_ = 0;  // lines due are due / steps
   Pending pending_;
   // Rows of scores are a line apart from a power of two: a column of a tile's rows then falls on
   // many sets of L1.
   SoftmaxRows<kTileRows, kBlockTokens + kLanes> w_;
-  alignas(64) std::uint8_t products_[2][kSumTiles * kTileBytes];  // [tile][limb][row][token]
-  alignas(64) std::uint8_t weights_[kSteps * 2 * kTileBytes];     // [step][limb][row][token]
+  // [half of the sums' tiles][turn], a half as [tile][limb][row][token]: turns share pages, so that
+  // loads of one never look to the CPU like loads of what is being stored to the other (4 KiB
+  // apart).
+  static constexpr std::size_t kHalfBytes = kSumTiles / 2 * kTileBytes;
+  alignas(4096) std::uint8_t products_[2][2][kHalfBytes];
+  alignas(64) std::uint8_t weights_[kSteps * 2 * kTileBytes];  // [step][limb][row][token]
 };
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE

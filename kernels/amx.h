@@ -5,7 +5,7 @@
 // first called; threads and children of fork share the answer. It is no where the kernel is older
 // than 5.16, and where a thread has an alternate signal stack too small for the larger state; a yes
 // in turn makes later sigaltstack calls refuse small stacks. KVMIX_AMX=0 in the environment leaves
-// the question unasked. KVMIX_AMX=N, N > 0: tasks of so many rows of a KV head go to tiles.
+// the question unasked. KVMIX_AMX=N: tasks of N rows of a KV head or more go to tiles.
 #ifndef KVMIX_KERNELS_AMX_H_
 #define KVMIX_KERNELS_AMX_H_
 
@@ -28,8 +28,8 @@ struct AmxQuestion {
 struct AmxAnswer {
   bool yes = false;
   std::string why_not;  // empty where the CPU has no tiles: nothing to tell anybody
-  // Of a task that goes to tiles. Decode of common models stays below: there no tile has been
-  // measured yet.
+  // Of a task that goes to tiles. Decode of common models has fewer; not before someone has
+  // measured it.
   std::size_t fewest_rows = 16;
 };
 AmxAnswer Ask(const AmxQuestion& question);

@@ -33,6 +33,9 @@
 #else
 #define KVMIX_TILE_TARGET HWY_TARGET_STR
 #endif
+// KVMIX_LAMBDA for lambdas that use tiles.
+#undef KVMIX_TILE_LAMBDA
+#define KVMIX_TILE_LAMBDA __attribute__((target(KVMIX_TILE_TARGET), always_inline))
 HWY_PUSH_ATTRIBUTES(KVMIX_TILE_TARGET)
 namespace kvmix::kernels::HWY_NAMESPACE {
 
@@ -71,18 +74,23 @@ struct AmxTiles {
   }
   template <int kC, int kA, int kB>
   static HWY_INLINE void SignedTimesUnsigned() {
+    static_assert(kC != kA && kC != kB && kA != kB);
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
   template <int kC, int kA, int kB>
   static HWY_INLINE void UnsignedTimesSigned() {
+    static_assert(kC != kA && kC != kB && kA != kB);
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
 };
 
-// For tests. Aborts where the hardware would raise a fault.
+// For tests. Aborts where tiles are not configured.
 class PortableTiles {
  public:
-  void Configure() { configured_ = true; }
+  void Configure() {
+    std::memset(tiles_, 0, sizeof(tiles_));
+    configured_ = true;
+  }
   void Release() { configured_ = false; }
   template <int kTile>
   void Zero() {

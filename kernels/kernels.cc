@@ -1,6 +1,8 @@
 // The list of targets: what is compiled in and what this CPU runs.
 #include "kernels/kernels.h"
 
+#include <algorithm>
+
 #include "hwy/highway.h"
 #include "kernels/amx.h"
 
@@ -17,17 +19,12 @@ std::vector<Kernels> MakeAll() {
                    TileKernelsFor(target), MaskKernelsFor(target), AttendKernelsFor(target),
                    ExactKernelsFor(target)});
   }
-#if HWY_TARGETS & HWY_AVX3_DL
   if (Amx().yes) {
-    Kernels amx = all.front();
-    for (const Kernels& k : all) {
-      if (k.target == std::string_view(hwy::TargetName(HWY_AVX3_DL))) amx = k;
-    }
+    Kernels amx = *std::ranges::find(all, std::string_view("AVX3_DL"), &Kernels::target);
     amx.target = "AMX";
     amx.attend = AmxAttendKernels();
     all.insert(all.begin(), amx);
   }
-#endif
   return all;
 }
 

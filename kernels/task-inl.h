@@ -67,9 +67,8 @@ HWY_INLINE const float* Scales(const TileFormat& f, const std::uint8_t* block, b
   return copy;
 }
 
-// Tokens of block b that row r sees.
-HWY_INLINE Range Visible(const AttendTask& t, std::size_t row, std::size_t b) {
-  const std::size_t query = row / t.group;
+// Tokens of block b that a query sees.
+HWY_INLINE Range Visible(const AttendTask& t, std::size_t query, std::size_t b) {
   const std::int64_t start = static_cast<std::int64_t>(b * kBlockTokens),
                      row_end = t.first_end + static_cast<std::int64_t>(query),
                      window = static_cast<std::int64_t>(t.window);
@@ -97,9 +96,15 @@ HWY_INLINE bool See(const AttendTask& t, std::size_t first_row, std::size_t rows
                     Work& w) {
   w.first = kBlockTokens;
   w.last = 0;
+  std::size_t query = first_row / t.group, next_row = (query + 1) * t.group;
+  Range seen = Visible(t, query, b);
   for (std::size_t r = 0; r < rows; ++r) {
-    w.seen[r] = Visible(t, first_row + r, b);
-    if (w.seen[r].last == 0) continue;
+    if (first_row + r == next_row) {
+      seen = Visible(t, ++query, b);
+      next_row += t.group;
+    }
+    w.seen[r] = seen;
+    if (seen.last == 0) continue;
     w.first = HWY_MIN(w.first, w.seen[r].first / kSeenStep * kSeenStep);
     w.last = HWY_MAX(w.last, RoundUp(w.seen[r].last, kSeenStep));
   }

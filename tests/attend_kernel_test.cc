@@ -40,8 +40,8 @@ constexpr double kLog2E = 1.4426950408889634;
 // The bound that kvmix/attention.h states, on NMSE.
 constexpr double kBound = 1e-6;
 
-// All targets, and the kernels of tiles for any number of rows: over tiles in memory, and by the
-// instructions, done by this test where the CPU has none.
+// All targets, and the kernels of tiles for any number of rows: over tiles in memory and, where the
+// CPU has them, by its instructions.
 const std::vector<Kernels>& TestedKernels() {
   static const std::vector<Kernels> kernels = [] {
     std::vector<Kernels> all = AllKernels();
@@ -748,6 +748,7 @@ TEST_F(AttendKernel, InstructionsOfTilesGiveTheBitsOfTilesInMemory) {
   portable.attend = PortableTileKernels();
   hardware.attend = HardwareTileKernels();
   std::optional<kvmix::testing::AmxEmulator> emulator;
+  if (!Amx().why_not.empty()) GTEST_SKIP() << "AMX must not be used: " << Amx().why_not;
   if (!Amx().yes) {
     std::printf("  no AMX here: its instructions are emulated\n");
     emulator.emplace();
@@ -759,8 +760,21 @@ TEST_F(AttendKernel, InstructionsOfTilesGiveTheBitsOfTilesInMemory) {
     const Outcome expected = Attend(Blocks(portable, head), ask, false);
     EXPECT_TRUE(SameBits(Attend(Blocks(hardware, head), ask, false), expected)) << dim;
   }
+  // The target's own kernel: tiles from so many rows on.
+  hardware.attend = AmxAttendKernels();
+  std::size_t done = kvmix::testing::AmxEmulator::done();
+  for (const std::size_t rows : {Amx().fewest_rows, Amx().fewest_rows - 1}) {
+    const Head head = RandomHead(kI8F32, kI6BF16, 64, 64, 300, 42);
+    const Ask ask = RandomAsk(rng, head, rows, 5);
+    const Outcome expected = Attend(Blocks(*FindKernels("AVX3_DL"), head), ask, false);
+    EXPECT_TRUE(SameBits(Attend(Blocks(hardware, head), ask, false), expected)) << rows;
+    if (!emulator) continue;
+    EXPECT_EQ(kvmix::testing::AmxEmulator::done() > done, rows >= Amx().fewest_rows);
+    done = kvmix::testing::AmxEmulator::done();
+  }
+  EXPECT_EQ(AmxDotU8I8(2), 2.0 * 8 * 16 * 64 * 16);
   if (emulator) {
-    EXPECT_GT(kvmix::testing::AmxEmulator::done(), 1000u);
+    EXPECT_GT(done, 1000u);
     EXPECT_FALSE(kvmix::testing::AmxEmulator::configured()) << "tiles were not released";
   }
 }
