@@ -1,7 +1,7 @@
 // Does the instructions of Intel's AMX on CPUs without it, so that the code that compilers made of
 // kernels/amx_tiles-inl.h runs and is checked everywhere: the CPU refuses such an instruction
-// (SIGILL), this reads it and does it. Not where a CPU has AMX that a process may not use: some of the
-// instructions then run. Linux, x86-64; one thread.
+// (SIGILL), this reads it and does it. Not where a CPU has AMX that a process may not use: some of
+// the instructions then run. Linux, x86-64; one thread.
 #ifndef KVMIX_TESTS_AMX_EMULATOR_H_
 #define KVMIX_TESTS_AMX_EMULATOR_H_
 

@@ -142,8 +142,8 @@ std::string LengthWarning(const Plan& plan, std::size_t context) {
   const std::size_t longest = plan.provenance.longest_prompt;
   if (longest == 0 || context <= kFarBeyondCalibration * longest) return "";
   return fmt::format(
-      "a context of {} tokens, but the plan was calibrated on prompts of at most {}: it may be less "
-      "accurate there. Calibrate on prompts as long as those that are served.",
+      "a context of {} tokens, but the plan was calibrated on prompts of at most {}: it may be "
+      "less accurate there. Calibrate on prompts as long as those that are served.",
       context, longest);
 }
 
