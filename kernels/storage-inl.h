@@ -133,6 +133,7 @@ struct Packed {
   // The levels of register kPart of a group, one a byte, as I8's tiles have them.
   template <bool kOfK, std::size_t kPart>
   static HWY_INLINE VI32 Codes(const std::uint8_t* group) {
+    if constexpr (kLevelsByPlane) return hn::BitCast(DI32(), LevelsByPlane<kPart>(group));
     VU8 codes = hn::Zero(DU8());
     ForPlanes([&]<class Q>(Q plane) KVMIX_LAMBDA {
       const VU8 v = hn::LoadU(DU8(), group + kPlaneOffset<Q> + kPart / Q::kPerByte * kFourTerms);
@@ -179,6 +180,38 @@ struct Packed {
   }
 
  private:
+  // i6, where tables have 16 bytes.
+  static constexpr bool kLevelsByPlane =
+      kCodes > 16 && !KVMIX_UNSIGNED_QUADS && HWY_TARGET != HWY_SSE2;
+  // Levels that are sums of what each plane stands for. A table takes four bits of a plane, those
+  // of several registers, of which it knows the one: a shift and a mask serve them all.
+  template <std::size_t kPart>
+  static HWY_INLINE VU8 LevelsByPlane(const std::uint8_t* group) {
+    const DU8 d;
+    VU8 levels = hn::Zero(d);
+    ForPlanes([&]<class Q>(Q) KVMIX_LAMBDA {
+      constexpr std::size_t kAt = kPart % Q::kPerByte, kSharing = 4 / Q::kBits;
+      const VU8 v = hn::LoadU(d, group + kPlaneOffset<Q> + kPart / Q::kPerByte * kFourTerms);
+      const VU8 four = hn::And(Shifted<-4 * static_cast<int>(kAt / kSharing)>(v), hn::Set(d, 15));
+      if constexpr (Q::kFrom == 0) {
+        levels = four;
+      } else {
+        static constexpr auto kTable = TableOfPlane<Q>(kAt % kSharing);
+        levels = hn::Or(levels, hn::TableLookupBytes(hn::LoadDup128(d, kTable.data()), four));
+      }
+    });
+    return levels;
+  }
+  template <class Q>
+  static constexpr std::array<std::uint8_t, 16> TableOfPlane(std::size_t at) {
+    std::array<std::uint8_t, 16> table{};
+    for (std::size_t four = 0; four < 16; ++four) {
+      const std::size_t bits = four >> (at * Q::kBits) & Q::kMask;
+      table[four] = static_cast<std::uint8_t>(S::Level(static_cast<int>(bits << Q::kFrom)));
+    }
+    return table;
+  }
+
   // Bytes from the start of a group.
   template <class Q>
   static constexpr std::size_t kPlaneOffset = kParts* Q::kFrom / 8 * kFourTerms;
