@@ -36,7 +36,7 @@ struct Place {
 // A product takes kWidth neighbouring terms of a lane at a step, the codes of a Word. A tile is a
 // sequence of groups of kGroupBytes, each of kParts steps; Codes<kOfK, part>() reads one of them
 // from a group of K's or V's. KWord() makes a word of K from canonical bytes, Canonical() undoes
-// it.
+// it. Store() is for tiles that others are unpacked to: the codes of a step of theirs.
 struct F16 {
   static constexpr Storage kStorage = Storage::kF16;
   static constexpr bool kPacked = false;
@@ -72,6 +72,9 @@ struct I8 {
     return hn::PromoteTo(DI16(), hn::LoadU(d, reinterpret_cast<const std::int8_t*>(p)));
   }
 #endif
+  static HWY_INLINE void Store(VI32 four_terms, std::uint8_t* to) {
+    hn::StoreU(four_terms, DI32(), reinterpret_cast<std::int32_t*>(to));
+  }
   static HWY_INLINE Word KWord(Word canonical) {
     return static_cast<Word>(canonical ^
                              (KVMIX_UNSIGNED_QUADS ? Word(~Word{0}) / 0xFF * 0x80u : 0u));
@@ -79,6 +82,25 @@ struct I8 {
   static HWY_INLINE Word Canonical(Word word) { return KWord(word); }
   static HWY_INLINE Place PlaceOf(std::size_t term) {
     return {term / kWidth * kLanes * kWidth, static_cast<int>(8 * (term % kWidth))};
+  }
+};
+
+// I8's tiles in pairs, widened; in scratch only.
+struct I16 {
+  static constexpr bool kPacked = false;
+  static constexpr std::size_t kWidth = 2, kParts = 1, kTerms = kWidth;
+  static constexpr std::size_t kGroupBytes = kLanes * kWidth * sizeof(std::int16_t);
+  template <bool kOfK, std::size_t kPart>
+  static HWY_INLINE VI16 Codes(const std::uint8_t* p) {
+    return hn::LoadU(DI16(), reinterpret_cast<const std::int16_t*>(p));
+  }
+  static HWY_INLINE void Store(VI16 pair, std::uint8_t* to) {
+    hn::StoreU(pair, DI16(), reinterpret_cast<std::int16_t*>(to));
+  }
+  static HWY_INLINE void Store(VI32 four_terms, std::uint8_t* to) {
+    const VI8 bytes = hn::BitCast(DI8(), four_terms);
+    Store(hn::PromoteLowerTo(DI16(), bytes), to);
+    Store(hn::PromoteUpperTo(DI16(), bytes), to + kGroupBytes);
   }
 };
 
@@ -276,16 +298,16 @@ HWY_INLINE decltype(auto) WithStorage(Storage storage, const F& f) {
 // rows anew; pairs, which have to be widened as well, once for all turns (unpack-inl.h).
 template <class S>
 using Multiplied = std::conditional_t<KVMIX_QUADS || !S::kPacked, S, I8>;
-template <class F>
-HWY_INLINE decltype(auto) WithMultiplied(Storage storage, const F& f) {
-  return WithStorage(storage,
-                     [&]<class S>(S) KVMIX_LAMBDA -> decltype(auto) { return f(Multiplied<S>()); });
-}
+// The same where many turns read them. AVX3, where eight rows share a load, would gain nothing, and
+// SSE4 1-4 %.
+template <class S>
+using MultipliedOften =
+    std::conditional_t<HWY_TARGET == HWY_AVX2 && !std::is_same_v<S, F16>, I16, Multiplied<S>>;
 
 // Bytes of all terms of kLanes tokens (K) or kLanes channels (V).
 template <class S>
 HWY_INLINE constexpr std::size_t TileBytes(std::size_t terms) {
-  return kLanes * RoundUp(terms, S::kTerms) * BitsOf(S::kStorage) / 8;
+  return RoundUp(terms, S::kTerms) / S::kTerms * S::kGroupBytes;
 }
 template <class S>
 constexpr std::size_t kVTileBytes = TileBytes<S>(kBlockTokens);
