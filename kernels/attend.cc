@@ -172,7 +172,7 @@ const WeighStage& WeighStageOf(const BlockFormat& f) {
 
 // Turns that share in fetching the next block: with more, arithmetic outweighs memory anyway.
 constexpr std::size_t kMaxFetchingTurns = 4;
-// So many turns are worth tiles of MultipliedOften. (With i8, six break even on Zen 4.)
+// So many turns are worth tiles of MultipliedOften. (i8: six break even, by count of cycles.)
 constexpr std::size_t kOften = 8;
 
 // Tiles as products multiply them, and scratch for all of a block.
