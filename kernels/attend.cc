@@ -32,6 +32,9 @@ HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
+// Where a product's tiles come from. Kept are those of a block, unpacked: MultipliedOften.
+enum TilesFrom : std::size_t { kFromCache, kFromMemory, kFromKept, kTilesFrom };
+
 // ---- a storage of K: scores
 
 // One row of a turn of `rows`, as terms; to: its first term's place, as QueryTerms has it. largest:
@@ -89,27 +92,28 @@ struct ScoreStage {
   std::size_t (*steps)(std::size_t dim);
   void (*pack)(const float* q, std::size_t dim, float largest, std::size_t rows, std::uint8_t* to,
                RowInfo& info);
-  void (*run[2][kMaxRows])(const BlockFormat& f, const std::uint8_t* queries, const RowInfo* info,
-                           Prefetcher& prefetch, Work& w);  // [stream][rows - 1]
+  void (*run[kTilesFrom][kMaxRows])(const BlockFormat& f, const std::uint8_t* queries,
+                                    const RowInfo* info, Prefetcher& prefetch, Work& w);
 };
 
-template <class P, std::size_t... R>
+template <class P, class Often, std::size_t... R>
 constexpr ScoreStage MakeScoreStage(std::index_sequence<R...>) {
-  return {
-      kTurnRows<P>,
-      kOneTurnRows<P>,
-      P::kTermBytes,
-      &KSteps<typename P::Stored>,
-      &PackQuery<P>,
-      {{&Score<P, R + 1, kHotVecs<P, R + 1>>...}, {&Score<P, R + 1, kStreamVecs<P, R + 1>>...}}};
+  return {kTurnRows<P>,
+          kOneTurnRows<P>,
+          P::kTermBytes,
+          &KSteps<typename P::Stored>,
+          &PackQuery<P>,
+          {{&Score<P, R + 1, kHotVecs<P, R + 1>>...},
+           {&Score<P, R + 1, kStreamVecs<P, R + 1>>...},
+           {&Score<Often, R + 1, kHotVecs<Often, R + 1>>...}}};
 }
-template <class S>
+template <class M, class Often>
 constexpr ScoreStage kScoreStage =
-    MakeScoreStage<KProduct<S>>(std::make_index_sequence<kMaxRows>());
+    MakeScoreStage<KProduct<M>, KProduct<Often>>(std::make_index_sequence<kMaxRows>());
 
 const ScoreStage& ScoreStageOf(const BlockFormat& f) {
-  return WithMultiplied(f.k.row.storage, [](auto s) KVMIX_LAMBDA -> const ScoreStage& {
-    return kScoreStage<decltype(s)>;
+  return WithStorage(f.k.row.storage, []<class S>(S) KVMIX_LAMBDA -> const ScoreStage& {
+    return kScoreStage<Multiplied<S>, MultipliedOften<S>>;
   });
 }
 
@@ -141,25 +145,26 @@ struct WeighStage {
   std::size_t most_rows, most_rows_of_one_turn;
   void (*softmax)(std::size_t rows, float* max, float* sum, std::size_t lines, Prefetcher& prefetch,
                   Work& w);
-  void (*run[2][kMaxRows])(const BlockFormat& f, float* out, std::size_t out_stride,
-                           Prefetcher& prefetch, const Work& w);
+  void (*run[kTilesFrom][kMaxRows])(const BlockFormat& f, float* out, std::size_t out_stride,
+                                    Prefetcher& prefetch, const Work& w);
 };
 
-template <class P, std::size_t... R>
+template <class P, class Often, std::size_t... R>
 constexpr WeighStage MakeWeighStage(std::index_sequence<R...>) {
-  return {
-      kTurnRows<P>,
-      kOneTurnRows<P>,
-      &Softmax<P>,
-      {{&Weigh<P, R + 1, kHotVecs<P, R + 1>>...}, {&Weigh<P, R + 1, kStreamVecs<P, R + 1>>...}}};
+  return {kTurnRows<P>,
+          kOneTurnRows<P>,
+          &Softmax<P>,
+          {{&Weigh<P, R + 1, kHotVecs<P, R + 1>>...},
+           {&Weigh<P, R + 1, kStreamVecs<P, R + 1>>...},
+           {&Weigh<Often, R + 1, kHotVecs<Often, R + 1>>...}}};
 }
-template <class S>
+template <class M, class Often>
 constexpr WeighStage kWeighStage =
-    MakeWeighStage<VProduct<S>>(std::make_index_sequence<kMaxRows>());
+    MakeWeighStage<VProduct<M>, VProduct<Often>>(std::make_index_sequence<kMaxRows>());
 
 const WeighStage& WeighStageOf(const BlockFormat& f) {
-  return WithMultiplied(f.v.row.storage, [](auto s) KVMIX_LAMBDA -> const WeighStage& {
-    return kWeighStage<decltype(s)>;
+  return WithStorage(f.v.row.storage, []<class S>(S) KVMIX_LAMBDA -> const WeighStage& {
+    return kWeighStage<Multiplied<S>, MultipliedOften<S>>;
   });
 }
 
@@ -167,18 +172,32 @@ const WeighStage& WeighStageOf(const BlockFormat& f) {
 
 // Turns that share in fetching the next block: with more, arithmetic outweighs memory anyway.
 constexpr std::size_t kMaxFetchingTurns = 4;
+// So many turns are worth tiles of MultipliedOften. (i8: six break even, by count of cycles.)
+constexpr std::size_t kOften = 8;
+
+// Tiles as products multiply them, and scratch for all of a block.
+template <bool kOfK>
+Tiles TilesFor(bool often, const TileFormat& f, std::uint8_t* scratch) {
+  return often ? TilesOf<kOfK, MultipliedOften>(f, scratch) : TilesOf<kOfK, Multiplied>(f, scratch);
+}
+template <bool kOfK>
+std::size_t BytesFor(bool often, const TileFormat& f) {
+  return often ? UnpackedBytes<kOfK, MultipliedOften>(f) : UnpackedBytes<kOfK, Multiplied>(f);
+}
 
 // Scratch in an operand: the terms of its rows, row_bytes each | RowInfo of all rows | K's and V's
 // tiles of a block, unpacked. Bytes from its start.
 struct Scratch {
+  bool often;
   std::size_t row_bytes, info, k, v, end;
 
-  Scratch(const BlockFormat& f, const ScoreStage& score, std::size_t rows)
-      : row_bytes(score.steps(f.k.row.dim) * score.term_bytes),
+  Scratch(const BlockFormat& f, const ScoreStage& score, const WeighStage& weigh, std::size_t rows)
+      : often(rows >= kOften * HWY_MIN(score.most_rows, weigh.most_rows)),
+        row_bytes(score.steps(f.k.row.dim) * score.term_bytes),
         info(rows * row_bytes),
         k(RoundUp(info + rows * sizeof(RowInfo), 64)),
-        v(k + UnpackedBytes<true>(f.k)),
-        end(v + UnpackedBytes<false>(f.v)) {}
+        v(k + BytesFor<true>(often, f.k)),
+        end(v + BytesFor<false>(often, f.v)) {}
 };
 
 // The task's rows in turns of equal size, as operands.
@@ -231,14 +250,14 @@ void Attend(const AttendTask& t) {
   const ScoreStage& score = ScoreStageOf(f);
   const WeighStage& weigh = WeighStageOf(f);
   const std::size_t padded = RoundUp(f.v.row.dim, kLanes);
-  const Scratch scratch(f, score, t.rows);
+  const Scratch scratch(f, score, weigh, t.rows);
   const Turns turns(t, scratch, score, weigh);
   Begin(t, score, turns, padded);
 
   Work w;
   std::uint8_t* const operand = static_cast<std::uint8_t*>(t.operand);
-  const Tiles k_tiles = TilesOf<true>(f.k, operand + scratch.k),
-              v_tiles = TilesOf<false>(f.v, operand + scratch.v);
+  const Tiles k_tiles = TilesFor<true>(scratch.often, f.k, operand + scratch.k),
+              v_tiles = TilesFor<false>(scratch.often, f.v, operand + scratch.v);
   const std::size_t sharing = t.stream ? HWY_MIN(turns.count(), kMaxFetchingTurns) : 0;
   const std::size_t scale_lines =
       (f.v.codes_offset - f.k.scales_offset + f.block_bytes - f.v.scales_offset) / 64;
@@ -251,7 +270,11 @@ void Attend(const AttendTask& t) {
         for (std::size_t turn = 0; turn < turns.count(); ++turn) {
           const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
           if (!See(t, row, rows, b, w)) continue;
-          const bool stream = t.stream && turn == 0;
+          const auto from = [&](const Tiles& tiles) KVMIX_LAMBDA {
+            return scratch.often && tiles.unpack != nullptr ? kFromKept
+                   : t.stream && turn == 0                  ? kFromMemory
+                                                            : kFromCache;
+          };
           Prefetcher prefetch{block, 0, k_tiles.packed_stride, k_tiles.stride};
           std::size_t lines = 0;  // for softmax to fetch
           if (turn < fetching) {
@@ -261,20 +284,20 @@ void Attend(const AttendTask& t) {
           }
           if (turns.count() > 1)
             w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
-          score.run[stream][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
+          score.run[from(k_tiles)][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
           for (std::size_t r = 0; r < rows; ++r) w.scale[r] = turns.info(row + r)->scale;
           FinishScores(t, row, rows, b, w);
           weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
           if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);
           prefetch.packed_stride = v_tiles.packed_stride;
           prefetch.stride = v_tiles.stride;
-          weigh.run[stream][rows - 1](f, t.out + row * padded, padded, prefetch, w);
+          weigh.run[from(v_tiles)][rows - 1](f, t.out + row * padded, padded, prefetch, w);
         }
       });
 }
 
 std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
-  return Scratch(f, ScoreStageOf(f), rows).end;
+  return Scratch(f, ScoreStageOf(f), WeighStageOf(f), rows).end;
 }
 
 std::size_t PaddedDim(const BlockFormat& f) { return RoundUp(f.v.row.dim, kLanes); }

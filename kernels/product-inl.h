@@ -5,7 +5,7 @@
 // A product is a struct: how a row (of q, or of softmax weights) becomes terms, how these are
 // broadcast, multiplied by a tile's codes and added. Multiply() walks the tile once for up
 // to kMaxRows rows and kVecs tile vectors, with all sums in registers: 4 rows x 2 vectors x 2
-// limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32; 4 x 2 are 8 of AVX2's 16. One or two
+// limbs, or 8 x 2 of one sum each, are 16 of AVX-512's 32; 6 x 2 are 12 of AVX2's 16. One or two
 // rows take more vectors where these are short, to hide the latency (4 or 5 cycles at two a cycle).
 #if defined(KVMIX_KERNELS_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_PRODUCT_INL_H_
@@ -33,7 +33,7 @@ HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 
 constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
-constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 4;
+constexpr std::size_t kMaxRows = kManyRegisters ? 8 : 6;
 
 // An i32 vector that lives in a loop, as the compiler's own vector type. gcc keeps Highway's
 // __m256i and __m512i (of i64) as loop variables of that type, converts them to i32 and back in

@@ -36,7 +36,7 @@ struct Place {
 // A product takes kWidth neighbouring terms of a lane at a step, the codes of a Word. A tile is a
 // sequence of groups of kGroupBytes, each of kParts steps; Codes<kOfK, part>() reads one of them
 // from a group of K's or V's. KWord() makes a word of K from canonical bytes, Canonical() undoes
-// it.
+// it. Store() is for tiles that others are unpacked to: the codes of a step of theirs.
 struct F16 {
   static constexpr Storage kStorage = Storage::kF16;
   static constexpr bool kPacked = false;
@@ -72,6 +72,9 @@ struct I8 {
     return hn::PromoteTo(DI16(), hn::LoadU(d, reinterpret_cast<const std::int8_t*>(p)));
   }
 #endif
+  static HWY_INLINE void Store(VI32 four_terms, std::uint8_t* to) {
+    hn::StoreU(four_terms, DI32(), reinterpret_cast<std::int32_t*>(to));
+  }
   static HWY_INLINE Word KWord(Word canonical) {
     return static_cast<Word>(canonical ^
                              (KVMIX_UNSIGNED_QUADS ? Word(~Word{0}) / 0xFF * 0x80u : 0u));
@@ -79,6 +82,25 @@ struct I8 {
   static HWY_INLINE Word Canonical(Word word) { return KWord(word); }
   static HWY_INLINE Place PlaceOf(std::size_t term) {
     return {term / kWidth * kLanes * kWidth, static_cast<int>(8 * (term % kWidth))};
+  }
+};
+
+// I8's tiles in pairs, widened; in scratch only.
+struct I16 {
+  static constexpr bool kPacked = false;
+  static constexpr std::size_t kWidth = 2, kParts = 1, kTerms = kWidth;
+  static constexpr std::size_t kGroupBytes = kLanes * kWidth * sizeof(std::int16_t);
+  template <bool kOfK, std::size_t kPart>
+  static HWY_INLINE VI16 Codes(const std::uint8_t* p) {
+    return hn::LoadU(DI16(), reinterpret_cast<const std::int16_t*>(p));
+  }
+  static HWY_INLINE void Store(VI16 pair, std::uint8_t* to) {
+    hn::StoreU(pair, DI16(), reinterpret_cast<std::int16_t*>(to));
+  }
+  static HWY_INLINE void Store(VI32 four_terms, std::uint8_t* to) {
+    const VI8 bytes = hn::BitCast(DI8(), four_terms);
+    Store(hn::PromoteLowerTo(DI16(), bytes), to);
+    Store(hn::PromoteUpperTo(DI16(), bytes), to + kGroupBytes);
   }
 };
 
@@ -133,6 +155,7 @@ struct Packed {
   // The levels of register kPart of a group, one a byte, as I8's tiles have them.
   template <bool kOfK, std::size_t kPart>
   static HWY_INLINE VI32 Codes(const std::uint8_t* group) {
+    if constexpr (kLevelsByPlane) return hn::BitCast(DI32(), LevelsByPlane<kPart>(group));
     VU8 codes = hn::Zero(DU8());
     ForPlanes([&]<class Q>(Q plane) KVMIX_LAMBDA {
       const VU8 v = hn::LoadU(DU8(), group + kPlaneOffset<Q> + kPart / Q::kPerByte * kFourTerms);
@@ -179,6 +202,38 @@ struct Packed {
   }
 
  private:
+  // i6, where tables have 16 bytes.
+  static constexpr bool kLevelsByPlane =
+      kCodes > 16 && !KVMIX_UNSIGNED_QUADS && HWY_TARGET != HWY_SSE2;
+  // Levels that are sums of what each plane stands for. A table takes four bits of a plane, those
+  // of several registers, of which it knows the one: a shift and a mask serve them all.
+  template <std::size_t kPart>
+  static HWY_INLINE VU8 LevelsByPlane(const std::uint8_t* group) {
+    const DU8 d;
+    VU8 levels = hn::Zero(d);
+    ForPlanes([&]<class Q>(Q) KVMIX_LAMBDA {
+      constexpr std::size_t kAt = kPart % Q::kPerByte, kSharing = 4 / Q::kBits;
+      const VU8 v = hn::LoadU(d, group + kPlaneOffset<Q> + kPart / Q::kPerByte * kFourTerms);
+      const VU8 four = hn::And(Shifted<-4 * static_cast<int>(kAt / kSharing)>(v), hn::Set(d, 15));
+      if constexpr (Q::kFrom == 0) {
+        levels = four;
+      } else {
+        static constexpr auto kTable = TableOfPlane<Q>(kAt % kSharing);
+        levels = hn::Or(levels, hn::TableLookupBytes(hn::LoadDup128(d, kTable.data()), four));
+      }
+    });
+    return levels;
+  }
+  template <class Q>
+  static constexpr std::array<std::uint8_t, 16> TableOfPlane(std::size_t at) {
+    std::array<std::uint8_t, 16> table{};
+    for (std::size_t four = 0; four < 16; ++four) {
+      const std::size_t bits = four >> (at * Q::kBits) & Q::kMask;
+      table[four] = static_cast<std::uint8_t>(S::Level(static_cast<int>(bits << Q::kFrom)));
+    }
+    return table;
+  }
+
   // Bytes from the start of a group.
   template <class Q>
   static constexpr std::size_t kPlaneOffset = kParts* Q::kFrom / 8 * kFourTerms;
@@ -243,16 +298,16 @@ HWY_INLINE decltype(auto) WithStorage(Storage storage, const F& f) {
 // rows anew; pairs, which have to be widened as well, once for all turns (unpack-inl.h).
 template <class S>
 using Multiplied = std::conditional_t<KVMIX_QUADS || !S::kPacked, S, I8>;
-template <class F>
-HWY_INLINE decltype(auto) WithMultiplied(Storage storage, const F& f) {
-  return WithStorage(storage,
-                     [&]<class S>(S) KVMIX_LAMBDA -> decltype(auto) { return f(Multiplied<S>()); });
-}
+// The same where many turns read them. AVX3, where eight rows share a load, would gain nothing,
+// SSE4 little (README.md).
+template <class S>
+using MultipliedOften =
+    std::conditional_t<HWY_TARGET == HWY_AVX2 && !std::is_same_v<S, F16>, I16, Multiplied<S>>;
 
 // Bytes of all terms of kLanes tokens (K) or kLanes channels (V).
 template <class S>
 HWY_INLINE constexpr std::size_t TileBytes(std::size_t terms) {
-  return kLanes * RoundUp(terms, S::kTerms) * BitsOf(S::kStorage) / 8;
+  return RoundUp(terms, S::kTerms) / S::kTerms * S::kGroupBytes;
 }
 template <class S>
 constexpr std::size_t kVTileBytes = TileBytes<S>(kBlockTokens);

@@ -1,5 +1,5 @@
 // Per target: where products find their tiles. Those of storages that they do not multiply are
-// unpacked to tiles of I8 in scratch, once for all turns of rows.
+// unpacked to tiles of I8 or I16 in scratch, once for all turns of rows.
 #if defined(KVMIX_KERNELS_UNPACK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVMIX_KERNELS_UNPACK_INL_H_
 #undef KVMIX_KERNELS_UNPACK_INL_H_
@@ -18,20 +18,20 @@
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 
-// Terms [first, last) of a tile, and those that share a group with them.
-template <class S, bool kOfK>
+// Terms [first, last) of a tile of S as M has them, and those that share a group with them.
+template <class S, class M, bool kOfK>
 HWY_NOINLINE void Unpack(const std::uint8_t* HWY_RESTRICT packed, std::size_t first,
                          std::size_t last, std::uint8_t* HWY_RESTRICT to) {
   const std::size_t begin = first / S::kTerms, end = (last + S::kTerms - 1) / S::kTerms;
+  constexpr std::size_t kPartBytes = S::kWidth / M::kWidth * M::kGroupBytes;
   packed += begin * S::kGroupBytes;
-  to += begin * S::kParts * kFourTerms;
+  to += begin * S::kParts * kPartBytes;
   for (std::size_t group = begin; group < end; ++group) {
     Unroll<S::kParts>([&](auto part) KVMIX_LAMBDA {
-      const VI32 codes = S::template Codes<kOfK, part>(packed);
-      hn::StoreU(codes, DI32(), reinterpret_cast<std::int32_t*>(to) + part * kLanes);
+      M::Store(S::template Codes<kOfK, part>(packed), to + part * kPartBytes);
     });
     packed += S::kGroupBytes;
-    to += S::kParts * kFourTerms;
+    to += S::kParts * kPartBytes;
   }
 }
 
@@ -68,13 +68,14 @@ struct Tiles {
 };
 
 // Those of K or V, without the codes of a block. M: the tiles that a storage's products multiply.
-template <bool kOfK, template <class> class M = Multiplied>
+template <bool kOfK, template <class> class M>
 Tiles TilesOf(const TileFormat& f, std::uint8_t* scratch) {
   const std::size_t terms = kOfK ? f.row.dim : kBlockTokens;
   return WithStorage(f.row.storage, [&]<class S>(S) KVMIX_LAMBDA -> Tiles {
     const std::size_t bytes = TileBytes<S>(terms);
     if constexpr (!std::is_same_v<S, M<S>>) {
-      return {nullptr, bytes * 8 / S::kBits, &Unpack<S, kOfK>, bytes, scratch};
+      const std::size_t unpacked = TileBytes<M<S>>(RoundUp(terms, S::kTerms));
+      return {nullptr, unpacked, &Unpack<S, M<S>, kOfK>, bytes, scratch};
     } else {
       return {nullptr, bytes, nullptr, bytes, nullptr};
     }
@@ -82,7 +83,7 @@ Tiles TilesOf(const TileFormat& f, std::uint8_t* scratch) {
 }
 
 // Scratch for all tiles of a block.
-template <bool kOfK, template <class> class M = Multiplied>
+template <bool kOfK, template <class> class M>
 std::size_t UnpackedBytes(const TileFormat& f) {
   const Tiles tiles = TilesOf<kOfK, M>(f, nullptr);
   if (tiles.unpack == nullptr) return 0;
