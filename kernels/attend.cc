@@ -261,39 +261,39 @@ void Attend(const AttendTask& t) {
   const std::size_t sharing = t.stream ? HWY_MIN(turns.count(), kMaxFetchingTurns) : 0;
   const std::size_t scale_lines =
       (f.v.codes_offset - f.k.scales_offset + f.block_bytes - f.v.scales_offset) / 64;
-  ForBlocks(
-      t, w, [&](std::size_t b, const std::uint8_t* block, const std::uint8_t* next) KVMIX_LAMBDA {
-        const Range tokens = TaskTokens(t, b);
-        const std::size_t fetching = next != nullptr ? sharing : 0;
-        w.k = k_tiles.Of(block + f.k.codes_offset);
-        w.v = v_tiles.Of(block + f.v.codes_offset);
-        for (std::size_t turn = 0; turn < turns.count(); ++turn) {
-          const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
-          if (!See(t, row, rows, b, w)) continue;
-          const auto from = [&](const Tiles& tiles) KVMIX_LAMBDA {
-            return scratch.often && tiles.unpack != nullptr ? kFromKept
-                   : t.stream && turn == 0                  ? kFromMemory
-                                                            : kFromCache;
-          };
-          Prefetcher prefetch{block, 0, k_tiles.packed_stride, k_tiles.stride};
-          std::size_t lines = 0;  // for softmax to fetch
-          if (turn < fetching) {
-            prefetch.next = next + turn * f.block_bytes / fetching;
-            prefetch.turns = fetching;
-            lines = scale_lines / fetching;
-          }
-          if (turns.count() > 1)
-            w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
-          score.run[from(k_tiles)][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
-          for (std::size_t r = 0; r < rows; ++r) w.scale[r] = turns.info(row + r)->scale;
-          FinishScores(t, row, rows, b, w);
-          weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
-          if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);
-          prefetch.packed_stride = v_tiles.packed_stride;
-          prefetch.stride = v_tiles.stride;
-          weigh.run[from(v_tiles)][rows - 1](f, t.out + row * padded, padded, prefetch, w);
-        }
-      });
+  const auto run = [&](std::size_t b, const std::uint8_t* block,
+                       const std::uint8_t* next) KVMIX_LAMBDA {
+    const Range tokens = TaskTokens(t, b);
+    const std::size_t fetching = next != nullptr ? sharing : 0;
+    w.k = k_tiles.Of(block + f.k.codes_offset);
+    w.v = v_tiles.Of(block + f.v.codes_offset);
+    for (std::size_t turn = 0; turn < turns.count(); ++turn) {
+      const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
+      if (!See(t, row, rows, b, w)) continue;
+      const auto from = [&](const Tiles& tiles) KVMIX_LAMBDA {
+        return scratch.often && tiles.unpack != nullptr ? kFromKept
+               : t.stream && turn == 0                  ? kFromMemory
+                                                        : kFromCache;
+      };
+      Prefetcher prefetch{block, 0, k_tiles.packed_stride, k_tiles.stride};
+      std::size_t lines = 0;  // for softmax to fetch
+      if (turn < fetching) {
+        prefetch.next = next + turn * f.block_bytes / fetching;
+        prefetch.turns = fetching;
+        lines = scale_lines / fetching;
+      }
+      if (turns.count() > 1) w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
+      score.run[from(k_tiles)][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
+      for (std::size_t r = 0; r < rows; ++r) w.scale[r] = turns.info(row + r)->scale;
+      FinishScores(t, row, rows, b, w);
+      weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
+      if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);
+      prefetch.packed_stride = v_tiles.packed_stride;
+      prefetch.stride = v_tiles.stride;
+      weigh.run[from(v_tiles)][rows - 1](f, t.out + row * padded, padded, prefetch, w);
+    }
+  };
+  ForBlocks(t, w, run);
 }
 
 std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
