@@ -213,7 +213,7 @@ int Main(int argc, char** argv) {
   Options options;
   CLI::App app(
       "Times kvmix's kernels, and says what fraction of this machine's own limits they reach. "
-      "Without --benchmark_filter: all of them, some ten minutes.",
+      "Without --benchmark_filter: all of them, which takes long.",
       kProgram);
   app.add_option("--target", options.target,
                  fmt::format("instruction set to time: {} (default: the first)",
