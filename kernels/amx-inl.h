@@ -530,6 +530,22 @@ class TileAttention {
   alignas(64) std::uint8_t weights_[kSteps * 2 * kTileBytes];  // [step][limb][row][token]
 };
 
+// The kernels over tiles T, for tasks of so many rows that kPays says yes; for the others, and for
+// f16, AVX3_DL's.
+template <class T, bool (*kPays)(std::size_t rows)>
+AttendKernels TileKernels() {
+  static const AttendKernels vectors = AttendKernelsFor(HWY_AVX3_DL);
+  return {[](const AttendTask& t) {
+            HasByteTiles(*t.format) && kPays(t.rows) ? TileAttention<T>(t, T()).Run()
+                                                     : vectors.attend(t);
+          },
+          [](const BlockFormat& f, std::size_t rows) {
+            return HasByteTiles(f) && kPays(rows) ? AmxScratch(f, {rows}).end
+                                                  : vectors.operand_bytes(f, rows);
+          },
+          vectors.padded_dim};
+}
+
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_POP_ATTRIBUTES
 

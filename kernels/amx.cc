@@ -27,25 +27,13 @@ HWY_PUSH_ATTRIBUTES(KVMIX_TILE_TARGET)
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
-HWY_INLINE const AttendKernels& Avx512() {
-  static const AttendKernels kernels = AttendKernelsFor(HWY_AVX3_DL);
-  return kernels;
-}
+bool TilesPay(std::size_t rows) { return rows >= Amx().fewest_rows; }
 
-bool TilesPay(const BlockFormat& f, std::size_t rows) {
-  return HasByteTiles(f) && rows >= Amx().fewest_rows;
-}
+}  // namespace
 
-void Attend(const AttendTask& t) {
-  if (!TilesPay(*t.format, t.rows)) return Avx512().attend(t);
-  TileAttention<AmxTiles>(t, AmxTiles()).Run();
-}
+AttendKernels AmxTable() { return TileKernels<AmxTiles, &TilesPay>(); }
 
-std::size_t OperandBytes(const BlockFormat& f, std::size_t rows) {
-  return TilesPay(f, rows) ? AmxScratch(f, {rows}).end : Avx512().operand_bytes(f, rows);
-}
-
-double DotU8I8(std::size_t rounds) {
+double AmxPeak(std::size_t rounds) {
   AmxTiles tiles;
   tiles.Configure();
   for (std::size_t r = 0; r < rounds; ++r) {
@@ -59,11 +47,6 @@ double DotU8I8(std::size_t rounds) {
   tiles.Release();
   return static_cast<double>(rounds) * 8 * kTileRows * kTileTerms * kLanes;
 }
-
-}  // namespace
-
-AttendKernels AmxTable() { return {&Attend, &OperandBytes, Avx512().padded_dim}; }
-double AmxPeak(std::size_t rounds) { return DotU8I8(rounds); }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_POP_ATTRIBUTES

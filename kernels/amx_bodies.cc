@@ -13,19 +13,9 @@
 HWY_PUSH_ATTRIBUTES(KVMIX_TILE_TARGET)
 namespace kvmix::kernels::HWY_NAMESPACE {
 
-template <class T>
-AttendKernels TileKernels() {
-  static const AttendKernels vectors = AttendKernelsFor(HWY_AVX3_DL);
-  return {[](const AttendTask& t) {
-            HasByteTiles(*t.format) ? TileAttention<T>(t, T()).Run() : vectors.attend(t);
-          },
-          [](const BlockFormat& f, std::size_t rows) {
-            return HasByteTiles(f) ? AmxScratch(f, {rows}).end : vectors.operand_bytes(f, rows);
-          },
-          vectors.padded_dim};
-}
-AttendKernels Portable() { return TileKernels<PortableTiles>(); }
-AttendKernels Hardware() { return TileKernels<AmxTiles>(); }
+static bool Always(std::size_t) { return true; }
+AttendKernels Portable() { return TileKernels<PortableTiles, &Always>(); }
+AttendKernels Hardware() { return TileKernels<AmxTiles, &Always>(); }
 
 }  // namespace kvmix::kernels::HWY_NAMESPACE
 HWY_POP_ATTRIBUTES
