@@ -13,9 +13,7 @@
 // WeighStage), so that every storage meets every other without a copy of this loop.
 #include "kernels/attend.h"
 
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #undef HWY_TARGET_INCLUDE

@@ -155,7 +155,7 @@ HWY_INLINE void ForBlocks(const AttendTask& t, Work& w, const Run& run) {
   }
 }
 
-// Whether products alone are the scores of block b, but for a factor.
+// Whether products alone are the scores, but for a factor.
 HWY_INLINE bool IsPlain(const AttendTask& t) { return t.soft_cap == 0.0f && t.mask == nullptr; }
 
 // From the products of rows [first_row, first_row + rows) to scores in units of log2, w.scale times
