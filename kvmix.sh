@@ -24,7 +24,7 @@ export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive
 . tools/shell.sh
 . tools/get_highway.sh
 . tools/check.sh
-. tools/llama_cpp/llama.sh
+. engines/llama_cpp/llama.sh
 
 prepare() { # MESON-OPTION...
   install_packages "${packages[@]}"

@@ -614,6 +614,14 @@ TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   refused(0, 0, 5, std::numeric_limits<std::size_t>::max());
   refused(0, 0, std::numeric_limits<std::size_t>::max(), 2);
   EXPECT_TRUE(cache.ExportRows(0, 0, Tensor::kK, 20, 0, codes.data(), scales.data()).ok());
+  const auto undecoded = [&](std::size_t layer, std::size_t first, std::size_t count,
+                             const std::vector<std::string>& words) {
+    ExpectError(cache.Decode(layer, Tensor::kV, first, count, scales.data()),
+                ErrorCode::kInvalidArgument, words);
+  };
+  undecoded(1, 0, 1, {"layer 1"});
+  undecoded(0, 19, 2, {"19 + 2", "0 to 20"});
+  undecoded(0, std::numeric_limits<std::size_t>::max(), 2, {"0 to 20"});
   EXPECT_EQ(codes, std::vector<std::uint8_t>(64 * 16, 0xAA));
   EXPECT_EQ(scales, std::vector<float>(64, kUntouched));
 }
@@ -648,6 +656,42 @@ TEST(CacheRows, MoveFromAnyTargetToAnyOther) {
       EXPECT_EQ(Attended(*cache, 0, q), expected);
     }
   });
+}
+
+// What a RowCodec makes of the exported rows, and the first tokens as they came where they are kept
+// exact.
+TEST(CacheRows, DecodeToWhatAttentionSees) {
+  const Geometry g{2, kRuns.size(), kRuns.size(), 80};
+  const Rows rows = RandomRows(g, 300, 17);
+  for (const std::size_t exact : {0, 4}) {
+    Plan plan = MakePlan(g, rows, kRuns, {kRuns.rbegin(), kRuns.rend()});
+    plan.exact_first = exact;
+    ForAllTargets([&](std::string_view target) {
+      const Cache cache = Filled(plan, rows, 300, target);
+      for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+        const RowsView given = KvView(g, tensor == Tensor::kK ? rows.k : rows.v);
+        for (const auto& [first, count] :
+             {std::pair<std::size_t, std::size_t>{0, 300}, {2, 5}, {3, 1}, {250, 50}, {300, 0}}) {
+          std::vector<float> found(count * g.kv_heads * g.head_dim + 1, kUntouched);
+          ASSERT_TRUE(cache.Decode(1, tensor, first, count, found.data()).ok());
+          EXPECT_EQ(found.back(), kUntouched);
+          const LayerRows codes = Export(cache, 1, first, count);
+          std::vector<float> expected(count * g.head_dim);
+          for (std::size_t h = 0; h < g.kv_heads; ++h) {
+            const HeadRows& of = codes[2 * h + static_cast<std::size_t>(tensor == Tensor::kV)];
+            RowCodec::Create(plan.codec(1, h, tensor), g.head_dim, target)
+                .value()
+                .Decode(of.codes.data(), of.scales.data(), count, expected.data(), g.head_dim);
+            for (std::size_t i = 0; i < expected.size(); ++i) {
+              const std::size_t t = i / g.head_dim, c = i % g.head_dim;
+              const float x = first + t < exact ? given.At(first + t, h, c) : expected[i];
+              ASSERT_EQ(found[(t * g.kv_heads + h) * g.head_dim + c], x) << t << ", head " << h;
+            }
+          }
+        }
+      }
+    });
+  }
 }
 
 // What truncated tokens leave behind is never read: not by attention, not as part of a block's

@@ -2,7 +2,7 @@
 # house_test.sh SOURCE [LIBRARY]: the rules of the house that a command can check.
 #   1. Who includes whom: kernels/ stand alone and keep Highway and their -inl.h files to
 #      themselves; lib/ knows no program; lib/files knows no other part of lib/, and only lib/tune
-#      knows lib/tune.
+#      knows lib/tune; engines/ know the public headers, and engines/common knows no engine.
 #   2. Every public header is installed.
 #   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
 #   4. LIBRARY, libkvmix.so, exports names of kvmix:: only.
@@ -21,14 +21,18 @@ forbid() { # RULE PATTERN FOLDER...
     --include='*.cc' --include='*.in' "${@:3}" || true)
   [ -z "$found" ] || complain "$1:"$'\n'"$found"
 }
-forbid "Highway is included outside kernels/" 'hwy/' lib bench tools tests
-forbid "an -inl.h file is included outside kernels/" '[^>"]*-inl\.h' lib bench tools tests
-forbid "kernels/ include only kernels/ and Highway" '(lib|tools|bench|tests|kvmix|\.+)/' kernels
-forbid "lib/ includes a program or a test" '(tools|bench|tests)/' lib
+forbid "Highway is included outside kernels/" 'hwy/' lib engines bench tools tests
+forbid "an -inl.h file is included outside kernels/" '[^>"]*-inl\.h' lib engines bench tools tests
+forbid "kernels/ include only kernels/ and Highway" \
+  '(lib|engines|tools|bench|tests|kvmix|\.+)/' kernels
+forbid "lib/ includes a program or a test" '(engines|tools|bench|tests)/' lib
 forbid "lib/ and kernels/ name what they include from the root" '[^/>]*"|\.+/' lib kernels
 forbid "only lib/tune includes lib/tune" 'lib/tune/' lib/files lib/plan lib/cache lib/include
 forbid "lib/files includes another part of lib/" 'lib/(plan|cache)/' lib/files
 forbid "a public header includes a private one" '(lib|kernels)/' lib/include
+forbid "engines/ include a private header, or a program's" \
+  '(lib|kernels|tools|bench|tests|\.+)/' engines
+forbid "engines/common knows an engine" '(ggml|llama|engines/[^c]|engines/c[^o])' engines/common
 
 for header in lib/include/kvmix/*.h; do
   grep -q "'include/kvmix/$(basename "$header")'" lib/meson.build ||
@@ -39,12 +43,13 @@ done
 wide() { # GLOB...
   local kind kinds=()
   for kind in "$@"; do kinds+=(--include="$kind"); done
-  grep -srnE '.{101}' "${kinds[@]}" kernels lib tools bench tests subprojects/packagefiles
+  grep -srnE '.{101}' "${kinds[@]}" kernels lib engines tools bench tests subprojects/packagefiles
 }
 found=$({ wide '*.py' '*.sh' '*.build'; grep -nE '.{101}' ./*.sh meson*; } || true)
 [ -z "$found" ] || complain "lines of more than 100 columns:"$'\n'"$found"
 found=$(wide '*.h' '*.cc' '*.in' || true)
-lines=$(find kernels lib tools bench tests \( -name '*.h' -o -name '*.cc' \) -exec cat {} + | wc -l)
+lines=$(find kernels lib engines tools bench tests \( -name '*.h' -o -name '*.cc' \) \
+  -exec cat {} + | wc -l)
 [ "$(grep -c . <<<"$found")" -le $((lines / 500)) ] ||
   complain "too many lines of more than 100 columns:"$'\n'"$found"
 

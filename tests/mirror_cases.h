@@ -13,11 +13,17 @@
 #include <utility>
 #include <vector>
 
-#include "kvmix/mirror.h"
+#include "engines/common/mirror.h"
 #include "tests/cache_rows.h"
 #include "tests/mask_cases.h"
 
 namespace kvmix::testing {
+
+using engine::EngineRows;
+using engine::Mirror;
+using engine::MirrorOptions;
+using engine::MirrorRequest;
+using engine::SeenCells;
 
 using Cells = std::vector<std::int64_t>;
 

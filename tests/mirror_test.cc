@@ -1,5 +1,5 @@
 // A mirror of a small engine's cells against caches that hold the same rows.
-#include "kvmix/mirror.h"
+#include "engines/common/mirror.h"
 
 #include <gtest/gtest.h>
 

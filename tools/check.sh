@@ -49,7 +49,7 @@ tidy() {
   export CXX=clang++
   prepare
   compile
-  mapfile -t sources < <(git ls-files 'lib/*.cc' 'tools/*.cc' 'bench/*.cc')
+  mapfile -t sources < <(git ls-files 'lib/*.cc' 'engines/common/*.cc' 'tools/*.cc' 'bench/*.cc')
   say "clang-tidy over ${#sources[@]} files"
   printf '%s\n' "${sources[@]}" |
     xargs -P "$(nproc)" -n 1 clang-tidy -p "$build" --quiet --warnings-as-errors='*' 2>/dev/null

@@ -128,6 +128,16 @@ bool HasPast(const PoolLayer& shape, const CacheLayer& layer, std::size_t tokens
   return layer.forgotten == 0 || tokens == 0 || layer.forgotten <= (window != 0 ? first : tokens);
 }
 
+// The layer's own K and V of tokens [first, first + count) are there.
+Status CheckHeld(const CacheImpl* c, std::size_t layer, std::size_t first, std::size_t count) {
+  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
+  const CacheLayer& at = c->layers[layer];
+  if (first >= at.forgotten && first <= at.tokens && count <= at.tokens - first) return {};
+  return {ErrorCode::kInvalidArgument,
+          fmt::format("tokens {} + {}: layer {} has the tokens from {} to {}", first, count, layer,
+                      at.forgotten, at.tokens)};
+}
+
 }  // namespace
 
 Cache::Cache(std::unique_ptr<CacheImpl> impl) : impl_(std::move(impl)) {}
@@ -205,18 +215,42 @@ Status Cache::Forget(std::size_t layer, std::size_t first) {
 
 Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
                          std::size_t count, void* codes, float* scales) const {
-  if (Status s = CheckOwnLayer(impl_.get(), layer); !s.ok()) return s;
+  if (Status s = CheckHeld(impl_.get(), layer, first, count); !s.ok()) return s;
   const CacheImpl& c = *impl_;
-  const CacheLayer& at = c.layers[layer];
   const std::size_t heads = c.pool->layers[layer].formats.size();
-  if (kv_head >= heads || first < at.forgotten || first > at.tokens || count > at.tokens - first) {
+  if (kv_head >= heads) {
     return {ErrorCode::kInvalidArgument,
-            fmt::format("export of KV head {}, tokens {} + {}: the cache holds {} KV heads, layer "
-                        "{} has the tokens from {} to {}",
-                        kv_head, first, count, heads, layer, at.forgotten, at.tokens)};
+            fmt::format("export of KV head {}: layer {} has {}", kv_head, layer, heads)};
   }
   internal::LoadRows(c, layer, tensor, kv_head, first, count, static_cast<std::uint8_t*>(codes),
                      scales);
+  return {};
+}
+
+Status Cache::Decode(std::size_t layer, Tensor tensor, std::size_t first, std::size_t count,
+                     float* out) const {
+  constexpr std::size_t kRowsAtATime = 64;
+  if (Status s = CheckHeld(impl_.get(), layer, first, count); !s.ok()) return s;
+  const CacheImpl& c = *impl_;
+  const PoolLayer& shape = c.pool->layers[layer];
+  const std::size_t heads = shape.formats.size(), dim = shape.shape.dim(tensor);
+  const std::size_t exact = std::clamp(c.pool->plan.exact_first, first, first + count) - first;
+  std::vector<std::uint8_t> codes(kRowsAtATime * dim * sizeof(Half));
+  std::vector<float> scales(kRowsAtATime);
+  for (std::size_t h = 0; h < heads; ++h) {
+    float* const rows = out + h * dim;
+    const Half* const kept = c.layers[layer].exact.data() +
+                             internal::ExactPlace(*c.pool, shape.shape, tensor, h) + first * dim;
+    for (std::size_t t = 0; t < exact; ++t) {
+      std::transform(kept + t * dim, kept + (t + 1) * dim, rows + t * heads * dim, HalfToFloat);
+    }
+    for (std::size_t t = exact, n; t < count; t += n) {
+      n = std::min(count - t, kRowsAtATime);
+      internal::LoadRows(c, layer, tensor, h, first + t, n, codes.data(), scales.data());
+      shape.heads(tensor)[h].Decode(codes.data(), scales.data(), n, rows + t * heads * dim,
+                                    heads * dim);
+    }
+  }
   return {};
 }
 

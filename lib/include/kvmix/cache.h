@@ -129,6 +129,11 @@ class KVMIX_API Cache {
   Status ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
                     const float* const* k_scales, const void* const* v_codes,
                     const float* const* v_scales);
+  // What a layer's rows stand for, tokens [first, first + count) of K or V of all KV heads, as
+  // attention sees them: out is [count][kv_heads][channels] in C order. Errors: a layer without K
+  // and V of its own; tokens that the layer does not hold. Nothing is written then.
+  Status Decode(std::size_t layer, Tensor tensor, std::size_t first, std::size_t count,
+                float* out) const;
   // Bytes of one canonical row, without its scale.
   std::size_t RowBytes(std::size_t layer, std::size_t kv_head, Tensor tensor) const;
 

@@ -1,6 +1,6 @@
 // Rows of ggml's types, to and from numbers.
-#ifndef KVMIX_TOOLS_LLAMA_CPP_ROWS_H_
-#define KVMIX_TOOLS_LLAMA_CPP_ROWS_H_
+#ifndef KVMIX_ENGINES_LLAMA_CPP_ROWS_H_
+#define KVMIX_ENGINES_LLAMA_CPP_ROWS_H_
 
 #include <cstdint>
 #include <cstring>
@@ -37,4 +37,4 @@ inline void FromFloats(ggml_type type, const float* row, void* to, std::int64_t 
 
 }  // namespace kvmix::llama
 
-#endif  // KVMIX_TOOLS_LLAMA_CPP_ROWS_H_
+#endif  // KVMIX_ENGINES_LLAMA_CPP_ROWS_H_

@@ -1,4 +1,4 @@
-#include "kvmix/mirror.h"
+#include "engines/common/mirror.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -8,9 +8,7 @@
 
 #include <fmt/format.h>
 
-#include "lib/cache/cache_impl.h"
-
-namespace kvmix {
+namespace kvmix::engine {
 namespace {
 
 // Cells whose rows every call compares with their hashes, in turn: a change of all rows (a context
@@ -351,21 +349,9 @@ bool Mirror::Holds(std::size_t cell) {
 
 void Mirror::Decode(Tensor tensor, std::size_t first, std::size_t count, float* rows) {
   impl_->StorePending();
-  const std::size_t dim = impl_->shape.dim(tensor), heads = impl_->shape.kv_heads;
-  const internal::CacheImpl& cache =
-      *internal::Access::Of(impl_->streams[first / impl_->cells].cache);
-  const internal::PoolLayer& layer = cache.pool->layers[0];
-  std::vector<std::uint8_t> codes(kReadRows * kMaxHeadDim * sizeof(Half));
-  std::vector<float> scales(kReadRows);
-  for (std::size_t done = 0, n; done < count; done += n) {
-    n = std::min(count - done, kReadRows);
-    for (std::size_t h = 0; h < heads; ++h) {
-      internal::LoadRows(cache, 0, tensor, h, first % impl_->cells + done, n, codes.data(),
-                         scales.data());
-      (tensor == Tensor::kK ? layer.k : layer.v)[h].Decode(
-          codes.data(), scales.data(), n, rows + (done * heads + h) * dim, heads * dim);
-    }
-  }
+  // Cells that are held can always be decoded.
+  static_cast<void>(impl_->streams[first / impl_->cells].cache.Decode(
+      0, tensor, first % impl_->cells, count, rows));
 }
 
 void Mirror::Changed(std::size_t first, std::size_t count) {
@@ -391,4 +377,4 @@ std::size_t Mirror::bytes() const {
   return sum;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::engine

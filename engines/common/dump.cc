@@ -1,4 +1,4 @@
-#include "dump.h"
+#include "engines/common/dump.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -12,9 +12,9 @@
 #include <signal.h>
 #include <unistd.h>
 
-#include <kvmix/mirror.h>
+#include "engines/common/mirror.h"
 
-namespace kvmix::llama {
+namespace kvmix::engine {
 namespace {
 
 Status IoError(const std::string& path, const char* what) {
@@ -252,4 +252,4 @@ Status Dump::Finish() {
   return {};
 }
 
-}  // namespace kvmix::llama
+}  // namespace kvmix::engine

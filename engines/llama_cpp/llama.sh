@@ -73,7 +73,7 @@ build_plug_in() { # CMAKE-OPTION...
   prefix=$dir/kvmix$(meson introspect "$build" --buildoptions | python3 -c '
 import json, sys
 print(next(o["value"] for o in json.load(sys.stdin) if o["name"] == "prefix"))')
-  quietly cmake -S tools/llama_cpp -B "$plug" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP="$tree" \
+  quietly cmake -S engines/llama_cpp -B "$plug" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP="$tree" \
     -DGGML_LIBRARIES="$bin" -DCMAKE_PREFIX_PATH="$prefix" "$@" || fail "cmake failed"
   quietly cmake --build "$plug" || fail "the plug-in does not build"
 }

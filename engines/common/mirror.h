@@ -7,8 +7,8 @@
 //
 // A mirror that is alone takes the place of these rows: the engine gives their memory back. What
 // reads or writes them all the same goes through Holds, Decode and Changed.
-#ifndef KVMIX_MIRROR_H_
-#define KVMIX_MIRROR_H_
+#ifndef KVMIX_ENGINES_COMMON_MIRROR_H_
+#define KVMIX_ENGINES_COMMON_MIRROR_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -17,12 +17,11 @@
 
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
-#include "kvmix/export.h"
 #include "kvmix/plan.h"
 #include "kvmix/rows.h"
 #include "kvmix/status.h"
 
-namespace kvmix {
+namespace kvmix::engine {
 
 // The engine's rows of K or V of one stream: cell c has its heads' channels side by side at
 // data + c * stride.
@@ -59,10 +58,10 @@ struct MirrorOptions {
 };
 
 // cells[c] <- whether any query sees it. [mask.cells]
-KVMIX_API void SeenCells(const MaskView& mask, std::uint8_t* cells);
+void SeenCells(const MaskView& mask, std::uint8_t* cells);
 
 // Movable. One thread at a time.
-class KVMIX_API Mirror {
+class Mirror {
  public:
   // plan: of a model of one layer. Every stream has `cells` cells.
   static Result<Mirror> Create(const Plan& plan, std::size_t streams, std::size_t cells,
@@ -101,6 +100,6 @@ class KVMIX_API Mirror {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace kvmix
+}  // namespace kvmix::engine
 
-#endif  // KVMIX_MIRROR_H_
+#endif  // KVMIX_ENGINES_COMMON_MIRROR_H_

@@ -1,4 +1,4 @@
-#include "settings.h"
+#include "engines/common/settings.h"
 
 #include <unistd.h>
 
@@ -9,7 +9,7 @@
 
 #include <kvmix/version.h>
 
-namespace kvmix::llama {
+namespace kvmix::engine {
 namespace {
 
 Settings settings;
@@ -120,4 +120,4 @@ bool LoadSettings() {
   return true;
 }
 
-}  // namespace kvmix::llama
+}  // namespace kvmix::engine

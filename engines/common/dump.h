@@ -1,6 +1,6 @@
 // KVMIX_DUMP: what the engine's attention saw, as a file that kvmix-tune reads (docs/formats.md).
-#ifndef KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
-#define KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
+#ifndef KVMIX_ENGINES_COMMON_DUMP_H_
+#define KVMIX_ENGINES_COMMON_DUMP_H_
 
 #include <array>
 #include <cstddef>
@@ -13,7 +13,7 @@
 #include <kvmix/rows.h>
 #include <kvmix/status.h>
 
-namespace kvmix::llama {
+namespace kvmix::engine {
 
 // Rows stream into one file for every tensor and stream of the engine's cache, in a folder beside
 // the dump; Finish makes the dump of them. Whatever ends before leaves no dump, and what was there
@@ -56,6 +56,6 @@ class Dump {
   std::size_t left_out_ = 0;
 };
 
-}  // namespace kvmix::llama
+}  // namespace kvmix::engine
 
-#endif  // KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
+#endif  // KVMIX_ENGINES_COMMON_DUMP_H_

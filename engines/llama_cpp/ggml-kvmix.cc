@@ -24,13 +24,13 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
-#include <kvmix/mirror.h>
 #include <kvmix/version.h>
+#include "engines/common/mirror.h"
 
-#include "dump.h"
-#include "rows.h"
-#include "settings.h"
-#include "watch.h"
+#include "engines/common/dump.h"
+#include "engines/common/settings.h"
+#include "engines/llama_cpp/rows.h"
+#include "engines/llama_cpp/watch.h"
 
 namespace kvmix::llama {
 namespace {

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "dump_files.h"
+#include "engines/common/dump.h"
 #include "kvmix/dump.h"
-#include "tools/llama_cpp/dump.h"
 
 namespace kvmix::testing {
 namespace {
@@ -29,7 +29,7 @@ Seen Count(std::size_t first, std::size_t last) {
 struct Engine {
   LayerShape shape{.kv_heads = 2, .query_heads = 4, .k_dim = 8, .v_dim = 4};
   Dtype mask_type = Dtype::kF16;
-  llama::Dump dump;
+  engine::Dump dump;
   int number = 0;
   struct Rows {
     std::vector<float> q, k, v;
@@ -105,7 +105,7 @@ Model ExpectDump(const std::string& path, const Engine& engine, const Seen& prom
   return dump->model();
 }
 
-TEST(LlamaDump, Prompts) {
+TEST(EngineDump, Prompts) {
   for (const Dtype type : {Dtype::kF16, Dtype::kF32}) {
     const TempFolder folder;
     const std::string path = folder.file("dump");
@@ -146,7 +146,7 @@ TEST(LlamaDump, Prompts) {
 }
 
 // Prompts of several streams, in pieces that take turns.
-TEST(LlamaDump, Streams) {
+TEST(EngineDump, Streams) {
   const TempFolder folder;
   Engine e(folder.file("dump"));
   const auto run = [&](const Seen& seen, std::size_t stream) {
@@ -173,7 +173,7 @@ TEST(LlamaDump, Streams) {
 }
 
 // The parts of an engine that was killed go, those of one that runs stay.
-TEST(LlamaDump, RemovesStaleParts) {
+TEST(EngineDump, RemovesStaleParts) {
   const TempFolder folder;
   const std::string path = folder.file("dump");
   const pid_t gone = fork();
@@ -190,7 +190,7 @@ TEST(LlamaDump, RemovesStaleParts) {
   EXPECT_TRUE(std::filesystem::exists(alive));
 }
 
-TEST(LlamaDump, Windows) {
+TEST(EngineDump, Windows) {
   const TempFolder folder;
   Engine e(folder.file("dump"));
   for (const std::size_t prompt : {20, 12, 8}) {
@@ -206,7 +206,7 @@ TEST(LlamaDump, Windows) {
 }
 
 // A server computes the last token of a prompt once more when it has all others: no window.
-TEST(LlamaDump, ATokenOnceMore) {
+TEST(EngineDump, ATokenOnceMore) {
   const TempFolder folder;
   Engine e(folder.file("dump"));
   e.Run(0, Count(1, 20));
@@ -219,7 +219,7 @@ TEST(LlamaDump, ATokenOnceMore) {
   EXPECT_EQ(ExpectDump(folder.file("dump"), e, {20, 27}).layers[0].window, 0u);
 }
 
-TEST(LlamaDump, ScaleAndSoftCap) {
+TEST(EngineDump, ScaleAndSoftCap) {
   for (const float scale : {1.0f / std::sqrt(168.0f), 0.0f, 3e-7f}) {
     const TempFolder folder;
     Engine e(folder.file("dump"));
@@ -234,7 +234,7 @@ TEST(LlamaDump, ScaleAndSoftCap) {
 }
 
 // Layers that read another's K and V have no rows of their own.
-TEST(LlamaDump, CallsWithoutRows) {
+TEST(EngineDump, CallsWithoutRows) {
   const TempFolder folder;
   Engine e(folder.file("dump"));
   e.Run(0, Count(1, 9));
@@ -248,7 +248,7 @@ TEST(LlamaDump, CallsWithoutRows) {
   ExpectDump(folder.file("dump"), e, {9});
 }
 
-TEST(LlamaDump, UnfinishedLeavesNothing) {
+TEST(EngineDump, UnfinishedLeavesNothing) {
   const TempFolder folder;
   const std::string path = folder.file("dump");
   WriteBytes(path, "before");
@@ -270,7 +270,7 @@ TEST(LlamaDump, UnfinishedLeavesNothing) {
   EXPECT_EQ(folder.entries(), 1u);
 }
 
-TEST(LlamaDump, Errors) {
+TEST(EngineDump, Errors) {
   const TempFolder folder;
   const std::string path = folder.file("dump");
   const auto expect = [&](const Status& s, ErrorCode code, const std::string& words) {

@@ -1,6 +1,6 @@
 // The settings of the plug-in: environment variables.
-#ifndef KVMIX_TOOLS_LLAMA_CPP_SETTINGS_H_
-#define KVMIX_TOOLS_LLAMA_CPP_SETTINGS_H_
+#ifndef KVMIX_ENGINES_COMMON_SETTINGS_H_
+#define KVMIX_ENGINES_COMMON_SETTINGS_H_
 
 #include <optional>
 #include <string>
@@ -8,7 +8,7 @@
 #include <kvmix/codec.h>
 #include <kvmix/plan.h>
 
-namespace kvmix::llama {
+namespace kvmix::engine {
 
 struct Settings {
   std::optional<Plan> plan;  // KVMIX_PLAN
@@ -27,6 +27,6 @@ const Settings& TheSettings();
 // The model of a plan, or what it was calibrated on.
 std::string NameOf(const Plan& plan);
 
-}  // namespace kvmix::llama
+}  // namespace kvmix::engine
 
-#endif  // KVMIX_TOOLS_LLAMA_CPP_SETTINGS_H_
+#endif  // KVMIX_ENGINES_COMMON_SETTINGS_H_

@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "engines/llama_cpp/watch.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -11,8 +11,8 @@
 #include <mutex>
 #include <vector>
 
+#include "engines/llama_cpp/rows.h"
 #include "ggml-backend-impl.h"
-#include "rows.h"
 
 namespace kvmix::llama {
 namespace {

@@ -5,16 +5,18 @@
 // to the system. What reads or writes them all the same is led through here: rows are decoded where
 // they are read, and read again where they were written; nodes of a graph (a context shift) find
 // them restored.
-#ifndef KVMIX_TOOLS_LLAMA_CPP_WATCH_H_
-#define KVMIX_TOOLS_LLAMA_CPP_WATCH_H_
+#ifndef KVMIX_ENGINES_LLAMA_CPP_WATCH_H_
+#define KVMIX_ENGINES_LLAMA_CPP_WATCH_H_
 
 #include <cstddef>
 
 #include "ggml.h"
 
-#include <kvmix/mirror.h>
+#include "engines/common/mirror.h"
 
 namespace kvmix::llama {
+
+using namespace engine;
 
 // From now on the mirror hears of what the engine does to these tensors, as long as their buffers
 // live, or until Unwatch. alone: the mirror is, and stands for the rows.
@@ -31,4 +33,4 @@ void Restore(const ggml_tensor* tensor);
 
 }  // namespace kvmix::llama
 
-#endif  // KVMIX_TOOLS_LLAMA_CPP_WATCH_H_
+#endif  // KVMIX_ENGINES_LLAMA_CPP_WATCH_H_
