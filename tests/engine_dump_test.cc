@@ -31,6 +31,7 @@ struct Engine {
   Dtype mask_type = Dtype::kF16;
   engine::Dump dump;
   int number = 0;
+  bool all_see_all = false;  // the same cells in every row of a mask
   struct Rows {
     std::vector<float> q, k, v;
   };
@@ -48,7 +49,7 @@ struct Engine {
     std::vector<float> floats(n * kStride, NAN);
     for (std::size_t t = 0; t < n; ++t) {
       for (std::size_t c = 0; c < kCells; ++c) {
-        const bool sees = (c + t) % kCells < seen[t];  // wherever they are
+        const bool sees = (all_see_all ? c : c + t) % kCells < seen[t];  // wherever they are
         floats[t * kStride + c] = sees ? 0.0f : -INFINITY;
         halves[t * kStride + c] = sees ? Half{0} : Half{0xFC00};
       }
@@ -288,6 +289,12 @@ TEST(EngineDump, Errors) {
     Engine e(path);
     e.Run(0, Count(1, 2));
     expect(e.dump.Finish(), ErrorCode::kMismatch, "8 tokens");
+  }
+  {
+    Engine e(path);
+    e.all_see_all = true;
+    e.Run(0, Seen(20, 20));
+    expect(e.dump.Finish(), ErrorCode::kMismatch, "causal");
   }
   EXPECT_EQ(folder.entries(), 0u);
   WriteBytes(path, "a file");

@@ -47,15 +47,15 @@ bool Append(const std::string& path, const std::vector<Half>& halves) {
   return std::fclose(file) == 0 && good;
 }
 
-// Cells that one query of a mask sees.
-std::size_t Seen(MaskView mask, std::size_t query) {
+// cells <- those that one query of a mask sees; returns how many.
+std::size_t Seen(MaskView mask, std::size_t query, std::vector<std::uint8_t>* cells) {
   const std::ptrdiff_t number = mask.dtype == Dtype::kF32 ? 4 : 2;
   mask.data = static_cast<const char*>(mask.data) +
               static_cast<std::ptrdiff_t>(query) * mask.stride * number;
   mask.queries = 1;
-  std::vector<std::uint8_t> cells(mask.cells);
-  SeenCells(mask, cells.data());
-  return mask.cells - static_cast<std::size_t>(std::ranges::count(cells, 0));
+  cells->resize(mask.cells);
+  SeenCells(mask, cells->data());
+  return mask.cells - static_cast<std::size_t>(std::ranges::count(*cells, 0));
 }
 
 }  // namespace
@@ -119,8 +119,12 @@ Status Dump::Add(std::size_t number, const LayerShape& shape, const RowsView& q,
     }
     return {};
   };
+  std::vector<std::uint8_t> cells, before;
   for (std::size_t t = 0; t < q.tokens; ++t) {
-    const std::size_t seen = Seen(mask, t);
+    before.swap(cells);
+    const std::size_t seen = Seen(mask, t, &cells);
+    // A token does not see those after it; so no other sees the same cells, itself among them.
+    not_causal_ = not_causal_ || (seen != 0 && cells == before);
     if (seen == 1) {
       if (Status error = write(); !error.ok()) return error;
       if (Status error = DropShortPrompt(number, stream); !error.ok()) return error;
@@ -142,6 +146,16 @@ Status Dump::Add(std::size_t number, const LayerShape& shape, const RowsView& q,
     ++s.prompts.back();
   }
   return write();
+}
+
+Status Dump::NoPrompt() const {
+  if (not_causal_) {
+    return {ErrorCode::kMismatch,
+            path_ + ": expected causal attention, found tokens that see those after them"};
+  }
+  return {ErrorCode::kMismatch, path_ + ": expected a prompt of " +
+                                    std::to_string(kShortestPrompt) +
+                                    " tokens or more into an empty cache, found none"};
 }
 
 // The last prompt, if it is too short to be one.
@@ -182,9 +196,7 @@ Status Dump::Finish() {
   const std::vector<std::size_t> prompts = prompts_of(layers_.begin()->second);
   const std::size_t tokens = std::accumulate(prompts.begin(), prompts.end(), std::size_t{0});
   if (std::ranges::all_of(layers_, [&](const auto& l) { return prompts_of(l.second).empty(); })) {
-    return {ErrorCode::kMismatch, path_ + ": expected a prompt of " +
-                                      std::to_string(kShortestPrompt) +
-                                      " tokens or more into an empty cache, found none"};
+    return NoPrompt();
   }
   std::string tensors, shapes, lengths;
   std::size_t at = 0, next = 0;

@@ -49,11 +49,13 @@ class Dump {
   static std::array<Tensor, 3> Tensors(const LayerShape& shape);
   std::string Part(std::size_t layer, std::size_t stream, const char* tensor) const;
   void RemoveStale() const;
+  Status NoPrompt() const;
   Status DropShortPrompt(std::size_t layer, std::size_t stream);
 
   std::string path_, folder_;
   std::map<std::size_t, Layer> layers_;
   std::size_t left_out_ = 0;
+  bool not_causal_ = false;
 };
 
 }  // namespace kvmix::engine

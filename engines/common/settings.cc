@@ -1,123 +1,117 @@
 #include "engines/common/settings.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <string_view>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <kvmix/version.h>
 
 namespace kvmix::engine {
 namespace {
 
-Settings settings;
-
 constexpr const char* kDefaultCodec = "i8-token-bf16+hadamard";
 
-// Each returns what is wrong with the value, or nothing.
-std::string SetPlan(const std::string& value) {
-  Result<Plan> plan = LoadPlan(value);
-  if (!plan.ok()) return plan.status().message();
-  settings.plan = std::move(*plan);
-  settings.plan_path = value;
+Status Wrong(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
+
+Status SetPlan(const std::string& value, Settings* settings) {
+  Result<Plans> plans = Plans::Load(value);
+  if (!plans.ok()) return plans.status();
+  settings->plans = std::move(*plans);
   return {};
 }
-std::string SetCodec(const std::string& value) {
+
+Status SetCodec(const std::string& value, Settings* settings) {
   const Result<CodecKind> kind = ParseCodecKind(value);
-  if (!kind.ok()) return kind.status().message();
+  if (!kind.ok()) return kind.status();
   if (kind->centre || kind->fold || kind->scale == Scale::kHead) {
-    return "expected a codec without numbers of its own (no +centre, +fold, i8-head), found " +
-           value;
+    return Wrong(
+        fmt::format("expected a codec without numbers of its own (no +centre, +fold, "
+                    "i8-head), found {}",
+                    value));
   }
-  settings.codec = {*kind};
+  if (settings->plans.empty()) settings->plans = Plans(HeadCodec{*kind});
   return {};
 }
-std::string SetTarget(const std::string& value) {
+
+Status SetTarget(const std::string& value, Settings* settings) {
   const std::vector<std::string_view> targets = Targets();
   if (std::ranges::find(targets, value) == targets.end()) {
-    std::string names;
-    for (const std::string_view t : targets) names.append(names.empty() ? "" : ", ").append(t);
-    return "expected one of " + names + ", found " + value;
+    return Wrong(fmt::format("expected one of {}, found {}", fmt::join(targets, ", "), value));
   }
-  settings.target = value;
+  settings->target = value;
   return {};
 }
-std::string SetDump(const std::string& value) {
-  if (value.empty()) return "expected a path, found an empty one";
-  settings.dump = value;
+
+Status SetDump(const std::string& value, Settings* settings) {
+  settings->dump = value;
   return {};
 }
-std::string SetSwitch(const std::string& value, bool* on) {
-  if (value != "0" && value != "1") return "expected 0 or 1, found " + value;
-  *on = value == "1";
+
+template <bool Settings::*kSwitch>
+Status SetSwitch(const std::string& value, Settings* settings) {
+  if (value != "0" && value != "1") return Wrong("expected 0 or 1, found " + value);
+  settings->*kSwitch = value == "1";
   return {};
 }
-std::string SetMemory(const std::string& value) { return SetSwitch(value, &settings.memory); }
-std::string SetVerbose(const std::string& value) { return SetSwitch(value, &settings.verbose); }
-std::string Help(const std::string&);
 
 struct Variable {
   const char* name;
   const char* help;
-  std::string (*set)(const std::string& value);
+  Status (*set)(const std::string& value, Settings* settings);
 };
 constexpr Variable kVariables[] = {
-    {"KVMIX_PLAN", "a plan of kvmix-tune for this model: which codec each head has", SetPlan},
+    {"KVMIX_PLAN", "plans of kvmix-tune: a file, a folder, or several (a.json:b.json)", SetPlan},
     {"KVMIX_CODEC", "without a plan: the codec of all heads (i8-token-bf16+hadamard)", SetCodec},
     {"KVMIX_TARGET", "the instruction set (the best of this CPU)", SetTarget},
     {"KVMIX_DUMP", "a file to write K, V and Q to, for kvmix-tune", SetDump},
-    {"KVMIX_MEMORY", "1: give the engine's own K and V back to the system", SetMemory},
-    {"KVMIX_VERBOSE", "1: say at the end what was done", SetVerbose},
-    {"KVMIX_HELP", "1: this list", Help},
+    {"KVMIX_MEMORY", "1: give the engine's own K and V back to the system",
+     SetSwitch<&Settings::memory>},
+    {"KVMIX_VERBOSE", "1: say at the end what was done", SetSwitch<&Settings::verbose>},
+    {"KVMIX_HELP", "1: this list", SetSwitch<&Settings::help>},
 };
 
-std::string Help(const std::string&) {
-  std::fprintf(stderr, "kvmix %s for llama.cpp, flash attention on (-fa on). Settings:\n",
-               std::string(Version()).c_str());
-  for (const Variable& v : kVariables) std::fprintf(stderr, "  %-14s %s\n", v.name, v.help);
-  return {};
-}
+// Variables that others read: the library, its tools, kvmix.sh and the jobs of Slurm.
+constexpr std::string_view kOthers[] = {"KVMIX_AMX",      "KVMIX_BROWSER", "KVMIX_BUILD",
+                                        "KVMIX_DATA_DIR", "KVMIX_LLAMA",   "KVMIX_MEASURE",
+                                        "KVMIX_TUNE"};
 
 }  // namespace
 
-const Settings& TheSettings() { return settings; }
-
-std::string NameOf(const Plan& plan) {
-  const Provenance& p = plan.provenance;
-  return p.model.empty() ? "calibrated on " + p.calibration : p.model;
-}
-
-bool LoadSettings() {
-  SetCodec(kDefaultCodec);
-  const auto refuse = [](std::string_view name, const std::string& why) {
-    std::fprintf(stderr, "kvmix: error: %s: %s. kvmix is not used.\n", std::string(name).c_str(),
-                 why.c_str());
-    return false;
-  };
-  for (char** entry = environ; *entry != nullptr; ++entry) {
-    const std::string_view text = *entry;
-    if (!text.starts_with("KVMIX_")) continue;
-    const std::string_view name = text.substr(0, text.find('='));
+Result<Settings> ReadSettings(const char* const* environment) {
+  Settings settings;
+  if (Status s = SetCodec(kDefaultCodec, &settings); !s.ok()) return s;
+  for (; *environment != nullptr; ++environment) {
+    const std::string_view text = *environment;
+    const std::size_t equals = std::min(text.find('='), text.size());
+    const std::string_view name = text.substr(0, equals);
+    const std::string value(text.substr(std::min(equals + 1, text.size())));
+    if (!name.starts_with("KVMIX_") || value.empty()) continue;
+    if (std::ranges::find(kOthers, name) != std::end(kOthers)) continue;
     const auto variable = std::ranges::find(kVariables, name, &Variable::name);
     if (variable == std::end(kVariables)) {
-      return refuse(name, "expected a setting that KVMIX_HELP=1 lists, found an unknown one");
+      return Wrong(fmt::format(
+          "{}: expected a setting that KVMIX_HELP=1 lists, found an unknown one", name));
     }
-    if (const std::string why = variable->set(std::getenv(variable->name)); !why.empty()) {
-      return refuse(name, why);
+    if (Status s = variable->set(value, &settings); !s.ok()) {
+      return Status(s.code(), fmt::format("{}: {}", name, s.message()));
     }
   }
-  const std::string plan = settings.plan ? settings.plan_path + " (" + NameOf(*settings.plan) + ")"
-                                         : ToString(settings.codec.kind) + " in all heads";
-  const std::string target =
-      settings.target.empty() ? std::string(Targets().front()) : settings.target;
-  std::fprintf(stderr,
-               "kvmix %s: %s, %s%s; takes flash attention (-fa on) over caches of f16, bf16, f32 "
-               "and q8_0\n",
-               std::string(Version()).c_str(), plan.c_str(), target.c_str(),
-               settings.memory ? ", in place of the engine's cache" : "");
-  return true;
+  return settings;
+}
+
+std::string SettingsHelp() {
+  std::string help;
+  for (const Variable& v : kVariables) help += fmt::format("  {:<14} {}\n", v.name, v.help);
+  return help;
+}
+
+std::string Summary(const Settings& settings) {
+  return fmt::format("{}, {}", settings.plans.Summary(),
+                     settings.target.empty() ? Targets().front() : settings.target);
 }
 
 }  // namespace kvmix::engine

@@ -1,31 +1,32 @@
-// The settings of the plug-in: environment variables.
+// The settings of a plug-in: environment variables.
 #ifndef KVMIX_ENGINES_COMMON_SETTINGS_H_
 #define KVMIX_ENGINES_COMMON_SETTINGS_H_
 
-#include <optional>
 #include <string>
 
-#include <kvmix/codec.h>
-#include <kvmix/plan.h>
+#include <kvmix/status.h>
+
+#include "engines/common/plans.h"
 
 namespace kvmix::engine {
 
 struct Settings {
-  std::optional<Plan> plan;  // KVMIX_PLAN
-  std::string plan_path;
-  HeadCodec codec;     // KVMIX_CODEC, where there is no plan
-  std::string target;  // KVMIX_TARGET
-  std::string dump;    // KVMIX_DUMP
+  Plans plans;         // KVMIX_PLAN, or KVMIX_CODEC
+  std::string target;  // KVMIX_TARGET; empty: the best of this CPU
+  std::string dump;    // KVMIX_DUMP; empty: none
   bool memory = false;
   bool verbose = false;
+  bool help = false;
 };
 
-// Reads the KVMIX_* variables and says in one line what they come to; with KVMIX_HELP, lists them.
-// False, with a line that says why: one of them is wrong, or unknown.
-bool LoadSettings();
-const Settings& TheSettings();
-// The model of a plan, or what it was calibrated on.
-std::string NameOf(const Plan& plan);
+// environment: "NAME=value" pointers, then null, as `environ` has them. An empty variable is an
+// unset one, and variables of the library, its tools and kvmix.sh are let through. An error names a
+// KVMIX_ variable that is wrong, or unknown.
+Result<Settings> ReadSettings(const char* const* environment);
+// A line for each setting.
+std::string SettingsHelp();
+// "plan.json (Qwen2.5-1.5B), AVX2"
+std::string Summary(const Settings& settings);
 
 }  // namespace kvmix::engine
 

@@ -47,7 +47,6 @@ graphs() {
 llama_folders() {
   dir=${KVMIX_LLAMA:-$HOME/.cache/kvmix-llama}
   tree=$dir/llama.cpp bin=$dir/llama.cpp-build/bin plug=$dir/plug-in
-  export -n KVMIX_LLAMA KVMIX_BUILD  # the plug-in takes KVMIX_* for settings
   packages+=(cmake python3-pip)
   mkdir -p "$dir"
 }

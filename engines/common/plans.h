@@ -1,0 +1,52 @@
+// The plans that an engine was given, and the codecs of a layer by them.
+#ifndef KVMIX_ENGINES_COMMON_PLANS_H_
+#define KVMIX_ENGINES_COMMON_PLANS_H_
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include <kvmix/codec.h>
+#include <kvmix/model.h>
+#include <kvmix/plan.h>
+#include <kvmix/status.h>
+
+namespace kvmix::engine {
+
+// An engine may run several models, a draft beside its target: each layer takes the plan of its
+// shape. Without plans all heads have one codec.
+class Plans {
+ public:
+  // paths: a plan, a folder of plans (*.json), or several of both with colons between them. Errors:
+  // what LoadPlan refuses; no plan; two plans that have a layer alike, so that nothing tells which
+  // of them a model is of.
+  static Result<Plans> Load(const std::string& paths);
+  Plans() = default;
+  // Of all heads, where there is no plan.
+  explicit Plans(const HeadCodec& codec) : codec_(codec) {}
+
+  bool empty() const { return plans_.empty(); }
+  // There is a plan for this layer, or there are no plans; an error names layer and plans.
+  Status Check(std::size_t layer, const LayerShape& shape) const;
+  // A plan of this layer alone, which Check accepts.
+  Plan OfLayer(std::size_t layer, const LayerShape& shape) const;
+  // kvmix::LengthWarning of the layer's plan; empty where there is none.
+  std::string LengthWarning(std::size_t layer, const LayerShape& shape, std::size_t context) const;
+  // "plan.json (Qwen2.5-1.5B)", or "f16 in all heads".
+  std::string Summary() const;
+
+ private:
+  struct Named {
+    std::string path;
+    Plan plan;
+  };
+  const Named* Find(std::size_t layer, const LayerShape& shape) const;
+  Status Add(const std::string& path);
+
+  std::vector<Named> plans_;
+  HeadCodec codec_;
+};
+
+}  // namespace kvmix::engine
+
+#endif  // KVMIX_ENGINES_COMMON_PLANS_H_
