@@ -61,20 +61,31 @@ HWY_POP_ATTRIBUTES
 
 namespace kvmix::kernels {
 
+namespace {
+
+// The rows of KVMIX_AMX; why tiles are off, or nothing.
+std::string ReadRows(const char* variable, std::size_t* rows) {
+  if (variable == nullptr || *variable == '\0') {
+    return "tiles are not measured yet, and off: KVMIX_AMX=16 turns them on";
+  }
+  const char* const end = variable + std::strlen(variable);
+  const auto [read_to, error] = std::from_chars(variable, end, *rows);
+  if (error != std::errc() || read_to != end) {
+    return std::string("KVMIX_AMX: expected a number, found '") + variable + "'";
+  }
+  return *rows == 0 ? "KVMIX_AMX=0" : "";
+}
+
+}  // namespace
+
 AmxAnswer Ask(const AmxQuestion& q) {
   constexpr std::uint32_t kTileAndInt8 = 3u << 24;
   constexpr std::uint64_t kTileState = std::uint64_t{3} << 17;
-  if ((q.leaf7_edx & kTileAndInt8) != kTileAndInt8) return {};
-  if (!q.avx3_dl) return {false, "AVX-512 with VNNI is not there or not compiled in"};
   AmxAnswer answer;
-  if (q.variable != nullptr && *q.variable != '\0') {
-    const char* const end = q.variable + std::strlen(q.variable);
-    const auto [read_to, error] = std::from_chars(q.variable, end, answer.fewest_rows);
-    if (error != std::errc() || read_to != end) {
-      return {false, std::string("KVMIX_AMX: expected a number, found '") + q.variable + "'"};
-    }
-    if (answer.fewest_rows == 0) return {false, "KVMIX_AMX=0"};
-  }
+  const std::string off = ReadRows(q.variable, &answer.fewest_rows);
+  if ((q.leaf7_edx & kTileAndInt8) != kTileAndInt8) return answer;
+  if (!q.avx3_dl) return {false, "AVX-512 with VNNI is not there or not compiled in"};
+  if (!off.empty()) return {false, off};
   if ((q.xcr0 & kTileState) != kTileState) {
     return {false, "the operating system does not keep tiles"};
   }

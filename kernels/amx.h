@@ -4,8 +4,9 @@
 // a CPU that has them is not enough. The question is put once for the process, when AllKernels() is
 // first called; threads and children of fork share the answer. It is no where the kernel is older
 // than 5.16, and where a thread has an alternate signal stack too small for the larger state; a yes
-// in turn makes later sigaltstack calls refuse small stacks. KVMIX_AMX=0 in the environment leaves
-// the question unasked. KVMIX_AMX=N: tasks of N rows of a KV head or more go to tiles.
+// makes later sigaltstack calls refuse small stacks. So it is put only where it is wanted, until
+// somebody has measured what tiles gain: KVMIX_AMX=N in the environment asks, and sends tasks of N
+// rows of a KV head or more to tiles. Without it, and with KVMIX_AMX=0, nothing is asked.
 #ifndef KVMIX_KERNELS_AMX_H_
 #define KVMIX_KERNELS_AMX_H_
 
@@ -27,10 +28,8 @@ struct AmxQuestion {
 };
 struct AmxAnswer {
   bool yes = false;
-  std::string why_not;  // empty where the CPU has no tiles: nothing to tell anybody
-  // Of a task that goes to tiles. Decode of common models has fewer; not before someone has
-  // measured it.
-  std::size_t fewest_rows = 16;
+  std::string why_not;                 // empty where the CPU has no tiles: nothing to tell anybody
+  std::size_t fewest_rows = SIZE_MAX;  // of a task that goes to tiles
 };
 AmxAnswer Ask(const AmxQuestion& question);
 

@@ -25,7 +25,7 @@ long Refuse() {
   return -1;
 }
 
-AmxQuestion Question() { return {true, kTilesOfCpu, kKept, nullptr, &Grant}; }
+AmxQuestion Question() { return {true, kTilesOfCpu, kKept, "16", &Grant}; }
 
 TEST(Amx, GrantedOnce) {
   requests = 0;
@@ -57,6 +57,11 @@ TEST(Amx, NotAskedInVain) {
   q = Question();
   q.variable = "0";
   EXPECT_EQ(Ask(q).why_not, "KVMIX_AMX=0");
+  for (const char* const unset : {static_cast<const char*>(nullptr), ""}) {
+    q.variable = unset;
+    EXPECT_FALSE(Ask(q).yes) << "off until it is measured";
+    EXPECT_NE(Ask(q).why_not.find("KVMIX_AMX=16 turns them on"), std::string::npos);
+  }
   for (const char* const wrong : {"yes", "-1", "4x", " 4", "99999999999999999999999"}) {
     q.variable = wrong;
     EXPECT_FALSE(Ask(q).yes);
@@ -76,8 +81,6 @@ TEST(Amx, Refused) {
 
 TEST(Amx, RowsByTheVariable) {
   AmxQuestion q = Question();
-  q.variable = "";
-  EXPECT_EQ(Ask(q).fewest_rows, 16u);
   q.variable = "4";
   EXPECT_TRUE(Ask(q).yes);
   EXPECT_EQ(Ask(q).fewest_rows, 4u);
