@@ -14,9 +14,9 @@
 namespace kvmix::bench {
 namespace {
 
-using internal::kHeadScale;
-using internal::RandomHalves;
 using tools::Require;
+using tune::kHeadScale;
+using tune::RandomHalves;
 
 struct Context {
   std::size_t tokens;

@@ -149,7 +149,7 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
       });
     });
   }
-  const std::vector<double> medians = internal::MedianSeconds(functions, seconds_, 7);
+  const std::vector<double> medians = tune::MedianSeconds(functions, seconds_, 7);
   return static_cast<double>(passes * parts * slice) / std::ranges::min(medians);
 }
 
@@ -162,7 +162,7 @@ Limit Limits::Macs(const char* name, MacKernel kernel, double share, int threads
         if (thread == 0) macs = done * threads;
       });
     };
-    const double seconds = internal::MedianSeconds({run}, seconds_ / 2, 7)[0];
+    const double seconds = tune::MedianSeconds({run}, seconds_ / 2, 7)[0];
     return Limit{name, share * macs / seconds, true};
   });
 }

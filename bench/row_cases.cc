@@ -19,8 +19,8 @@
 namespace kvmix::bench {
 namespace {
 
-using internal::kHeadScale;
-using internal::RandomHalves;
+using tune::kHeadScale;
+using tune::RandomHalves;
 
 struct Size {
   std::size_t bytes;

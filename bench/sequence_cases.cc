@@ -19,8 +19,8 @@
 namespace kvmix::bench {
 namespace {
 
-using internal::RandomHalves;
 using tools::Require;
+using tune::RandomHalves;
 
 const HeadCodec kCodec{{Storage::kI8, Scale::kToken}};
 constexpr const char* kCodecName = "k=i8-token,v=i8-token";

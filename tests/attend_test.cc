@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 #include "tests/attend_cases.h"
 
 namespace kvmix::testing {
@@ -263,8 +263,8 @@ TEST_F(Attention, Sink) {
 
 // Real rows: layers with and without outlier heads of the sample.
 TEST_F(Attention, RealRows) {
-  const Result<Dump> dump =
-      Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
+  const Result<tune::Dump> dump =
+      tune::Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   Geometry g = GeometryOf(dump->model());
   g.layers = 1;

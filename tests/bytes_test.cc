@@ -17,8 +17,8 @@
 
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
-#include "kvmix/dump.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 
 namespace kvmix {
@@ -160,22 +160,23 @@ std::uint64_t OutputHash(const Cache& cache, std::size_t queries, const AttendOp
 
 // The codecs that the tuner chooses for the sample, with decode times that are given.
 std::uint64_t SamplePlanHash(const std::string& target) {
-  const Dump dump = std::move(
-      Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors")
+  const tune::Dump dump = std::move(
+      tune::Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors")
           .value());
-  const CandidateKinds candidates = Candidates("int8").value();
+  const tune::CandidateKinds candidates = tune::Candidates("int8").value();
   const Geometry g = dump.model().geometry().value();
-  const ErrorTable table = Measure({&dump}, candidates, 0, g.layers, {2, target, {}}).value();
-  Wisdom wisdom;
+  const tune::ErrorTable table =
+      tune::Measure({&dump}, candidates, 0, g.layers, {2, target, {}}).value();
+  tune::Wisdom wisdom;
   double ns = 1000.0;
   for (const char* k : {"f16", "i8-token-bf16", "i8-token"}) {
     for (const char* v : {"f16", "i8-token", "i8-token-bf16"}) {
       wisdom.speeds.push_back({k, v, g.group(), g.head_dim, g.head_dim, 4096, ns *= 0.93});
     }
   }
-  Constraints constraints;
+  tune::Constraints constraints;
   constraints.budget = 0.45;
-  const Choice choice = Choose(table, wisdom, 4096, constraints).value();
+  const tune::Choice choice = tune::Choose(table, wisdom, 4096, constraints).value();
   Hash hash;
   for (const HeadCodec& codec : choice.plan.codecs) {
     const std::string name = ToString(codec.kind);

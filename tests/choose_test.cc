@@ -13,9 +13,9 @@
 
 #include <gtest/gtest.h>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
@@ -583,4 +583,4 @@ TEST(RaiseToTruth, RaisesTheHeadsThatAreWorseThanPredicted) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

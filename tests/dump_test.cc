@@ -1,6 +1,6 @@
 // Dumps: what they give back, whatever the type and the order of their tensors; and what is
 // refused, naming the place.
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -18,7 +18,7 @@
 
 #include "dump_files.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 using testing::DumpParts;
@@ -863,4 +863,4 @@ TEST(RealDumps, LargerOnes) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

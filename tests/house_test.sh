@@ -30,8 +30,8 @@ forbid "only lib/tune includes lib/tune" 'lib/tune/' lib/files lib/plan lib/cach
 forbid "lib/files includes another part of lib/" 'lib/(plan|cache)/' lib/files
 forbid "a public header includes a private one" '(lib|kernels)/' lib/include
 
-for header in lib/include/kvmix/*.h; do
-  grep -q "'include/kvmix/$(basename "$header")'" lib/meson.build ||
+for header in lib/include/kvmix/*.h lib/include/kvmix/tune/*.h; do
+  grep -q "'${header#lib/}'" lib/meson.build ||
     complain "lib/meson.build does not install $header"
 done
 

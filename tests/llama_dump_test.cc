@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "dump_files.h"
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 #include "tools/llama_cpp/dump.h"
 
 namespace kvmix::testing {
@@ -91,7 +91,7 @@ std::vector<float> Numbers(const RowsView& rows) {
 
 // The file is whole, and has the rows of these prompts.
 Model ExpectDump(const std::string& path, const Engine& engine, const Seen& prompts) {
-  const Result<Dump> dump = Dump::Open(path);
+  const Result<tune::Dump> dump = tune::Dump::Open(path);
   if (!dump.ok()) {
     ADD_FAILURE() << dump.status().message();
     return Model(std::vector<LayerShape>(8));
@@ -266,7 +266,7 @@ TEST(LlamaDump, UnfinishedLeavesNothing) {
     e.Run(0, Count(1, 20));
     e.Finish();
   }
-  EXPECT_TRUE(Dump::Open(path).ok());
+  EXPECT_TRUE(tune::Dump::Open(path).ok());
   EXPECT_EQ(folder.entries(), 1u);
 }
 

@@ -15,7 +15,7 @@
 
 #include "dump_files.h"
 #include "kvmix/quantize.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/tune/statistics.h"
 #include "same_errors.h"
@@ -26,6 +26,8 @@
 
 namespace kvmix::testing {
 namespace {
+
+using namespace tune;
 
 const Geometry kGeometry{3, 2, 6, 32};
 
@@ -292,9 +294,9 @@ TEST_F(MeasureTest, StatisticsAsComputedDirectly) {
         for (std::size_t q = h * group; q < (h + 1) * group; ++q)
           queries.push_back(dump.q(reader).Head(q));
       }
-      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kK),
+      ExpectStatistics(tune::Statistics(dump, layer, h, Tensor::kK),
                        dump.head(layer, h, Tensor::kK), queries);
-      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kV),
+      ExpectStatistics(tune::Statistics(dump, layer, h, Tensor::kV),
                        dump.head(layer, h, Tensor::kV), {});
     }
   }

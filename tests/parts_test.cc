@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "dump_files.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/files/safetensors.h"
 #include "same_errors.h"
@@ -21,6 +21,8 @@
 
 namespace kvmix::testing {
 namespace {
+
+using namespace tune;
 
 const Geometry kGeometry{4, 2, 6, 32};
 

@@ -753,7 +753,7 @@ TEST_P(QuantizeTest, ShapingMovesErrorsToWhereNoQueryLooks) {
     for (std::size_t r = 0; r < kRank; ++r)
       moment[i] += basis[r * kDim + i / kDim] * basis[r * kDim + i % kDim];
   }
-  const Floats matrix = internal::ShapingMatrix(moment, {}, false, kDim);
+  const Floats matrix = tune::ShapingMatrix(moment, {}, false, kDim);
   const Rows rows(Dtype::kF32, 500, kDim, 0, [&](std::size_t, std::size_t) {
     return BitsOf(Dtype::kF32, static_cast<float>(normal(random)));
   });
@@ -799,7 +799,7 @@ TEST(ShapingMatrix, FactorsTheQueriesSecondMoment) {
   double trace = 0.0;
   for (std::size_t i = 0; i < kDim; ++i) trace += h[i * kDim + i];
   for (std::size_t i = 0; i < kDim; ++i) h[i * kDim + i] += 0.03 * trace / kDim;
-  const Floats l = internal::ShapingMatrix(moment, factor, true, kDim);
+  const Floats l = tune::ShapingMatrix(moment, factor, true, kDim);
   for (int side = 0; side < 2; ++side) {  // h <- L^-1 h, then the same from the right
     for (std::size_t row = 0; row < kDim; ++row) {
       for (std::size_t k = 0; k < row; ++k) {
@@ -819,7 +819,7 @@ TEST(ShapingMatrix, FactorsTheQueriesSecondMoment) {
     }
   }
   // Of a head at which no query looked.
-  const Floats unit = internal::ShapingMatrix(std::vector<double>(kDim * kDim), {}, false, kDim);
+  const Floats unit = tune::ShapingMatrix(std::vector<double>(kDim * kDim), {}, false, kDim);
   for (std::size_t i = 0; i < unit.size(); ++i)
     EXPECT_EQ(unit[i], i / kDim == i % kDim ? 1.0f : 0.0f);
 }

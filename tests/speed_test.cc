@@ -1,5 +1,5 @@
 // Wisdom files, and the timing code: what is called when, not how fast.
-#include "kvmix/speed.h"
+#include "kvmix/tune/speed.h"
 
 #include <gtest/gtest.h>
 
@@ -14,14 +14,13 @@
 #include <nlohmann/json.hpp>
 
 #include "dump_files.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/tune/stopwatch.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
-using internal::MedianSeconds;
 using testing::ExpectGoodMessage;
 using testing::ReadBytes;
 using testing::TempFolder;
@@ -308,4 +307,4 @@ TEST(MeasureHeadSpeeds, RefusesShapesThatAreNone) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

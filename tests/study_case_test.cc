@@ -8,11 +8,11 @@
 
 #include <gtest/gtest.h>
 
-#include "kvmix/dump.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 #include "synthetic_dump.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 using Heads = std::set<std::pair<std::size_t, std::size_t>>;
@@ -77,4 +77,4 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& test) { return test.param.name; });
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -90,7 +90,7 @@ Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_head
   return plan;
 }
 
-void SetHeadScales(const Dump& dump, Plan* plan) {
+void SetHeadScales(const tune::Dump& dump, Plan* plan) {
   const std::vector<LayerShape>& layers = plan->model.layers;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
@@ -125,7 +125,7 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
   return sums;
 }
 
-std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  int num_threads) {
   const LayerShape& shape = dump.model().layers[layer];
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "kvmix/dump.h"
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
+#include "kvmix/tune/dump.h"
 
 namespace kvmix::tools {
 
@@ -23,18 +23,18 @@ bool IsStudyModel(const Model& model);
 Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_heads);
 
 // Every per-head scale becomes the one that just covers this dump.
-void SetHeadScales(const Dump& dump, Plan* plan);
+void SetHeadScales(const tune::Dump& dump, Plan* plan);
 
 // `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a
 // program. In the study's own arithmetic, and not the kernels', since the largest value of a row
 // lies on an integer and a last bit decides on which side of it. codec: of one of its strategies.
 ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 
-// AttendDump() of kvmix/tune.h in double precision, over the very codes that a cache stores: shows
-// how much of an error is the codec's and how much the kernels add. One layer, causal within each
-// prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at the
-// very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
-std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+// AttendDump() of kvmix/tune/steps.h in double precision, over the very codes that a cache stores:
+// shows how much of an error is the codec's and how much the kernels add. One layer, causal within
+// each prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at
+// the very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
+std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  int num_threads);
 
 }  // namespace kvmix::tools

@@ -7,7 +7,10 @@
 #include "lib/files/file.h"
 #include "lib/tune/shaping.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
+
+using internal::Error;
+
 namespace {
 
 // A channel that hardly moves would else get a factor that lets it alone decide every scale.
@@ -77,4 +80,4 @@ HeadCodec HeadCalibration::Codec(const CodecKind& kind) {
   return codec;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -1,5 +1,5 @@
 // Dumps: opening, checking, views.
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -27,7 +27,7 @@
 #include "lib/files/safetensors.h"
 #include "lib/plan/model_json.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using internal::FileError;
 using internal::MappedFile;
@@ -494,4 +494,4 @@ void Dump::Release(std::size_t layer) const {
   for (const Impl::Stored& tensor : impl_->layers[layer]) internal::ReleasePages(tensor.in_file);
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // The NMSE and 1 - cosine of the query heads that read a K and a V.
@@ -68,4 +68,4 @@ Reason Explain(const HeadErrors& head, std::size_t dim, const Pair& pick, const 
   return reason;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

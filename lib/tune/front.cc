@@ -6,7 +6,7 @@
 
 #include "lib/tune/menu.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // At most kFrontPoints of the front's levels of the worst NMSE, evenly spaced along the curve
@@ -87,4 +87,4 @@ std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t
   return front;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -7,7 +7,10 @@
 #include "lib/cache/parallel.h"
 #include "lib/files/file.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
+
+using internal::Error;
+
 namespace {
 
 // Of the outputs that layers side by side hold.
@@ -43,7 +46,7 @@ Result<std::vector<std::size_t>> OwnLayers(const Dump& dump, std::size_t first, 
 Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const Dump*>& dumps,
                  const MeasureOptions& options,
                  const std::function<Status(std::size_t, const MeasureOptions&)>& work) {
-  if (Status s = CheckThreads(options.num_threads); !s.ok()) return s;
+  if (Status s = internal::CheckThreads(options.num_threads); !s.ok()) return s;
   std::size_t layer_bytes = 1;  // of an exact and an approximate output
   for (const Dump* dump : dumps) {
     for (const LayerShape& shape : dump->model().layers) {
@@ -53,14 +56,14 @@ Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const
   }
   const std::size_t most =
       std::max<std::size_t>(1, std::min(kOutputBytes / layer_bytes, layers.size()));
-  const int side_by_side = ThreadsFor(options.num_threads, most);
+  const int side_by_side = internal::ThreadsFor(options.num_threads, most);
   MeasureOptions within = options;
   if (side_by_side > 1) within.num_threads = 1;
   std::vector<Status> results(layers.size());
   std::mutex progress_mutex;
   std::size_t done = 0;
   std::atomic<bool> failed = false;
-  RunParts(layers.size(), side_by_side, 1, [&](std::size_t i) {
+  internal::RunParts(layers.size(), side_by_side, 1, [&](std::size_t i) {
     if (failed) return;
     for (const Dump* dump : dumps) {
       if (results[i].ok()) results[i] = dump->CheckFinite(layers[i]);
@@ -75,4 +78,4 @@ Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const
   return bad == results.end() ? Status() : *bad;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -13,7 +13,7 @@
 #include "lib/tune/layers.h"
 #include "lib/tune/parts.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // The sum of x x^T over rows x that come one after the other: in batches, so that a batch stays in
@@ -21,7 +21,10 @@ namespace {
 class Moment {
  public:
   explicit Moment(std::size_t dim)
-      : dim_(dim), stride_(RoundUp(dim, kLanes)), batch_(kBatch * stride_), sum_(dim * dim) {}
+      : dim_(dim),
+        stride_(internal::RoundUp(dim, kLanes)),
+        batch_(kBatch * stride_),
+        sum_(dim * dim) {}
 
   void Add(const RowsView& rows, std::size_t token) {
     for (std::size_t c = 0; c < dim_; ++c) batch_[used_ * stride_ + c] = rows.At(token, 0, c);
@@ -87,15 +90,15 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
   return s;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
-namespace kvmix {
+namespace kvmix::tune {
 
 Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t first_layer,
                               std::size_t last_layer, const MeasureOptions& options) {
-  if (Status s = internal::CheckDumps(dumps); !s.ok()) return s;
+  if (Status s = CheckDumps(dumps); !s.ok()) return s;
   const Model& model = dumps[0]->model();
-  const auto layers = internal::OwnLayers(*dumps[0], first_layer, last_layer);
+  const auto layers = OwnLayers(*dumps[0], first_layer, last_layer);
   if (!layers.ok()) return layers.status();
   Calibration calibration{.model = model};
   std::vector<std::string> hashes;  // of `dumps`
@@ -103,7 +106,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
     Result<DumpId> id = Identify(*dump, options);
     if (!id.ok()) return id.status();
     if (const auto twice = std::ranges::find(hashes, id->hash); twice != hashes.end())
-      return internal::GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
+      return GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
     hashes.push_back(id->hash);
     calibration.dumps.push_back(std::move(*id));
   }
@@ -117,7 +120,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
       std::vector<HeadStatistics> heads(2 * model.layers[layer].kv_heads);
       const int threads = internal::ThreadsFor(within.num_threads, heads.size());
       internal::RunParts(heads.size(), threads, 1, [&](std::size_t i) {
-        heads[i] = internal::Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
+        heads[i] = Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
       });
       for (const std::size_t reader : readers) dumps[d]->Release(reader);
       const std::lock_guard lock(mutex);
@@ -125,7 +128,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
     }
     return Status();
   };
-  if (Status s = internal::ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
+  if (Status s = ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
   return calibration;
 }
 
@@ -141,4 +144,4 @@ HeadStatistics& HeadStatistics::operator+=(const HeadStatistics& o) {
   return *this;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

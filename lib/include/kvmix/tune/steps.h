@@ -6,8 +6,8 @@
 // What comes out does not depend on how the work was split (by layers, by dumps), on the order of
 // parts or dumps, nor on threads: what is known of each dump stays apart up to the end, where sums
 // run over the dumps by their hash. (Instruction sets do round differently.)
-#ifndef KVMIX_TUNE_H_
-#define KVMIX_TUNE_H_
+#ifndef KVMIX_TUNE_STEPS_H_
+#define KVMIX_TUNE_STEPS_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -17,15 +17,15 @@
 #include <string>
 #include <vector>
 
-#include "kvmix/dump.h"
 #include "kvmix/export.h"
-#include "kvmix/metrics.h"
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
-#include "kvmix/speed.h"
 #include "kvmix/status.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/metrics.h"
+#include "kvmix/tune/speed.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using Progress = std::function<void(std::size_t done, std::size_t total)>;
 
@@ -292,6 +292,6 @@ KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, s
 KVMIX_API std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& truth,
                                    double factor, ErrorTable* table);
 
-}  // namespace kvmix
+}  // namespace kvmix::tune
 
-#endif  // KVMIX_TUNE_H_
+#endif  // KVMIX_TUNE_STEPS_H_
