@@ -65,7 +65,7 @@ struct CacheSet {
 
 HeadCodec CodecNamed(const char* name) {
   const CodecKind kind = Require(ParseCodecKind(name));
-  return {kind, kind.scale == Scale::kHead ? kHeadScale : 0.0f, nullptr};
+  return {kind, kind.scale == KVMIX_SCALE_HEAD ? kHeadScale : 0.0f, nullptr};
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {

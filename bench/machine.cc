@@ -169,7 +169,7 @@ Limit Limits::Macs(const char* name, MacKernel kernel, double share, int threads
 
 Limit Limits::TileMacs(Storage storage, int threads) {
   const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(kernels_.target);
-  if (storage == Storage::kF16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
+  if (storage == KVMIX_STORAGE_F16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
   Limit pairs = Macs("mul-i16", probe.widening_i16, 1.0, threads);
   if (probe.dot_u8i8 == nullptr) return pairs;
   Limit dot = Macs("dot-u8i8/2", probe.dot_u8i8, 0.5, threads);

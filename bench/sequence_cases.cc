@@ -22,7 +22,7 @@ namespace {
 using internal::RandomHalves;
 using tools::Require;
 
-const HeadCodec kCodec{{Storage::kI8, Scale::kToken}};
+const HeadCodec kCodec{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
 constexpr const char* kCodecName = "k=i8-token,v=i8-token";
 constexpr std::size_t kTokens = 4096, kChunk = 64;
 

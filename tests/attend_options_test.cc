@@ -65,9 +65,8 @@ void CheckOnAllTargets(const Model& m, const AttendOptions& options) {
     const std::vector<double> nmse = Nmse(m.g, Attended(m.Fill(target), 0, q, options), expected);
     for (std::size_t h = 0; h < nmse.size(); ++h) {
       EXPECT_LE(nmse[h], kBound) << "query head " << h << ", K and V "
-                                 << ToString(m.plan.codec(0, h / m.g.group(), Tensor::kK).kind)
-                                 << " "
-                                 << ToString(m.plan.codec(0, h / m.g.group(), Tensor::kV).kind);
+                                 << ToString(m.plan.codec(0, h / m.g.group(), KVMIX_K).kind) << " "
+                                 << ToString(m.plan.codec(0, h / m.g.group(), KVMIX_V).kind);
     }
   });
 }
@@ -466,7 +465,7 @@ TEST(AttendOptions, QueriesOfAnyTypeAndStride) {
   ForAllTargets([&](std::string_view target) {
     const Cache cache = m.Fill(target);
     const std::vector<float> expected = Attended(cache, 0, m.q);
-    for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32}) {
+    for (const Dtype dtype : {KVMIX_F16, KVMIX_BF16, KVMIX_F32}) {
       for (const bool heads_first : {false, true}) {
         for (const bool backwards : {false, true}) {
           const Placed q = Place(QView(m.g, m.q), dtype, heads_first, backwards, backwards ? 5 : 0);

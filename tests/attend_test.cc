@@ -35,8 +35,8 @@ class Attention : public ::testing::Test {
       const std::vector<float> out = Attended(cache, 0, q_floats, options);
       const std::vector<double> nmse = Nmse(g, out, expected);
       for (std::size_t h = 0; h < g.query_heads; ++h) {
-        const std::string codecs = ToString(plan.codec(0, h / g.group(), Tensor::kK).kind) + " " +
-                                   ToString(plan.codec(0, h / g.group(), Tensor::kV).kind);
+        const std::string codecs = ToString(plan.codec(0, h / g.group(), KVMIX_K).kind) + " " +
+                                   ToString(plan.codec(0, h / g.group(), KVMIX_V).kind);
         EXPECT_LE(nmse[h], bound) << "query head " << h << ", K and V " << codecs;
         double& worst = worst_[cache.target()];
         worst = std::max(worst, nmse[h] / bound);

@@ -100,7 +100,7 @@ TEST(AttendBatch, HasTheBitsOfSingleCalls) {
       }
       std::vector<float> numbers(2 * 2049);
       for (float& x : numbers) x = rng() % 3 == 0 ? -kInf : 0.0f;
-      const MaskData mask(numbers, 2, Dtype::kF16);
+      const MaskData mask(numbers, 2, KVMIX_F16);
       queries[4].mask = mask.view;
       for (const std::size_t window : {0, 200}) {
         for (const bool causal : {true, false}) {
@@ -284,7 +284,7 @@ TEST(MergeOutputs, OfTwoCachesIsThatOfOne) {
         MergeOutputs(both[0].out.data(), both[0].log_sum_exp.data(), both[1].out.data(),
                      both[1].log_sum_exp.data(), both[0].log_sum_exp.size(), c.g.head_dim);
         const reference::Attended expected = reference::MaskedAttention(
-            c.g, ToFloats(q), Decoded(whole, 0, Tensor::kK), Decoded(whole, 0, Tensor::kV), with);
+            c.g, ToFloats(q), Decoded(whole, 0, KVMIX_K), Decoded(whole, 0, KVMIX_V), with);
         EXPECT_LE(WorstNmse(c.g, both[0].out, expected.out), 1e-6);
         for (std::size_t r = 0; r < expected.log_sum_exp.size(); ++r) {
           ASSERT_NEAR(both[0].log_sum_exp[r], expected.log_sum_exp[r], 1e-3);
@@ -331,7 +331,7 @@ TEST(TokenTree, EveryPathIsAsIfAlone) {
     std::fill_n(row, kPrompt, 0.0f);
     for (const std::size_t d : path(i)) row[kPrompt + d] = 0.0f;
   }
-  const MaskData mask(numbers, kDrafts, Dtype::kF16);
+  const MaskData mask(numbers, kDrafts, KVMIX_F16);
   ForAllTargets([&](std::string_view target) {
     const Cache cache = Filled(c.plan, c.rows, kPrompt + kDrafts, target);
     Query tree(cache, kDrafts, 7);

@@ -90,7 +90,7 @@ constexpr std::array kNames = {"f16",           "i8-head",         "i8-token",
 
 HeadCodec CodecNamed(std::string_view name, std::size_t dim) {
   HeadCodec codec{ParseCodecKind(name).value(), 0.0f, nullptr};
-  if (codec.kind.scale == Scale::kHead) codec.head_scale = 0.0625f;
+  if (codec.kind.scale == KVMIX_SCALE_HEAD) codec.head_scale = 0.0625f;
   if (!codec.kind.centre) return codec;
   CodecVectors vectors;
   for (std::size_t c = 0; c < dim; ++c) {
@@ -135,7 +135,7 @@ std::uint64_t RowsHash(const Cache& cache) {
   const std::size_t tokens = cache.tokens(0);
   Hash hash;
   for (std::size_t h = 0; h < g.kv_heads; ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       std::vector<std::uint8_t> codes(tokens * cache.RowBytes(0, h, t));
       std::vector<float> scales(tokens);
       EXPECT_TRUE(cache.ExportRows(0, h, t, 0, tokens, codes.data(), scales.data()).ok());

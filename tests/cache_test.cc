@@ -60,10 +60,10 @@ const Names kRuns = {"i8-token+centre",
 // Every kind that exists.
 Names AllKinds() {
   Names names{"f16"};
-  for (const Scale scale : {Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
+  for (const Scale scale : {KVMIX_SCALE_HEAD, KVMIX_SCALE_TOKEN, KVMIX_SCALE_TOKEN_BF16}) {
     for (unsigned steps = 0; steps < 8; ++steps) {
-      for (const Storage storage : {Storage::kI8, Storage::kI4}) {
-        if (storage == Storage::kI4 && scale == Scale::kHead) continue;
+      for (const Storage storage : {KVMIX_STORAGE_I8, KVMIX_STORAGE_I4}) {
+        if (storage == KVMIX_STORAGE_I4 && scale == KVMIX_SCALE_HEAD) continue;
         names.push_back(
             ToString({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0}));
       }
@@ -135,11 +135,11 @@ TEST(CacheCreate, RefusesPlansThatAreInvalidOrOfAnotherModel) {
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"expected 8", "found 7"});
   plan = good;
-  plan.codec(1, 0, Tensor::kV) = {{Storage::kI8, Scale::kHead}};  // without its scale
+  plan.codec(1, 0, KVMIX_V) = {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}};  // without its scale
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 1, KV head 0, V"});
   plan = good;
-  plan.codec(0, 1, Tensor::kK).vectors = std::make_shared<const CodecVectors>(
+  plan.codec(0, 1, KVMIX_K).vectors = std::make_shared<const CodecVectors>(
       CodecVectors{std::vector<float>(16, 1.0f), {}});  // fp16 is not centred
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 0, KV head 1, K", "mean"});
@@ -265,18 +265,18 @@ TEST(CacheStores, ZeroForNanAndTheLargestHalfForInfinity) {
          {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre", "i8-head+centre"}) {
       SCOPED_TRACE(name);
       HeadCodec codec = MakeCodec(name, g, {}, 0);
-      if (codec.kind.scale == Scale::kHead) codec.head_scale = 65504.0f / 127.0f;
+      if (codec.kind.scale == KVMIX_SCALE_HEAD) codec.head_scale = 65504.0f / 127.0f;
       Cache cache = Empty(UniformPlan(g, codec, codec), 1, target);
       ASSERT_TRUE(AppendTokens(cache, 0, {x, x}, 0, 1).ok());
-      for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+      for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
         const std::vector<double> y = Decoded(cache, 0, tensor);
         EXPECT_EQ(y[0], 0.0);
         EXPECT_NEAR(y[1], 65504.0,
-                    codec.kind.scale == Scale::kTokenBF16
+                    codec.kind.scale == KVMIX_SCALE_TOKEN_BF16
                         ? 512.0
                         : 0.01);  // a bf16 scale is up to 2^-7 too large
         EXPECT_EQ(y[2], -y[1]);
-        EXPECT_EQ(y[3], codec.kind.storage == Storage::kF16 ? 1.0 : 0.0);
+        EXPECT_EQ(y[3], codec.kind.storage == KVMIX_STORAGE_F16 ? 1.0 : 0.0);
       }
     }
   });
@@ -322,7 +322,7 @@ TEST(CacheStores, RowsOfAnyTypeAndStride) {
   const Plan plan = MakePlan(g, RandomRows(g, 300, 30), kRuns, {kRuns.rbegin(), kRuns.rend()});
   std::uint64_t saturated = 0;
   const LayerCodes expected = Reference(plan, rows, &saturated);
-  for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32}) {
+  for (const Dtype dtype : {KVMIX_F16, KVMIX_BF16, KVMIX_F32}) {
     for (const bool heads_first : {false, true}) {
       for (const bool backwards : {false, true}) {
         const std::size_t gap = backwards ? 5 : 0;
@@ -355,8 +355,8 @@ TEST(CacheStores, KAndVOfDifferentTypes) {
     for (Half& h : *x) h = FloatToHalf(std::round(8.0f * HalfToFloat(h)));
   }
   const Plan plan = MakePlan(g, rows, {"i8-token", "f16"}, {"i8-token-bf16", "i8-head"});
-  const Placed k = Place(KvView(g, rows.k), Dtype::kF32, true, false, 0),
-               v = Place(KvView(g, rows.v), Dtype::kBF16, false, false, 3);
+  const Placed k = Place(KvView(g, rows.k), KVMIX_F32, true, false, 0),
+               v = Place(KvView(g, rows.v), KVMIX_BF16, false, false, 3);
   Cache cache = Empty(plan, 20);
   ASSERT_TRUE(cache.Append(0, k.view, v.view).ok());
   ExpectSame(Export(cache, 0), Reference(plan, rows), plan);
@@ -388,7 +388,7 @@ TEST(CacheStores, NumbersThatNoHalfHas) {
 
 TEST(CacheStores, SaturatedCountsSinceCreate) {
   const Geometry g{2, 1, 1, 8};
-  const HeadCodec head{{Storage::kI8, Scale::kHead}, 1.0f, nullptr};
+  const HeadCodec head{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, 1.0f, nullptr};
   Cache cache = Empty(UniformPlan(g, head, head), 4);
   std::vector<Half> inside(8, FloatToHalf(127.0f)), beyond = inside;
   beyond[2] = FloatToHalf(128.0f);
@@ -603,7 +603,7 @@ TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   const auto refused = [&](std::size_t layer, std::size_t head, std::size_t first,
                            std::size_t count) {
     const Status s =
-        cache.ExportRows(layer, head, Tensor::kK, first, count, codes.data(), scales.data());
+        cache.ExportRows(layer, head, KVMIX_K, first, count, codes.data(), scales.data());
     ExpectError(s, ErrorCode::kInvalidArgument, {});
   };
   refused(1, 0, 0, 1);
@@ -613,7 +613,7 @@ TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   refused(0, 0, 21, 0);
   refused(0, 0, 5, std::numeric_limits<std::size_t>::max());
   refused(0, 0, std::numeric_limits<std::size_t>::max(), 2);
-  EXPECT_TRUE(cache.ExportRows(0, 0, Tensor::kK, 20, 0, codes.data(), scales.data()).ok());
+  EXPECT_TRUE(cache.ExportRows(0, 0, KVMIX_K, 20, 0, codes.data(), scales.data()).ok());
   EXPECT_EQ(codes, std::vector<std::uint8_t>(64 * 16, 0xAA));
   EXPECT_EQ(scales, std::vector<float>(64, kUntouched));
 }

@@ -39,7 +39,7 @@ TEST(DumpDeathTest, HasNoLayersBeyondItsLast) {
   const Dump dump = std::move(Dump::Open(folder.file("dump")).value());
   EXPECT_NE(dump.k(1).data, nullptr);
   EXPECT_DEATH(dump.k(2), "found 2 and 2\n");
-  EXPECT_DEATH(dump.head(0, 2, Tensor::kV), "expected kv_head < .*found 2 and 2\n");
+  EXPECT_DEATH(dump.head(0, 2, KVMIX_V), "expected kv_head < .*found 2 and 2\n");
   EXPECT_DEATH((void)dump.CheckFinite(5), "found 5 and 2\n");
 }
 

@@ -28,7 +28,7 @@ Seen Count(std::size_t first, std::size_t last) {
 // A dump in the making, and the rows that it should have.
 struct Engine {
   LayerShape shape{.kv_heads = 2, .query_heads = 4, .k_dim = 8, .v_dim = 4};
-  Dtype mask_type = Dtype::kF16;
+  Dtype mask_type = KVMIX_F16;
   llama::Dump dump;
   int number = 0;
   struct Rows {
@@ -53,8 +53,8 @@ struct Engine {
         halves[t * kStride + c] = sees ? Half{0} : Half{0xFC00};
       }
     }
-    MaskView mask{halves.data(), Dtype::kF16, n, kCells, kStride};
-    if (mask_type == Dtype::kF32) mask = {floats.data(), Dtype::kF32, n, kCells, kStride};
+    MaskView mask{halves.data(), KVMIX_F16, n, kCells, kStride};
+    if (mask_type == KVMIX_F32) mask = {floats.data(), KVMIX_F32, n, kCells, kStride};
     const auto rows = [&](std::size_t heads, std::size_t dim, std::vector<float> Rows::*to) {
       std::vector<float> x(n * heads * dim);
       for (float& f : x) f = static_cast<float>(++number % 2048);
@@ -106,7 +106,7 @@ Model ExpectDump(const std::string& path, const Engine& engine, const Seen& prom
 }
 
 TEST(LlamaDump, Prompts) {
-  for (const Dtype type : {Dtype::kF16, Dtype::kF32}) {
+  for (const Dtype type : {KVMIX_F16, KVMIX_F32}) {
     const TempFolder folder;
     const std::string path = folder.file("dump");
     {
@@ -242,7 +242,7 @@ TEST(LlamaDump, CallsWithoutRows) {
   EXPECT_TRUE(e.dump
                   .Add(0, e.shape, RowsView::F32(q.data(), 9, 4, 8),
                        RowsView::F32(nullptr, 0, 2, 8), RowsView::F32(nullptr, 0, 2, 4),
-                       {q.data(), Dtype::kF32, 9, 9, 9})
+                       {q.data(), KVMIX_F32, 9, 9, 9})
                   .ok());
   e.Finish();
   ExpectDump(folder.file("dump"), e, {9});

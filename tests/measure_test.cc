@@ -149,7 +149,7 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
       ASSERT_EQ((head.layer * kGeometry.kv_heads + head.kv_head) * 2 +
                     static_cast<std::size_t>(head.tensor),
                 i);  // sorted, each once
-      const std::vector<CodecKind>& kinds = head.tensor == Tensor::kK ? all_kinds.k : all_kinds.v;
+      const std::vector<CodecKind>& kinds = head.tensor == KVMIX_K ? all_kinds.k : all_kinds.v;
       ASSERT_EQ(head.candidates.size(), kinds.size());
       for (std::size_t c = 0; c < kinds.size(); ++c) {
         const CandidateError& candidate = head.candidates[c];
@@ -197,7 +197,7 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
     }
   }
   // The plan as a whole: of layers 0, 1, 3 and 4.
-  const HeadCodec int8{{Storage::kI8, Scale::kToken}};
+  const HeadCodec int8{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   const Plan plan = UniformPlan(Stored(model), int8, int8);  // it says nothing of attention
   const auto errors = MeasurePlan(dump, plan, {.num_threads = 2});
   ASSERT_TRUE(errors.ok()) << errors.status().message();
@@ -216,11 +216,11 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
 
 TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
   const std::vector<CodecKind> kinds = {{},
-                                        {Storage::kI8, Scale::kHead},
-                                        {Storage::kI8, Scale::kHead, true},
-                                        {Storage::kI8, Scale::kTokenBF16, true},
-                                        {Storage::kI8, Scale::kToken, false, true, true},
-                                        {Storage::kI8, Scale::kToken, true, true, true}};
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true}};
   const Result<ErrorTable> table =
       Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
   ASSERT_TRUE(table.ok()) << table.status().message();
@@ -241,14 +241,14 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
       EXPECT_TRUE(CheckCodec(codec, kGeometry.head_dim).ok());
       for (std::size_t c = 0; c < codec.mean().size(); ++c)
         EXPECT_NEAR(codec.mean()[c], mean[c], 1e-6 * (1.0 + std::fabs(mean[c])));
-      EXPECT_EQ(codec.head_scale, codec.kind.scale == Scale::kHead
+      EXPECT_EQ(codec.head_scale, codec.kind.scale == KVMIX_SCALE_HEAD
                                       ? std::max(reference::HeadScale(rows[0], codec),
                                                  reference::HeadScale(rows[1], codec))
                                       : 0.0f);
       ErrorSums expected;
       for (const RowsView& r : rows)
         expected += reference::Errors(r, reference::Encode(r, codec), codec);
-      EXPECT_EQ(expected.sum_squared_error == 0.0, codec.kind.storage == Storage::kF16);
+      EXPECT_EQ(expected.sum_squared_error == 0.0, codec.kind.storage == KVMIX_STORAGE_F16);
       EXPECT_NEAR(candidate.values.sum_squared_error, expected.sum_squared_error,
                   1e-5 * expected.sum_squared_error);
       EXPECT_EQ(candidate.values.count, 57u * kGeometry.head_dim);
@@ -292,10 +292,10 @@ TEST_F(MeasureTest, StatisticsAsComputedDirectly) {
         for (std::size_t q = h * group; q < (h + 1) * group; ++q)
           queries.push_back(dump.q(reader).Head(q));
       }
-      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kK),
-                       dump.head(layer, h, Tensor::kK), queries);
-      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kV),
-                       dump.head(layer, h, Tensor::kV), {});
+      ExpectStatistics(internal::Statistics(dump, layer, h, KVMIX_K), dump.head(layer, h, KVMIX_K),
+                       queries);
+      ExpectStatistics(internal::Statistics(dump, layer, h, KVMIX_V), dump.head(layer, h, KVMIX_V),
+                       {});
     }
   }
   HeadStatistics one{2, {1.0}, {-1.0f}, {3.0f}, {4.0}};
@@ -316,9 +316,9 @@ std::vector<double> Ranges(const std::vector<RowsView>& rows, std::span<const fl
 
 // Roots of the channels' ranges, with a geometric mean of 1.
 TEST_F(MeasureTest, FoldFactorsBalanceTheChannels) {
-  const std::vector<CodecKind> kinds = {{Storage::kI8, Scale::kToken, false, true},
-                                        {Storage::kI8, Scale::kToken, true, true},
-                                        {Storage::kI8, Scale::kToken, true, true, true}};
+  const std::vector<CodecKind> kinds = {{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true}};
   const ErrorTable table =
       Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1}).value();
   for (const HeadErrors& head : table.heads) {
@@ -353,8 +353,8 @@ TEST_F(MeasureTest, FoldFactorsAreBounded) {
     parts.tensor("layers.0.v")[t * 16 + 9] = FloatToHalf(60000.0f);  // one huge channel
   }
   const Dump dump = Write("flat.safetensors", parts);
-  const std::vector<CodecKind> kinds = {{Storage::kI8, Scale::kToken, true, true},
-                                        {Storage::kI8, Scale::kToken, false, true}};
+  const std::vector<CodecKind> kinds = {{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true}};
   const Result<ErrorTable> table = Measure({&dump}, {kinds, kinds}, 0, 1);
   ASSERT_TRUE(table.ok()) << table.status().message();
   for (const HeadErrors& head : table->heads) {
@@ -366,17 +366,17 @@ TEST_F(MeasureTest, FoldFactorsAreBounded) {
                    << ", " << ToString(candidate.codec.kind));
       EXPECT_TRUE(CheckCodec(candidate.codec, 8).ok());
       EXPECT_LE(most, 64.001f * least);
-      const bool flat = head.kv_head == 0 && head.tensor == Tensor::kV,
-                 zero = head.kv_head == 1 && head.tensor == Tensor::kK;
+      const bool flat = head.kv_head == 0 && head.tensor == KVMIX_V,
+                 zero = head.kv_head == 1 && head.tensor == KVMIX_K;
       if (zero || flat) {
         EXPECT_EQ(least, most);
         EXPECT_EQ(least, 1.0f);
       }
-      if (head.kv_head == 0 && head.tensor == Tensor::kK && candidate.codec.kind.centre) {
+      if (head.kv_head == 0 && head.tensor == KVMIX_K && candidate.codec.kind.centre) {
         EXPECT_EQ(least, factor[3]);
         EXPECT_GT(most, 10.0f * least);
       }
-      if (head.kv_head == 1 && head.tensor == Tensor::kV && !candidate.codec.kind.centre) {
+      if (head.kv_head == 1 && head.tensor == KVMIX_V && !candidate.codec.kind.centre) {
         EXPECT_EQ(most, factor[1]);
         EXPECT_NEAR(most, 64.0f * least, 0.01f * most);
       }
@@ -426,7 +426,8 @@ TEST_F(MeasureTest, DoesNotDependOnTheThreadsWithinALayer) {
   const CandidateKinds kinds = *Candidates("int8");
   const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.num_threads = 1}).value();
   const auto plan_errors = [&](int threads) {
-    const HeadCodec k = one.heads[0].candidates.back().codec, v{{Storage::kI8, Scale::kToken}};
+    const HeadCodec k = one.heads[0].candidates.back().codec,
+                    v{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
     return MeasurePlan(dump, UniformPlan(dump.model(), k, v), {.num_threads = threads}).value();
   };
   const std::vector<AttentionError> plan_one = plan_errors(1);
@@ -444,7 +445,7 @@ TEST_F(MeasureTest, DoesNotDependOnTheTypeAndOrderOfTheDump) {
   const Dump halves = Write("same.safetensors", parts);
   const ErrorTable expected = Measure({&halves}, *Candidates("all"), 0, 2).value();
   for (const bool heads_first : {false, true}) {
-    const Dump dump = Write("same.safetensors", parts.As(Dtype::kF32, heads_first));
+    const Dump dump = Write("same.safetensors", parts.As(KVMIX_F32, heads_first));
     ExpectSame(Measure({&dump}, *Candidates("all"), 0, 2).value(), expected);
   }
 }
@@ -524,8 +525,8 @@ TEST_F(MeasureTest, CandidateLists) {
 }
 
 TEST_F(MeasureTest, EncodingErrorOfOneHead) {
-  const RowsView rows = a_.head(0, 1, Tensor::kK);
-  const HeadCodec token{{Storage::kI8, Scale::kToken}};
+  const RowsView rows = a_.head(0, 1, KVMIX_K);
+  const HeadCodec token{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   const Result<ErrorSums> errors = EncodingError(rows, token);
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   const ErrorSums expected = reference::Errors(rows, reference::Encode(rows, token), token);
@@ -533,15 +534,15 @@ TEST_F(MeasureTest, EncodingErrorOfOneHead) {
   EXPECT_NEAR(errors->sum_squared_error, expected.sum_squared_error,
               1e-5 * expected.sum_squared_error);
   EXPECT_EQ(errors->max_abs, expected.max_abs);
-  ExpectError(EncodingError(rows, {{Storage::kI8, Scale::kHead}}).status(),
+  ExpectError(EncodingError(rows, {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}}).status(),
               ErrorCode::kInvalidArgument, {"scale above 0"});
 }
 
 TEST_F(MeasureTest, CountsWhatAPlanClamps) {
-  const HeadCodec narrow{{Storage::kI8, Scale::kHead}, 0.01f, nullptr};
+  const HeadCodec narrow{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, 0.01f, nullptr};
   std::uint64_t expected = 5, saturated = 5;  // is added to
   for (std::size_t h = 0; h < kGeometry.kv_heads; ++h)
-    for (const Tensor t : {Tensor::kK, Tensor::kV})
+    for (const Tensor t : {KVMIX_K, KVMIX_V})
       expected += reference::Encode(a_.head(1, h, t), narrow).clamped;
   std::vector<float> out;
   const std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads, narrow);
@@ -563,7 +564,7 @@ TEST_F(MeasureTest, PlansAsComputedDirectly) {
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), kGeometry.layers * kGeometry.query_heads);
   for (std::size_t layer = 0; layer < kGeometry.layers; ++layer) {
-    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const std::vector<AttentionError> expected =
         DirectErrors(a_, layer, {first, first + 2 * kGeometry.kv_heads});
     for (std::size_t q = 0; q < kGeometry.query_heads; ++q)
@@ -651,8 +652,8 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
   ExpectError(Measure({&a_}, {}, 0, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
   ExpectError(Measure({&a_}, {seed.k, {}}, 0, 1).status(), ErrorCode::kInvalidArgument,
               {"candidate"});
-  for (const CodecKind& kind : {CodecKind{Storage::kI8, Scale::kHead, false, true},
-                                CodecKind{Storage::kI8, Scale::kHead, false, false, true}})
+  for (const CodecKind& kind : {CodecKind{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, false, true},
+                                CodecKind{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, false, false, true}})
     ExpectError(Measure({&a_}, {{kind}, seed.v}, 0, 1).status(), ErrorCode::kInvalidArgument,
                 {"candidate " + ToString(kind), "scale per token"});
   ExpectError(Measure({&a_}, seed, 0, 1, {.num_threads = -2}).status(), ErrorCode::kInvalidArgument,

@@ -271,8 +271,9 @@ TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
   ASSERT_TRUE(MeasureHeadSpeeds(all.k, all.v, Shape(1, 17), 20, 0.0, &odd).ok());
   EXPECT_EQ(odd.speeds.size(), 9u);
   for (const bool step : {false, true}) {
-    EXPECT_EQ(SpeedName({Storage::kI8, Scale::kTokenBF16, step, step, step}), "i8-token-bf16");
-    EXPECT_EQ(SpeedName({Storage::kI8, Scale::kHead, step, false, step}), "i8-head");
+    EXPECT_EQ(SpeedName({KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, step, step, step}),
+              "i8-token-bf16");
+    EXPECT_EQ(SpeedName({KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, step, false, step}), "i8-head");
   }
   EXPECT_EQ(SpeedName({}), "f16");
 }

@@ -58,8 +58,8 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   EXPECT_GE(SavedFraction(choice->plan), 0.45);
   Heads fp16_k, fp16_v;
   for (const HeadErrors& h : table->heads)
-    if (choice->plan.codec(h.layer, h.kv_head, h.tensor).kind.storage == Storage::kF16)
-      (h.tensor == Tensor::kK ? fp16_k : fp16_v).insert({h.layer, h.kv_head});
+    if (choice->plan.codec(h.layer, h.kv_head, h.tensor).kind.storage == KVMIX_STORAGE_F16)
+      (h.tensor == KVMIX_K ? fp16_k : fp16_v).insert({h.layer, h.kv_head});
   EXPECT_EQ(fp16_k, kStudyHeads);
   EXPECT_EQ(fp16_v, Heads{});
 }

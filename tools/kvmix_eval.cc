@@ -88,12 +88,12 @@ std::string Quant(const Options& o) {
 #pragma omp parallel for num_threads(threads)
     for (std::size_t i = 0; i < lines.size(); ++i) {
       const bool is_k = i < kv_heads;
-      const Tensor t = is_k ? Tensor::kK : Tensor::kV;
+      const Tensor t = is_k ? KVMIX_K : KVMIX_V;
       const std::size_t head = i % kv_heads;
       const HeadCodec& codec = plan.codec(layer, head, t);
       const RowsView rows = dump.head(layer, head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
-      if (codec.kind.storage != Storage::kF16) {
+      if (codec.kind.storage != KVMIX_STORAGE_F16) {
         // A plan that was loaded is valid.
         errors = o.rounding == "truncate" ? TruncationError(rows, codec)
                                           : EncodingError(rows, codec).value();
@@ -154,7 +154,7 @@ std::string ReferenceAttention(const Dump& dump, const Plan& plan, int threads) 
     if (!shape.has_kv()) continue;
     Require(dump.CheckFinite(layer));
     const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
-    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
                decoded = AttendExactly(dump, layer, first, threads);
     std::vector<float> kernel;

@@ -31,10 +31,10 @@ constexpr std::size_t kMaxGridLayers = 80;
 constexpr std::size_t kMaxGridHeads = 16;
 constexpr std::size_t kFrontLines = 12;
 
-const CodecKind kPlain{Storage::kI8, Scale::kToken};
+const CodecKind kPlain{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN};
 
-char Letter(Tensor t) { return t == Tensor::kK ? 'K' : 'V'; }
-const char* JsonName(Tensor t) { return t == Tensor::kK ? "k" : "v"; }
+char Letter(Tensor t) { return t == KVMIX_K ? 'K' : 'V'; }
+const char* JsonName(Tensor t) { return t == KVMIX_K ? "k" : "v"; }
 
 const CandidateError* Find(const HeadErrors& head, const CodecKind& kind) {
   for (const CandidateError& c : head.candidates)
@@ -53,7 +53,7 @@ std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
     return plain ? OfHead(*plain).worst_nmse : 0.0;
   };
   std::vector<const HeadErrors*> outliers;
-  for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
     std::vector<double> costs;
     for (const HeadErrors& h : table.heads)
       if (h.tensor == tensor) costs.push_back(cost(h));
@@ -115,7 +115,7 @@ std::string PlanText(const Plan& plan) {
   for (std::size_t l = 0; l < layers.size(); l += 10) tens += fmt::format("{:<10}", l);
   text += fmt::format("  {:<13} {}\n", "layer",
                       tens.substr(0, std::max(layers.size(), tens.find_last_not_of(' ') + 1)));
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     for (std::size_t h = 0; h < heads; ++h) {
       std::string row;
       for (std::size_t l = 0; l < layers.size(); ++l) {
@@ -440,7 +440,7 @@ std::string ReportJson(const TuneReport& r) {
   for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
     const HeadErrors& h = r.table.heads[i];
     const CodecKind& kind = plan.codecs[i].kind;
-    if (kind.storage == Storage::kF16)
+    if (kind.storage == KVMIX_STORAGE_F16)
       json["fp16_heads"].push_back(
           {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", JsonName(h.tensor)}});
     Json head = HeadJson(h);

@@ -83,12 +83,12 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::si
 std::uint64_t StoreRun(const To& to, const RowsView& k, const RowsView& v, std::size_t first,
                        std::size_t count, std::size_t cell) {
   if (count == 1) {
-    return StoreToken(to, Tensor::kK, k, first, cell) + StoreToken(to, Tensor::kV, v, first, cell);
+    return StoreToken(to, KVMIX_K, k, first, cell) + StoreToken(to, KVMIX_V, v, first, cell);
   }
   std::uint64_t clamped = 0;
   for (std::size_t h = 0; h < k.heads; ++h) {
-    clamped += StoreTokens(to, Tensor::kK, h, k, first, count, cell) +
-               StoreTokens(to, Tensor::kV, h, v, first, count, cell);
+    clamped += StoreTokens(to, KVMIX_K, h, k, first, count, cell) +
+               StoreTokens(to, KVMIX_V, h, v, first, count, cell);
   }
   return clamped;
 }
@@ -187,8 +187,8 @@ void AppendJob::Impl::RunPart(std::size_t part) {
   const std::size_t head = part / runs, block = held / kBlockTokens + part % runs;
   const std::size_t begin = std::max(held, block * kBlockTokens);
   const std::size_t end = std::min(held + k.tokens, (block + 1) * kBlockTokens);
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    const RowsView& x = t == Tensor::kK ? k : v;
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+    const RowsView& x = t == KVMIX_K ? k : v;
     Count(*to.cache, StoreTokens(to, t, head, x, begin - held, end - begin, begin));
   }
   if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) to.held().tokens = held + k.tokens;

@@ -219,8 +219,7 @@ Status AttendJob::Impl::Scan(const AttendRequest& asked, const CacheImpl& cache)
   ranges.resize(at + blocks * m.queries);
   for (std::size_t q = 0; q < m.queries; ++q) {
     kernels::MaskRange* const seen = ranges.data() + at + q * blocks;
-    if (!pool->kernels->mask.scan(request.numbers.row(q, 0), internal::KernelDtype(m.dtype),
-                                  m.cells, seen)) {
+    if (!pool->kernels->mask.scan(request.numbers.row(q, 0), m.dtype, m.cells, seen)) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("mask: NaN or +inf in the row of query {}", q)};
     }
@@ -235,8 +234,7 @@ Status AttendJob::Impl::Scan(const AttendRequest& asked, const CacheImpl& cache)
       }
     }
   }
-  request.mask = {m.data,  internal::KernelDtype(m.dtype), m.stride, m.cells, nullptr, blocks,
-                  m.slopes};
+  request.mask = {m.data, m.dtype, m.stride, m.cells, nullptr, blocks, m.slopes};
   request.masked = true;
   return {};
 }
@@ -420,8 +418,8 @@ Outputs AttendJob::Impl::AttendExact(const Unit& unit, const float* bias) const 
   const auto exact_rows = [&](Tensor t) {
     return rows_of_all + internal::ExactPlace(*pool, layer->shape, t, unit.kv_head);
   };
-  pool->kernels->exact.attend({exact_rows(Tensor::kK), exact_rows(Tensor::kV), s.exact,
-                               shape->k_dim, shape->v_dim, queries, rows, options.attention_scale,
+  pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), s.exact, shape->k_dim,
+                               shape->v_dim, queries, rows, options.attention_scale,
                                options.soft_cap, added, to.out, to.max, to.sum});
   return to;
 }

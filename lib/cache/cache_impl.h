@@ -33,7 +33,7 @@ struct PoolLayer {
   std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
   std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
 
-  const CompiledHeads& heads(Tensor t) const { return t == Tensor::kK ? k : v; }
+  const CompiledHeads& heads(Tensor t) const { return t == KVMIX_K ? k : v; }
   std::size_t PageOf(std::size_t block) const;
   std::size_t FirstBlock(std::size_t page) const;
   std::size_t BlocksOf(std::size_t page) const { return FirstBlock(page + 1) - FirstBlock(page); }

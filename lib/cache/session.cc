@@ -112,7 +112,7 @@ std::string Named(const std::string& model, std::uint64_t fingerprint) {
 template <class F>
 Status ForTensors(const PoolLayer& layer, const F& f) {
   for (std::size_t h = 0; h < layer.formats.size(); ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       if (Status s = f(t, h); !s.ok()) return s;
     }
   }

@@ -27,7 +27,7 @@ Damage DamageOf(const CandidateError& k, const CandidateError& v) {
 
 Reason Explain(const HeadErrors& head, std::size_t dim, const Pair& pick, const Pair& timeless,
                const Verdict& verdict) {
-  const bool is_k = head.tensor == Tensor::kK;
+  const bool is_k = head.tensor == KVMIX_K;
   const auto bytes = [&](const CandidateError& c) { return BytesPerToken(c.codec.kind, dim); };
   const auto damage = [&](const CandidateError& c) {
     return is_k ? DamageOf(c, *pick.v) : DamageOf(*pick.k, c);

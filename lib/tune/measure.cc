@@ -144,7 +144,7 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
     const LayerShape& shape = model.layers[layer];
     if (!shape.has_kv()) return Status();
     within.exact_first = plan.exact_first;
-    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const std::vector<HeadCodec> codecs(first, first + shape.kv_heads * 2),
         exact_codecs(codecs.size());
     std::vector<float> exact, approximate;
@@ -163,7 +163,8 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
 }
 
 Result<CandidateKinds> Candidates(const std::string& name) {
-  const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
+  const CodecKind f16, head{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD},
+      token{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN};
   if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
   if (name != "int8" && name != "all")
     return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8 or all", name);
@@ -178,17 +179,18 @@ Result<CandidateKinds> Candidates(const std::string& name) {
       }
     }
   };
-  const std::vector<Scale> both = {Scale::kToken, Scale::kTokenBF16}, bf16 = {Scale::kTokenBF16};
-  add(&kinds.k, Storage::kI8, both, {{}, {.centre = true}});
-  add(&kinds.v, Storage::kI8, both, {{}});
+  const std::vector<Scale> both = {KVMIX_SCALE_TOKEN, KVMIX_SCALE_TOKEN_BF16},
+                           bf16 = {KVMIX_SCALE_TOKEN_BF16};
+  add(&kinds.k, KVMIX_STORAGE_I8, both, {{}, {.centre = true}});
+  add(&kinds.v, KVMIX_STORAGE_I8, both, {{}});
   if (name == "int8") return kinds;
   const CodecKind rotated{.hadamard = true}, centred{.centre = true, .hadamard = true},
       folded{.centre = true, .fold = true, .hadamard = true},
       shaped{.centre = true, .fold = true, .hadamard = true, .shape = true};
-  add(&kinds.k, Storage::kI8, both,
+  add(&kinds.k, KVMIX_STORAGE_I8, both,
       {rotated, centred, {.centre = true, .fold = true}, folded, shaped});
-  add(&kinds.v, Storage::kI8, both, {rotated});
-  for (const Storage storage : {Storage::kI6, Storage::kI4, Storage::kI3}) {
+  add(&kinds.v, KVMIX_STORAGE_I8, both, {rotated});
+  for (const Storage storage : {KVMIX_STORAGE_I6, KVMIX_STORAGE_I4, KVMIX_STORAGE_I3}) {
     add(&kinds.k, storage, bf16, {rotated, centred, folded, shaped});
     add(&kinds.v, storage, bf16, {rotated});
   }

@@ -37,13 +37,13 @@ std::string NameOf(PartKind kind) { return std::string(kFormats[static_cast<std:
 template <class Archive, class Heads>
 void Statistics(const LayerShape& shape, const std::string& prefix, Archive* archive,
                 Heads* heads) {
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     const std::size_t dim = shape.dim(t);
-    const std::string name = prefix + (t == Tensor::kK ? ".k." : ".v.");
+    const std::string name = prefix + (t == KVMIX_K ? ".k." : ".v.");
     archive->Field(name + "sum", {dim}, t, &HeadStatistics::sum, heads);
     archive->Field(name + "min", {dim}, t, &HeadStatistics::min, heads);
     archive->Field(name + "max", {dim}, t, &HeadStatistics::max, heads);
-    if (t == Tensor::kK)
+    if (t == KVMIX_K)
       archive->Field(name + "query_moment", {dim, dim}, t, &HeadStatistics::query_moment, heads);
   }
 }
@@ -58,10 +58,10 @@ template <class Archive, class Heads>
 void Errors(const Measurement& m, std::size_t layer, const std::string& prefix, Archive* archive,
             Heads* heads) {
   const std::size_t queries = m.model.queries(layer, 0).size();
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     const std::size_t candidates =
         internal::KindsFor(m.candidates, m.model.layers[layer], t).size();
-    const std::string name = prefix + (t == Tensor::kK ? ".k." : ".v.");
+    const std::string name = prefix + (t == KVMIX_K ? ".k." : ".v.");
     archive->Field(name + "values", {candidates, 3}, t, &Numbers::values, heads);
     archive->Field(name + "attention", {candidates, queries, 3}, t, &Numbers::attention, heads);
   }

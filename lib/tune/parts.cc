@@ -80,7 +80,7 @@ Status OtherCalibration(std::size_t layer) {
 std::vector<CodecKind> KindsFor(const CandidateKinds& candidates, const LayerShape& shape,
                                 Tensor t) {
   std::vector<CodecKind> kinds;
-  std::ranges::copy_if(t == Tensor::kK ? candidates.k : candidates.v, std::back_inserter(kinds),
+  std::ranges::copy_if(t == KVMIX_K ? candidates.k : candidates.v, std::back_inserter(kinds),
                        [&](const CodecKind& kind) { return Fits(kind, shape.dim(t)); });
   return kinds;
 }

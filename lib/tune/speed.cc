@@ -26,7 +26,7 @@ constexpr const char* kAdvice = "; delete this file or name another, and speeds 
 
 HeadCodec CodecFor(const CodecKind& kind) {
   return {{.storage = kind.storage, .scale = kind.scale},
-          kind.scale == Scale::kHead ? internal::kHeadScale : 0.0f};
+          kind.scale == KVMIX_SCALE_HEAD ? internal::kHeadScale : 0.0f};
 }
 
 }  // namespace

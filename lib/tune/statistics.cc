@@ -76,7 +76,7 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
       s.max[c] = std::max(s.max[c], x);
     }
   }
-  if (tensor == Tensor::kV || !dump.has_q()) return s;
+  if (tensor == KVMIX_V || !dump.has_q()) return s;
   Moment moment(rows.head_dim);
   for (const std::size_t reader : dump.model().readers(layer)) {
     const std::size_t group = dump.model().layers[reader].group();

@@ -40,7 +40,7 @@ struct AttendOptions {
 // causality and window: with cells in any order, switch those off.
 struct MaskView {
   const void* data = nullptr;  // query i, cell c: element i * stride + c; null: no mask
-  Dtype dtype = Dtype::kF16;
+  Dtype dtype = KVMIX_F16;
   std::size_t queries = 0;  // those of q
   std::size_t cells = 0;    // at most the capacity; a cell from here on is not seen
   std::ptrdiff_t stride = 0;

@@ -134,7 +134,7 @@ struct CandidateError {
 struct HeadErrors {
   std::size_t layer = 0;
   std::size_t kv_head = 0;
-  Tensor tensor = Tensor::kK;
+  Tensor tensor = KVMIX_K;
   double max_abs = 0.0;
   std::vector<CandidateError> candidates;  // in the order of CandidateKinds
 };
