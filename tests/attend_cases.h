@@ -237,10 +237,10 @@ inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
 
 template <typename T>
 std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q,
-                            const AttendOptions& options = {}, int num_threads = 1) {
+                            const AttendOptions& options = {}, const Runner& runner = 1) {
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
   const Status s =
-      Attend(cache, layer, QView(GeometryOf(cache.model()), q), out.data(), options, num_threads);
+      Attend(cache, layer, QView(GeometryOf(cache.model()), q), out.data(), options, runner);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }

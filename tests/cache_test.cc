@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -15,12 +14,12 @@
 #include <random>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "tests/cache_rows.h"
 #include "tests/reference/quantize.h"
+#include "tests/runners.h"
 
 namespace kvmix::testing {
 namespace {
@@ -446,78 +445,57 @@ TEST(CacheAppend, AnyNumberOfThreadsGivesTheSameBytes) {
 
 TEST(CacheAppend, PartsInAnyOrderAndTokensAfterTheLast) {
   const Prompt prompt;
-  std::mt19937 rng(35);
-  AppendJob job;
-  EXPECT_EQ(job.parts(), 0u);
-  for (int round = 0; round < 3; ++round) {
+  for (unsigned seed = 0; seed < 3; ++seed) {
     Cache cache = prompt.Start();
-    ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
-    EXPECT_EQ(cache.tokens(0), prompt.held);
-    std::vector<std::size_t> order(job.parts());
-    ASSERT_GT(order.size(), prompt.g.kv_heads);
-    for (std::size_t p = 0; p < order.size(); ++p) order[p] = order.size() - 1 - p;
-    if (round > 0) std::shuffle(order.begin(), order.end(), rng);
-    for (const std::size_t p : order) {
-      EXPECT_EQ(cache.tokens(0), prompt.held);
-      job.RunPart(p);
-    }
+    OrderRunner runner(seed);
+    runner.before = [&] { EXPECT_EQ(cache.tokens(0), prompt.held); };
+    ASSERT_TRUE(cache.Append(0, prompt.k(), prompt.v(), runner).ok());
+    ASSERT_GT(runner.parts, prompt.g.kv_heads);
     prompt.ExpectWhole(cache);
   }
 }
 
-TEST(CacheAppend, PartsOnAPoolOfThreads) {
+TEST(CacheAppend, PartsOnThreadsOfAnEngine) {
   const Prompt prompt;
-  AppendJob job;
   for (const std::size_t threads : {2, 5}) {
     Cache cache = prompt.Start();
-    ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
-    std::atomic<std::size_t> next{0};
-    std::vector<std::thread> pool;
-    for (std::size_t i = 0; i < threads; ++i) {
-      pool.emplace_back([&] {
-        for (std::size_t p = next++; p < job.parts(); p = next++) job.RunPart(p);
-      });
-    }
-    for (std::thread& t : pool) t.join();
+    ASSERT_TRUE(cache.Append(0, prompt.k(), prompt.v(), EngineThreads(threads)).ok());
     prompt.ExpectWhole(cache);
   }
 }
 
-// One job for prompts of all sizes, from none to many blocks, which end inside blocks and on their
-// borders.
-TEST(CacheAppend, JobReusedOverSizes) {
+// Prompts of all sizes one after the other, from none to many blocks, which end inside blocks and
+// on their borders.
+TEST(CacheAppend, PartsOfAllSizes) {
   const Prompt prompt;
   const RowsView k = KvView(prompt.g, prompt.rows.k), v = KvView(prompt.g, prompt.rows.v);
   ForAllTargets([&](std::string_view target) {
-    AppendJob job;
     Cache cache = Empty(prompt.plan, 2200, target);
+    OrderRunner runner(36);
     for (const std::size_t tokens : {1, 0, 200, 55, 256, 2, 254, 700, 1, 0, 731}) {
       const std::size_t held = cache.tokens(0);
-      ASSERT_TRUE(job.Start(cache, 0, k.Tokens(held, tokens), v.Tokens(held, tokens)).ok());
-      EXPECT_EQ(job.parts() == 0, tokens == 0);
-      for (std::size_t p = 0; p < job.parts(); ++p) job.RunPart(p);
+      ASSERT_TRUE(cache.Append(0, k.Tokens(held, tokens), v.Tokens(held, tokens), runner).ok());
       EXPECT_EQ(cache.tokens(0), held + tokens);
     }
     prompt.ExpectWhole(cache);
   });
 }
 
-TEST(CacheAppend, RefusedJobsHaveNoParts) {
+TEST(CacheAppend, RefusedCallsRunNoParts) {
   const Prompt prompt;
   Cache cache = prompt.Start();
   const std::uint64_t saturated = cache.saturated();
-  AppendJob job;
-  ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
-  EXPECT_GT(job.parts(), 0u);  // of a call that never runs
-  ExpectError(job.Start(cache, 1, prompt.k(), prompt.v()), ErrorCode::kInvalidArgument,
+  OrderRunner runner;
+  runner.before = [] { ADD_FAILURE(); };
+  const auto append = [&](std::size_t layer, const RowsView& k, const RowsView& v) {
+    return cache.Append(layer, k, v, runner);
+  };
+  ExpectError(append(1, prompt.k(), prompt.v()), ErrorCode::kInvalidArgument,
               {"layer 1", "1 layers"});
-  EXPECT_EQ(job.parts(), 0u);
   const RowsView all = KvView(prompt.g, prompt.rows.k);
-  ExpectError(job.Start(cache, 0, all, all), ErrorCode::kOutOfMemory, {"100 of 2200", "2200 more"});
-  EXPECT_EQ(job.parts(), 0u);
-  ExpectError(job.Start(cache, 0, prompt.k(), prompt.v().Tokens(0, 2099)), ErrorCode::kMismatch,
+  ExpectError(append(0, all, all), ErrorCode::kOutOfMemory, {"100 of 2200", "2200 more"});
+  ExpectError(append(0, prompt.k(), prompt.v().Tokens(0, 2099)), ErrorCode::kMismatch,
               {"V", "2100", "2099"});
-  EXPECT_EQ(job.parts(), 0u);
   EXPECT_EQ(cache.tokens(0), prompt.held);
   EXPECT_EQ(cache.saturated(), saturated);
 }

@@ -5,7 +5,7 @@
 #      only lib/tune knows lib/tune.
 #   2. Every public header is installed.
 #   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
-#   4. LIBRARY, libkvmix.so, exports names of kvmix:: only.
+#   4. LIBRARY, libkvmix.so, exports names of kvmix:: and kvmix_* only.
 set -euo pipefail
 export LC_ALL=C.UTF-8
 source=$1 library=${2:+$(realpath "$2")}
@@ -53,7 +53,7 @@ if [ -n "$library" ]; then
   exported=$(nm -DC --defined-only "$library" | cut -d' ' -f3-)
   [ "$(grep -c '^kvmix::' <<<"$exported")" -ge 10 ] ||
     complain "$library exports hardly anything of kvmix::"
-  others=$(grep -v '^kvmix::' <<<"$exported" || true)
+  others=$(grep -v '^kvmix\(::\|_\)' <<<"$exported" || true)
   [ -z "$others" ] || complain "$library exports other names: $others"
 fi
 exit $failed

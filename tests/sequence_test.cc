@@ -133,10 +133,7 @@ TEST(Release, RefusesEveryCallAfterwards) {
   std::uint8_t code = 0;
   const void* codes[] = {&code, &code, &code};
   const float* scales[] = {out.data(), out.data(), out.data()};
-  AppendJob append;
-  AttendJob attend;
   refused(a.Append(0, k, v));
-  refused(append.Start(a, 0, k, v));
   refused(a.Store(0, {&cell, 1}, k.Tokens(0, 1), v.Tokens(0, 1)));
   refused(a.Truncate(0));
   refused(a.Forget(0, 0));
@@ -145,7 +142,6 @@ TEST(Release, RefusesEveryCallAfterwards) {
   refused(a.ExportRows(0, 0, KVMIX_K, 0, 0, &code, out.data()));
   refused(a.ImportRows(0, 0, codes, scales, codes, scales));
   refused(Attend(a, 0, QView(c.g, q), out.data()));
-  refused(attend.Start(a, 0, QView(c.g, q), out.data()));
   const AppendRequest request{&a, k, v};
   ExpectError(Append({&request, 1}, 0), ErrorCode::kInvalidArgument,
               {"request 0 of 1", "released"});

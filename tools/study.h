@@ -35,7 +35,7 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 // prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at the
 // very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
 std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
-                                 int num_threads);
+                                 const Runner& runner);
 
 }  // namespace kvmix::tools
 

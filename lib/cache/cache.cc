@@ -52,8 +52,8 @@ Status CheckRoom(const CacheImpl& c, std::size_t layer, std::size_t tokens) {
                       c.capacity, tokens)};
 }
 
-Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim) {
-  if (rows.heads == heads && rows.head_dim == head_dim) return {};
+Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
+                    std::size_t head_dim) {
   return {ErrorCode::kMismatch, fmt::format("{}: expected {} heads x {}, found {} x {}", name,
                                             heads, head_dim, rows.heads, rows.head_dim)};
 }

@@ -110,7 +110,13 @@ Status CheckLayer(const CacheImpl& cache, std::size_t layer);
 Status CheckOwnLayer(const CacheImpl* cache, std::size_t layer);
 Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
 // A view of rows has this many heads and this head_dim.
-Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim);
+Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
+                    std::size_t head_dim);
+inline Status CheckRows(const RowsView& rows, const char* name, std::size_t heads,
+                        std::size_t head_dim) {
+  if (rows.heads == heads && rows.head_dim == head_dim) return {};
+  return RowsMismatch(rows, name, heads, head_dim);
+}
 
 // Whether cells [first, first + count) of a layer can be written: there are pages, and no other
 // cache shares them.

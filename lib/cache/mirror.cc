@@ -322,7 +322,7 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
 }
 
 Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
-                      int num_threads) {
+                      const Runner& runner) {
   impl_->StorePending();
   if (!impl_->lost.ok()) return impl_->lost;
   impl_->requests.clear();
@@ -341,7 +341,7 @@ Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptio
   }
   AttendOptions by_mask = options;
   by_mask.causal = false;
-  return kvmix::Attend(impl_->requests, 0, by_mask, num_threads);
+  return kvmix::Attend(impl_->requests, 0, by_mask, runner);
 }
 
 bool Mirror::Holds(std::size_t cell) {
