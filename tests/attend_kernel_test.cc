@@ -261,8 +261,10 @@ struct Ask {
   Floats q;  // [rows, K's dim]
   std::size_t rows = 1, group = 1;
   std::int64_t first_end = 0;
+  std::size_t tokens = 0;
   std::size_t first = 0, last = 0;
-  std::size_t window = 0;
+  std::size_t window = 0, prefix = 0, forgotten = 0;
+  bool causal = true;
   float scale = 0.125f;
   float soft_cap = 0.0f;
   Floats bias = {};  // [rows], or empty
@@ -277,7 +279,7 @@ Ask RandomAsk(std::mt19937& rng, const Head& head, std::size_t rows, std::size_t
   ask.group = group;
   ask.first_end =
       static_cast<std::int64_t>(head.tokens()) - static_cast<std::int64_t>((rows - 1) / group);
-  ask.last = head.tokens();
+  ask.tokens = ask.last = head.tokens();
   ask.scale = 1.0f / std::sqrt(static_cast<float>(dim));
   return ask;
 }
@@ -306,10 +308,15 @@ std::vector<Expected> Reference(const Head& head, const Ask& ask) {
     const std::int64_t end = ask.first_end + static_cast<std::int64_t>(r / ask.group);
     const std::int64_t window = static_cast<std::int64_t>(ask.window);
     const std::int64_t begin = window != 0 ? std::max<std::int64_t>(end - window, 0) : 0;
+    const std::int64_t prefix = static_cast<std::int64_t>(ask.prefix);
+    const auto sees = [&](std::int64_t token) {
+      if (token < static_cast<std::int64_t>(ask.forgotten)) return false;
+      return (token >= begin && (token < end || !ask.causal)) ||
+             (token < prefix && end >= 1 && end <= prefix);
+    };
     Doubles s(head.tokens(), -std::numeric_limits<double>::infinity());
     for (std::size_t t = ask.first; t < ask.last; ++t) {
-      const std::int64_t token = static_cast<std::int64_t>(t);
-      if (token < begin || token >= end) continue;
+      if (!sees(static_cast<std::int64_t>(t))) continue;
       double score = 0.0;
       for (std::size_t c = 0; c < k_dim; ++c)
         score += double{ask.q[r * k_dim + c]} * k[(t - ask.first) * k_dim + c];
@@ -362,8 +369,12 @@ Outcome Attend(const Blocks& blocks, const Ask& ask, bool stream,
   task.q = ask.q.data();
   task.rows = ask.rows;
   task.group = ask.group;
-  task.first_end = ask.first_end;
-  task.window = ask.window;
+  task.sight = {.first_end = ask.first_end,
+                .tokens = ask.tokens,
+                .window = ask.window,
+                .prefix = ask.prefix,
+                .forgotten = ask.forgotten,
+                .causal = ask.causal};
   task.mask = ask.mask;
   task.scale = ask.scale;
   task.soft_cap = ask.soft_cap;
@@ -536,6 +547,27 @@ TEST_F(AttendKernel, WindowsAndEnds) {
         Ask ask = RandomAsk(rng, head, 10, group);
         ask.first_end = first_end;
         ask.window = window;
+        Check(head, ask);
+        ask.first = 200;
+        ask.last = 520;
+        Check(head, ask);
+      }
+    }
+  }
+}
+
+TEST_F(AttendKernel, PrefixesForgottenTokensAndNoCausality) {
+  std::mt19937 rng(44);
+  const Head head = RandomHead(kI8F32, kI4BF16, 64, 64, 700, 44);
+  for (const std::int64_t first_end : {-2, 1, 30, 250, 600}) {
+    for (const std::size_t prefix : Sizes{0, 1, 5, 255, 256, 300, 700}) {
+      for (const std::size_t window : Sizes{0, 3, 257}) {
+        Ask ask = RandomAsk(rng, head, 24, 2);
+        ask.first_end = first_end;
+        ask.prefix = prefix;
+        ask.window = window;
+        ask.forgotten = prefix % 2 * 7;
+        ask.causal = prefix != 5;
         Check(head, ask);
         ask.first = 200;
         ask.last = 520;

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/cache/sight.h"
 #include "lib/files/check.h"
 
 namespace kvmix {
@@ -119,17 +120,6 @@ using internal::CheckLayer;
 using internal::CheckOwnLayer;
 using internal::CheckRoom;
 
-namespace {
-
-// Whether a layer that holds `tokens` tokens has all that its next query sees.
-bool HasPast(const PoolLayer& shape, const CacheLayer& layer, std::size_t tokens) {
-  const std::size_t window = shape.window;
-  const std::size_t first = window != 0 && tokens + 1 > window ? tokens + 1 - window : 0;
-  return layer.forgotten == 0 || tokens == 0 || layer.forgotten <= (window != 0 ? first : tokens);
-}
-
-}  // namespace
-
 Cache::Cache(std::unique_ptr<CacheImpl> impl) : impl_(std::move(impl)) {}
 Cache::Cache(Cache&&) noexcept = default;
 Cache& Cache::operator=(Cache&&) noexcept = default;
@@ -176,7 +166,7 @@ Status Cache::Truncate(std::size_t tokens) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("truncate to {} tokens: layer {} holds {}", tokens, layer, at.tokens)};
     }
-    if (!HasPast(c.pool->layers[layer], at, tokens)) {
+    if (!internal::HasPast(c.pool->layers[layer].window, at.forgotten, at.dropped, tokens)) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("truncate to {} tokens: layer {}, with a window of {}, has forgotten "
                           "those before {}",
@@ -185,7 +175,7 @@ Status Cache::Truncate(std::size_t tokens) {
   }
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
     c.layers[layer].tokens = std::min(c.layers[layer].tokens, tokens);
-    if (tokens == 0) c.layers[layer].forgotten = 0;
+    if (tokens == 0) c.layers[layer].forgotten = c.layers[layer].dropped = 0;
     internal::DropUnused(c, layer);
   }
   return {};
@@ -199,6 +189,7 @@ Status Cache::Forget(std::size_t layer, std::size_t first) {
             fmt::format("forget the tokens before {}: layer {} holds {}", first, layer, at.tokens)};
   }
   at.forgotten = std::max(at.forgotten, first);
+  at.dropped = std::max(at.dropped, first);
   internal::DropUnused(*impl_, layer);
   return {};
 }

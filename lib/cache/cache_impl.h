@@ -52,6 +52,7 @@ struct PoolImpl {
 struct CacheLayer {
   std::size_t tokens = 0;     // the cell after the last one that was written
   std::size_t forgotten = 0;  // tokens before this one are gone
+  std::size_t dropped = 0;    // of these, tokens before this one went on purpose (Forget, Shift)
   std::vector<Page*> pages;   // null where nothing was written, or all is forgotten
   // With a window: this page's memory is also that of the page a window before, whose forgotten
   // tokens are overwritten one by one; so one token a call never takes more memory.
@@ -125,7 +126,7 @@ bool IsWritable(const CacheImpl& cache, std::size_t layer, std::size_t first, st
 Status MakeWritable(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // Gives back pages that hold only tokens before `forgotten` or at `tokens` and after.
 void DropUnused(CacheImpl& cache, std::size_t layer);
-// Forgets what no query from token `next` on sees through the layer's window.
+// Forgets what no query from token `next` on sees through the layer's window (lib/cache/sight.h).
 void ForgetPast(CacheImpl& cache, std::size_t layer, std::size_t next);
 
 // Rows of cells [cell, cell + rows.count) of one head: those among the plan's first tokens are kept

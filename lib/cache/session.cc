@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/cache/sight.h"
 #include "lib/files/file.h"
 
 namespace kvmix {
@@ -161,6 +162,9 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
   held.forgotten = forgotten;
   held.tokens = tokens;
+  // A window alone never forgets what the next query sees.
+  const bool by_window = shape.window != 0 && internal::HasPast(shape.window, forgotten, 0, tokens);
+  held.dropped = by_window ? 0 : forgotten;
   if (tokens != 0) {
     const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
     const bool finite =

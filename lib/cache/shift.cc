@@ -75,6 +75,11 @@ std::size_t FirstMoved(const CacheLayer& layer, std::size_t keep, std::size_t dr
   return std::min(layer.tokens, std::max(layer.forgotten, keep + drop));
 }
 
+// Token `at`, which says where tokens are gone, after a shift.
+std::size_t Moved(std::size_t at, std::size_t keep, std::size_t drop) {
+  return at <= keep ? at : std::max(keep, at - std::min(at, drop));
+}
+
 // Tokens from `first` on, `drop` cells down. In ascending order, so that none is overwritten before
 // it has moved. Returns the clamped values.
 std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t drop,
@@ -143,7 +148,9 @@ Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ro
     const std::size_t first = FirstMoved(held, keep, drop);
     const Turn turn(rope_of(layer), shapes[layer].shape.k_dim, drop);
     c.saturated += MoveLayer(c, layer, first, drop, turn);
-    if (held.forgotten > keep) held.forgotten = first - drop;
+    // Kept tokens that left with the window stay unseen, though queries come nearer to them.
+    held.dropped = std::max(Moved(held.dropped, keep, drop), std::min(held.forgotten, keep));
+    held.forgotten = Moved(held.forgotten, keep, drop);
     held.tokens -= drop;
     internal::DropUnused(c, layer);
   }

@@ -32,6 +32,9 @@ struct AttendOptions {
   float soft_cap = 0.0f;           // s -> soft_cap * tanh(s / soft_cap) (Gemma 2)
   const float* sinks = nullptr;    // [query_heads] logits that take weight but have no V (gpt-oss)
   bool causal = true;              // false: a query also sees the tokens after it
+  // The first tokens of the sequence, as many as this, see each other both ways (PrefixLM, the
+  // images of Gemma 3); later tokens are causal. 0: none.
+  std::size_t bidirectional_prefix = 0;
   Residence residence = Residence::kAuto;
 };
 
