@@ -43,10 +43,10 @@ struct Rows {
     return {wide, KVMIX_F16, stride, tokens, head_dim};
   }
   kernels::RowFormat per_token() const {
-    return {kernels::KVMIX_STORAGE_I8, kernels::ScaleStore::kF32, 1.0f, head_dim};
+    return {KVMIX_STORAGE_I8, kernels::ScaleStore::kF32, 1.0f, head_dim};
   }
   kernels::RowFormat per_head(float scale) const {
-    return {kernels::KVMIX_STORAGE_I8, kernels::ScaleStore::kConstant, scale, head_dim};
+    return {KVMIX_STORAGE_I8, kernels::ScaleStore::kConstant, scale, head_dim};
   }
 };
 

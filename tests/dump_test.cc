@@ -371,7 +371,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
     for (const Bad& bad : bads) {
       for (const bool heads_first : {false, true}) {
         const DumpParts good = halves.As(bad.dtype, heads_first);
-        const std::size_t bytes = bad.dtype == KVMIX_F32 ? 4 : 2;
+        const std::size_t bytes = kvmix_dtype_bytes(bad.dtype);
         for (std::size_t i = 0; i < tokens * heads; ++i) {
           const std::size_t t = i / heads, h = i % heads, c = (i * 5 + 2) % 8,
                             row = heads_first ? h * tokens + t : i;

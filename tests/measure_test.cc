@@ -57,7 +57,7 @@ class MeasureTest : public ::testing::Test {
   ErrorTable Table(const std::string& candidates, std::size_t first = 0,
                    std::size_t last = kGeometry.layers, int threads = 1) const {
     Result<ErrorTable> table = Measure({&a_, &b_}, *Candidates(candidates), first, last,
-                                       MeasureOptions{.num_threads = threads});
+                                       MeasureOptions{.runner = threads});
     if (!table.ok()) ADD_FAILURE() << table.status().message();
     return std::move(*table);
   }
@@ -178,7 +178,7 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
   SyntheticDump{model, {40, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
   const Dump dump = Open(folder_.file("unlike"));
   ASSERT_EQ(dump.model(), model);
-  const ErrorTable table = Measure({&dump}, *Candidates("seed"), 0, 5, {.num_threads = 2}).value();
+  const ErrorTable table = Measure({&dump}, *Candidates("seed"), 0, 5, {.runner = 2}).value();
   ASSERT_EQ(table.heads.size(), 6u);
   for (const HeadErrors& head : table.heads) {
     for (const CandidateError& candidate : head.candidates) {
@@ -201,7 +201,7 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
   // The plan as a whole: of layers 0, 1, 3 and 4.
   const HeadCodec int8{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   const Plan plan = UniformPlan(Stored(model), int8, int8);  // it says nothing of attention
-  const auto errors = MeasurePlan(dump, plan, {.num_threads = 2});
+  const auto errors = MeasurePlan(dump, plan, {.runner = 2});
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), 11u);
   const std::vector<AttentionError> expected =
@@ -224,7 +224,7 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
                                         {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true, true},
                                         {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true}};
   const Result<ErrorTable> table =
-      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
+      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.runner = 1});
   ASSERT_TRUE(table.ok()) << table.status().message();
   EXPECT_EQ(table->dumps, (std::vector<std::string>{"a.safetensors", "b.safetensors"}));
   EXPECT_EQ(table->model_name, "synthetic");
@@ -321,7 +321,7 @@ TEST_F(MeasureTest, FoldFactorsBalanceTheChannels) {
                                         {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true},
                                         {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true}};
   const ErrorTable table =
-      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1}).value();
+      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.runner = 1}).value();
   for (const HeadErrors& head : table.heads) {
     for (const CandidateError& candidate : head.candidates) {
       const std::span<const float> factor = candidate.codec.factor();
@@ -425,16 +425,16 @@ TEST_F(MeasureTest, DoesNotDependOnTheThreadsWithinALayer) {
   synthetic.Write(folder_.file("long.safetensors"));
   const Dump dump = Open(folder_.file("long.safetensors"));
   const CandidateKinds kinds = *Candidates("int8");
-  const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.num_threads = 1}).value();
+  const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.runner = 1}).value();
   const auto plan_errors = [&](int threads) {
     const HeadCodec k = one.heads[0].candidates.back().codec,
                     v{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
-    return MeasurePlan(dump, UniformPlan(dump.model(), k, v), {.num_threads = threads}).value();
+    return MeasurePlan(dump, UniformPlan(dump.model(), k, v), {.runner = threads}).value();
   };
   const std::vector<AttentionError> plan_one = plan_errors(1);
   for (const int threads : {2, 3, 7, 0}) {
     SCOPED_TRACE(threads);
-    ExpectSame(Measure({&dump}, kinds, 0, 1, {.num_threads = threads}).value(), one);
+    ExpectSame(Measure({&dump}, kinds, 0, 1, {.runner = threads}).value(), one);
     const std::vector<AttentionError> plan = plan_errors(threads);
     for (std::size_t i = 0; i < plan.size(); ++i) ExpectSame(plan[i], plan_one[i]);
   }
@@ -457,7 +457,7 @@ TEST_F(MeasureTest, OnATargetByItsName) {
   for (const std::string_view target : Targets()) {
     SCOPED_TRACE(target);
     const ErrorTable table =
-        Measure({&a_}, kinds, 0, 1, {.num_threads = 2, .target = std::string(target)}).value();
+        Measure({&a_}, kinds, 0, 1, {.runner = 2, .target = std::string(target)}).value();
     if (target == Targets().front()) ExpectSame(table, best);
     for (std::size_t i = 0; i < table.heads.size(); ++i) {
       for (std::size_t c = 0; c < table.heads[i].candidates.size(); ++c) {
@@ -468,7 +468,7 @@ TEST_F(MeasureTest, OnATargetByItsName) {
       }
     }
   }
-  const MeasureOptions unknown{.num_threads = 1, .target = "AVX9"};
+  const MeasureOptions unknown{.runner = 1, .target = "AVX9"};
   ExpectError(Measure({&a_}, kinds, 0, 1, unknown).status(), ErrorCode::kInvalidArgument,
               {"AVX9", std::string(Targets().back())});
   ExpectError(MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), unknown).status(),
@@ -478,7 +478,7 @@ TEST_F(MeasureTest, OnATargetByItsName) {
 TEST_F(MeasureTest, ReportsProgressLayerByLayer) {
   std::vector<std::pair<std::size_t, std::size_t>> calls;
   ASSERT_TRUE(Measure({&a_}, *Candidates("seed"), 1, 3,
-                      {.num_threads = 2,
+                      {.runner = 2,
                        .progress = [&](std::size_t done,
                                        std::size_t total) { calls.emplace_back(done, total); }})
                   .ok());
@@ -547,7 +547,7 @@ TEST_F(MeasureTest, CountsWhatAPlanClamps) {
       expected += reference::Encode(a_.head(1, h, t), narrow).clamped;
   std::vector<float> out;
   const std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads, narrow);
-  ASSERT_TRUE(AttendDump(a_, 1, codecs, {.num_threads = 2}, &out, &saturated).ok());
+  ASSERT_TRUE(AttendDump(a_, 1, codecs, {.runner = 2}, &out, &saturated).ok());
   EXPECT_GT(expected, 100u);
   EXPECT_EQ(saturated, expected);
   EXPECT_EQ(out.size(), a_.tokens() * kGeometry.query_heads * kGeometry.head_dim);
@@ -561,7 +561,7 @@ TEST_F(MeasureTest, PlansAsComputedDirectly) {
   for (std::size_t i = 0; i < table.heads.size(); ++i)
     plan.codecs[i] =
         table.heads[i].candidates[i * 7 % table.heads[i].candidates.size()].codec;  // a mixture
-  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, {.num_threads = 1});
+  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, {.runner = 1});
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), kGeometry.layers * kGeometry.query_heads);
   for (std::size_t layer = 0; layer < kGeometry.layers; ++layer) {
@@ -572,8 +572,7 @@ TEST_F(MeasureTest, PlansAsComputedDirectly) {
       ExpectClose((*errors)[layer * kGeometry.query_heads + q], expected[q]);
   }
   for (const int threads : {2, 3, 7, 0}) {
-    const Result<std::vector<AttentionError>> again =
-        MeasurePlan(a_, plan, {.num_threads = threads});
+    const Result<std::vector<AttentionError>> again = MeasurePlan(a_, plan, {.runner = threads});
     for (std::size_t i = 0; i < errors->size(); ++i) ExpectSame((*again)[i], (*errors)[i]);
   }
 }
@@ -618,7 +617,7 @@ TEST_F(MeasureTest, NamesWhereANanIs) {
     const Dump dump = Write("nan.safetensors", parts);
     const std::vector<std::string> names{dump.path(), "NaN", "layer 1", c.head, "token 3"};
     ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2).status(), ErrorCode::kNonFinite, names);
-    ExpectError(MeasurePlan(dump, UniformPlan(dump.model(), {}, {}), {.num_threads = 2}).status(),
+    ExpectError(MeasurePlan(dump, UniformPlan(dump.model(), {}, {}), {.runner = 2}).status(),
                 ErrorCode::kNonFinite, names);
     EXPECT_TRUE(Measure({&dump}, *Candidates("seed"), 0, 1).ok());  // the other layer is whole
   }
@@ -657,7 +656,7 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
                                 CodecKind{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, false, false, true}})
     ExpectError(Measure({&a_}, {{kind}, seed.v}, 0, 1).status(), ErrorCode::kInvalidArgument,
                 {"candidate " + ToString(kind), "scale per token"});
-  ExpectError(Measure({&a_}, seed, 0, 1, {.num_threads = -2}).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Measure({&a_}, seed, 0, 1, {.runner = -2}).status(), ErrorCode::kInvalidArgument,
               {"num_threads", "-2"});
 }
 

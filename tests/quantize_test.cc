@@ -38,12 +38,8 @@ constexpr Dtype kDtypes[] = {KVMIX_F16, KVMIX_BF16, KVMIX_F32};
 constexpr std::uint8_t kUntouched = 0x80;  // -128: no code
 const Floats kNoMean;
 
-kernels::Dtype KernelDtype(Dtype dtype) {
-  return dtype == KVMIX_F16 ? KVMIX_F16 : dtype == KVMIX_BF16 ? KVMIX_BF16 : KVMIX_F32;
-}
-
 kernels::RowsIn In(const RowsView& v) {
-  return {v.data, KernelDtype(v.dtype), v.token_stride, v.tokens, v.head_dim};
+  return {v.data, v.dtype, v.token_stride, v.tokens, v.head_dim};
 }
 
 // The nearest number of a type, raw. (bf16: of those towards zero, so that huge ones stay finite.)
@@ -129,10 +125,7 @@ HeadCodec Codec(std::string name, const Floats& mean = kNoMean, float head_scale
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat format;
   format.dim = dim;
-  if (codec.kind.storage == KVMIX_STORAGE_I8) format.storage = kernels::KVMIX_STORAGE_I8;
-  if (codec.kind.storage == KVMIX_STORAGE_I6) format.storage = kernels::KVMIX_STORAGE_I6;
-  if (codec.kind.storage == KVMIX_STORAGE_I4) format.storage = kernels::KVMIX_STORAGE_I4;
-  if (codec.kind.storage == KVMIX_STORAGE_I3) format.storage = kernels::KVMIX_STORAGE_I3;
+  format.storage = codec.kind.storage;
   if (codec.kind.scale == KVMIX_SCALE_HEAD) format.constant = codec.head_scale;
   if (codec.kind.scale == KVMIX_SCALE_TOKEN) format.scale = kernels::ScaleStore::kF32;
   if (codec.kind.scale == KVMIX_SCALE_TOKEN_BF16) format.scale = kernels::ScaleStore::kBF16;
@@ -159,7 +152,7 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
   reference::Coded Encode(const RowsView& rows, const HeadCodec& codec,
                           const kernels::Transform& transform) const {
     const kernels::RowFormat format = FormatOf(codec, rows.head_dim);
-    const bool f16 = format.storage == kernels::KVMIX_STORAGE_F16;
+    const bool f16 = format.storage == KVMIX_STORAGE_F16;
     const bool stored = format.scale != kernels::ScaleStore::kConstant;
     const std::size_t bytes = kernels::RowBytes(format), gap = f16 ? 6 : 3, before = f16 ? 2 : 1;
     std::vector<std::uint8_t> coded(before + rows.tokens * (bytes + gap), kUntouched);

@@ -49,7 +49,7 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   synthetic.Write(folder.file("study.safetensors"));
   const auto dump = Dump::Open(folder.file("study.safetensors"));
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  const auto table = Measure({&*dump}, *Candidates("seed"), 0, 24, {.num_threads = 2});
+  const auto table = Measure({&*dump}, *Candidates("seed"), 0, 24, {.runner = 2});
   ASSERT_TRUE(table.ok()) << table.status().message();
   Constraints constraints;
   constraints.budget = 0.45;

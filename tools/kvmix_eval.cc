@@ -14,7 +14,6 @@
 #include "console.h"
 #include "dumps.h"
 #include "kvmix/tune/steps.h"
-#include "lib/files/machine.h"
 #include "study.h"
 
 namespace kvmix::tools {
@@ -77,7 +76,7 @@ std::string SumText(double sum) {
 std::string Quant(const Options& o) {
   const tune::Dump dump = OpenInput(o);
   const Plan plan = ChoosePlan(o, dump);
-  const int strategy = o.plan.empty() ? o.strategy : 3, threads = internal::Threads(o.threads);
+  const int strategy = o.plan.empty() ? o.strategy : 3;
   const std::vector<LayerShape>& layers = dump.model().layers;
   ProgressBar bar("encoding");
   std::string csv;
@@ -86,8 +85,7 @@ std::string Quant(const Options& o) {
     Require(dump.CheckFinite(layer));
     const std::size_t kv_heads = layers[layer].kv_heads;
     std::vector<std::string> lines(2 * kv_heads);  // [K, V][kv_heads]
-#pragma omp parallel for num_threads(threads)
-    for (std::size_t i = 0; i < lines.size(); ++i) {
+    Runner(o.threads).Run(lines.size(), [&](std::size_t i) {
       const bool is_k = i < kv_heads;
       const Tensor t = is_k ? KVMIX_K : KVMIX_V;
       const std::size_t head = i % kv_heads;
@@ -103,7 +101,7 @@ std::string Quant(const Options& o) {
                              is_k ? dump.k_name(layer) : dump.v_name(layer), layer,
                              is_k ? 'k' : 'v', rows.tokens, head, rows.head_dim, strategy,
                              errors.max_abs, SumText(errors.sum_squared_error), errors.mse());
-    }
+    });
     csv += fmt::format("{}", fmt::join(lines, ""));
     dump.Release(layer);
     bar.Update(layer + 1, layers.size());
@@ -160,8 +158,8 @@ std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int thr
     const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
                decoded = AttendExactly(dump, layer, first, threads);
     std::vector<float> kernel;
-    Require(tune::AttendDump(dump, layer, {first, first + shape.kv_heads * 2},
-                             {.num_threads = threads}, &kernel));
+    Require(
+        AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.runner = threads}, &kernel));
     csv += AttentionLines(layer, CompareHeads(exact, decoded, shape),
                           CompareHeads(decoded, kernel, shape));
     dump.Release(layer);
@@ -180,8 +178,8 @@ std::string Attention(const Options& o) {
   WarnOfLength(dump, plan);
   if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
-  const std::vector<tune::AttentionError> errors = Require(tune::MeasurePlan(
-      dump, plan, {.num_threads = o.threads, .progress = [&](std::size_t done, std::size_t total) {
+  const std::vector<AttentionError> errors = Require(MeasurePlan(
+      dump, plan, {.runner = o.threads, .progress = [&](std::size_t done, std::size_t total) {
                      bar.Update(done, total);
                    }}));
   std::string csv = "layer,head,nmse,cos_sim\n";

@@ -8,7 +8,6 @@
 #include <sstream>
 
 #include "console.h"
-#include "lib/files/machine.h"
 #include "lib/files/parse_number.h"
 
 namespace kvmix::tools {
@@ -125,8 +124,8 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
   return sums;
 }
 
-std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
-                                 int num_threads) {
+std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+                                 const Runner& runner) {
   const LayerShape& shape = dump.model().layers[layer];
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]
   for (std::size_t head = 0; head < shape.kv_heads; ++head)
@@ -137,10 +136,11 @@ std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, cons
     first.insert(first.end(), tokens, first.size());
   std::vector<float> out(dump.tokens() * shape.query_heads * shape.v_dim);
   const RowsView queries = dump.q(layer);
-  const int threads = internal::Threads(num_threads);
-#pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(threads)
-  for (std::size_t h = 0; h < shape.query_heads; ++h) {
-    for (std::size_t t = 0; t < dump.tokens(); ++t) {
+  constexpr std::size_t kRows = 16;  // of a part
+  const std::size_t tokens = dump.tokens(), rows = shape.query_heads * tokens;
+  runner.Run((rows + kRows - 1) / kRows, [&](std::size_t part) {
+    for (std::size_t i = part * kRows; i < std::min(rows, (part + 1) * kRows); ++i) {
+      const std::size_t h = i / tokens, t = i % tokens;
       std::vector<double> q(shape.k_dim);
       for (std::size_t c = 0; c < q.size(); ++c) q[c] = double{shape.scale()} * queries.At(t, h, c);
       const std::vector<double>* kv = &decoded[h / shape.group() * 2];
@@ -148,7 +148,7 @@ std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, cons
                                                 &kv[1][first[t] * shape.v_dim], t - first[t] + 1);
       std::ranges::copy(row, &out[(t * shape.query_heads + h) * shape.v_dim]);
     }
-  }
+  });
   return out;
 }
 

@@ -30,12 +30,12 @@ void SetHeadScales(const tune::Dump& dump, Plan* plan);
 // lies on an integer and a last bit decides on which side of it. codec: of one of its strategies.
 ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 
-// AttendDump() of kvmix/tune/steps.h in double precision, over the very codes that a cache stores:
-// shows how much of an error is the codec's and how much the kernels add. One layer, causal within
-// each prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at
-// the very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
-std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
-                                 int num_threads);
+// AttendDump() of kvmix/tune.h in double precision, over the very codes that a cache stores: shows
+// how much of an error is the codec's and how much the kernels add. One layer, causal within each
+// prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at the
+// very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
+std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+                                 const Runner& runner);
 
 }  // namespace kvmix::tools
 

@@ -13,7 +13,6 @@
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
 #include "kvmix/tune/steps.h"
-#include "lib/cache/parallel.h"
 #include "lib/files/file.h"
 #include "lib/tune/calibrate.h"
 #include "lib/tune/layers.h"
@@ -35,8 +34,7 @@ std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
   const std::size_t heads = shape.query_heads, stride = heads * shape.v_dim,
                     tokens = exact.size() / stride, chunks = (tokens + kChunk - 1) / kChunk;
   std::vector<AttentionError> parts(chunks * heads);
-  const int threads = internal::ThreadsFor(options.num_threads, chunks);
-  internal::RunParts(chunks, threads, 1, [&](std::size_t chunk) {
+  options.runner.Run(chunks, [&](std::size_t chunk) {
     for (std::size_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
       for (std::size_t h = 0; h < heads; ++h) {
         const std::size_t at = t * stride + h * shape.v_dim;
@@ -120,10 +118,10 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
     Status s = cache->Truncate(0);
     if (s.ok())
       s = cache->Append(0, dump.k(layer).Tokens(first, tokens), dump.v(layer).Tokens(first, tokens),
-                        options.num_threads);
+                        options.runner);
     if (s.ok())
       s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * out_row, {},
-                 options.num_threads);
+                 options.runner);
     if (!s.ok()) return s;
     first += tokens;
   }
@@ -216,7 +214,7 @@ Result<const DumpId*> Recognize(const Dump& dump, const Calibration& calibration
   std::vector<std::size_t> needed;
   for (const std::size_t layer : layers)
     std::ranges::copy(dump.model().readers(layer), std::back_inserter(needed));
-  const std::vector<std::string> hashes = LayerHashes(dump, needed, options.num_threads);
+  const std::vector<std::string> hashes = LayerHashes(dump, needed, options.runner);
   std::vector<const DumpId*> alike;
   std::string why = "that was not";
   for (const DumpId& id : calibration.dumps) {

@@ -11,7 +11,6 @@
 
 #include <fmt/ranges.h>
 
-#include "lib/cache/parallel.h"
 #include "lib/plan/model_json.h"
 
 namespace kvmix::tune {
@@ -51,13 +50,12 @@ std::string IdsText(const std::vector<DumpId>& dumps) {
 }  // namespace
 
 std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
-                                     int num_threads) {
+                                     const Runner& runner) {
   std::vector<std::string> hashes(layers.size());
-  internal::RunParts(layers.size(), internal::ThreadsFor(num_threads, layers.size()), 1,
-                     [&](std::size_t i) {
-                       hashes[i] = HashText(dump.LayerHash(layers[i]));
-                       dump.Release(layers[i]);
-                     });
+  runner.Run(layers.size(), [&](std::size_t i) {
+    hashes[i] = HashText(dump.LayerHash(layers[i]));
+    dump.Release(layers[i]);
+  });
   return hashes;
 }
 
@@ -133,14 +131,14 @@ Status CheckSameOrigin(const Measurement& a, const Measurement& b) {
 }
 
 Result<DumpId> Identify(const Dump& dump, const MeasureOptions& options) {
-  if (Status s = internal::CheckThreads(options.num_threads); !s.ok()) return s;
+  if (Status s = options.runner.Check(); !s.ok()) return s;
   std::vector<std::size_t> all(dump.model().layers.size());
   std::iota(all.begin(), all.end(), std::size_t{0});
   DumpId id{.name = internal::FileName(dump.path()),
             .model_name = dump.model_name(),
             .tokens = dump.tokens(),
             .longest_prompt = std::ranges::max(dump.prompt_tokens()),
-            .layers = LayerHashes(dump, all, options.num_threads)};
+            .layers = LayerHashes(dump, all, options.runner)};
   const std::string text =
       fmt::format("{}\n{}\n{}\n{}\n", dump.model_name(), fmt::join(dump.prompt_tokens(), ","),
                   internal::LayersText(dump.model()), fmt::join(id.layers, "\n"));

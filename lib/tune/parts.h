@@ -20,7 +20,7 @@ namespace kvmix::tune {
 
 // The DumpId::layers of these layers.
 std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
-                                     int num_threads);
+                                     const Runner& runner);
 
 std::string Names(const std::vector<DumpId>& dumps);  // "a.safetensors, b.safetensors"
 

@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "lib/cache/parallel.h"
 #include "lib/cache/round.h"
 #include "lib/tune/layers.h"
 #include "lib/tune/parts.h"
@@ -118,8 +117,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
       for (const std::size_t reader : readers)
         if (Status s = dumps[d]->CheckFinite(reader); !s.ok()) return s;
       std::vector<HeadStatistics> heads(2 * model.layers[layer].kv_heads);
-      const int threads = internal::ThreadsFor(within.num_threads, heads.size());
-      internal::RunParts(heads.size(), threads, 1, [&](std::size_t i) {
+      within.runner.Run(heads.size(), [&](std::size_t i) {
         heads[i] = Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
       });
       for (const std::size_t reader : readers) dumps[d]->Release(reader);

@@ -49,7 +49,7 @@ bool Append(const std::string& path, const std::vector<Half>& halves) {
 
 // Cells that one query of a mask sees.
 std::size_t Seen(MaskView mask, std::size_t query) {
-  const std::ptrdiff_t number = mask.dtype == Dtype::kF32 ? 4 : 2;
+  const auto number = static_cast<std::ptrdiff_t>(kvmix_dtype_bytes(mask.dtype));
   mask.data = static_cast<const char*>(mask.data) +
               static_cast<std::ptrdiff_t>(query) * mask.stride * number;
   mask.queries = 1;

@@ -38,7 +38,7 @@ struct Provenance {
   Fidelity on_holdout;
 };
 
-inline constexpr std::size_t kMostExactFirst = 64;
+inline constexpr std::size_t kMostExactFirst = KVMIX_MOST_EXACT_FIRST;
 
 struct Plan {
   Model model;

@@ -20,6 +20,7 @@
 #include "kvmix/export.h"
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
+#include "kvmix/runner.h"
 #include "kvmix/status.h"
 #include "kvmix/tune/dump.h"
 #include "kvmix/tune/metrics.h"
@@ -31,7 +32,7 @@ using Progress = std::function<void(std::size_t done, std::size_t total)>;
 
 // How to measure. The results do not depend on the threads.
 struct MeasureOptions {
-  int num_threads = 0;          // OpenMP threads; 0: as many as this process may use
+  Runner runner = 0;            // OpenMP's threads: as many as this process may use
   std::string target = {};      // the instruction set, a name of Targets(); "": the best
   Progress progress = {};       // if given, called after each layer, by one thread at a time
   std::size_t exact_first = 0;  // as Plan::exact_first
