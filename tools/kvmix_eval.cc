@@ -178,7 +178,7 @@ std::string Attention(const Options& o) {
   WarnOfLength(dump, plan);
   if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
-  const std::vector<AttentionError> errors = Require(MeasurePlan(
+  const std::vector<tune::AttentionError> errors = Require(tune::MeasurePlan(
       dump, plan, {.runner = o.threads, .progress = [&](std::size_t done, std::size_t total) {
                      bar.Update(done, total);
                    }}));

@@ -124,7 +124,7 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
   return sums;
 }
 
-std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  const Runner& runner) {
   const LayerShape& shape = dump.model().layers[layer];
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]

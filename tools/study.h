@@ -9,6 +9,7 @@
 
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
+#include "kvmix/runner.h"
 #include "kvmix/tune/dump.h"
 
 namespace kvmix::tools {
@@ -34,7 +35,7 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 // how much of an error is the codec's and how much the kernels add. One layer, causal within each
 // prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at the
 // very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
-std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
+std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  const Runner& runner);
 
 }  // namespace kvmix::tools

@@ -52,7 +52,7 @@ std::vector<const tune::HeadErrors*> Outliers(const tune::ErrorTable& table) {
     const tune::CandidateError* plain = Find(h, kPlain);
     return plain ? OfHead(*plain).worst_nmse : 0.0;
   };
-  std::vector<const HeadErrors*> outliers;
+  std::vector<const tune::HeadErrors*> outliers;
   for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
     std::vector<double> costs;
     for (const tune::HeadErrors& h : table.heads)
