@@ -1,11 +1,9 @@
 // Fused causal attention of one KV head's query rows over its tiles: scores, online softmax and
 // weighted sum of V in one pass.
 //
-// Rows are the query heads of the GQA group times the queries: row r is query r / group. Row r sees
-// the tokens [max(end_r - window, 0), end_r), end_r = first_end + r / group (signed: a row with
-// end_r <= 0 sees nothing), without causality those from end_r on as well; of these only what a
-// mask leaves. Of all that, this call takes the ones in [first_token, last_token), so that a long
-// context can be split and merged.
+// Rows are the query heads of the GQA group times the queries: row r is query r / group. It sees
+// the tokens that kernels/sight.h says, but for those that a mask hides. This call takes the tokens
+// in [first_token, last_token) of them, so that a long context can be split and merged.
 #ifndef KVMIX_KERNELS_ATTEND_H_
 #define KVMIX_KERNELS_ATTEND_H_
 
@@ -14,6 +12,7 @@
 
 #include "kernels/formats.h"
 #include "kernels/mask.h"
+#include "kernels/sight.h"
 
 namespace kvmix::kernels {
 
@@ -27,9 +26,7 @@ struct AttendTask {
   const float* q;  // [rows, K's dim], as K's codec wants it
   std::size_t rows;
   std::size_t group;
-  std::int64_t first_end;
-  std::size_t window;  // 0: none
-  bool causal = true;
+  Sight sight;       // its query 0 is that of row 0
   const Mask* mask;  // or null; its query 0 is that of row 0
   float scale;       // attention_scale
   float soft_cap;    // 0: none

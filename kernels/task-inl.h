@@ -69,22 +69,16 @@ HWY_INLINE const float* Scales(const TileFormat& f, const std::uint8_t* block, b
 
 // Tokens of block b that a query sees.
 HWY_INLINE Range Visible(const AttendTask& t, std::size_t query, std::size_t b) {
-  const std::int64_t start = static_cast<std::int64_t>(b * kBlockTokens),
-                     row_end = t.first_end + static_cast<std::int64_t>(query),
-                     window = static_cast<std::int64_t>(t.window);
-  std::int64_t first = static_cast<std::int64_t>(t.first_token),
-               last = static_cast<std::int64_t>(t.last_token);
-  if (window != 0) first = HWY_MAX(first, row_end - window);
-  if (t.causal) last = HWY_MIN(last, row_end);
-  first = HWY_MAX(first - start, std::int64_t{0});
-  last = HWY_MIN(last - start, static_cast<std::int64_t>(kBlockTokens));
-  if (t.mask != nullptr) {
-    const MaskRange& range = t.mask->ranges[query * t.mask->blocks + b];
-    first = HWY_MAX(first, static_cast<std::int64_t>(range.first));
-    last = HWY_MIN(last, static_cast<std::int64_t>(range.last));
-  }
-  return first < last ? Range{static_cast<std::size_t>(first), static_cast<std::size_t>(last)}
-                      : Range{0, 0};
+  const Tokens seen = t.sight.Of(query);
+  const std::size_t start = b * kBlockTokens,
+                    begin = HWY_MAX(HWY_MAX(seen.first, t.first_token), start),
+                    end = HWY_MIN(HWY_MIN(seen.last, t.last_token), start + kBlockTokens);
+  if (begin >= end) return {0, 0};
+  if (t.mask == nullptr) return {begin - start, end - start};
+  const MaskRange& range = t.mask->ranges[query * t.mask->blocks + b];
+  const std::size_t first = HWY_MAX(begin - start, std::size_t{range.first}),
+                    last = HWY_MIN(end - start, std::size_t{range.last});
+  return first < last ? Range{first, last} : Range{0, 0};
 }
 
 // Tokens seen are rounded to whole steps of softmax, and to whole groups where products read them.

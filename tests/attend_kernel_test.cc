@@ -70,16 +70,16 @@ RowFormat Format(Storage storage, ScaleStore scale, std::size_t dim, float const
   format.storage = storage;
   format.scale = scale;
   format.dim = dim;
-  if (storage == Storage::kI8 && scale == ScaleStore::kConstant) format.constant = constant;
+  if (storage == KVMIX_STORAGE_I8 && scale == ScaleStore::kConstant) format.constant = constant;
   return format;
 }
 
 // Every storage, and i8 and i4 with each scale: K's and V's formats are any two of these.
 constexpr std::pair<Storage, ScaleStore> kKinds[] = {
-    {Storage::kF16, ScaleStore::kConstant}, {Storage::kI8, ScaleStore::kConstant},
-    {Storage::kI8, ScaleStore::kF32},       {Storage::kI8, ScaleStore::kBF16},
-    {Storage::kI4, ScaleStore::kF32},       {Storage::kI4, ScaleStore::kBF16},
-    {Storage::kI6, ScaleStore::kBF16},      {Storage::kI3, ScaleStore::kF32}};
+    {KVMIX_STORAGE_F16, ScaleStore::kConstant}, {KVMIX_STORAGE_I8, ScaleStore::kConstant},
+    {KVMIX_STORAGE_I8, ScaleStore::kF32},       {KVMIX_STORAGE_I8, ScaleStore::kBF16},
+    {KVMIX_STORAGE_I4, ScaleStore::kF32},       {KVMIX_STORAGE_I4, ScaleStore::kBF16},
+    {KVMIX_STORAGE_I6, ScaleStore::kBF16},      {KVMIX_STORAGE_I3, ScaleStore::kF32}};
 constexpr auto kF16 = kKinds[0], kI8F32 = kKinds[2], kI8BF16 = kKinds[3], kI4F32 = kKinds[4],
                kI4BF16 = kKinds[5], kI6BF16 = kKinds[6], kI3F32 = kKinds[7];
 using Kind = std::pair<Storage, ScaleStore>;
@@ -97,9 +97,11 @@ const Packed& PackedOf(Storage storage) {
   }();
   static const Packed i4{{4}, {kLevels.begin(), kLevels.end()}};
   static const Packed i3{{2, 1}, {14, 45, 79, 127, -127, -79, -45, -14}};
-  return storage == Storage::kI6 ? i6 : storage == Storage::kI4 ? i4 : i3;
+  return storage == KVMIX_STORAGE_I6 ? i6 : storage == KVMIX_STORAGE_I4 ? i4 : i3;
 }
-bool IsPacked(Storage storage) { return storage != Storage::kF16 && storage != Storage::kI8; }
+bool IsPacked(Storage storage) {
+  return storage != KVMIX_STORAGE_F16 && storage != KVMIX_STORAGE_I8;
+}
 // Rows are whole bytes.
 bool Fits(Storage storage, std::size_t dim) {
   return !IsPacked(storage) || dim * PackedOf(storage).planes.back() % 8 == 0;
@@ -113,11 +115,11 @@ struct Rows {
 
   void Put(std::size_t token, std::size_t channel, float x) {
     const std::size_t at = token * format.dim + channel;
-    if (format.storage == Storage::kF16) {
+    if (format.storage == KVMIX_STORAGE_F16) {
       const Half half = FloatToHalf(x);
       std::memcpy(&codes[2 * at], &half, 2);
     } else if (const auto& [planes, levels] = PackedOf(format.storage); IsPacked(format.storage)) {
-      const float unit = format.storage == Storage::kI6 ? 10.0f : 40.0f;
+      const float unit = format.storage == KVMIX_STORAGE_I6 ? 10.0f : 40.0f;
       const auto far = [&](int level) { return std::fabs(unit * x - static_cast<float>(level)); };
       auto code = static_cast<unsigned>(std::ranges::min_element(levels, {}, far) - levels.begin());
       std::uint8_t* plane = &codes[token * RowBytes(format)];
@@ -135,7 +137,7 @@ struct Rows {
   }
   double At(std::size_t token, std::size_t channel) const {
     const std::size_t at = token * format.dim + channel;
-    if (format.storage == Storage::kF16) {
+    if (format.storage == KVMIX_STORAGE_F16) {
       Half half;
       std::memcpy(&half, &codes[2 * at], 2);
       return HalfToFloat(half);
@@ -163,7 +165,7 @@ Rows RandomRows(std::mt19937& rng, Kind kind, std::size_t tokens, std::size_t di
   rows.codes.resize(tokens * RowBytes(rows.format));
   for (std::size_t t = 0; t < tokens; ++t) {
     const float size = std::exp2(spread * normal(rng));
-    const bool f16 = rows.format.storage == Storage::kF16;
+    const bool f16 = rows.format.storage == KVMIX_STORAGE_F16;
     const ScaleStore scale = rows.format.scale;
     rows.scales[t] = scale == ScaleStore::kConstant ? rows.format.constant : 0.025f * size;
     if (scale == ScaleStore::kBF16) {
@@ -263,8 +265,10 @@ struct Ask {
   Floats q;  // [rows, K's dim]
   std::size_t rows = 1, group = 1;
   std::int64_t first_end = 0;
+  std::size_t tokens = 0;
   std::size_t first = 0, last = 0;
-  std::size_t window = 0;
+  std::size_t window = 0, prefix = 0, forgotten = 0;
+  bool causal = true;
   float scale = 0.125f;
   float soft_cap = 0.0f;
   Floats bias = {};  // [rows], or empty
@@ -279,7 +283,7 @@ Ask RandomAsk(std::mt19937& rng, const Head& head, std::size_t rows, std::size_t
   ask.group = group;
   ask.first_end =
       static_cast<std::int64_t>(head.tokens()) - static_cast<std::int64_t>((rows - 1) / group);
-  ask.last = head.tokens();
+  ask.tokens = ask.last = head.tokens();
   ask.scale = 1.0f / std::sqrt(static_cast<float>(dim));
   return ask;
 }
@@ -308,10 +312,15 @@ std::vector<Expected> Reference(const Head& head, const Ask& ask) {
     const std::int64_t end = ask.first_end + static_cast<std::int64_t>(r / ask.group);
     const std::int64_t window = static_cast<std::int64_t>(ask.window);
     const std::int64_t begin = window != 0 ? std::max<std::int64_t>(end - window, 0) : 0;
+    const std::int64_t prefix = static_cast<std::int64_t>(ask.prefix);
+    const auto sees = [&](std::int64_t token) {
+      if (token < static_cast<std::int64_t>(ask.forgotten)) return false;
+      return (token >= begin && (token < end || !ask.causal)) ||
+             (token < prefix && end >= 1 && end <= prefix);
+    };
     Doubles s(head.tokens(), -std::numeric_limits<double>::infinity());
     for (std::size_t t = ask.first; t < ask.last; ++t) {
-      const std::int64_t token = static_cast<std::int64_t>(t);
-      if (token < begin || token >= end) continue;
+      if (!sees(static_cast<std::int64_t>(t))) continue;
       double score = 0.0;
       for (std::size_t c = 0; c < k_dim; ++c)
         score += double{ask.q[r * k_dim + c]} * k[(t - ask.first) * k_dim + c];
@@ -321,7 +330,7 @@ std::vector<Expected> Reference(const Head& head, const Ask& ask) {
         score = ask.soft_cap * std::tanh(score / ask.soft_cap);
       }
       s[t] = kLog2E * score;
-      const bool scaled = head.v.format.storage != Storage::kF16;
+      const bool scaled = head.v.format.storage != KVMIX_STORAGE_F16;
       const double log2 = scaled ? std::max(std::log2(double{head.v.scales[t]}), -32.0) : 0.0;
       e.seen = true;
       e.top = std::max(e.top, s[t]);
@@ -364,8 +373,12 @@ Outcome Attend(const Blocks& blocks, const Ask& ask, bool stream,
   task.q = ask.q.data();
   task.rows = ask.rows;
   task.group = ask.group;
-  task.first_end = ask.first_end;
-  task.window = ask.window;
+  task.sight = {.first_end = ask.first_end,
+                .tokens = ask.tokens,
+                .window = ask.window,
+                .prefix = ask.prefix,
+                .forgotten = ask.forgotten,
+                .causal = ask.causal};
   task.mask = ask.mask;
   task.scale = ask.scale;
   task.soft_cap = ask.soft_cap;
@@ -397,7 +410,8 @@ std::string Names(const Head& head) {
   for (const Rows* rows : {&head.k, &head.v}) {
     const RowFormat& f = rows->format;
     names += rows == &head.k ? "K " : ", V ";
-    names += f.storage == Storage::kF16 ? "f16" : "i" + std::to_string(BitsOf(f.storage));
+    names += f.storage == KVMIX_STORAGE_F16 ? "f16"
+                                            : "i" + std::to_string(kvmix_storage_bits(f.storage));
     names += f.scale == ScaleStore::kF32 ? " f32" : f.scale == ScaleStore::kBF16 ? " bf16" : "";
     names += " x " + std::to_string(f.dim);
   }
@@ -537,6 +551,27 @@ TEST_F(AttendKernel, WindowsAndEnds) {
         Ask ask = RandomAsk(rng, head, 10, group);
         ask.first_end = first_end;
         ask.window = window;
+        Check(head, ask);
+        ask.first = 200;
+        ask.last = 520;
+        Check(head, ask);
+      }
+    }
+  }
+}
+
+TEST_F(AttendKernel, PrefixesForgottenTokensAndNoCausality) {
+  std::mt19937 rng(44);
+  const Head head = RandomHead(kI8F32, kI4BF16, 64, 64, 700, 44);
+  for (const std::int64_t first_end : {-2, 1, 30, 250, 600}) {
+    for (const std::size_t prefix : Sizes{0, 1, 5, 255, 256, 300, 700}) {
+      for (const std::size_t window : Sizes{0, 3, 257}) {
+        Ask ask = RandomAsk(rng, head, 24, 2);
+        ask.first_end = first_end;
+        ask.prefix = prefix;
+        ask.window = window;
+        ask.forgotten = prefix % 2 * 7;
+        ask.causal = prefix != 5;
         Check(head, ask);
         ask.first = 200;
         ask.last = 520;
@@ -730,10 +765,10 @@ TEST_F(AttendKernel, TilesGiveTheBitsOfVectors) {
           of_query[t] = i % 3 == 0 ? 0.0f : -0.01f * static_cast<float>(rng() % 100);
         }
       }
-      ASSERT_TRUE(vectors->mask.scan(of_query, Dtype::kF32, head.tokens(), &ranges[i * blocks]));
+      ASSERT_TRUE(vectors->mask.scan(of_query, KVMIX_F32, head.tokens(), &ranges[i * blocks]));
     }
     const Floats slopes = {0.5f, 0.25f, 2.0f};
-    Mask mask{numbers.data(), Dtype::kF32,   static_cast<std::ptrdiff_t>(head.tokens()),
+    Mask mask{numbers.data(), KVMIX_F32,     static_cast<std::ptrdiff_t>(head.tokens()),
               head.tokens(),  ranges.data(), blocks,
               slopes.data()};
     Ask ask = RandomAsk(rng, head, kQueries * group, group);

@@ -1,6 +1,6 @@
 // Dumps: what they give back, whatever the type and the order of their tensors; and what is
 // refused, naming the place.
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -18,7 +18,7 @@
 
 #include "dump_files.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 using testing::DumpParts;
@@ -44,7 +44,7 @@ void ExpectRefused(const std::string& bytes, ErrorCode code, const std::string& 
 }
 
 const Half* Halves(const RowsView& rows) {
-  EXPECT_EQ(rows.dtype, Dtype::kF16);
+  EXPECT_EQ(rows.dtype, KVMIX_F16);
   return static_cast<const Half*>(rows.data);
 }
 
@@ -85,7 +85,7 @@ TEST(Dump, ReadsWhatWasWritten) {
     EXPECT_EQ(dump.v_name(layer), name + ".v");
     EXPECT_TRUE(dump.CheckFinite(layer).ok());
     dump.Release(layer);
-    const RowsView head = dump.head(layer, 1, Tensor::kV);
+    const RowsView head = dump.head(layer, 1, KVMIX_V);
     EXPECT_EQ(head.heads, 1u);
     EXPECT_EQ(head.At(5, 0, 7), HalfToFloat(parts.tensor(name + ".v")[5 * 16 + 8 + 7]));
   }
@@ -114,7 +114,7 @@ TEST(Dump, GeometryFollowsFromTheTensors) {
   }
 }
 
-constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+constexpr Dtype kDtypes[] = {KVMIX_F16, KVMIX_BF16, KVMIX_F32};
 
 // The numbers of a tensor of `parts` (halves in C order), as a dump of another type and order gives
 // them.
@@ -129,7 +129,7 @@ void ExpectNumbers(const RowsView& rows, const RowsView& halves, Dtype dtype) {
         const float x = halves.At(t, h, c);
         const float cut =
             std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0xFFFF0000u);  // as bf16
-        ASSERT_EQ(rows.At(t, h, c), dtype == Dtype::kBF16 ? cut : x)
+        ASSERT_EQ(rows.At(t, h, c), dtype == KVMIX_BF16 ? cut : x)
             << "token " << t << ", head " << h << ", channel " << c;
       }
     }
@@ -155,7 +155,7 @@ TEST(Dump, TensorsOfAnyTypeAndOrder) {
           ExpectNumbers(dump->k(layer), k, dtype);
           ExpectNumbers(dump->v(layer), RowsView::F16(parts.tensor(name + ".v"), 6, 2, 8), dtype);
           ExpectNumbers(dump->q(layer), RowsView::F16(parts.tensor(name + ".q"), 6, 4, 8), dtype);
-          ExpectNumbers(dump->head(layer, 1, Tensor::kK), k.Head(1), dtype);
+          ExpectNumbers(dump->head(layer, 1, KVMIX_K), k.Head(1), dtype);
           EXPECT_TRUE(dump->CheckFinite(layer).ok());
           dump->Release(layer);
         }
@@ -167,7 +167,7 @@ TEST(Dump, TensorsOfAnyTypeAndOrder) {
 // K as bf16, V as f32, Q as f16.
 TEST(Dump, TensorsOfDifferentTypes) {
   const TempFolder folder;
-  DumpParts halves, bf16 = halves.As(Dtype::kBF16, false), f32 = halves.As(Dtype::kF32, false);
+  DumpParts halves, bf16 = halves.As(KVMIX_BF16, false), f32 = halves.As(KVMIX_F32, false);
   DumpParts mixed = halves;
   mixed.header.clear();
   mixed.buffer.clear();
@@ -179,9 +179,9 @@ TEST(Dump, TensorsOfDifferentTypes) {
   }
   const Result<Dump> dump = OpenBytes(folder, mixed.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  ExpectNumbers(dump->k(1), RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8), Dtype::kBF16);
-  ExpectNumbers(dump->v(1), RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), Dtype::kF32);
-  ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), Dtype::kF16);
+  ExpectNumbers(dump->k(1), RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8), KVMIX_BF16);
+  ExpectNumbers(dump->v(1), RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), KVMIX_F32);
+  ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F16);
   EXPECT_TRUE(dump->CheckFinite(1).ok());
 }
 
@@ -193,7 +193,7 @@ TEST(Dump, MetadataOfOtherPrograms) {
           nlohmann::ordered_json{{"model", "m"}, {"framework", "np"}}}) {
       SCOPED_TRACE(metadata.dump());
       const TempFolder folder;
-      DumpParts parts = DumpParts().As(Dtype::kF32, heads_first);
+      DumpParts parts = DumpParts().As(KVMIX_F32, heads_first);
       parts.header.erase("__metadata__");
       if (!metadata.is_null()) parts.header["__metadata__"] = metadata;
       const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
@@ -243,7 +243,7 @@ TEST(Dump, FewerTokensThanHeads) {
   }
   // [1, heads, tokens, head_dim] leaves no doubt.
   const TempFolder folder;
-  const Result<Dump> dump = OpenBytes(folder, FewTokens().As(Dtype::kF16, true).Bytes());
+  const Result<Dump> dump = OpenBytes(folder, FewTokens().As(KVMIX_F16, true).Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_EQ(dump->model().geometry(), (Geometry{1, 4, 8, 8}));
   EXPECT_EQ(dump->tokens(), 3u);
@@ -283,14 +283,14 @@ TEST(Dump, MisalignedFloatsAreCopied) {
   for (const std::size_t offset : {0u, 1u, 2u, 3u}) {
     for (const bool heads_first : {false, true}) {
       const TempFolder folder;
-      DumpParts halves, parts = halves.As(Dtype::kF32, heads_first);
+      DumpParts halves, parts = halves.As(KVMIX_F32, heads_first);
       std::string header = parts.header.dump();
       while (header.size() % 4 != offset) header += ' ';
       const Result<Dump> dump = OpenBytes(folder, SafetensorsBytes(header, parts.buffer));
       ASSERT_TRUE(dump.ok()) << dump.status().message();
       EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(1).data) % alignof(float), 0u);
       for (int round = 0; round < 2; ++round) {
-        ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), Dtype::kF32);
+        ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F32);
         EXPECT_TRUE(dump->CheckFinite(1).ok());
         dump->Release(1);
       }
@@ -356,11 +356,10 @@ TEST(Dump, NamesWhereABadNumberIs) {
     const char* bytes;  // little-endian
     const char* name;
   };
-  const Bad bads[] = {
-      {Dtype::kF16, "\x00\x7C", "Inf"},        {Dtype::kF16, "\x01\xFC", "NaN"},
-      {Dtype::kBF16, "\x80\xFF", "Inf"},       {Dtype::kBF16, "\xC0\x7F", "NaN"},
-      {Dtype::kBF16, "\x81\x7F", "NaN"},       {Dtype::kF32, "\x00\x00\x80\x7F", "Inf"},
-      {Dtype::kF32, "\x01\x00\x80\xFF", "NaN"}};
+  const Bad bads[] = {{KVMIX_F16, "\x00\x7C", "Inf"},        {KVMIX_F16, "\x01\xFC", "NaN"},
+                      {KVMIX_BF16, "\x80\xFF", "Inf"},       {KVMIX_BF16, "\xC0\x7F", "NaN"},
+                      {KVMIX_BF16, "\x81\x7F", "NaN"},       {KVMIX_F32, "\x00\x00\x80\x7F", "Inf"},
+                      {KVMIX_F32, "\x01\x00\x80\xFF", "NaN"}};
   for (const auto& [tokens, heads] : {std::pair<std::size_t, std::size_t>{5, 3}, {5, 1}, {1, 3}}) {
     DumpParts halves;
     halves.header = {{"__metadata__", {{"kv_heads", std::to_string(heads)}}}};
@@ -372,7 +371,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
     for (const Bad& bad : bads) {
       for (const bool heads_first : {false, true}) {
         const DumpParts good = halves.As(bad.dtype, heads_first);
-        const std::size_t bytes = bad.dtype == Dtype::kF32 ? 4 : 2;
+        const std::size_t bytes = kvmix_dtype_bytes(bad.dtype);
         for (std::size_t i = 0; i < tokens * heads; ++i) {
           const std::size_t t = i / heads, h = i % heads, c = (i * 5 + 2) % 8,
                             row = heads_first ? h * tokens + t : i;
@@ -560,7 +559,7 @@ TEST(Dump, ShapesFollowFromTheTensorsOfEachLayer) {
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_EQ(dump->model(), Model({{2, 4, 8, 8}, {1, 2, 16, 16}}));
-  EXPECT_EQ(dump->head(1, 0, Tensor::kV).head_dim, 16u);
+  EXPECT_EQ(dump->head(1, 0, KVMIX_V).head_dim, 16u);
   parts.header["__metadata__"]["head_dim"] = "8";
   ExpectRefused(parts.Bytes(), ErrorCode::kMismatch,
                 "metadata head_dim: expected 16, as the tensors have it, found \"8\"");
@@ -607,7 +606,7 @@ TEST(Dump, UnlikeLayers) {
     EXPECT_EQ(dump->tokens(), 5u);
     EXPECT_EQ(dump->v(1).head_dim, 4u);
     EXPECT_EQ(dump->k(3).data, dump->k(0).data);
-    EXPECT_EQ(dump->head(3, 1, Tensor::kV).tokens, 5u);
+    EXPECT_EQ(dump->head(3, 1, KVMIX_V).tokens, 5u);
     EXPECT_EQ(dump->q(3).heads, with_q ? 2u : 0u);
     EXPECT_EQ(dump->k(2).data, nullptr);
     for (std::size_t layer = 0; layer < 4; ++layer) {
@@ -836,7 +835,7 @@ void ExpectFacts(const std::filesystem::path& folder, const Facts& facts) {
   EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{facts.tokens});
   for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer)
     EXPECT_TRUE(dump->CheckFinite(layer).ok());
-  const RowsView rows = dump->head(0, 0, Tensor::kK);
+  const RowsView rows = dump->head(0, 0, KVMIX_K);
   float largest = 0.0f;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t c = 0; c < rows.head_dim; ++c)
@@ -863,4 +862,4 @@ TEST(RealDumps, LargerOnes) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -129,11 +129,11 @@ TEST_F(PlanFiles, OneAlone) {
   EXPECT_TRUE(CheckPlan(one).ok());
   EXPECT_EQ(one.model.layers.size(), 1u);
   EXPECT_EQ(one.exact_first, 3u);
-  EXPECT_EQ(one.codec(0, 1, Tensor::kV), kI8);
+  EXPECT_EQ(one.codec(0, 1, KVMIX_V), kI8);
   EXPECT_EQ(plans->LengthWarning(1, large, 300), "");
   EXPECT_NE(plans->LengthWarning(1, large, 1000), "");
   EXPECT_EQ(Plans(kF16).LengthWarning(1, large, 1000), "");
-  EXPECT_EQ(Plans(kF16).OfLayer(1, large).codec(0, 1, Tensor::kV), kF16);
+  EXPECT_EQ(Plans(kF16).OfLayer(1, large).codec(0, 1, KVMIX_V), kF16);
 }
 
 // A draft beside its target: each layer's shape says which plan is its own.
@@ -145,8 +145,8 @@ TEST_F(PlanFiles, SeveralAreChosenByShapes) {
     ASSERT_TRUE(plans.ok()) << plans.status().message();
     EXPECT_TRUE(plans->Check(0, large).ok());
     EXPECT_TRUE(plans->Check(1, small).ok());
-    EXPECT_EQ(plans->OfLayer(1, large).codec(0, 0, Tensor::kK), kI8);
-    EXPECT_EQ(plans->OfLayer(1, small).codec(0, 0, Tensor::kK), kF16);
+    EXPECT_EQ(plans->OfLayer(1, large).codec(0, 0, KVMIX_K), kI8);
+    EXPECT_EQ(plans->OfLayer(1, small).codec(0, 0, KVMIX_K), kF16);
     ExpectError(plans->Check(2, small), ErrorCode::kMismatch,
                 {"Target", "Draft", "layer 2 here is 1 layer"});
     EXPECT_NE(plans->Summary().find("(Draft)"), std::string::npos);

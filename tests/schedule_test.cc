@@ -20,16 +20,19 @@ Schedule Make(const std::vector<Sequence>& sequences, std::size_t kv_heads, std:
   return schedule;
 }
 
-// The first token that query `query` sees, by window and forgetting, and the end.
+// The first token that query `query` sees, by window, prefix and forgetting, and the end.
 std::pair<std::int64_t, std::int64_t> Seen(const Sequence& s, std::size_t query) {
   const auto tokens = static_cast<std::int64_t>(s.tokens);
   const std::int64_t end =
       tokens - static_cast<std::int64_t>(s.queries) + 1 + static_cast<std::int64_t>(query);
+  const std::int64_t prefix = static_cast<std::int64_t>(s.prefix);
+  const bool in_prefix = end >= 1 && end <= prefix;
   std::int64_t first = static_cast<std::int64_t>(s.forgotten);
-  if (s.window != 0) {
+  if (s.window != 0 && !in_prefix) {
     first = std::max(first, end - static_cast<std::int64_t>(std::min(s.window, s.tokens)));
   }
-  return {first, s.causal ? std::max<std::int64_t>(end, 0) : tokens};
+  if (!s.causal) return {first, tokens};
+  return {first, in_prefix ? prefix : std::max<std::int64_t>(end, 0)};
 }
 
 // Parts of a unit, in their order, as its partials have them.
@@ -41,8 +44,7 @@ std::vector<Part> PartsOf(const Schedule& schedule, const Unit& unit) {
   return parts;
 }
 
-// A part reads [first_token, last_token), and of these a row sees what window and causality leave;
-// nothing else hides forgotten tokens.
+// A part reads [first_token, last_token), and the kernel shows a row of these what its sight says.
 void ExpectAllSeenOnce(const Schedule& schedule, const std::vector<Sequence>& sequences) {
   for (const Unit& unit : schedule.units) {
     const Sequence& s = sequences[unit.sequence];
@@ -52,14 +54,8 @@ void ExpectAllSeenOnce(const Schedule& schedule, const std::vector<Sequence>& se
       const auto [first, last] = Seen(s, q);
       std::int64_t at = first;
       for (const Part& part : parts) {
-        std::int64_t from = static_cast<std::int64_t>(part.first_token),
-                     to = static_cast<std::int64_t>(part.last_token);
-        if (s.window != 0) {
-          Sequence alive = s;
-          alive.forgotten = 0;
-          from = std::max(from, Seen(alive, q).first);
-        }
-        to = std::min(to, last);
+        const std::int64_t from = std::max(static_cast<std::int64_t>(part.first_token), first),
+                           to = std::min(static_cast<std::int64_t>(part.last_token), last);
         if (from >= to) continue;
         ASSERT_EQ(from, at) << "sequence " << unit.sequence << ", query " << q;
         at = to;
@@ -110,6 +106,7 @@ Sequence RandomSequence(std::mt19937& rng) {
   s.causal = below(4) != 0;
   if (below(2) == 0) s.window = below(2) == 0 ? below(20) + 1 : below(5000) + 1;
   if (below(2) == 0) s.forgotten = below(s.tokens + 1);
+  if (below(3) == 0) s.prefix = below(s.tokens + 1);
   // As a layer with a window has it: what the next query does not see is gone.
   if (s.window != 0 && below(2) == 0) {
     s.forgotten = s.tokens + 1 > s.window + s.queries ? s.tokens + 1 - s.window - s.queries : 0;

@@ -211,7 +211,7 @@ TEST(SessionDamage, OtherPlansVersionsAndSizes) {
   const Cache cache = Filled(c.plan, c.rows, 400);
   const std::string good = Saved(cache);
   Plan other = c.plan;
-  other.codec(1, 2, Tensor::kK).head_scale *= 2.0f;
+  other.codec(1, 2, KVMIX_K).head_scale *= 2.0f;
   other.provenance.model = "another-model";
   Cache of_other = Filled(other, c.others, 400);
   const Cache before = Filled(other, c.others, 400);
@@ -332,18 +332,16 @@ TEST(Fingerprint, OfAllThatDecidesWhatBytesMean) {
     EXPECT_EQ(std::count(seen.begin(), seen.end(), found), 0) << what;
     seen.push_back(found);
   };
-  differs([](Plan& p) { std::swap(p.codec(0, 0, Tensor::kK), p.codec(0, 1, Tensor::kK)); },
-          "order");
-  differs([](Plan& p) { std::swap(p.codec(0, 0, Tensor::kV), p.codec(0, 1, Tensor::kV)); },
-          "order");
-  differs([](Plan& p) { p.codec(1, 2, Tensor::kK).head_scale *= 1.0000002f; }, "a scale");
-  differs([](Plan& p) { p.codec(1, 0, Tensor::kV).kind.scale = Scale::kTokenBF16; }, "a kind");
+  differs([](Plan& p) { std::swap(p.codec(0, 0, KVMIX_K), p.codec(0, 1, KVMIX_K)); }, "order");
+  differs([](Plan& p) { std::swap(p.codec(0, 0, KVMIX_V), p.codec(0, 1, KVMIX_V)); }, "order");
+  differs([](Plan& p) { p.codec(1, 2, KVMIX_K).head_scale *= 1.0000002f; }, "a scale");
+  differs([](Plan& p) { p.codec(1, 0, KVMIX_V).kind.scale = KVMIX_SCALE_TOKEN_BF16; }, "a kind");
   for (const std::size_t layer : {0, 1}) {
     differs(
         [&](Plan& p) {
-          CodecVectors vectors = *p.codec(layer, 0, Tensor::kK).vectors;
+          CodecVectors vectors = *p.codec(layer, 0, KVMIX_K).vectors;
           vectors.mean[47] += 1.0f;
-          p.codec(layer, 0, Tensor::kK).vectors = std::make_shared<const CodecVectors>(vectors);
+          p.codec(layer, 0, KVMIX_K).vectors = std::make_shared<const CodecVectors>(vectors);
         },
         "a mean");
   }
@@ -367,7 +365,7 @@ TEST(ImportRows, RefusesWhatNoEncoderMakes) {
   for (std::size_t i = 0; i < good.size(); ++i) {
     const std::string head = "KV head " + std::to_string(i / 2) + ", " + (i % 2 == 0 ? "K" : "V");
     const HeadCodec& codec = c.plan.codec(0, i / 2, static_cast<Tensor>(i % 2));
-    const bool f16 = codec.kind.storage == Storage::kF16;
+    const bool f16 = codec.kind.storage == KVMIX_STORAGE_F16;
     for (const std::size_t row : {0, 29}) {
       const std::vector<std::string> parts = {"layer 0", head, "row " + std::to_string(row)};
       LayerRows bad = good;
@@ -377,11 +375,12 @@ TEST(ImportRows, RefusesWhatNoEncoderMakes) {
           bad[i].codes[row * 96 + 95] = static_cast<std::uint8_t>(bits >> 8);
           refused(bad, parts);
         }
-      } else if (codec.kind.storage == Storage::kI8) {  // every nibble is a code of i4
+      } else if (codec.kind.storage == KVMIX_STORAGE_I8) {  // every nibble is a code of i4
         bad[i].codes[row * 48 + 47] = 0x80;
         refused(bad, parts);
       }
-      if (codec.kind.scale != Scale::kToken && codec.kind.scale != Scale::kTokenBF16) continue;
+      if (codec.kind.scale != KVMIX_SCALE_TOKEN && codec.kind.scale != KVMIX_SCALE_TOKEN_BF16)
+        continue;
       for (const float scale : {kNaN, kInf, -kInf}) {
         bad = good;
         bad[i].scales[row] = scale;

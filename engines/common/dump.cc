@@ -49,7 +49,7 @@ bool Append(const std::string& path, const std::vector<Half>& halves) {
 
 // cells <- those that one query of a mask sees; returns how many.
 std::size_t Seen(MaskView mask, std::size_t query, std::vector<std::uint8_t>* cells) {
-  const std::ptrdiff_t number = mask.dtype == Dtype::kF32 ? 4 : 2;
+  const auto number = static_cast<std::ptrdiff_t>(kvmix_dtype_bytes(mask.dtype));
   mask.data = static_cast<const char*>(mask.data) +
               static_cast<std::ptrdiff_t>(query) * mask.stride * number;
   mask.queries = 1;

@@ -107,7 +107,7 @@ Plan Plans::OfLayer(std::size_t layer, const LayerShape& shape) const {
   if (of == nullptr) return one;
   one.exact_first = of->plan.exact_first;
   for (std::size_t h = 0; h < shape.kv_heads; ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       one.codec(0, h, t) = of->plan.codec(layer, h, t);
     }
   }

@@ -27,7 +27,7 @@ Status SetPlan(const std::string& value, Settings* settings) {
 Status SetCodec(const std::string& value, Settings* settings) {
   const Result<CodecKind> kind = ParseCodecKind(value);
   if (!kind.ok()) return kind.status();
-  if (kind->centre || kind->fold || kind->scale == Scale::kHead) {
+  if (kind->centre || kind->fold || kind->scale == KVMIX_SCALE_HEAD) {
     return Wrong(
         fmt::format("expected a codec without numbers of its own (no +centre, +fold, "
                     "i8-head), found {}",

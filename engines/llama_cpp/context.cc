@@ -25,7 +25,7 @@ EngineRows RowsOf(const ggml_tensor* view, std::size_t stream) {
 
 RowsView QueriesOf(const ggml_tensor* q, std::size_t stream) {
   return {static_cast<const char*>(q->data) + stream * q->nb[3],
-          Dtype::kF32,
+          KVMIX_F32,
           Size(q->ne[1]),
           Size(q->ne[2]),
           Size(q->ne[0]),
@@ -37,7 +37,7 @@ MaskView MaskOf(const Attention& a, std::size_t stream, const float* slopes) {
   const ggml_tensor* const mask = a.mask;
   const bool f32 = mask->type == GGML_TYPE_F32;
   return {static_cast<const char*>(mask->data) + stream % Size(mask->ne[3]) * mask->nb[3],
-          f32 ? Dtype::kF32 : Dtype::kF16,
+          f32 ? KVMIX_F32 : KVMIX_F16,
           Size(a.q->ne[1]),
           Size(a.k->ne[1]),
           static_cast<std::ptrdiff_t>(mask->nb[1] / (f32 ? sizeof(float) : sizeof(Half))),
@@ -102,11 +102,11 @@ Result<Mirror*> Context::MirrorOf(const Attention& a) {
 Status Context::Write(const ggml_tensor* op) {
   const ggml_tensor *from = op->src[0], *cells = op->src[1], *to = op->src[2];
   const std::int64_t *const at = static_cast<const std::int64_t*>(cells->data), n = from->ne[0];
-  const Tensor tensor = LayerOf(to, Tensor::kK) ? Tensor::kK : Tensor::kV;
+  const Tensor tensor = LayerOf(to, KVMIX_K) ? KVMIX_K : KVMIX_V;
   const auto found = by_data_.find(Base(to)->data);
   Mirror* const mirror = found != by_data_.end() ? found->second : nullptr;
   const bool alone = mirror != nullptr && plugin_.settings.memory;
-  NewRows& kept = tensor == Tensor::kK ? new_k_ : new_v_;
+  NewRows& kept = tensor == KVMIX_K ? new_k_ : new_v_;
   kept.clear();
   for (std::int64_t i = 0; i < from->ne[1]; ++i) {
     const float* const row = reinterpret_cast<const float*>(static_cast<const char*>(from->data) +

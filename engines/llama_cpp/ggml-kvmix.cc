@@ -66,7 +66,7 @@ ggml_backend_t Init(ggml_backend_dev_t device, const char*) {
 bool SupportsOp(ggml_backend_dev_t device, const ggml_tensor* op) {
   Plugin& plugin = PluginOf(device);
   if (IsView(op) || IsWrite(op) || plugin.Take(const_cast<ggml_tensor*>(op))) return true;
-  if (op->op == GGML_OP_MUL_MAT && LayerOf(op->src[0], Tensor::kK)) {
+  if (op->op == GGML_OP_MUL_MAT && LayerOf(op->src[0], KVMIX_K)) {
     plugin.SayOnce("flash",
                    "not taken, and left to the CPU: attention that is no flash attention (-fa on)");
   }

@@ -31,7 +31,7 @@ ggml_tensor* Base(const ggml_tensor* t) {
 std::optional<std::size_t> LayerOf(const ggml_tensor* t, Tensor tensor) {
   if (t == nullptr) return {};
   const std::string_view name = Base(t)->name;
-  const std::string_view prefix = tensor == Tensor::kK ? "cache_k_l" : "cache_v_l";
+  const std::string_view prefix = tensor == KVMIX_K ? "cache_k_l" : "cache_v_l";
   if (!name.starts_with(prefix)) return {};
   const char *const digits = name.data() + prefix.size(), *const end = name.data() + name.size();
   std::size_t layer = 0;
@@ -40,7 +40,7 @@ std::optional<std::size_t> LayerOf(const ggml_tensor* t, Tensor tensor) {
   return layer;
 }
 
-bool IsCache(const ggml_tensor* t) { return LayerOf(t, Tensor::kK) || LayerOf(t, Tensor::kV); }
+bool IsCache(const ggml_tensor* t) { return LayerOf(t, KVMIX_K) || LayerOf(t, KVMIX_V); }
 
 bool IsView(const ggml_tensor* op) {
   return op->op == GGML_OP_NONE || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_VIEW ||
@@ -56,8 +56,8 @@ bool IsWrite(const ggml_tensor* op) {
 std::optional<Attention> ReadAttention(ggml_tensor* op) {
   if (op->op != GGML_OP_FLASH_ATTN_EXT) return {};
   const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2);
-  const auto layer = LayerOf(k, Tensor::kK);
-  if (!layer || layer != LayerOf(v, Tensor::kV)) return {};
+  const auto layer = LayerOf(k, KVMIX_K);
+  if (!layer || layer != LayerOf(v, KVMIX_V)) return {};
   Attention a{op,
               q,
               k,

@@ -68,7 +68,7 @@ void Watch::Layer::DecodeRows(Tensor which, std::size_t first, std::size_t count
 }
 
 void Watch::Layer::HandOver(std::size_t first, std::size_t count) {
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     if (alone) DecodeRows(t, first, count, RowOf(tensor(t), first));
   }
   for (std::size_t s = StreamOf(first); s <= StreamOf(first + count - 1); ++s) empty[s] = false;
@@ -86,7 +86,7 @@ std::vector<char> Watch::Place::Read() const {
 Watch::Place Watch::Find(const void* data, std::size_t bytes) {
   const char* const at = static_cast<const char*>(data);
   for (Layer& layer : layers_) {
-    for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
       const ggml_tensor* const t = layer.tensor(tensor);
       const char* const begin = static_cast<const char*>(t->data);
       if (at < begin || at >= begin + layer.cells() * t->nb[1]) continue;

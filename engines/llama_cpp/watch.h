@@ -51,7 +51,7 @@ class Watch {
     bool alone;               // the mirror
     std::vector<bool> empty;  // by stream: the engine's pages are given back
 
-    const ggml_tensor* tensor(Tensor t) const { return tensors[t == Tensor::kV]; }
+    const ggml_tensor* tensor(Tensor t) const { return tensors[t == KVMIX_V]; }
     bool IsIn(ggml_backend_buffer_t buffer) const {
       return tensors[0]->buffer == buffer || tensors[1]->buffer == buffer;
     }
@@ -65,7 +65,7 @@ class Watch {
   // What part of a layer's tensor some bytes are.
   struct Place {
     Layer* layer = nullptr;
-    Tensor tensor = Tensor::kK;
+    Tensor tensor = KVMIX_K;
     std::size_t first = 0, count = 0;  // cells that cover the bytes
     std::size_t skip = 0;              // bytes of the first cell before them
 

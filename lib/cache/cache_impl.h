@@ -33,7 +33,7 @@ struct PoolLayer {
   std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
   std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
 
-  const CompiledHeads& heads(Tensor t) const { return t == Tensor::kK ? k : v; }
+  const CompiledHeads& heads(Tensor t) const { return t == KVMIX_K ? k : v; }
   std::size_t PageOf(std::size_t block) const;
   std::size_t FirstBlock(std::size_t page) const;
   std::size_t BlocksOf(std::size_t page) const { return FirstBlock(page + 1) - FirstBlock(page); }
@@ -52,6 +52,7 @@ struct PoolImpl {
 struct CacheLayer {
   std::size_t tokens = 0;     // the cell after the last one that was written
   std::size_t forgotten = 0;  // tokens before this one are gone
+  std::size_t dropped = 0;    // of these, tokens before this one went on purpose (Forget, Shift)
   std::vector<Page*> pages;   // null where nothing was written, or all is forgotten
   // With a window: this page's memory is also that of the page a window before, whose forgotten
   // tokens are overwritten one by one; so one token a call never takes more memory.
@@ -110,7 +111,13 @@ Status CheckLayer(const CacheImpl& cache, std::size_t layer);
 Status CheckOwnLayer(const CacheImpl* cache, std::size_t layer);
 Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
 // A view of rows has this many heads and this head_dim.
-Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim);
+Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
+                    std::size_t head_dim);
+inline Status CheckRows(const RowsView& rows, const char* name, std::size_t heads,
+                        std::size_t head_dim) {
+  if (rows.heads == heads && rows.head_dim == head_dim) return {};
+  return RowsMismatch(rows, name, heads, head_dim);
+}
 
 // Whether cells [first, first + count) of a layer can be written: there are pages, and no other
 // cache shares them.
@@ -119,7 +126,7 @@ bool IsWritable(const CacheImpl& cache, std::size_t layer, std::size_t first, st
 Status MakeWritable(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // Gives back pages that hold only tokens before `forgotten` or at `tokens` and after.
 void DropUnused(CacheImpl& cache, std::size_t layer);
-// Forgets what no query from token `next` on sees through the layer's window.
+// Forgets what no query from token `next` on sees through the layer's window (lib/cache/sight.h).
 void ForgetPast(CacheImpl& cache, std::size_t layer, std::size_t next);
 
 // Rows of cells [cell, cell + rows.count) of one head: those among the plan's first tokens are kept

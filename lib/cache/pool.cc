@@ -9,6 +9,7 @@
 
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/round.h"
+#include "lib/cache/sight.h"
 #include "lib/files/machine.h"
 
 namespace kvmix {
@@ -89,8 +90,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
       continue;
     }
     PoolLayer layer{.shape = shape,
-                    .k = Compile(plan, i, Tensor::kK, **kernels),
-                    .v = Compile(plan, i, Tensor::kV, **kernels)};
+                    .k = Compile(plan, i, KVMIX_K, **kernels),
+                    .v = Compile(plan, i, KVMIX_V, **kernels)};
     if (plan.exact_first != 0) {
       const HeadCodec f16;
       const std::vector<const HeadCodec*> all(shape.kv_heads, &f16);
@@ -283,11 +284,11 @@ void DropUnused(CacheImpl& c, std::size_t layer) {
 }
 
 void ForgetPast(CacheImpl& c, std::size_t layer, std::size_t next) {
-  const std::size_t kept = c.pool->layers[layer].kept;
-  if (kept == 0 || next + 1 <= kept) return;
   CacheLayer& at = c.layers[layer];
+  const std::size_t first = FirstSeen(next, c.pool->layers[layer].kept);
   const std::size_t before = at.forgotten;
-  at.forgotten = std::max(before, std::min(at.tokens, next + 1 - kept));
+  if (first <= before) return;
+  at.forgotten = std::max(before, std::min(at.tokens, first));
   if (at.forgotten / kBlockTokens != before / kBlockTokens) DropUnused(c, layer);
 }
 

@@ -25,26 +25,11 @@ std::size_t SpanOf(std::size_t tokens, std::size_t parts) {
   return std::max(kShortestSpan, RoundUp(CeilDiv(tokens * parts, kPartsWanted), kBlockTokens));
 }
 
-struct Tokens {
-  std::size_t first, last;
-};
-
-// What queries [query, query + count) of a sequence can see, from the start of a block on.
+// The tokens that queries [query, query + count) of a sequence are cut from: what they see, from
+// the start of a block on.
 Tokens SeenBy(const Sequence& s, std::size_t query, std::size_t count) {
-  const std::int64_t first_end =
-      static_cast<std::int64_t>(s.tokens + query + 1) - static_cast<std::int64_t>(s.queries);
-  const std::int64_t last_end = first_end + static_cast<std::int64_t>(count) - 1;
-  const std::int64_t window = static_cast<std::int64_t>(std::min(s.window, s.tokens));
-  Tokens seen{std::max(s.shared, s.exact), s.tokens};
-  if (s.causal) seen.last = static_cast<std::size_t>(std::max<std::int64_t>(0, last_end));
-  if (window != 0) {
-    seen.first = static_cast<std::size_t>(std::max<std::int64_t>(0, first_end - window)) /
-                 kBlockTokens * kBlockTokens;
-    seen.first = std::max(seen.first, s.exact);
-  }
-  if (static_cast<std::int64_t>(s.forgotten) > (window != 0 ? first_end - window : 0)) {
-    seen.first = std::max(seen.first, s.forgotten);
-  }
+  Tokens seen = s.OfRun(query, count);
+  seen.first = std::max({seen.first / kBlockTokens * kBlockTokens, s.shared, s.exact});
   if (s.mask == nullptr) return seen;
   std::size_t first = s.mask->blocks, last = 0;
   for (std::size_t q = query; q < query + count; ++q) {
@@ -112,11 +97,7 @@ void Schedule::AddShared(std::span<const Sequence> sequences, std::size_t kv_hea
 void Schedule::AddOwn(const Sequence& s, std::uint32_t first_unit, std::size_t count,
                       std::size_t gqa) {
   if (count == 0) return;
-  // The most tokens that a unit's queries see, with room for the rounding of the start to a block.
-  std::size_t seen = s.tokens - s.shared;
-  if (s.window != 0 && s.window < seen) {
-    seen = std::min(seen, s.window + units[first_unit].queries + kBlockTokens);
-  }
+  const std::size_t seen = std::min(s.tokens - s.shared, s.Most(units[first_unit].queries));
   const std::size_t span = SpanOf(seen, count);
   for (std::size_t u = first_unit; u < first_unit + count; ++u) {
     const Unit& unit = units[u];

@@ -8,17 +8,13 @@
 #include <vector>
 
 #include "kernels/mask.h"
+#include "lib/cache/sight.h"
 
 namespace kvmix::internal {
 
 // One sequence's queries, as far as their places and tokens matter.
-struct Sequence {
-  std::size_t queries = 0;
-  std::size_t tokens = 0;     // that the layer holds
-  std::size_t window = 0;     // 0: none
-  std::size_t exact = 0;      // the first tokens, which are no part's
-  std::size_t forgotten = 0;  // tokens before this one are gone
-  bool causal = true;
+struct Sequence : Sight {
+  std::size_t exact = 0;  // the first tokens, which are no part's
   // The first tokens, of whole blocks, that a group of sequences reads together, and the first
   // sequence of that group; 0: none.
   std::size_t shared = 0;

@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/cache/sight.h"
 #include "lib/files/file.h"
 
 namespace kvmix {
@@ -112,7 +113,7 @@ std::string Named(const std::string& model, std::uint64_t fingerprint) {
 template <class F>
 Status ForTensors(const PoolLayer& layer, const F& f) {
   for (std::size_t h = 0; h < layer.formats.size(); ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       if (Status s = f(t, h); !s.ok()) return s;
     }
   }
@@ -161,6 +162,9 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
   held.forgotten = forgotten;
   held.tokens = tokens;
+  // A window alone never forgets what the next query sees.
+  const bool by_window = shape.window != 0 && internal::HasPast(shape.window, forgotten, 0, tokens);
+  held.dropped = by_window ? 0 : forgotten;
   if (tokens != 0) {
     const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
     const bool finite =

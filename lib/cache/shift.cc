@@ -75,6 +75,11 @@ std::size_t FirstMoved(const CacheLayer& layer, std::size_t keep, std::size_t dr
   return std::min(layer.tokens, std::max(layer.forgotten, keep + drop));
 }
 
+// Token `at`, which says where tokens are gone, after a shift.
+std::size_t Moved(std::size_t at, std::size_t keep, std::size_t drop) {
+  return at <= keep ? at : std::max(keep, at - std::min(at, drop));
+}
+
 // Tokens from `first` on, `drop` cells down. In ascending order, so that none is overwritten before
 // it has moved. Returns the clamped values.
 std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t drop,
@@ -88,16 +93,16 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
     for (std::size_t t = first; t < c.layers[layer].tokens; t += kRowsAtATime) {
       const std::size_t n = std::min(kRowsAtATime, c.layers[layer].tokens - t);
       const CompiledCodec& codec = shape.k[h];
-      internal::LoadRows(c, layer, Tensor::kK, h, t, n, rows.data(), scales.data());
+      internal::LoadRows(c, layer, KVMIX_K, h, t, n, rows.data(), scales.data());
       codec.Decode(rows.data(), scales.data(), n, keys.data(), dim);
       for (std::size_t r = 0; r < n; ++r) turn.Apply(keys.data() + r * dim);
       const RowsView view = RowsView::F32(keys.data(), n, 1, dim);
-      internal::KeepExact(c, layer, Tensor::kK, h, t - drop, internal::TokenRows(view, 0, 0, n));
+      internal::KeepExact(c, layer, KVMIX_K, h, t - drop, internal::TokenRows(view, 0, 0, n));
       clamped += codec.Encode(internal::TokenRows(view, 0, 0, n), rows.data(), scales.data());
-      internal::StoreRows(c, layer, Tensor::kK, h, t - drop, n, rows.data(), scales.data());
-      internal::LoadRows(c, layer, Tensor::kV, h, t, n, rows.data(), scales.data());
-      internal::StoreRows(c, layer, Tensor::kV, h, t - drop, n, rows.data(), scales.data());
-      internal::KeepExactOf(c, layer, Tensor::kV, h, t - drop, n, rows.data(), scales.data());
+      internal::StoreRows(c, layer, KVMIX_K, h, t - drop, n, rows.data(), scales.data());
+      internal::LoadRows(c, layer, KVMIX_V, h, t, n, rows.data(), scales.data());
+      internal::StoreRows(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
+      internal::KeepExactOf(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
     }
   }
   return clamped;
@@ -143,7 +148,9 @@ Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ro
     const std::size_t first = FirstMoved(held, keep, drop);
     const Turn turn(rope_of(layer), shapes[layer].shape.k_dim, drop);
     c.saturated += MoveLayer(c, layer, first, drop, turn);
-    if (held.forgotten > keep) held.forgotten = first - drop;
+    // Kept tokens that left with the window stay unseen, though queries come nearer to them.
+    held.dropped = std::max(Moved(held.dropped, keep, drop), std::min(held.forgotten, keep));
+    held.forgotten = Moved(held.forgotten, keep, drop);
     held.tokens -= drop;
     internal::DropUnused(c, layer);
   }

@@ -50,7 +50,7 @@ std::string VectorText(std::span<const float> vector, std::string_view key, std:
 
 std::string CodecText(const HeadCodec& codec, std::string_view key) {
   std::string text = fmt::format("\"{}\": \"{}\"", key, ToString(codec.kind));
-  if (codec.kind.scale == Scale::kHead)
+  if (codec.kind.scale == KVMIX_SCALE_HEAD)
     text += fmt::format(", \"{}_scale\": {:.9g}", key, codec.head_scale);
   return text + VectorText(codec.mean(), key, "mean") + VectorText(codec.factor(), key, "factor");
 }
@@ -93,14 +93,27 @@ std::string AccuracyText(const Provenance& p) {
   return fmt::format("{{{}{}}}", fmt::join(measured, ","), measured.empty() ? "" : "\n  ");
 }
 
+// The oldest minor version that has a storage.
+std::size_t MinorOf(Storage storage) {
+  switch (storage) {
+    case KVMIX_STORAGE_F16:
+    case KVMIX_STORAGE_I8:
+      break;
+    case KVMIX_STORAGE_I4:
+      return kMinorOfI4;
+    case KVMIX_STORAGE_I6:
+    case KVMIX_STORAGE_I3:
+      return kMinorOfShaping;
+  }
+  return kMinor;
+}
+
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
   std::size_t minor = plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
   for (const HeadCodec& codec : plan.codecs) {
-    const CodecKind& kind = codec.kind;
-    if (kind.storage == Storage::kI4) minor = std::max(minor, kMinorOfI4);
-    if (kind.storage == Storage::kI6 || kind.storage == Storage::kI3 || kind.shape)
-      minor = std::max(minor, kMinorOfShaping);
+    minor = std::max(minor, MinorOf(codec.kind.storage));
+    if (codec.kind.shape) minor = std::max(minor, kMinorOfShaping);
   }
   return minor;
 }
@@ -148,7 +161,7 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
     return {};
   }
   HeadCodec codec{*kind};
-  if (kind->scale == Scale::kHead) codec.head_scale = head[key + "_scale"].Float();
+  if (kind->scale == KVMIX_SCALE_HEAD) codec.head_scale = head[key + "_scale"].Float();
   CodecVectors vectors;
   if (kind->centre) vectors.mean = head[key + "_mean"].Floats();
   if (kind->fold) vectors.factor = head[key + "_factor"].Floats();

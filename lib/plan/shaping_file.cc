@@ -25,7 +25,7 @@ void ForShaped(P& plan, const Visit& visit) {
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
     for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
-      auto& codec = plan.codec(layer, head, Tensor::kK);
+      auto& codec = plan.codec(layer, head, KVMIX_K);
       if (codec.kind.shape)
         visit(fmt::format("layers.{}.heads.{}.k", layer, head), layers[layer].k_dim, codec);
     }

@@ -1,5 +1,5 @@
 // Dumps: opening, checking, views.
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -27,7 +27,7 @@
 #include "lib/files/safetensors.h"
 #include "lib/plan/model_json.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using internal::FileError;
 using internal::MappedFile;
@@ -76,7 +76,7 @@ struct Found {
 using FoundTensors = std::map<Place, Found>;
 
 constexpr std::pair<std::string_view, Dtype> kDtypes[] = {
-    {"F16", Dtype::kF16}, {"BF16", Dtype::kBF16}, {"F32", Dtype::kF32}};
+    {"F16", KVMIX_F16}, {"BF16", KVMIX_BF16}, {"F32", KVMIX_F32}};
 
 // The index of the first of `count` numbers whose exponent is all ones, NaN or Inf; or `count`.
 // Bits: signed, because every SIMD instruction set has that maximum.
@@ -190,7 +190,7 @@ struct Dump::Impl {
                     fmt::format("whole tokens of {} heads x {} x 2 bytes", heads, format.head_dim),
                     fmt::format("{} bytes", bytes.size()));
       }
-      found[*place] = {bytes, Dtype::kF16, {bytes.size() / token_bytes, heads, format.head_dim}};
+      found[*place] = {bytes, KVMIX_F16, {bytes.size() / token_bytes, heads, format.head_dim}};
       files.push_back(std::move(*file));
     }
     if (error) return Fail(ErrorCode::kIo, "", "a folder that can be read", error.message());
@@ -449,7 +449,7 @@ RowsView Dump::k(std::size_t layer) const { return impl_->rows(layer, kKeys); }
 RowsView Dump::v(std::size_t layer) const { return impl_->rows(layer, kValues); }
 RowsView Dump::q(std::size_t layer) const { return impl_->rows(layer, kQueries); }
 RowsView Dump::head(std::size_t layer, std::size_t kv_head, Tensor t) const {
-  const RowsView rows = t == Tensor::kK ? k(layer) : v(layer);
+  const RowsView rows = t == KVMIX_K ? k(layer) : v(layer);
   KVMIX_CHECK(kv_head, <, rows.heads);
   return rows.Head(kv_head);
 }
@@ -462,9 +462,9 @@ Status Dump::CheckFinite(std::size_t layer) const {
     const RowsView& x = impl_->layers[layer][kind].rows;
     const std::size_t count = x.tokens * x.heads * x.head_dim;  // 0: no such tensor
     const std::size_t at =
-        x.dtype == Dtype::kF32
+        x.dtype == KVMIX_F32
             ? FindNonFinite<std::int32_t>(x.data, count, 0x7F800000)
-            : FindNonFinite<std::int16_t>(x.data, count, x.dtype == Dtype::kF16 ? 0x7C00 : 0x7F80);
+            : FindNonFinite<std::int16_t>(x.data, count, x.dtype == KVMIX_F16 ? 0x7C00 : 0x7F80);
     if (at == count) continue;
     const std::size_t channel = at % x.head_dim, row = at / x.head_dim;
     const bool heads_first = x.token_stride < x.head_stride;
@@ -494,4 +494,4 @@ void Dump::Release(std::size_t layer) const {
   for (const Impl::Stored& tensor : impl_->layers[layer]) internal::ReleasePages(tensor.in_file);
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -6,11 +6,11 @@
 #include <functional>
 #include <vector>
 
-#include "kvmix/dump.h"
 #include "kvmix/status.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // At least one, each with Q, all of one model.
 Status CheckDumps(const std::vector<const Dump*>& dumps);
@@ -25,6 +25,6 @@ Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const
                  const MeasureOptions& options,
                  const std::function<Status(std::size_t, const MeasureOptions&)>& work);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_LAYERS_H_

@@ -8,12 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "lib/cache/parallel.h"
 #include "lib/cache/round.h"
 #include "lib/tune/layers.h"
 #include "lib/tune/parts.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // The sum of x x^T over rows x that come one after the other: in batches, so that a batch stays in
@@ -21,7 +20,10 @@ namespace {
 class Moment {
  public:
   explicit Moment(std::size_t dim)
-      : dim_(dim), stride_(RoundUp(dim, kLanes)), batch_(kBatch * stride_), sum_(dim * dim) {}
+      : dim_(dim),
+        stride_(internal::RoundUp(dim, kLanes)),
+        batch_(kBatch * stride_),
+        sum_(dim * dim) {}
 
   void Add(const RowsView& rows, std::size_t token) {
     for (std::size_t c = 0; c < dim_; ++c) batch_[used_ * stride_ + c] = rows.At(token, 0, c);
@@ -76,7 +78,7 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
       s.max[c] = std::max(s.max[c], x);
     }
   }
-  if (tensor == Tensor::kV || !dump.has_q()) return s;
+  if (tensor == KVMIX_V || !dump.has_q()) return s;
   Moment moment(rows.head_dim);
   for (const std::size_t reader : dump.model().readers(layer)) {
     const std::size_t group = dump.model().layers[reader].group();
@@ -87,15 +89,15 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
   return s;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
-namespace kvmix {
+namespace kvmix::tune {
 
 Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t first_layer,
                               std::size_t last_layer, const MeasureOptions& options) {
-  if (Status s = internal::CheckDumps(dumps); !s.ok()) return s;
+  if (Status s = CheckDumps(dumps); !s.ok()) return s;
   const Model& model = dumps[0]->model();
-  const auto layers = internal::OwnLayers(*dumps[0], first_layer, last_layer);
+  const auto layers = OwnLayers(*dumps[0], first_layer, last_layer);
   if (!layers.ok()) return layers.status();
   Calibration calibration{.model = model};
   std::vector<std::string> hashes;  // of `dumps`
@@ -103,7 +105,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
     Result<DumpId> id = Identify(*dump, options);
     if (!id.ok()) return id.status();
     if (const auto twice = std::ranges::find(hashes, id->hash); twice != hashes.end())
-      return internal::GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
+      return GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
     hashes.push_back(id->hash);
     calibration.dumps.push_back(std::move(*id));
   }
@@ -115,9 +117,8 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
       for (const std::size_t reader : readers)
         if (Status s = dumps[d]->CheckFinite(reader); !s.ok()) return s;
       std::vector<HeadStatistics> heads(2 * model.layers[layer].kv_heads);
-      const int threads = internal::ThreadsFor(within.num_threads, heads.size());
-      internal::RunParts(heads.size(), threads, 1, [&](std::size_t i) {
-        heads[i] = internal::Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
+      within.runner.Run(heads.size(), [&](std::size_t i) {
+        heads[i] = Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
       });
       for (const std::size_t reader : readers) dumps[d]->Release(reader);
       const std::lock_guard lock(mutex);
@@ -125,7 +126,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
     }
     return Status();
   };
-  if (Status s = internal::ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
+  if (Status s = ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
   return calibration;
 }
 
@@ -141,4 +142,4 @@ HeadStatistics& HeadStatistics::operator+=(const HeadStatistics& o) {
   return *this;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

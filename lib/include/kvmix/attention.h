@@ -5,12 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 
 #include "kvmix/cache.h"
 #include "kvmix/export.h"
 #include "kvmix/rows.h"
+#include "kvmix/runner.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
@@ -32,6 +32,9 @@ struct AttendOptions {
   float soft_cap = 0.0f;           // s -> soft_cap * tanh(s / soft_cap) (Gemma 2)
   const float* sinks = nullptr;    // [query_heads] logits that take weight but have no V (gpt-oss)
   bool causal = true;              // false: a query also sees the tokens after it
+  // The first tokens of the sequence, as many as this, see each other both ways (PrefixLM, the
+  // images of Gemma 3); later tokens are causal. 0: none.
+  std::size_t bidirectional_prefix = 0;
   Residence residence = Residence::kAuto;
 };
 
@@ -40,7 +43,7 @@ struct AttendOptions {
 // causality and window: with cells in any order, switch those off.
 struct MaskView {
   const void* data = nullptr;  // query i, cell c: element i * stride + c; null: no mask
-  Dtype dtype = Dtype::kF16;
+  Dtype dtype = KVMIX_F16;
   std::size_t queries = 0;  // those of q
   std::size_t cells = 0;    // at most the capacity; a cell from here on is not seen
   std::ptrdiff_t stride = 0;
@@ -59,8 +62,8 @@ struct AttendRequest {
 // Query i of n stands at the place of the layer's token tokens - n + i, and sees it and those
 // before it: append K and V of the prompt (or of the new token) first, then attend. q: [queries,
 // query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not overlap q. A
-// query that sees no token gets zeros; a query row with NaN or Inf gets NaN. num_threads: OpenMP
-// threads, 0 for as many as this process may use. The result does not depend on it.
+// query that sees no token gets zeros; a query row with NaN or Inf gets NaN. runner: a number
+// of OpenMP's threads, or any other (kvmix/runner.h). The result does not depend on it.
 //
 // log_sum_exp: the natural logarithm of what the row's weights sum to, a sink's included; -inf
 // where it sees nothing. With it outputs over two caches can be merged (MergeOutputs).
@@ -86,42 +89,17 @@ struct AttendRequest {
 // Memory: a thread allocates on its first call, and when a call is larger than all before it on
 // that thread; it keeps that memory until it ends.
 //
-// Threads: one thread, and jobs, never touch OpenMP. OpenMP's threads do not survive a fork(): in
-// the child of a fork every call runs on one thread, whatever num_threads says.
+// Threads: neighbouring parts of a decode read neighbouring memory, and Runner::threads says into
+// how many runs of them one sequence's decode is cut.
 KVMIX_API Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-                        const AttendOptions& options = {}, int num_threads = 1);
+                        const AttendOptions& options = {}, const Runner& runner = Runner::Here());
 KVMIX_API Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
-                        const AttendOptions& options = {}, int num_threads = 1);
+                        const AttendOptions& options = {}, const Runner& runner = Runner::Here());
 
 // Two outputs of the same queries over disjoint tokens become that over all of them: out, lse <-
 // merged with the others. rows of dim numbers.
 KVMIX_API void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
                             const float* other_log_sum_exp, std::size_t rows, std::size_t dim);
-
-// The same, part by part, for an engine with a thread pool of its own (no OpenMP inside):
-//   AttendJob job;                                   // keep it: its memory is reused
-//   job.Start(cache, layer, q, out, options);
-//   for each p in [0, job.parts()): on any thread, in any order, each once: job.RunPart(p);
-// When all calls have returned, `out` is complete. Neighbouring parts read neighbouring memory:
-// give a thread a run of them. The caches may not be written until then.
-class KVMIX_API AttendJob {
- public:
-  AttendJob();
-  AttendJob(AttendJob&&) noexcept;
-  AttendJob& operator=(AttendJob&&) noexcept;
-  ~AttendJob();
-
-  Status Start(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-               const AttendOptions& options = {});
-  Status Start(std::span<const AttendRequest> requests, std::size_t layer,
-               const AttendOptions& options = {});
-  std::size_t parts() const;
-  void RunPart(std::size_t part);
-
- private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
-};
 
 }  // namespace kvmix
 

@@ -1,5 +1,5 @@
-// A plan: which codec every KV head's K and V is stored with. Made by the tuner (kvmix/tune.h) or
-// by hand, portable between machines, saved as JSON.
+// A plan: which codec every KV head's K and V is stored with. Made by the tuner
+// (kvmix/tune/steps.h) or by hand, portable between machines, saved as JSON.
 #ifndef KVMIX_PLAN_H_
 #define KVMIX_PLAN_H_
 
@@ -38,7 +38,7 @@ struct Provenance {
   Fidelity on_holdout;
 };
 
-inline constexpr std::size_t kMostExactFirst = 64;
+inline constexpr std::size_t kMostExactFirst = KVMIX_MOST_EXACT_FIRST;
 
 struct Plan {
   Model model;

@@ -14,8 +14,8 @@
 // 2. the original study's raw folder: layer_NN.{k,v,q}.bin, f16, [tokens, heads, head_dim], all
 //    layers alike, their shape given by the caller.
 // Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
-#ifndef KVMIX_DUMP_H_
-#define KVMIX_DUMP_H_
+#ifndef KVMIX_TUNE_DUMP_H_
+#define KVMIX_TUNE_DUMP_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +28,7 @@
 #include "kvmix/rows.h"
 #include "kvmix/status.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 // What the files of a raw folder do not say. query_heads 0: q files, if there are any, are ignored.
 struct RawFormat {
@@ -83,6 +83,6 @@ class KVMIX_API Dump {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace kvmix
+}  // namespace kvmix::tune
 
-#endif  // KVMIX_DUMP_H_
+#endif  // KVMIX_TUNE_DUMP_H_

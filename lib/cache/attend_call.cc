@@ -1,0 +1,205 @@
+// A call of attention is checked, takes the layer's numbers, finds prefixes that are shared, and
+// has itself cut into parts (schedule.cc).
+#include "lib/cache/attend_call.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+
+#include "lib/cache/round.h"
+#include "lib/files/machine.h"
+
+namespace kvmix::internal {
+namespace {
+
+using kernels::kBlockTokens;
+
+// Sequences with more rows than this of a KV head do not share the reading of a prefix: their own
+// arithmetic takes longer than memory.
+constexpr std::size_t kMostSharingRows = 16;
+constexpr std::size_t kFewestSharedBlocks = 2;
+
+std::size_t L2Bytes() {
+  static const std::size_t bytes = internal::Caches().l2;
+  return bytes;
+}
+
+Status CheckOptions(const AttendOptions& o) {
+  if (std::isfinite(o.attention_scale) && o.attention_scale >= 0.0f && std::isfinite(o.soft_cap) &&
+      o.soft_cap >= 0.0f) {
+    return {};
+  }
+  return {ErrorCode::kInvalidArgument,
+          fmt::format("attention_scale {}, soft_cap {}: expected finite numbers, none negative",
+                      o.attention_scale, o.soft_cap)};
+}
+
+}  // namespace
+
+// The options are those of the layer where they say nothing.
+Status AttendCall::Start(std::span<const AttendRequest> asked, std::size_t at_layer,
+                         const AttendOptions& o) {
+  schedule.parts.clear();
+  requests.clear();
+  sequences.clear();
+  ranges.clear();
+  if (asked.empty()) return {};
+  const CacheImpl* const first = Access::Of(asked[0].cache);
+  if (Status s = CheckAlive(first); !s.ok()) return s;
+  if (Status s = CheckLayer(*first, at_layer); !s.ok()) return s;
+  if (Status s = CheckOptions(o); !s.ok()) return s;
+  pool = first->pool.get();
+  layer = &pool->layers[pool->plan.model.kv_layer(at_layer)];
+  shape = &pool->plan.model.layers[at_layer];
+  exact = pool->plan.exact_first;
+  options = o;
+  if (options.attention_scale == 0.0f) options.attention_scale = shape->scale();
+  if (options.sliding_window == 0) options.sliding_window = shape->window;
+  if (options.soft_cap == 0.0f) options.soft_cap = shape->soft_cap;
+  if (options.sinks == nullptr && !shape->sinks.empty()) options.sinks = shape->sinks.data();
+
+  for (std::size_t i = 0; i < asked.size(); ++i) {
+    Status s = Add(asked[i], at_layer);
+    if (s.ok()) continue;
+    if (asked.size() == 1) return s;
+    return {s.code(), fmt::format("request {} of {}: {}", i, asked.size(), s.message())};
+  }
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < requests.size(); ++i) {  // now that `ranges` stays where it is
+    if (!requests[i].masked) continue;
+    requests[i].mask.ranges = ranges.data() + at;
+    at += requests[i].mask.blocks * requests[i].q.tokens;
+    sequences[i].mask = &requests[i].mask;
+  }
+  if (requests.size() > 1) Share();
+  padded = pool->kernels->attend.padded_dim(layer->formats[0]);
+  schedule.Make(sequences, shape->kv_heads, shape->group(), Outputs::RowBytes(padded));
+  from_memory = IsFromMemory();
+  outputs = outputs_memory.Get(schedule.memory);
+  if (done.size() < schedule.units.size()) {
+    done = std::vector<std::atomic<std::uint32_t>>(schedule.units.size());
+  }
+  for (std::size_t u = 0; u < schedule.units.size(); ++u) {
+    done[u].store(0, std::memory_order_relaxed);
+  }
+  return {};
+}
+
+Status AttendCall::Add(const AttendRequest& asked, std::size_t at_layer) {
+  const CacheImpl* const cache = Access::Of(asked.cache);
+  if (Status s = CheckAlive(cache); !s.ok()) return s;
+  if (cache->pool.get() != pool) {
+    return {ErrorCode::kMismatch, "the caches of a batch are expected to be of one pool"};
+  }
+  if (Status s = CheckRows(asked.q, "Q", shape->query_heads, shape->k_dim); !s.ok()) {
+    return s;
+  }
+  requests.push_back(
+      {&cache->held(at_layer), asked.q, asked.out, asked.log_sum_exp, {}, false, {}});
+  const CacheLayer& held = *requests.back().held;
+  Sequence& sequence = sequences.emplace_back();
+  static_cast<Sight&>(sequence) = {.queries = asked.q.tokens,
+                                   .tokens = held.tokens,
+                                   .window = options.sliding_window,
+                                   .prefix = options.bidirectional_prefix,
+                                   .forgotten = held.forgotten,
+                                   .dropped = held.dropped,
+                                   .causal = options.causal};
+  sequence.exact = std::min(exact, held.tokens);
+  if (Status s = sequence.CheckPrefix(); !s.ok()) return s;
+  return asked.mask.data != nullptr ? Scan(asked, *cache) : sequence.CheckHeld();
+}
+
+// Reads a mask: the tokens that it shows every query, block by block. They must all be held.
+Status AttendCall::Scan(const AttendRequest& asked, const CacheImpl& cache) {
+  const MaskView& m = asked.mask;
+  Request& request = requests.back();
+  if (m.queries != asked.q.tokens || m.cells > cache.capacity) {
+    return {ErrorCode::kMismatch,
+            fmt::format("mask: expected {} queries and at most {} cells, found {} x {}",
+                        asked.q.tokens, cache.capacity, m.queries, m.cells)};
+  }
+  for (std::size_t h = 0; m.slopes != nullptr && h < shape->query_heads; ++h) {
+    if (m.slopes[h] > 0.0f && std::isfinite(m.slopes[h])) continue;
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("mask: expected slopes > 0, found {} for query head {}", m.slopes[h], h)};
+  }
+  const CacheLayer& held = *request.held;
+  request.numbers = RowsView::Dense(m.data, m.dtype, m.queries, 1, m.cells);
+  request.numbers.token_stride = m.stride;
+  const std::size_t blocks = CeilDiv(m.cells, kBlockTokens);
+  const std::size_t at = ranges.size();
+  ranges.resize(at + blocks * m.queries);
+  for (std::size_t q = 0; q < m.queries; ++q) {
+    kernels::MaskRange* const seen = ranges.data() + at + q * blocks;
+    if (!pool->kernels->mask.scan(request.numbers.row(q, 0), m.dtype, m.cells, seen)) {
+      return {ErrorCode::kInvalidArgument,
+              fmt::format("mask: NaN or +inf in the row of query {}", q)};
+    }
+    for (std::size_t b = 0; b < blocks; ++b) {
+      if (seen[b].last == 0) continue;
+      if (b * kBlockTokens + seen[b].first < held.forgotten ||
+          b * kBlockTokens + seen[b].last > held.tokens) {
+        return {ErrorCode::kInvalidArgument,
+                fmt::format("mask: query {} sees cells {} to {}; the layer has those from {} to {}",
+                            q, b * kBlockTokens + seen[b].first, b * kBlockTokens + seen[b].last,
+                            held.forgotten, held.tokens)};
+      }
+    }
+  }
+  request.mask = {m.data, m.dtype, m.stride, m.cells, nullptr, blocks, m.slopes};
+  request.masked = true;
+  return {};
+}
+
+// Finds sequences whose first blocks are the same memory, and makes groups of them.
+void AttendCall::Share() {
+  const auto blocks_of = [&](std::size_t i) { return requests[i].held->blocks_of(0); };
+  // The first blocks that all queries see whole.
+  const auto seen_blocks = [&](std::size_t i) -> std::size_t {
+    const Sequence& s = sequences[i];
+    if (requests[i].masked || s.queries == 0 || s.queries * shape->group() > kMostSharingRows) {
+      return 0;
+    }
+    const Tokens seen = s.OfAll();
+    return seen.first == 0 ? seen.last / kBlockTokens : 0;
+  };
+  order.clear();
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    if (seen_blocks(i) >= kFewestSharedBlocks) order.push_back(i);
+  }
+  std::ranges::sort(order, {}, [&](std::size_t i) {
+    return std::pair(reinterpret_cast<std::uintptr_t>(blocks_of(i)[0]), i);
+  });
+  for (std::size_t first = 0, last; first < order.size(); first = last) {
+    const std::size_t leader = order[first];
+    std::size_t common = seen_blocks(leader);
+    for (last = first + 1; last < order.size() && blocks_of(order[last])[0] == blocks_of(leader)[0];
+         ++last) {
+      const std::size_t most = std::min(common, seen_blocks(order[last]));
+      common = static_cast<std::size_t>(
+          std::mismatch(blocks_of(leader), blocks_of(leader) + most, blocks_of(order[last])).first -
+          blocks_of(leader));
+    }
+    if (last == first + 1 || common < kFewestSharedBlocks) continue;
+    for (std::size_t i = first; i < last; ++i) {
+      sequences[order[i]].shared = common * kBlockTokens;
+      sequences[order[i]].group = leader;
+    }
+  }
+}
+
+bool AttendCall::IsFromMemory() const {
+  if (options.residence != Residence::kAuto) return options.residence == Residence::kMemory;
+  std::size_t tokens = 0;
+  for (const Sequence& s : sequences) {
+    tokens += RoundUp(s.Most(s.queries), kBlockTokens);
+  }
+  std::size_t block_bytes = 0;
+  for (const kernels::BlockFormat& f : layer->formats) block_bytes += f.block_bytes;
+  return schedule.units.size() <= requests.size() * shape->kv_heads ||
+         tokens / kBlockTokens * block_bytes > L2Bytes();
+}
+
+}  // namespace kvmix::internal

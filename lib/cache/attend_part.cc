@@ -1,0 +1,229 @@
+// A part of a call of attention: its queries go through the kernels, and whoever finishes the last
+// part of a row merges all of them.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "lib/cache/attend_call.h"
+#include "lib/cache/round.h"
+
+namespace kvmix::internal {
+namespace {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+// In units of log2. A mask makes what it hides -2^100, not -inf (kernels/mask.h): a row whose
+// largest score is below this sees nothing.
+constexpr float kNothingSeen = -0x1p99f;
+
+}  // namespace
+
+// What is read after a part's tokens.
+const std::uint8_t* AttendCall::BlockAfter(std::size_t part) const {
+  if (!from_memory || part + 1 >= schedule.parts.size()) return nullptr;
+  const Part& next = schedule.parts[part + 1];
+  if (next.first_token >= next.last_token) return nullptr;
+  const Unit& unit = schedule.units[schedule.unit_of[next.first_unit]];
+  return requests[unit.sequence].held->blocks_of(
+      next.kv_head)[next.first_token / kernels::kBlockTokens];
+}
+
+// What a part asks of the kernels, but for its queries and its memory. mask: in which the task's
+// own is put.
+kernels::AttendTask AttendCall::TaskOf(const Part& part, std::span<const std::uint32_t> units,
+                                       kernels::Mask& mask) const {
+  const Unit& first = schedule.units[units[0]];
+  const Request& request = requests[first.sequence];
+  kernels::AttendTask task{};
+  task.format = &layer->formats[part.kv_head];
+  task.blocks = request.held->blocks_of(part.kv_head);
+  task.first_token = part.first_token;
+  task.last_token = part.last_token;
+  task.rows = part.rows;
+  task.group = shape->group();
+  // Many units read together only what all of their queries see.
+  task.sight = units.size() == 1 ? sequences[first.sequence].From(first.first_query)
+                                 : kernels::Sight::Whole(part.last_token);
+  if (request.masked) {
+    mask = request.mask;
+    mask.values = request.numbers.row(first.first_query, 0);
+    mask.ranges += first.first_query * mask.blocks;
+    if (mask.slopes != nullptr) mask.slopes += part.kv_head * task.group;
+    task.mask = &mask;
+  }
+  task.scale = options.attention_scale;
+  task.soft_cap = options.soft_cap;
+  task.stream = from_memory;
+  return task;
+}
+
+void AttendCall::RunPart(std::size_t index) {
+  const Part& part = schedule.parts[index];
+  const std::span<const std::uint32_t> units(schedule.unit_of.data() + part.first_unit, part.units);
+  const std::size_t group = shape->group(), dim = shape->k_dim;
+  kernels::Mask mask;
+  kernels::AttendTask task = TaskOf(part, units, mask);
+  task.after = BlockAfter(index);
+
+  thread_local Scratch scratch;
+  const std::size_t q_bytes = RoundUp(part.rows * dim * sizeof(float), 64),
+                    operand_bytes = pool->kernels->attend.operand_bytes(*task.format, part.rows),
+                    bias_bytes = RoundUp(part.rows * sizeof(float), 64);
+  std::uint8_t* const memory =
+      scratch.Get(q_bytes + operand_bytes + bias_bytes + part.rows * Outputs::RowBytes(padded));
+  float* const queries = reinterpret_cast<float*>(memory);
+  float* const bias = reinterpret_cast<float*>(memory + q_bytes + operand_bytes);
+  const Outputs to =
+      Outputs::At(part.memory == Part::kOwn ? memory + q_bytes + operand_bytes + bias_bytes
+                                            : outputs + part.memory,
+                  part.rows, padded);
+
+  float* row = queries;
+  bool biased = options.soft_cap != 0.0f || options.sinks != nullptr || exact != 0;
+  for (const std::uint32_t u : units) {
+    const Unit& unit = schedule.units[u];
+    biased |= requests[unit.sequence].log_sum_exp != nullptr;
+    GatherQueries(unit, row);
+    row += unit.queries * group * dim;
+  }
+  // Only a soft cap, sinks, exact tokens and a sum see what the codes of a centred K leave out of
+  // the scores.
+  task.bias = biased ? bias : nullptr;
+  layer->k[part.kv_head].PrepareQueries(queries, part.rows, options.attention_scale,
+                                        biased ? bias : nullptr);
+  task.q = queries;
+  task.operand = memory + q_bytes;
+  task.out = to.out;
+  task.max = to.max;
+  task.sum = to.sum;
+  pool->kernels->attend.attend(task);
+
+  // The thread that finishes the last part of a unit merges all of them, always in one order.
+  const float* unit_bias = task.bias;
+  for (const std::uint32_t u : units) {
+    const Unit& unit = schedule.units[u];
+    if (part.memory == Part::kOwn) {
+      Merge(unit, unit_bias, &to);
+    } else if (done[u].fetch_add(1, std::memory_order_acq_rel) + 1 == unit.partials) {
+      Merge(unit, unit_bias, nullptr);
+    }
+    if (biased) unit_bias += unit.queries * group;
+  }
+}
+
+// f32 rows of the query heads that share a KV head.
+void AttendCall::GatherQueries(const Unit& unit, float* rows) const {
+  const std::size_t group = shape->group();
+  for (std::size_t i = 0; i < unit.queries; ++i, rows += group * shape->k_dim) {
+    const kernels::RowsIn heads =
+        HeadRows(requests[unit.sequence].q, unit.first_query + i, unit.kv_head * group, group);
+    pool->kernels->encode.to_float(heads, rows, shape->k_dim);
+  }
+}
+
+// A unit's rows over the tokens that are kept exact. Their scores lack `bias` as those of codes do.
+Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
+  const Sequence& s = sequences[unit.sequence];
+  const Request& request = requests[unit.sequence];
+  const std::size_t rows = unit.queries * shape->group();
+  thread_local Scratch scratch;
+  const std::size_t q_floats = rows * shape->k_dim, added_floats = rows * s.exact;
+  std::uint8_t* const memory = scratch.Get((q_floats + added_floats) * sizeof(float) +
+                                           rows * Outputs::RowBytes(shape->v_dim));
+  float* const queries = reinterpret_cast<float*>(memory);
+  float* const added = queries + q_floats;
+  const Outputs to =
+      Outputs::At(reinterpret_cast<std::uint8_t*>(added + added_floats), rows, shape->v_dim);
+  GatherQueries(unit, queries);
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::size_t query = unit.first_query + r / shape->group();
+    const std::size_t query_head = unit.kv_head * shape->group() + r % shape->group();
+    const Tokens seen = s.Of(query);
+    for (std::size_t t = 0; t < s.exact; ++t) {
+      float number = t >= seen.first && t < seen.last ? 0.0f : -kInf;
+      if (request.masked) number += MaskNumber(request, query, t, query_head);
+      added[r * s.exact + t] = number - (options.soft_cap != 0.0f ? 0.0f : bias[r]);
+    }
+  }
+  const Half* const rows_of_all = request.held->exact.data();
+  const auto exact_rows = [&](Tensor t) {
+    return rows_of_all + ExactPlace(*pool, layer->shape, t, unit.kv_head);
+  };
+  pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), s.exact, shape->k_dim,
+                               shape->v_dim, queries, rows, options.attention_scale,
+                               options.soft_cap, added, to.out, to.max, to.sum});
+  return to;
+}
+
+// A mask's number for one row and token, with its slope.
+float AttendCall::MaskNumber(const Request& request, std::size_t query, std::size_t token,
+                             std::size_t query_head) {
+  if (token >= request.numbers.head_dim) return -kInf;
+  const float* const slopes = request.mask.slopes;
+  return (slopes != nullptr ? slopes[query_head] : 1.0f) * request.numbers.At(query, 0, token);
+}
+
+// out = sum over parts of 2^(max_p - max) out_p / (sum over parts of 2^(max_p - max) sum_p + sink),
+// and what V's codec restores. own: the outputs of a unit's only part.
+void AttendCall::Merge(const Unit& unit, const float* bias, const Outputs* own) const {
+  const std::size_t group = shape->group(), dim = shape->v_dim;
+  const Request& request = requests[unit.sequence];
+  const auto partial = [&](std::size_t p, std::size_t row) {
+    if (own != nullptr) return own->From(row, padded);
+    const Partial& place = schedule.partials[unit.first_partial + p];
+    const Part& part = schedule.parts[place.part];
+    return Outputs::At(outputs + part.memory, part.rows, padded).From(place.row + row, padded);
+  };
+  const bool has_exact = sequences[unit.sequence].exact != 0;
+  const Outputs first = has_exact ? AttendExact(unit, bias) : Outputs{};
+  for (std::size_t r = 0; r < unit.queries * group; ++r) {
+    const std::size_t query_head = unit.kv_head * group + r % group;
+    const std::size_t row = (unit.first_query + r / group) * shape->query_heads + query_head;
+    float* const to = request.out + row * dim;
+    float max = has_exact ? first.max[r] : -kInf;
+    bool nan = std::isnan(max);
+    for (std::size_t p = 0; p < unit.partials; ++p) {
+      const float own_max = *partial(p, r).max;
+      max = std::max(max, own_max);
+      nan |= std::isnan(own_max);
+    }
+    // A sink's logit, and the sum of all weights, are beside scores that lack `bias` (a soft cap
+    // has put it back).
+    const float lacking = bias == nullptr || options.soft_cap != 0.0f ? 0.0f : bias[r];
+    // In units of log2. It stays finite: a sink that takes all leaves 0, not NaN.
+    float sink = -kInf;
+    if (options.sinks != nullptr) sink = (options.sinks[query_head] - lacking) / kLn2;
+    sink = std::min(sink, std::numeric_limits<float>::max());
+    const bool nothing = max < kNothingSeen;
+    if (nan || nothing) {
+      std::fill(to, to + dim, nan ? kNaN : 0.0f);
+      if (request.log_sum_exp != nullptr) {
+        request.log_sum_exp[row] = nan ? kNaN : sink * kLn2 + lacking;
+      }
+      continue;
+    }
+    max = std::max(max, sink);
+    const auto weight = [&](std::size_t p) { return std::exp2(*partial(p, r).max - max); };
+    float sum = 0.0f;
+    for (std::size_t p = 0; p < unit.partials; ++p) sum += weight(p) * *partial(p, r).sum;
+    const float first_weight = has_exact ? std::exp2(first.max[r] - max) : 0.0f;
+    const float first_sum = has_exact ? first_weight * first.sum[r] : 0.0f;
+    const float total = sum + first_sum + std::exp2(sink - max);
+    std::fill(to, to + dim, 0.0f);
+    for (std::size_t p = 0; p < unit.partials; ++p) {
+      const float share = weight(p) / total;
+      const float* const from = partial(p, r).out;
+      for (std::size_t c = 0; c < dim; ++c) to[c] += share * from[c];
+    }
+    layer->v[unit.kv_head].RestoreOutput(to, sum / total);
+    for (std::size_t c = 0; has_exact && c < dim; ++c) {
+      to[c] += first_weight / total * first.out[r * dim + c];
+    }
+    if (request.log_sum_exp != nullptr) {
+      request.log_sum_exp[row] = (max + std::log2(total)) * kLn2 + lacking;
+    }
+  }
+}
+
+}  // namespace kvmix::internal
