@@ -953,5 +953,103 @@ TEST_F(AttendKernel, ScoresInTheTensOfThousands) {
   }
 }
 
+// out / sum of every row, on every target, for a mask whose number for a token is `added` (empty:
+// no mask), against the expected rows of V's size.
+void ExpectOutputs(const Head& head, const Ask& ask, const Floats& added,
+                   const std::vector<Doubles>& expected) {
+  for (const Kernels& kernels : TestedKernels()) {
+    SCOPED_TRACE(::testing::Message() << kernels.target << ", " << Names(head));
+    Ask masked = ask;
+    const std::size_t blocks = (head.tokens() + kBlockTokens - 1) / kBlockTokens;
+    std::vector<MaskRange> ranges(blocks);
+    Mask mask{added.data(), KVMIX_F32, 0, head.tokens(), ranges.data(), blocks, nullptr};
+    if (!added.empty()) {
+      ASSERT_TRUE(kernels.mask.scan(added.data(), KVMIX_F32, added.size(), ranges.data()));
+      masked.mask = &mask;
+    }
+    const Outcome o = Attend(Blocks(kernels, head), masked, false);
+    for (std::size_t r = 0; r < ask.rows; ++r) {
+      double error = 0.0, size = 0.0;
+      for (std::size_t c = 0; c < expected[r].size(); ++c) {
+        const double d = o.out[r * o.padded + c] / double{o.sum[r]} - expected[r][c];
+        error += d * d;
+        size += expected[r][c] * expected[r][c];
+      }
+      EXPECT_TRUE(error <= kBound * size) << "row " << r << ": NMSE " << error / size;
+    }
+  }
+}
+
+constexpr Kind kKindsOfV[] = {kF16, kI8F32, kI4BF16};
+
+// A query all of whose cells a mask puts equally far down sees the average of V.
+TEST_F(AttendKernel, MasksOfAnyFiniteSize) {
+  for (const Kind& k : {kF16, kI8F32}) {
+    for (const Kind& v : kKindsOfV) {
+      Head head = RandomHead(k, v, 64, 64, 600, 11);
+      for (std::size_t t = 0; t < head.tokens(); ++t) {
+        for (std::size_t c = 0; c < 64; ++c) head.k.Put(t, c, 0.0f);
+      }
+      for (const std::size_t rows : Sizes{1, 6, 21}) {
+        std::mt19937 rng(11);
+        const Ask ask = RandomAsk(rng, head, rows, rows);
+        for (const float size :
+             {1e4f, 1e6f, 2e6f, 3e7f, 1e8f, 1e9f, 1e15f, 1e29f, 3.9e29f, 1e38f}) {
+          // Near: equal. Far: the middle block is another 2 % down.
+          for (const float far : {1.0f, 1.02f}) {
+            if (far != 1.0f && (size < 1e6f || size > 1e29f)) continue;
+            for (const float sign : {-1.0f, 1.0f}) {
+              Floats added(head.tokens(), sign * size);
+              Doubles mean(64);
+              double count = 0.0;
+              for (std::size_t t = 0; t < head.tokens(); ++t) {
+                const bool middle = t / kBlockTokens == 1;
+                if (middle) added[t] *= far;
+                if (far != 1.0f && middle == (sign < 0.0f)) continue;
+                for (std::size_t c = 0; c < 64; ++c) mean[c] += head.v.At(t, c);
+                count += 1.0;
+              }
+              for (double& x : mean) x /= count;
+              SCOPED_TRACE(::testing::Message() << sign * size << ", middle x " << far);
+              ExpectOutputs(head, ask, added, std::vector<Doubles>(rows, mean));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores of any finite size choose the token of the largest.
+TEST_F(AttendKernel, ScoresOfAnySize) {
+  for (const Kind& k : {kF16, kI8F32, kI4BF16}) {
+    for (const Kind& v : kKindsOfV) {
+      for (const std::size_t best : Sizes{3, 300, 599}) {
+        for (const float level : {1e9f, 1e15f, 1e28f, 1e30f, 1e36f}) {
+          for (const float sign : {-1.0f, 1.0f}) {
+            Head head = RandomHead(k, v, 64, 64, 600, 12);
+            for (std::size_t t = 0; t < head.tokens(); ++t) {
+              if (k != kF16) head.k.scales[t] = 0.0078125f;
+              for (std::size_t c = 0; c < 64; ++c) head.k.Put(t, c, 0.0f);
+              head.k.Put(t, 0, t == best ? 3.0f : t % 2 == 0 ? 1.0f : -1.0f);
+              if (sign < 0.0f && t != best) head.k.Put(t, 0, t % 2 == 0 ? 3.0f : 1.0f);
+              if (sign < 0.0f && t == best) head.k.Put(t, 0, 0.2f);
+            }
+            std::mt19937 rng(12);
+            Ask ask = RandomAsk(rng, head, 21, 3);
+            ask.first_end = 600;
+            for (std::size_t i = 0; i < ask.q.size(); ++i)
+              ask.q[i] = i % 64 == 0 ? sign * level : 0.0f;
+            Doubles row(64);
+            for (std::size_t c = 0; c < 64; ++c) row[c] = head.v.At(best, c);
+            SCOPED_TRACE(::testing::Message() << "level " << sign * level << ", token " << best);
+            ExpectOutputs(head, ask, {}, std::vector<Doubles>(21, row));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kvmix::kernels

@@ -274,8 +274,8 @@ TEST_F(Attention, RealRows) {
   };
   for (const std::size_t layer : {0, 1, 7, 15, 27}) {
     SCOPED_TRACE(layer);
-    const Rows rows{halves(dump->k(layer)), halves(dump->v(layer))};
-    const std::vector<Half> q = halves(dump->q(layer));
+    const Rows rows{halves(dump->Load(layer)->k), halves(dump->Load(layer)->v)};
+    const std::vector<Half> q = halves(dump->Load(layer)->q);
     for (const Names& pair : {Names{"f16", "f16"},
                               {"i8-token", "i8-token"},
                               {"i8-token+centre", "i8-token-bf16"},

@@ -78,14 +78,13 @@ TEST(Dump, ReadsWhatWasWritten) {
   EXPECT_EQ(dump.prompt_tokens(), (std::vector<std::size_t>{4, 2}));
   for (const std::size_t layer : {0u, 1u}) {
     const std::string name = "layers." + std::to_string(layer);
-    ExpectHalves(dump.k(layer), 6, 2, parts.tensor(name + ".k"));
-    ExpectHalves(dump.v(layer), 6, 2, parts.tensor(name + ".v"));
-    ExpectHalves(dump.q(layer), 6, 4, parts.tensor(name + ".q"));
+    ExpectHalves(dump.Load(layer)->k, 6, 2, parts.tensor(name + ".k"));
+    ExpectHalves(dump.Load(layer)->v, 6, 2, parts.tensor(name + ".v"));
+    ExpectHalves(dump.Load(layer)->q, 6, 4, parts.tensor(name + ".q"));
     EXPECT_EQ(dump.k_name(layer), name + ".k");
     EXPECT_EQ(dump.v_name(layer), name + ".v");
-    EXPECT_TRUE(dump.CheckFinite(layer).ok());
-    dump.Release(layer);
-    const RowsView head = dump.head(layer, 1, KVMIX_V);
+    EXPECT_TRUE(dump.Load(layer).ok());
+    const RowsView head = dump.Load(layer)->head(1, KVMIX_V);
     EXPECT_EQ(head.heads, 1u);
     EXPECT_EQ(head.At(5, 0, 7), HalfToFloat(parts.tensor(name + ".v")[5 * 16 + 8 + 7]));
   }
@@ -96,9 +95,9 @@ TEST(Dump, WithoutQ) {
   const Result<Dump> dump = OpenBytes(folder, DumpParts(false).Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_FALSE(dump->has_q());
-  EXPECT_EQ(dump->q(0).data, nullptr);
+  EXPECT_EQ(dump->Load(0)->q.data, nullptr);
   EXPECT_EQ(dump->model().layers[1].query_heads, 4u);  // the metadata know
-  EXPECT_TRUE(dump->CheckFinite(1).ok());
+  EXPECT_TRUE(dump->Load(1).ok());
 }
 
 TEST(Dump, GeometryFollowsFromTheTensors) {
@@ -152,12 +151,13 @@ TEST(Dump, TensorsOfAnyTypeAndOrder) {
         const std::string name = "layers." + std::to_string(layer);
         const RowsView k = RowsView::F16(parts.tensor(name + ".k"), 6, 2, 8);
         for (int round = 0; round < 2; ++round) {
-          ExpectNumbers(dump->k(layer), k, dtype);
-          ExpectNumbers(dump->v(layer), RowsView::F16(parts.tensor(name + ".v"), 6, 2, 8), dtype);
-          ExpectNumbers(dump->q(layer), RowsView::F16(parts.tensor(name + ".q"), 6, 4, 8), dtype);
-          ExpectNumbers(dump->head(layer, 1, KVMIX_K), k.Head(1), dtype);
-          EXPECT_TRUE(dump->CheckFinite(layer).ok());
-          dump->Release(layer);
+          ExpectNumbers(dump->Load(layer)->k, k, dtype);
+          ExpectNumbers(dump->Load(layer)->v, RowsView::F16(parts.tensor(name + ".v"), 6, 2, 8),
+                        dtype);
+          ExpectNumbers(dump->Load(layer)->q, RowsView::F16(parts.tensor(name + ".q"), 6, 4, 8),
+                        dtype);
+          ExpectNumbers(dump->Load(layer)->head(1, KVMIX_K), k.Head(1), dtype);
+          EXPECT_TRUE(dump->Load(layer).ok());
         }
       }
     }
@@ -179,10 +179,11 @@ TEST(Dump, TensorsOfDifferentTypes) {
   }
   const Result<Dump> dump = OpenBytes(folder, mixed.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  ExpectNumbers(dump->k(1), RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8), KVMIX_BF16);
-  ExpectNumbers(dump->v(1), RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), KVMIX_F32);
-  ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F16);
-  EXPECT_TRUE(dump->CheckFinite(1).ok());
+  ExpectNumbers(dump->Load(1)->k, RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8),
+                KVMIX_BF16);
+  ExpectNumbers(dump->Load(1)->v, RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), KVMIX_F32);
+  ExpectNumbers(dump->Load(1)->q, RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F16);
+  EXPECT_TRUE(dump->Load(1).ok());
 }
 
 // As other programs write them: their own format, or nothing at all.
@@ -270,10 +271,8 @@ TEST(Dump, MisalignedTensorsAreCopied) {
     ASSERT_TRUE(dump.ok()) << dump.status().message();
     for (const std::size_t layer : {0u, 1u}) {
       const Half* expected = parts.tensor("layers." + std::to_string(layer) + ".q");
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(layer).data) % alignof(Half), 0u);
-      ExpectHalves(dump->q(layer), 6, 4, expected);
-      dump->Release(layer);
-      ExpectHalves(dump->q(layer), 6, 4, expected);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->Load(layer)->q.data) % alignof(Half), 0u);
+      ExpectHalves(dump->Load(layer)->q, 6, 4, expected);
     }
   }
 }
@@ -288,34 +287,57 @@ TEST(Dump, MisalignedFloatsAreCopied) {
       while (header.size() % 4 != offset) header += ' ';
       const Result<Dump> dump = OpenBytes(folder, SafetensorsBytes(header, parts.buffer));
       ASSERT_TRUE(dump.ok()) << dump.status().message();
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(1).data) % alignof(float), 0u);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->Load(1)->q.data) % alignof(float), 0u);
       for (int round = 0; round < 2; ++round) {
-        ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F32);
-        EXPECT_TRUE(dump->CheckFinite(1).ok());
-        dump->Release(1);
+        ExpectNumbers(dump->Load(1)->q, RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8),
+                      KVMIX_F32);
+        EXPECT_TRUE(dump->Load(1).ok());
       }
     }
   }
 }
 
-TEST(Dump, ReleasedPagesComeBack) {
+// A layer is in memory as long as somebody has it, and once.
+TEST(Dump, LayersAreSharedAndReadAgain) {
   const TempFolder folder;
   DumpParts parts;
-  parts.header = nlohmann::ordered_json::object();
-  parts.buffer.clear();
-  std::vector<Half> numbers(64 * 2 * 64);
-  for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<Half>(i);
-  const std::string data(reinterpret_cast<const char*>(numbers.data()),
-                         numbers.size() * sizeof(Half));
-  parts.Add("layers.0.k", "F16", {64, 2, 64}, data);
-  parts.Add("layers.0.v", "F16", {64, 2, 64}, data);
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   for (int round = 0; round < 2; ++round) {
-    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), Halves(dump->k(0))));
-    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), Halves(dump->v(0))));
-    dump->Release(0);
+    const DumpLayer a = *dump->Load(0), b = *dump->Load(0);
+    EXPECT_EQ(a.k.data, b.k.data);
+    ExpectHalves(a.k, 6, 2, parts.tensor("layers.0.k"));
+    ExpectHalves(a.v, 6, 2, parts.tensor("layers.0.v"));
+    EXPECT_EQ(a.memory[0].use_count(), 4);  // twice in each
   }
+}
+
+// Another program overwrites or cuts the file: an error that names it, and no signal.
+TEST(Dump, AFileThatChangesIsAnError) {
+  const TempFolder folder;
+  const std::string path = folder.file("dump.safetensors"), bytes = DumpParts().Bytes();
+  const std::function<void()> changes[] = {
+      [&] { std::filesystem::resize_file(path, bytes.size() - 300); },
+      [&] { std::filesystem::resize_file(path, 0); },
+      [&] { WriteBytes(path, std::string(bytes.size(), 'x')); },
+      [&] { WriteBytes(path, bytes + bytes); }};
+  for (const auto& change : changes) {
+    WriteBytes(path, bytes);
+    std::filesystem::last_write_time(path, {});  // long ago, whatever the clock's steps are
+    const Result<Dump> dump = Dump::Open(path);
+    ASSERT_TRUE(dump.ok()) << dump.status().message();
+    const DumpLayer held = *dump->Load(0);
+    change();
+    for (const Status& s : {dump->Load(1).status(), dump->LayerHash(1).status()}) {
+      EXPECT_EQ(s.code(), ErrorCode::kIo);
+      ExpectGoodMessage(s, path);
+    }
+    ExpectHalves(held.k, 6, 2, DumpParts().tensor("layers.0.k"));  // nobody takes this away
+  }
+  WriteBytes(path, bytes);
+  const Result<Dump> dump = Dump::Open(path);
+  std::filesystem::remove(path);  // as a rename over it does
+  EXPECT_TRUE(dump->Load(1).ok());
 }
 
 TEST(Dump, NamesNanAndInf) {
@@ -341,8 +363,8 @@ TEST(Dump, NamesNanAndInf) {
     parts.tensor("layers.0.k")[1] = 0xFBFF;
     const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
     ASSERT_TRUE(dump.ok()) << dump.status().message();
-    EXPECT_TRUE(dump->CheckFinite(0).ok());
-    const Status status = dump->CheckFinite(1);
+    EXPECT_TRUE(dump->Load(0).ok());
+    const Status status = dump->Load(1).status();
     EXPECT_EQ(status.code(), ErrorCode::kNonFinite);
     ExpectGoodMessage(status, folder.file("dump.safetensors"));
     EXPECT_NE(status.message().find(c.text), std::string::npos) << status.message();
@@ -382,7 +404,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
           const TempFolder folder;
           const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
           ASSERT_TRUE(dump.ok()) << dump.status().message();
-          const Status status = dump->CheckFinite(0);
+          const Status status = dump->Load(0).status();
           EXPECT_EQ(status.code(), ErrorCode::kNonFinite);
           ExpectGoodMessage(status, folder.file("dump.safetensors"));
           const std::string place = name + ": expected finite numbers, found " + bad.name +
@@ -392,7 +414,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
           EXPECT_TRUE(status.message().ends_with(place)) << status.message() << "\n" << place;
         }
         const TempFolder folder;
-        EXPECT_TRUE(OpenBytes(folder, good.Bytes())->CheckFinite(0).ok());
+        EXPECT_TRUE(OpenBytes(folder, good.Bytes())->Load(0).ok());
       }
     }
   }
@@ -414,8 +436,8 @@ TEST(Dump, FindsNanAnywhereInALongTensor) {
     const std::string place = "KV head " + std::to_string(index / 33 % 3) + ", token " +
                               std::to_string(index / 99) + ", channel " +
                               std::to_string(index % 33);
-    EXPECT_NE(dump->CheckFinite(0).message().find(place), std::string::npos)
-        << dump->CheckFinite(0).message();
+    EXPECT_NE(dump->Load(0).status().message().find(place), std::string::npos)
+        << dump->Load(0).status().message();
   }
 }
 
@@ -559,7 +581,7 @@ TEST(Dump, ShapesFollowFromTheTensorsOfEachLayer) {
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_EQ(dump->model(), Model({{2, 4, 8, 8}, {1, 2, 16, 16}}));
-  EXPECT_EQ(dump->head(1, 0, KVMIX_V).head_dim, 16u);
+  EXPECT_EQ(dump->Load(1)->head(0, KVMIX_V).head_dim, 16u);
   parts.header["__metadata__"]["head_dim"] = "8";
   ExpectRefused(parts.Bytes(), ErrorCode::kMismatch,
                 "metadata head_dim: expected 16, as the tensors have it, found \"8\"");
@@ -604,14 +626,13 @@ TEST(Dump, UnlikeLayers) {
     EXPECT_EQ(dump->model(), expected);  // 0.28867513 is what layer 1 has anyway
     EXPECT_EQ(dump->has_q(), with_q);
     EXPECT_EQ(dump->tokens(), 5u);
-    EXPECT_EQ(dump->v(1).head_dim, 4u);
-    EXPECT_EQ(dump->k(3).data, dump->k(0).data);
-    EXPECT_EQ(dump->head(3, 1, KVMIX_V).tokens, 5u);
-    EXPECT_EQ(dump->q(3).heads, with_q ? 2u : 0u);
-    EXPECT_EQ(dump->k(2).data, nullptr);
+    EXPECT_EQ(dump->Load(1)->v.head_dim, 4u);
+    EXPECT_EQ(dump->Load(3)->k.data, dump->Load(0)->k.data);
+    EXPECT_EQ(dump->Load(3)->head(1, KVMIX_V).tokens, 5u);
+    EXPECT_EQ(dump->Load(3)->q.heads, with_q ? 2u : 0u);
+    EXPECT_EQ(dump->Load(2)->k.data, nullptr);
     for (std::size_t layer = 0; layer < 4; ++layer) {
-      EXPECT_TRUE(dump->CheckFinite(layer).ok());
-      dump->Release(layer);
+      EXPECT_TRUE(dump->Load(layer).ok());
     }
   }
 }
@@ -694,8 +715,7 @@ TEST(Dump, SurvivesRandomDamage) {
       continue;
     }
     for (std::size_t layer = 0; layer < dump->model().layers.size(); ++layer) {
-      (void)dump->CheckFinite(layer);
-      dump->Release(layer);
+      (void)dump->Load(layer).status();
     }
   }
   EXPECT_GT(refused, 150u);
@@ -739,11 +759,9 @@ TEST(RawDump, ReadsAFolder) {
   EXPECT_EQ(dump->tokens(), 6u);
   EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
   EXPECT_TRUE(dump->has_q());
-  EXPECT_EQ(Halves(dump->k(101))[0], 101 * 257);
-  EXPECT_EQ(Halves(dump->v(9))[95], 10 * 257);
-  EXPECT_EQ(Halves(dump->q(0))[191], 2 * 257);
-  dump->Release(0);
-  EXPECT_EQ(Halves(dump->q(0))[191], 2 * 257);
+  EXPECT_EQ(Halves(dump->Load(101)->k)[0], 101 * 257);
+  EXPECT_EQ(Halves(dump->Load(9)->v)[95], 10 * 257);
+  EXPECT_EQ(Halves(dump->Load(0)->q)[191], 2 * 257);
   EXPECT_EQ(dump->k_name(101), "layer_101.k.bin");
   EXPECT_EQ(dump->v_name(9), "layer_09.v.bin");
 }
@@ -834,8 +852,9 @@ void ExpectFacts(const std::filesystem::path& folder, const Facts& facts) {
   EXPECT_EQ(dump->tokens(), facts.tokens);
   EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{facts.tokens});
   for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer)
-    EXPECT_TRUE(dump->CheckFinite(layer).ok());
-  const RowsView rows = dump->head(0, 0, KVMIX_K);
+    EXPECT_TRUE(dump->Load(layer).ok());
+  const DumpLayer loaded = *dump->Load(0);
+  const RowsView rows = loaded.head(0, KVMIX_K);
   float largest = 0.0f;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t c = 0; c < rows.head_dim; ++c)

@@ -99,9 +99,9 @@ Model ExpectDump(const std::string& path, const Engine& engine, const Seen& prom
   }
   EXPECT_EQ(dump->prompt_tokens(), prompts);
   for (const auto& [layer, rows] : engine.expected) {
-    EXPECT_EQ(Numbers(dump->q(layer)), rows.q) << "layer " << layer;
-    EXPECT_EQ(Numbers(dump->k(layer)), rows.k) << "layer " << layer;
-    EXPECT_EQ(Numbers(dump->v(layer)), rows.v) << "layer " << layer;
+    EXPECT_EQ(Numbers(dump->Load(layer)->q), rows.q) << "layer " << layer;
+    EXPECT_EQ(Numbers(dump->Load(layer)->k), rows.k) << "layer " << layer;
+    EXPECT_EQ(Numbers(dump->Load(layer)->v), rows.v) << "layer " << layer;
   }
   return dump->model();
 }

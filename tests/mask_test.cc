@@ -461,5 +461,30 @@ TEST(MaskedAttention, Refusals) {
   EXPECT_FALSE(Attended(cache, c.q, {}, numbers(600, 300, 0.0f).view).out.empty());
 }
 
+// Cells at -4e29 are seen, and a query that has no others sees their average; cells below hide.
+TEST(Mask, HidesBelowMinus4e29) {
+  const Geometry g{.layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = 64};
+  const std::vector<float> x(600 * 64, 0.5f), q(64, 0.0f);
+  ForAllTargets([&](std::string_view target) {
+    for (const char* name : {"f16", "i8-token"}) {
+      for (const std::size_t exact : {0, 4}) {
+        const HeadCodec codec{ParseCodecKind(name).value()};
+        Plan plan = UniformPlan(g, codec, codec);
+        plan.exact_first = exact;
+        Cache cache = std::move(*Cache::Create(plan.model, plan, 600, {std::string(target)}));
+        ASSERT_TRUE(cache.Append(0, View(x, 1, 64), View(x, 1, 64)).ok());
+        for (const float number : {-1e8f, -1e9f, -1e29f, -4e29f, -4.01e29f, -4.2e29f, -1e30f}) {
+          const std::vector<float> mask(600, number);
+          std::vector<float> out(64, kNaN);
+          const AttendRequest request{
+              &cache, View(q, 1, 64), out.data(), nullptr, {mask.data(), KVMIX_F32, 1, 600, 600}};
+          ASSERT_TRUE(Attend({&request, 1}, 0, {.causal = false}).ok());
+          for (const float o : out) EXPECT_NEAR(o, number < -4e29f ? 0.0f : 0.5f, 1e-3f) << number;
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace kvmix::testing

@@ -84,13 +84,14 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
     const std::size_t kv_row = shape.kv_heads * dims[tensor];
     x[tensor].resize(dump.tokens() * kv_row);
     for (std::size_t h = 0; h < shape.kv_heads; ++h)
-      EncodeAndDecode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor],
-                      kv_row, &x[tensor][h * dims[tensor]]);
+      EncodeAndDecode(dump.Load(layer)->head(h, static_cast<Tensor>(tensor)),
+                      codecs[h * 2 + tensor], kv_row, &x[tensor][h * dims[tensor]]);
   }
   std::vector<double> out;
   std::size_t first = 0;
   for (const std::size_t tokens : dump.prompt_tokens()) {
-    const RowsView rows = dump.q(layer).Tokens(first, tokens);
+    const DumpLayer loaded = *dump.Load(layer);
+    const RowsView rows = loaded.q.Tokens(first, tokens);
     std::vector<float> q(tokens * q_row);
     for (std::size_t i = 0; i < q.size(); ++i)
       q[i] = rows.At(i / q_row, i % q_row / shape.k_dim, i % shape.k_dim);
@@ -231,8 +232,9 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
   EXPECT_EQ(table->tokens, 57u);
   EXPECT_EQ(table->longest_prompt, 30u);
   for (const HeadErrors& head : table->heads) {
-    const RowsView rows[] = {a_.head(head.layer, head.kv_head, head.tensor),
-                             b_.head(head.layer, head.kv_head, head.tensor)};
+    const DumpLayer of_a = *a_.Load(head.layer), of_b = *b_.Load(head.layer);
+    const RowsView rows[] = {of_a.head(head.kv_head, head.tensor),
+                             of_b.head(head.kv_head, head.tensor)};
     std::vector<double> mean(kGeometry.head_dim);
     for (const RowsView& r : rows)
       for (std::size_t t = 0; t < r.tokens; ++t)
@@ -287,16 +289,16 @@ TEST_F(MeasureTest, StatisticsAsComputedDirectly) {
   SyntheticDump{UnlikeModel(), {150, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
   const Dump dump = Open(folder_.file("unlike"));
   for (const std::size_t layer : {0, 1}) {
+    const std::vector<DumpLayer> readers = {*dump.Load(layer), *dump.Load(layer + 3)};
     for (std::size_t h = 0; h < dump.model().layers[layer].kv_heads; ++h) {
       std::vector<RowsView> queries;
-      for (const std::size_t reader : {layer, layer + 3}) {
-        const std::size_t group = dump.model().layers[reader].group();
+      for (const DumpLayer& reader : readers) {
+        const std::size_t group = reader.q.heads / reader.k.heads;
         for (std::size_t q = h * group; q < (h + 1) * group; ++q)
-          queries.push_back(dump.q(reader).Head(q));
+          queries.push_back(reader.q.Head(q));
       }
-      ExpectStatistics(tune::Statistics(dump, layer, h, KVMIX_K), dump.head(layer, h, KVMIX_K),
-                       queries);
-      ExpectStatistics(tune::Statistics(dump, layer, h, KVMIX_V), dump.head(layer, h, KVMIX_V), {});
+      ExpectStatistics(tune::Statistics(readers, h, KVMIX_K), readers[0].head(h, KVMIX_K), queries);
+      ExpectStatistics(tune::Statistics(readers, h, KVMIX_V), readers[0].head(h, KVMIX_V), {});
     }
   }
   HeadStatistics one{2, {1.0}, {-1.0f}, {3.0f}, {4.0}};
@@ -326,9 +328,10 @@ TEST_F(MeasureTest, FoldFactorsBalanceTheChannels) {
     for (const CandidateError& candidate : head.candidates) {
       const std::span<const float> factor = candidate.codec.factor();
       ASSERT_EQ(factor.size(), kGeometry.head_dim);
-      const std::vector<double> range = Ranges({a_.head(head.layer, head.kv_head, head.tensor),
-                                                b_.head(head.layer, head.kv_head, head.tensor)},
-                                               candidate.codec.mean());
+      const DumpLayer of_a = *a_.Load(head.layer), of_b = *b_.Load(head.layer);
+      const std::vector<double> range =
+          Ranges({of_a.head(head.kv_head, head.tensor), of_b.head(head.kv_head, head.tensor)},
+                 candidate.codec.mean());
       double sum_log = 0.0, log_range = 0.0;
       for (const float f : factor) sum_log += std::log(double{f});
       EXPECT_NEAR(sum_log, 0.0, 1e-4);
@@ -526,7 +529,8 @@ TEST_F(MeasureTest, CandidateLists) {
 }
 
 TEST_F(MeasureTest, EncodingErrorOfOneHead) {
-  const RowsView rows = a_.head(0, 1, KVMIX_K);
+  const DumpLayer loaded = *a_.Load(0);
+  const RowsView rows = loaded.head(1, KVMIX_K);
   const HeadCodec token{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   const Result<ErrorSums> errors = EncodingError(rows, token);
   ASSERT_TRUE(errors.ok()) << errors.status().message();
@@ -544,7 +548,7 @@ TEST_F(MeasureTest, CountsWhatAPlanClamps) {
   std::uint64_t expected = 5, saturated = 5;  // is added to
   for (std::size_t h = 0; h < kGeometry.kv_heads; ++h)
     for (const Tensor t : {KVMIX_K, KVMIX_V})
-      expected += reference::Encode(a_.head(1, h, t), narrow).clamped;
+      expected += reference::Encode(a_.Load(1)->head(h, t), narrow).clamped;
   std::vector<float> out;
   const std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads, narrow);
   ASSERT_TRUE(AttendDump(a_, 1, codecs, {.runner = 2}, &out, &saturated).ok());

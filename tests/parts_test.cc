@@ -219,7 +219,8 @@ TEST_F(PartsTest, RefusesDumpsThatWereNotCalibrated) {
   std::string bytes = ReadBytes(a_.path());
   std::filesystem::create_directory(folder_.file("changed"));
   const std::string path = folder_.file("changed/a");
-  const char* number = static_cast<const char*>(a_.k(2).row(0, 0));
+  const DumpLayer loaded = *a_.Load(2);
+  const char* number = static_cast<const char*>(loaded.k.row(0, 0));
   const std::string row(number, 64);
   bytes[bytes.find(row)] ^= 1;
   WriteBytes(path, bytes);
@@ -256,13 +257,14 @@ TEST_F(PartsTest, ADumpIsKnownByWhatIsInIt) {
 // A part's file in pieces that a test can change; written with a checksum that is right.
 struct PartFile {
   std::map<std::string, std::string> metadata;
-  std::map<std::string, internal::SafetensorsEntry> tensors;
+  std::map<std::string, internal::SafetensorsTensor> tensors;
   std::string bytes;
 
   explicit PartFile(std::string all) : bytes(std::move(all)) {
     const internal::Safetensors content = internal::ParseSafetensors(bytes, "part").value();
     metadata = content.metadata;
-    tensors = content.tensors;
+    for (const auto& [name, t] : content.tensors)
+      tensors[name] = {name, t.dtype, t.shape, t.In(bytes)};
     tensors.erase("checksum");
   }
   nlohmann::json about() const { return nlohmann::json::parse(metadata.at("kvmix")); }

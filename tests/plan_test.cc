@@ -2,6 +2,7 @@
 #include "kvmix/plan.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <bit>
 #include <cmath>
@@ -372,6 +373,45 @@ TEST(Plan, ShapingIsNoPartOfTheFingerprint) {
   ASSERT_TRUE(CheckPlan(plain).ok());
   EXPECT_EQ(Fingerprint(ShapedPlan(0.1f)), Fingerprint(ShapedPlan(0.2f)));
   EXPECT_EQ(Fingerprint(ShapedPlan(0.1f)), Fingerprint(plain));
+}
+
+// A link to a plan: its matrices may lie beside the link or beside the file, and are written beside
+// the file.
+TEST(PlanFile, ThroughALink) {
+  const TempFolder folder;
+  std::filesystem::create_directory(folder.file("real"));
+  std::filesystem::create_directory(folder.file("link"));
+  const std::string real = folder.file("real/p.json"), link = folder.file("link/plan.json");
+  const Plan plan = ShapedPlan(0.1f);
+  std::filesystem::create_symlink("../real/p.json", link);
+  for (int round = 0; round < 2; ++round) {  // the link dangles, then leads to a plan
+    ASSERT_TRUE(SavePlan(plan, link).ok());
+    EXPECT_TRUE(std::filesystem::is_symlink(link));
+    EXPECT_TRUE(std::filesystem::exists(MatricesOf(real)));
+    EXPECT_FALSE(std::filesystem::exists(MatricesOf(link)));
+  }
+  ASSERT_TRUE(LoadPlan(link).ok()) << LoadPlan(link).status().message();
+  EXPECT_EQ(LoadPlan(link)->codecs, plan.codecs);
+  std::filesystem::rename(MatricesOf(real), MatricesOf(link));
+  ASSERT_TRUE(LoadPlan(link).ok()) << LoadPlan(link).status().message();
+  EXPECT_EQ(LoadPlan(link)->codecs, plan.codecs);
+  EXPECT_FALSE(LoadPlan(real).ok());
+}
+
+TEST(PlanFile, MatricesNeedAFile) {
+  const TempFolder folder;
+  const Plan plan = ShapedPlan(0.1f);
+  ASSERT_EQ(mkfifo(folder.file("pipe").c_str(), 0600), 0);
+  for (const std::string& path : {folder.file("pipe"), std::string("/dev/full")}) {
+    const Status status = SavePlan(plan, path);
+    ExpectGoodMessage(status, path);
+    EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
+  }
+  EXPECT_TRUE(SavePlan(plan, "/dev/null").ok());
+  EXPECT_EQ(folder.entries(), 1u);
+  ASSERT_TRUE(SavePlan(plan, folder.file("plan")).ok());
+  const std::string matrices = std::filesystem::path(MatricesOf(folder.file("plan"))).filename();
+  EXPECT_FALSE(std::filesystem::exists("/dev/" + matrices));
 }
 
 TEST(PlanFile, RefusesMatricesThatAreNotItsOwn) {

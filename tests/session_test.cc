@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvmix/quantize.h"
 #include "tests/cache_rows.h"
 
 namespace kvmix::testing {
@@ -114,6 +115,68 @@ TEST(Session, OfForgottenTokensAndOfCellsNeverWritten) {
     EXPECT_TRUE(Export(loaded, 0) == Export(cache, 0));
     EXPECT_LT(loaded.bytes(), Filled(c.plan, RandomRows(c.g, 2501, 1), 3000, target).bytes());
   });
+}
+
+// A layer that has forgotten all its tokens still says what its first ones were.
+TEST(Session, OfForgottenTokensThatArePartlyExact) {
+  Case c(40);
+  c.plan.exact_first = 3;
+  Cache cache = Filled(c.plan, c.rows, 100);
+  ASSERT_TRUE(cache.Forget(1, 40).ok());
+  const std::string bytes = Saved(cache);
+  Cache loaded = Filled(c.plan, {}, 100);
+  const Status s = Load(loaded, bytes);
+  ASSERT_TRUE(s.ok()) << s.message();
+  EXPECT_EQ(loaded.forgotten(1), 40u);
+  EXPECT_EQ(Saved(loaded), bytes);
+  AppendToAll(loaded, c.others, 0, 20);
+  AppendToAll(cache, c.others, 0, 20);
+  ExpectSame(loaded, cache);
+}
+
+// The bytes as docs/formats.md lists them.
+TEST(Session, IsAsLongAsItsDescriptionSays) {
+  Case c(300);
+  c.plan.exact_first = 3;
+  const std::size_t header = 8 + 4 + 8 + 4 + std::string("a-model").size() + 8;
+  Cache cache = Filled(c.plan, {}, 400);
+  EXPECT_EQ(Saved(cache).size(), header + 2 * (8 + 8 + 8));  // without tokens no exact rows
+  cache = Filled(c.plan, c.rows, 400);
+  std::size_t token = 0;  // bytes of a token in all layers
+  for (const HeadCodec& head : c.plan.codecs) {
+    const RowCodec codec = *RowCodec::Create(head, 48);
+    token += codec.row_bytes() + (codec.stores_scales() ? sizeof(float) : 0);
+  }
+  EXPECT_EQ(Saved(cache).size(),
+            header + 2 * (8 + 8 + 3 * 3 * (48 + 48) * sizeof(Half) + 8) + 300 * token);
+}
+
+// A stream that throws for everything, as many programs have it, is a Status all the same.
+TEST(Session, StreamsThatThrow) {
+  const Case c(300);
+  Cache cache = Filled(c.plan, c.rows, 400), other = Filled(c.plan, c.others, 400);
+  const std::string bytes = Saved(cache), before = Saved(other);
+  const auto all = std::ios::failbit | std::ios::badbit | std::ios::eofbit;
+  for (const std::size_t length : {std::size_t{0}, std::size_t{5}, bytes.size() / 2}) {
+    std::istringstream cut(bytes.substr(0, length));
+    cut.exceptions(all);
+    EXPECT_EQ(LoadSession(other, cut).code(), ErrorCode::kCorrupt);
+    EXPECT_EQ(cut.exceptions(), all);
+    EXPECT_TRUE(cut.fail());
+    EXPECT_EQ(Saved(other), before);
+  }
+  std::istringstream whole(bytes);
+  whole.exceptions(all);
+  EXPECT_TRUE(LoadSession(other, whole).ok());
+  std::ofstream nowhere;
+  EXPECT_FALSE(SaveSession(cache, nowhere).ok());
+  if (std::filesystem::exists("/dev/full")) {
+    std::ofstream full("/dev/full", std::ios::binary);
+    full.exceptions(all);
+    EXPECT_EQ(SaveSession(cache, full).code(), ErrorCode::kIo);
+    EXPECT_EQ(full.exceptions(), all);
+    full.exceptions(std::ios::goodbit);  // so that its end is quiet as well
+  }
 }
 
 TEST(Session, OfForksAndOverThem) {

@@ -82,7 +82,7 @@ std::string Quant(const Options& o) {
   std::string csv;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
-    Require(dump.CheckFinite(layer));
+    const DumpLayer loaded = Require(dump.Load(layer));
     const std::size_t kv_heads = layers[layer].kv_heads;
     std::vector<std::string> lines(2 * kv_heads);  // [K, V][kv_heads]
     Runner(o.threads).Run(lines.size(), [&](std::size_t i) {
@@ -90,7 +90,7 @@ std::string Quant(const Options& o) {
       const Tensor t = is_k ? KVMIX_K : KVMIX_V;
       const std::size_t head = i % kv_heads;
       const HeadCodec& codec = plan.codec(layer, head, t);
-      const RowsView rows = dump.head(layer, head, t);
+      const RowsView rows = loaded.head(head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
       if (codec.kind.storage != KVMIX_STORAGE_F16) {
         // A plan that was loaded is valid.
@@ -103,7 +103,6 @@ std::string Quant(const Options& o) {
                              errors.max_abs, SumText(errors.sum_squared_error), errors.mse());
     });
     csv += fmt::format("{}", fmt::join(lines, ""));
-    dump.Release(layer);
     bar.Update(layer + 1, layers.size());
   }
   return csv;
@@ -152,7 +151,7 @@ std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int thr
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const LayerShape& shape = layers[layer];
     if (!shape.has_kv()) continue;
-    Require(dump.CheckFinite(layer));
+    const DumpLayer held = Require(dump.Load(layer));
     const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
     const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
@@ -162,7 +161,6 @@ std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int thr
         AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.runner = threads}, &kernel));
     csv += AttentionLines(layer, CompareHeads(exact, decoded, shape),
                           CompareHeads(decoded, kernel, shape));
-    dump.Release(layer);
     bar.Update(layer + 1, layers.size());
   }
   return csv;

@@ -40,7 +40,9 @@ void CheckWritable(const std::string& path) {
   std::error_code error;
   if (fs::is_directory(path, error))
     Refuse("{}: expected a file to write to, found a folder", path);
-  const fs::path parent = fs::path(path).parent_path(), folder = parent.empty() ? "." : parent;
+  if (fs::is_other(fs::status(path, error))) return;  // a device or a pipe is written to as it is
+  const fs::path parent = fs::path(internal::RealPath(path)).parent_path(),
+                 folder = parent.empty() ? "." : parent;
   if (!fs::is_directory(folder, error))
     Refuse("{}: expected the folder {}, found none", path, folder.string());
   if (access(folder.c_str(), W_OK | X_OK) != 0)
@@ -375,6 +377,14 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
       "For another engine:\n  kvmix-tune export plan.json --to llama.cpp");
   return [o] {
     CheckChoosing(o);
+    std::error_code error;
+    if (o->candidates == "all" && !internal::IsNullDevice(o->output) &&
+        std::filesystem::is_other(std::filesystem::status(o->output, error))) {
+      Refuse(
+          "{}: expected a file, as a plan with +shape has a second file beside it, found a "
+          "device or a pipe; name a file, or give --candidates int8",
+          o->output);
+    }
     if (o->dumps.empty() && o->holdouts.empty()) o->holdouts = {SamplePath("holdout")};
     const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
     const std::vector<HeldOut> holdouts = OpenHoldouts(*o, dumps[0].model());

@@ -93,15 +93,15 @@ void SetHeadScales(const tune::Dump& dump, Plan* plan) {
   const std::vector<LayerShape>& layers = plan->model.layers;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
+    const DumpLayer loaded = Require(dump.Load(layer));
     for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
       for (const Tensor t : {KVMIX_K, KVMIX_V}) {
         HeadCodec& codec = plan->codec(layer, head, t);
         if (codec.kind.scale != KVMIX_SCALE_HEAD) continue;
-        const float scale = HeadScale(dump.head(layer, head, t), codec);
+        const float scale = HeadScale(loaded.head(head, t), codec);
         codec.head_scale = scale > 0.0f ? scale : 1.0f;  // nothing but zeros: any scale stores them
       }
     }
-    dump.Release(layer);
   }
 }
 
@@ -127,22 +127,23 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
 std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  const Runner& runner) {
   const LayerShape& shape = dump.model().layers[layer];
+  const DumpLayer loaded = Require(dump.Load(layer));
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]
   for (std::size_t head = 0; head < shape.kv_heads; ++head)
     for (const Tensor t : {KVMIX_K, KVMIX_V})
-      decoded.push_back(Decoded(dump.head(layer, head, t), *codecs++));
+      decoded.push_back(Decoded(loaded.head(head, t), *codecs++));
   std::vector<std::size_t> first;  // of every token: its prompt's first one
   for (const std::size_t tokens : dump.prompt_tokens())
     first.insert(first.end(), tokens, first.size());
   std::vector<float> out(dump.tokens() * shape.query_heads * shape.v_dim);
-  const RowsView queries = dump.q(layer);
   constexpr std::size_t kRows = 16;  // of a part
   const std::size_t tokens = dump.tokens(), rows = shape.query_heads * tokens;
   runner.Run((rows + kRows - 1) / kRows, [&](std::size_t part) {
     for (std::size_t i = part * kRows; i < std::min(rows, (part + 1) * kRows); ++i) {
       const std::size_t h = i / tokens, t = i % tokens;
       std::vector<double> q(shape.k_dim);
-      for (std::size_t c = 0; c < q.size(); ++c) q[c] = double{shape.scale()} * queries.At(t, h, c);
+      for (std::size_t c = 0; c < q.size(); ++c)
+        q[c] = double{shape.scale()} * loaded.q.At(t, h, c);
       const std::vector<double>* kv = &decoded[h / shape.group() * 2];
       const std::vector<double> row = AttendRow(shape, h, q, &kv[0][first[t] * shape.k_dim],
                                                 &kv[1][first[t] * shape.v_dim], t - first[t] + 1);

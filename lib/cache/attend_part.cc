@@ -14,8 +14,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // In units of log2. A mask makes what it hides -2^100, not -inf (kernels/mask.h): a row whose
-// largest score is below this sees nothing.
-constexpr float kNothingSeen = -0x1p99f;
+// largest score is below -4e29 sees nothing.
+constexpr float kNothingSeen = -4e29f * 1.4426950408889634f;
 
 }  // namespace
 

@@ -198,9 +198,17 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model) {
   return codecs;
 }
 
-// A file in the plan's own folder.
-std::string Beside(const std::string& plan_path, const std::string& file) {
-  return (std::filesystem::path(plan_path).parent_path() / file).string();
+std::string Beside(const std::string& path, const std::string& file) {
+  return (std::filesystem::path(path).parent_path() / file).string();
+}
+
+// Where the matrices of a plan are: in the folder of `plan_path`, or, if that is a link, in the
+// folder of the real file.
+std::string FindMatrices(const std::string& plan_path, const std::string& file) {
+  const std::string beside = Beside(plan_path, file);
+  std::error_code ignored;
+  if (std::filesystem::exists(beside, ignored)) return beside;
+  return Beside(internal::RealPath(plan_path), file);
 }
 
 Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* plan) {
@@ -211,7 +219,7 @@ Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* pla
   if (std::filesystem::path(file).filename().string() != file)
     return FileError(ErrorCode::kCorrupt, plan_path, "shaping.file", "the name of a file beside it",
                      internal::Quoted(file));
-  return internal::LoadShaping(Beside(plan_path, file), hash, plan);
+  return internal::LoadShaping(FindMatrices(plan_path, file), hash, plan);
 }
 
 Fidelity ReadFidelity(const JsonView& accuracy, const std::string& key) {
@@ -251,11 +259,18 @@ Status SavePlan(const Plan& plan, const std::string& path) {
   }
   if (!internal::HasShaping(plan)) return internal::WriteFileAtomically(path, PlanText(plan, ""));
   const std::string hash = internal::ShapingHash(plan), file = internal::ShapingFileName(hash),
-                    matrices = Beside(path, file);
+                    text = PlanText(plan, ShapingText(file, hash)),
+                    matrices = Beside(internal::RealPath(path), file);
+  if (internal::IsNullDevice(path)) return internal::WriteFileAtomically(path, text);
   std::error_code ignored;
+  if (std::filesystem::is_other(std::filesystem::status(path, ignored))) {
+    return FileError(ErrorCode::kInvalidArgument, path, "",
+                     "a file, as a plan with +shape has a second file beside it",
+                     "a device or a pipe");
+  }
   const bool had = std::filesystem::exists(matrices, ignored);
   if (Status s = internal::SaveShaping(plan, matrices); !s.ok()) return s;
-  Status s = internal::WriteFileAtomically(path, PlanText(plan, ShapingText(file, hash)));
+  Status s = internal::WriteFileAtomically(path, text);
   if (!s.ok() && !had) std::filesystem::remove(matrices, ignored);
   return s;
 }

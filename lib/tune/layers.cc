@@ -64,11 +64,13 @@ Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const
   std::atomic<bool> failed = false;
   const auto run_layer = [&](std::size_t i) {
     if (failed) return;
+    std::vector<DumpLayer> held;
     for (const Dump* dump : dumps) {
-      if (results[i].ok()) results[i] = dump->CheckFinite(layers[i]);
+      Result<DumpLayer> layer = dump->Load(layers[i]);
+      if (layer.ok()) held.push_back(std::move(*layer));
+      if (results[i].ok()) results[i] = layer.status();
     }
     if (results[i].ok()) results[i] = work(layers[i], within);
-    for (const Dump* dump : dumps) dump->Release(layers[i]);
     if (!results[i].ok()) failed = true;
     const std::lock_guard lock(progress_mutex);
     if (options.progress) options.progress(++done, layers.size());

@@ -53,12 +53,14 @@ Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
                                            const std::vector<std::vector<HeadCodec>>& codecs) {
   const Model& model = dump.model();
   const std::size_t queries = model.queries(layer, 0).size();
+  const Result<DumpLayer> rows = dump.Load(layer);
+  if (!rows.ok()) return rows.status();
   std::vector<HeadErrors> heads;
   for (std::size_t i = 0; i < codecs.size(); ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
     for (const HeadCodec& codec : codecs[i]) {
-      const auto values = EncodingError(dump.head(layer, i / 2, tensor), codec);
+      const auto values = EncodingError(rows->head(i / 2, tensor), codec);
       if (!values.ok()) return values.status();
       head.candidates.push_back({codec, std::vector<AttentionError>(queries), *values});
       head.max_abs = values->max_abs;
@@ -103,6 +105,8 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
                   std::uint64_t* saturated) {
   if (!dump.has_q())
     return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention needs", dump.path());
+  const Result<DumpLayer> rows = dump.Load(layer);
+  if (!rows.ok()) return rows.status();
   LayerShape shape = dump.model().layers[layer];
   shape.kv_layer.reset();  // its rows are those of that layer
   const Model one_layer(std::vector{shape});
@@ -117,10 +121,10 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
   for (const std::size_t tokens : prompts) {
     Status s = cache->Truncate(0);
     if (s.ok())
-      s = cache->Append(0, dump.k(layer).Tokens(first, tokens), dump.v(layer).Tokens(first, tokens),
+      s = cache->Append(0, rows->k.Tokens(first, tokens), rows->v.Tokens(first, tokens),
                         options.runner);
     if (s.ok())
-      s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * out_row, {},
+      s = Attend(*cache, 0, rows->q.Tokens(first, tokens), out->data() + first * out_row, {},
                  options.runner);
     if (!s.ok()) return s;
     first += tokens;
@@ -214,12 +218,13 @@ Result<const DumpId*> Recognize(const Dump& dump, const Calibration& calibration
   std::vector<std::size_t> needed;
   for (const std::size_t layer : layers)
     std::ranges::copy(dump.model().readers(layer), std::back_inserter(needed));
-  const std::vector<std::string> hashes = LayerHashes(dump, needed, options.runner);
+  const auto hashes = LayerHashes(dump, needed, options.runner);
+  if (!hashes.ok()) return hashes.status();
   std::vector<const DumpId*> alike;
   std::string why = "that was not";
   for (const DumpId& id : calibration.dumps) {
     std::size_t same = 0;
-    while (same < needed.size() && id.layers[needed[same]] == hashes[same]) ++same;
+    while (same < needed.size() && id.layers[needed[same]] == (*hashes)[same]) ++same;
     if (same == needed.size() && id.tokens == dump.tokens()) alike.push_back(&id);
     if (same < needed.size() && id.name == internal::FileName(dump.path()))
       why = fmt::format("with other numbers in layer {}", needed[same]);
@@ -313,9 +318,9 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
       if (!heads.ok()) return heads.status();
       std::size_t first = 0;
       for (const std::size_t reader : model.readers(layer)) {
-        Status s = reader == layer ? Status() : dumps[d]->CheckFinite(reader);
-        if (s.ok()) s = AddAttentionErrors(*dumps[d], reader, first, within, &*heads);
-        if (reader != layer) dumps[d]->Release(reader);
+        const Result<DumpLayer> held = dumps[d]->Load(reader);  // for all candidates
+        if (!held.ok()) return held.status();
+        Status s = AddAttentionErrors(*dumps[d], reader, first, within, &*heads);
         if (!s.ok()) return s;
         first += model.layers[reader].group();
       }

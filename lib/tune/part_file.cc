@@ -154,9 +154,9 @@ class Reader {
  public:
   // Nothing but the format's own rules, and the JSON text.
   static Result<Reader> Open(const std::string& path) {
-    Result<internal::MappedFile> file = internal::MappedFile::Open(path);
+    Result<std::string> file = internal::ReadFile(path);
     if (!file.ok()) return file.status();
-    Result<internal::Safetensors> content = internal::ParseSafetensors(file->bytes(), path);
+    Result<internal::Safetensors> content = internal::ParseSafetensors(*file, path);
     if (!content.ok()) return content.status();
     const auto text = content->metadata.find(kAbout);
     if (text == content->metadata.end())
@@ -177,7 +177,7 @@ class Reader {
   // Format and version first, then the checksum: a newer major version may have another.
   Status Check(PartKind kind) {
     internal::CheckVersion(root(), NameOf(kind), kMajor);
-    if (status_.ok()) status_ = internal::CheckChecksum(file_.bytes(), path_);
+    if (status_.ok()) status_ = internal::CheckChecksum(file_, path_);
     return status_;
   }
 
@@ -187,7 +187,7 @@ class Reader {
     std::vector<std::uint64_t> expected = {heads->size() / 2};
     expected.insert(expected.end(), shape.begin(), shape.end());
     const Result<std::string_view> data =
-        internal::TensorData(content_, path_, name, "F64", expected, "a tensor");
+        internal::TensorData(file_, content_, path_, name, "F64", expected, "a tensor");
     if (!data.ok()) {
       if (status_.ok()) status_ = data.status();
       return;
@@ -205,7 +205,7 @@ class Reader {
   }
 
  private:
-  Reader(const std::string& path, internal::MappedFile file, internal::Safetensors content,
+  Reader(const std::string& path, std::string file, internal::Safetensors content,
          nlohmann::json about)
       : path_(path),
         file_(std::move(file)),
@@ -213,7 +213,7 @@ class Reader {
         about_(std::move(about)) {}
 
   std::string path_;
-  internal::MappedFile file_;
+  std::string file_;
   internal::Safetensors content_;
   nlohmann::json about_;
   Status status_;

@@ -49,13 +49,17 @@ std::string IdsText(const std::vector<DumpId>& dumps) {
 
 }  // namespace
 
-std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
-                                     const Runner& runner) {
+Result<std::vector<std::string>> LayerHashes(const Dump& dump,
+                                             const std::vector<std::size_t>& layers,
+                                             const Runner& runner) {
   std::vector<std::string> hashes(layers.size());
+  std::vector<Status> read(layers.size());
   runner.Run(layers.size(), [&](std::size_t i) {
-    hashes[i] = HashText(dump.LayerHash(layers[i]));
-    dump.Release(layers[i]);
+    const Result<std::uint64_t> hash = dump.LayerHash(layers[i]);
+    if (hash.ok()) hashes[i] = HashText(*hash);
+    read[i] = hash.status();
   });
+  if (const auto bad = std::ranges::find_if_not(read, &Status::ok); bad != read.end()) return *bad;
   return hashes;
 }
 
@@ -134,11 +138,13 @@ Result<DumpId> Identify(const Dump& dump, const MeasureOptions& options) {
   if (Status s = options.runner.Check(); !s.ok()) return s;
   std::vector<std::size_t> all(dump.model().layers.size());
   std::iota(all.begin(), all.end(), std::size_t{0});
+  const auto hashes = LayerHashes(dump, all, options.runner);
+  if (!hashes.ok()) return hashes.status();
   DumpId id{.name = internal::FileName(dump.path()),
             .model_name = dump.model_name(),
             .tokens = dump.tokens(),
             .longest_prompt = std::ranges::max(dump.prompt_tokens()),
-            .layers = LayerHashes(dump, all, options.runner)};
+            .layers = *hashes};
   const std::string text =
       fmt::format("{}\n{}\n{}\n{}\n", dump.model_name(), fmt::join(dump.prompt_tokens(), ","),
                   internal::LayersText(dump.model()), fmt::join(id.layers, "\n"));

@@ -19,8 +19,9 @@
 namespace kvmix::tune {
 
 // The DumpId::layers of these layers.
-std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
-                                     const Runner& runner);
+Result<std::vector<std::string>> LayerHashes(const Dump& dump,
+                                             const std::vector<std::size_t>& layers,
+                                             const Runner& runner);
 
 std::string Names(const std::vector<DumpId>& dumps);  // "a.safetensors, b.safetensors"
 

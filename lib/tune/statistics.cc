@@ -62,8 +62,9 @@ class Moment {
 
 }  // namespace
 
-HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_head, Tensor tensor) {
-  const RowsView rows = dump.head(layer, kv_head, tensor);
+HeadStatistics Statistics(const std::vector<DumpLayer>& readers, std::size_t kv_head,
+                          Tensor tensor) {
+  const RowsView rows = readers[0].head(kv_head, tensor);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   HeadStatistics s{.tokens = rows.tokens,
                    .sum = std::vector(rows.head_dim, 0.0),
@@ -78,12 +79,12 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
       s.max[c] = std::max(s.max[c], x);
     }
   }
-  if (tensor == KVMIX_V || !dump.has_q()) return s;
+  if (tensor == KVMIX_V || readers[0].q.data == nullptr) return s;
   Moment moment(rows.head_dim);
-  for (const std::size_t reader : dump.model().readers(layer)) {
-    const std::size_t group = dump.model().layers[reader].group();
+  for (const DumpLayer& reader : readers) {
+    const std::size_t group = reader.q.heads / reader.k.heads;
     for (std::size_t q = kv_head * group; q < (kv_head + 1) * group; ++q)
-      for (std::size_t t = 0; t < rows.tokens; ++t) moment.Add(dump.q(reader).Head(q), t);
+      for (std::size_t t = 0; t < rows.tokens; ++t) moment.Add(reader.q.Head(q), t);
   }
   s.query_moment = moment.Take();
   return s;
@@ -113,14 +114,16 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
   std::mutex mutex;  // of the calibration
   const auto calibrate = [&](std::size_t layer, const MeasureOptions& within) {
     for (std::size_t d = 0; d < dumps.size(); ++d) {
-      const std::vector<std::size_t> readers = model.readers(layer);
-      for (const std::size_t reader : readers)
-        if (Status s = dumps[d]->CheckFinite(reader); !s.ok()) return s;
+      std::vector<DumpLayer> readers;
+      for (const std::size_t reader : model.readers(layer)) {
+        Result<DumpLayer> loaded = dumps[d]->Load(reader);
+        if (!loaded.ok()) return loaded.status();
+        readers.push_back(std::move(*loaded));
+      }
       std::vector<HeadStatistics> heads(2 * model.layers[layer].kv_heads);
       within.runner.Run(heads.size(), [&](std::size_t i) {
-        heads[i] = Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
+        heads[i] = Statistics(readers, i / 2, static_cast<Tensor>(i % 2));
       });
-      for (const std::size_t reader : readers) dumps[d]->Release(reader);
       const std::lock_guard lock(mutex);
       calibration.pieces[layer].emplace(hashes[d], std::move(heads));
     }

@@ -1,4 +1,4 @@
-// Dumps: K, V and Q of a model as it ran over real text, memory-mapped and read-only.
+// Dumps: K, V and Q of a model as it ran over real text, read one layer at a time.
 //
 // Two forms are read:
 // 1. safetensors: tensors `layers.N.k|v|q` of F16, BF16 or F32, [tokens, heads, head_dim] in C
@@ -14,6 +14,7 @@
 // 2. the original study's raw folder: layer_NN.{k,v,q}.bin, f16, [tokens, heads, head_dim], all
 //    layers alike, their shape given by the caller.
 // Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
+// DumpWriter writes the first form.
 #ifndef KVMIX_TUNE_DUMP_H_
 #define KVMIX_TUNE_DUMP_H_
 
@@ -38,8 +39,18 @@ struct RawFormat {
   std::vector<std::size_t> prompt_tokens;  // empty: one prompt of all tokens
 };
 
-// Movable. Owns the mapping; everything that it hands out points into it. Every file is fully
-// checked on opening, but for NaN and Inf.
+// One layer in memory, until its last copy goes. Without Q, q has no data. K and V of a layer that
+// reads another's are the other's; a layer without any has no data.
+struct KVMIX_API DumpLayer {
+  RowsView k, v, q;  // [tokens, heads, head_dim]
+  std::shared_ptr<const void> memory[2];
+
+  RowsView head(std::size_t kv_head, Tensor t) const;  // of K or V
+};
+
+// Movable. Keeps its file or files open, and no layer in memory that nobody has. Every file is
+// fully checked on opening, but for NaN and Inf. Functions that are const may run on several
+// threads.
 class KVMIX_API Dump {
  public:
   // A safetensors file, or a raw folder (then, and only then, `raw` must be given).
@@ -59,27 +70,55 @@ class KVMIX_API Dump {
   std::size_t tokens() const;
   const std::vector<std::size_t>& prompt_tokens() const;  // sums to tokens()
 
-  // [tokens, heads, head_dim]. Without Q, q() has no data. K and V of a layer that reads another's
-  // are the other's; a layer without any has no data.
-  RowsView k(std::size_t layer) const;
-  RowsView v(std::size_t layer) const;
-  RowsView q(std::size_t layer) const;
-  RowsView head(std::size_t layer, std::size_t kv_head, Tensor t) const;
+  // Reads a layer, or shares it with whoever has it already. kNonFinite: its K, V or Q holds NaN or
+  // Inf; the error names file, tensor, layer, head, token. kIo: another program changed the file
+  // since it was opened. kOutOfMemory.
+  Result<DumpLayer> Load(std::size_t layer) const;
   // How the file calls a tensor, for messages and tables.
   std::string k_name(std::size_t layer) const;
   std::string v_name(std::size_t layer) const;
 
-  // NaN or Inf in this layer's own K, V or Q: an error naming file, tensor, layer, head, token.
-  Status CheckFinite(std::size_t layer) const;
   // XXH3 (64 bits) of this layer's own K, V and Q, one after the other, as they lie in the file.
-  std::uint64_t LayerHash(std::size_t layer) const;
-  // Tells the kernel that the pages of this layer's own tensors are not needed for now, so that a
-  // long walk over layers keeps little in memory.
-  void Release(std::size_t layer) const;
+  Result<std::uint64_t> LayerHash(std::size_t layer) const;
 
  private:
   struct Impl;
   explicit Dump(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// A dump's metadata.
+struct DumpInfo {
+  Model model;                             // layers without K and V may be among them
+  std::vector<std::size_t> prompt_tokens;  // lengths of the prompts, in the order of their tokens
+  std::string model_name, corpus;          // may be empty
+};
+
+// Writes a dump of F16 tensors while a model runs, without holding it in memory. Rows stream into
+// files in the folder "PATH.PROCESS.parts"; Finish() makes the dump of them, which takes as much
+// room once more. A writer that goes before leaves no dump, and what was at `path` untouched; the
+// next writer to the same path removes what a killed process has left. After an error (a full disk,
+// say) every call returns it.
+class KVMIX_API DumpWriter {
+ public:
+  explicit DumpWriter(std::string path);  // creates nothing yet
+  DumpWriter(DumpWriter&&) noexcept;
+  DumpWriter& operator=(DumpWriter&&) noexcept;
+  ~DumpWriter();
+
+  // Adds rows of a layer, [tokens, heads, head_dim] of any type, behind those that this stream of
+  // the layer has. A tensor without data is left out: K and V of a layer that reads another's, or
+  // all Q. The dump has a layer's streams one after the other, in the order of their numbers.
+  Status Add(std::size_t layer, const RowsView& k, const RowsView& v, const RowsView& q,
+             std::size_t stream = 0);
+  // Takes back the last tokens of one stream of a layer.
+  Status Drop(std::size_t layer, std::size_t tokens, std::size_t stream = 0);
+  // Writes the dump; the writer has nothing more to do then. kMismatch: a tensor is missing, or has
+  // other heads, channels or tokens than `info` says.
+  Status Finish(const DumpInfo& info);
+
+ private:
+  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 
