@@ -59,7 +59,7 @@ demo() {
 }
 
 run_tests() {
-  packages+=(cmake python3-scipy)
+  packages+=(cmake)
   [ -n "${KVMIX_BROWSER:-}" ] || packages+=(chromium)  # to look at the report's page
   prepare "$@"
   compile

@@ -14,9 +14,9 @@
 namespace kvmix::bench {
 namespace {
 
-using internal::kHeadScale;
-using internal::RandomHalves;
 using tools::Require;
+using tune::kHeadScale;
+using tune::RandomHalves;
 
 struct Context {
   std::size_t tokens;
@@ -65,7 +65,7 @@ struct CacheSet {
 
 HeadCodec CodecNamed(const char* name) {
   const CodecKind kind = Require(ParseCodecKind(name));
-  return {kind, kind.scale == Scale::kHead ? kHeadScale : 0.0f, nullptr};
+  return {kind, kind.scale == KVMIX_SCALE_HEAD ? kHeadScale : 0.0f, nullptr};
 }
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
@@ -86,10 +86,9 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
   const RowsView k = RowsView::F16(rows.data(), kTokens, c.shape.kv_heads, c.shape.head_dim);
   const RowsView v =
       RowsView::F16(rows.data() + kTokens * row, kTokens, c.shape.kv_heads, c.shape.v_dim);
-#pragma omp parallel for
-  for (std::size_t layer = 0; layer < layers; ++layer) {
+  Runner(0).Run(layers, [&](std::size_t layer) {
     for (std::size_t t = 0; t < c.context.tokens; t += kTokens) Require(cache.Append(layer, k, v));
-  }
+  });
   const std::size_t q = kPrefillQueries * c.shape.query_heads * c.shape.head_dim;
   return std::make_shared<CacheSet>(
       CacheSet{std::move(cache), RandomHalves(q), std::vector<float>(q)});

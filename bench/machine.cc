@@ -1,6 +1,5 @@
 #include "bench/machine.h"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <bit>
@@ -8,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "kvmix/runner.h"
 #include "lib/tune/stopwatch.h"
 #include "tools/console.h"
 
@@ -21,13 +21,6 @@ constexpr std::size_t kWindow = std::size_t{16} << 20;
 constexpr std::size_t kHotBytes = std::size_t{16} << 20;
 constexpr std::size_t kGrain = 2048;  // two halves that suit the probes
 constexpr std::size_t kRounds = 100'000;
-
-template <class F>
-void InThreads(int threads, const F& f) {
-  if (threads == 1) return f(0);
-#pragma omp parallel num_threads(threads)
-  f(static_cast<std::size_t>(omp_get_thread_num()));
-}
 
 // A loop over n bytes; copies move the first half to the second.
 using Loop = std::function<void(std::uint8_t* at, std::size_t n)>;
@@ -144,12 +137,12 @@ double Limits::MemoryRate(Access access, std::size_t bytes, int threads) const {
     functions.push_back([&, loop] {
       std::uint8_t* const from = buffer.get() + next * parts * slice;
       next = (next + 1) % windows;
-      InThreads(threads, [&](std::size_t thread) {
+      Runner(threads).Run(parts, [&](std::size_t thread) {
         for (std::size_t pass = 0; pass < passes; ++pass) loop(from + thread * slice, slice);
       });
     });
   }
-  const std::vector<double> medians = internal::MedianSeconds(functions, seconds_, 7);
+  const std::vector<double> medians = tune::MedianSeconds(functions, seconds_, 7);
   return static_cast<double>(passes * parts * slice) / std::ranges::min(medians);
 }
 
@@ -157,19 +150,19 @@ Limit Limits::Macs(const char* name, MacKernel kernel, double share, int threads
   return Remember(name, ThreadsText(threads), [&] {
     double macs = 0.0;
     const auto run = [&] {
-      InThreads(threads, [&](std::size_t thread) {
+      Runner(threads).Run(static_cast<std::size_t>(threads), [&](std::size_t thread) {
         const double done = kernel(kRounds);
         if (thread == 0) macs = done * threads;
       });
     };
-    const double seconds = internal::MedianSeconds({run}, seconds_ / 2, 7)[0];
+    const double seconds = tune::MedianSeconds({run}, seconds_ / 2, 7)[0];
     return Limit{name, share * macs / seconds, true};
   });
 }
 
 Limit Limits::TileMacs(Storage storage, int threads) {
   const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(kernels_.target);
-  if (storage == Storage::kF16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
+  if (storage == KVMIX_STORAGE_F16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
   Limit pairs = Macs("mul-i16", probe.widening_i16, 1.0, threads);
   if (probe.dot_u8i8 == nullptr) return pairs;
   Limit dot = Macs("dot-u8i8/2", probe.dot_u8i8, 0.5, threads);

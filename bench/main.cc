@@ -18,8 +18,8 @@
 #include "bench/workload.h"
 #include "kernels/amx.h"
 #include "kernels/kernels.h"
-#include "kvmix/speed.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/speed.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/tune/stopwatch.h"
 #include "tools/console.h"
@@ -88,7 +88,7 @@ struct Times {
 };
 
 Times Measure(const Workload& w, double seconds) {
-  const double once = internal::MedianSeconds({w.call}, 0.0, 1)[0];
+  const double once = tune::MedianSeconds({w.call}, 0.0, 1)[0];
   const std::size_t repeat =
       once >= kShortestSample
           ? 1
@@ -100,7 +100,7 @@ Times Measure(const Workload& w, double seconds) {
   };
   std::vector<std::function<void()>> functions{repeated(w.call)};
   if (w.reference) functions.push_back(repeated(w.reference));
-  const std::vector<double> medians = internal::MedianSeconds(functions, seconds, kSamples);
+  const std::vector<double> medians = tune::MedianSeconds(functions, seconds, kSamples);
   const double units = static_cast<double>(repeat * w.calls);
   return {medians[0] / units, medians.back() / units};
 }
@@ -129,8 +129,10 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
 std::vector<CodecKind> TimedKinds() {
   std::vector<CodecKind> kinds;
   for (const char* candidates : {"seed", "all"}) {
-    for (const CodecKind& kind : Require(Candidates(candidates)).k) {
-      const auto is_same = [&](const CodecKind& k) { return SpeedName(k) == SpeedName(kind); };
+    for (const CodecKind& kind : Require(tune::Candidates(candidates)).k) {
+      const auto is_same = [&](const CodecKind& k) {
+        return tune::SpeedName(k) == tune::SpeedName(kind);
+      };
       if (std::ranges::none_of(kinds, is_same)) kinds.push_back(kind);
     }
   }
@@ -140,12 +142,12 @@ std::vector<CodecKind> TimedKinds() {
 // Every pair of them for every GQA group and head_dim of the table, into a file.
 void SaveWisdomFile(const Options& options) {
   const std::vector<CodecKind> kinds = TimedKinds();
-  Wisdom wisdom = kvmix::ThisMachine(options.target);
+  tune::Wisdom wisdom = tune::ThisMachine(options.target);
   for (const Shape& shape : kShapes) {
     ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
                              shape.head_dim));
-    Require(MeasureHeadSpeeds(kinds, kinds, {1, shape.group(), shape.head_dim, shape.v_dim},
-                              kWisdomContext, options.seconds(), &wisdom));
+    Require(tune::MeasureHeadSpeeds(kinds, kinds, {1, shape.group(), shape.head_dim, shape.v_dim},
+                                    kWisdomContext, options.seconds(), &wisdom));
   }
   ShowProgress("");
   Require(SaveWisdom(wisdom, options.wisdom));
@@ -200,7 +202,7 @@ void RunBenchmarks(const Options& options, const kernels::Kernels& kernels,
         });
   }
   benchmark::AddCustomContext("target", kernels.target);
-  benchmark::AddCustomContext("cpu", kvmix::ThisMachine().cpu);
+  benchmark::AddCustomContext("cpu", tune::ThisMachine().cpu);
   if (const std::string& why_not = kernels::Amx().why_not; !why_not.empty())
     benchmark::AddCustomContext("amx_not_used", why_not);
   benchmark::AddCustomContext("kvmix_version", std::string(Version()));

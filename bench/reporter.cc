@@ -8,7 +8,7 @@
 #include <fmt/format.h>
 
 #include "kernels/amx.h"
-#include "kvmix/speed.h"
+#include "kvmix/tune/speed.h"
 #include "tools/console.h"
 
 namespace kvmix::bench {
@@ -74,7 +74,7 @@ class Table : public BenchmarkReporter {
     const Machine& m = ThisMachine();
     GetOutputStream() << fmt::format(
                              "kvmix-bench {}, {}, {} core{}, L2 {}, last cache {}, memory {}\n",
-                             kvmix::ThisMachine().version, m.cpu, m.cores, m.cores == 1 ? "" : "s",
+                             tune::ThisMachine().version, m.cpu, m.cores, m.cores == 1 ? "" : "s",
                              SizeText(m.caches.l2), SizeText(m.caches.last), SizeText(m.memory))
                       << "Medians. GB/s: bytes read and written. of limit: 100 % is the time that "
                          "the limit beside it allows.\n";

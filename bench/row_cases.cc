@@ -19,8 +19,8 @@
 namespace kvmix::bench {
 namespace {
 
-using internal::kHeadScale;
-using internal::RandomHalves;
+using tune::kHeadScale;
+using tune::RandomHalves;
 
 struct Size {
   std::size_t bytes;
@@ -40,13 +40,13 @@ struct Rows {
 
   kernels::RowsIn halves() const {
     const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(head_dim);
-    return {wide, kernels::Dtype::kF16, stride, tokens, head_dim};
+    return {wide, KVMIX_F16, stride, tokens, head_dim};
   }
   kernels::RowFormat per_token() const {
-    return {kernels::Storage::kI8, kernels::ScaleStore::kF32, 1.0f, head_dim};
+    return {KVMIX_STORAGE_I8, kernels::ScaleStore::kF32, 1.0f, head_dim};
   }
   kernels::RowFormat per_head(float scale) const {
-    return {kernels::Storage::kI8, kernels::ScaleStore::kConstant, scale, head_dim};
+    return {KVMIX_STORAGE_I8, kernels::ScaleStore::kConstant, scale, head_dim};
   }
 };
 

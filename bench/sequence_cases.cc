@@ -19,10 +19,10 @@
 namespace kvmix::bench {
 namespace {
 
-using internal::RandomHalves;
 using tools::Require;
+using tune::RandomHalves;
 
-const HeadCodec kCodec{{Storage::kI8, Scale::kToken}};
+const HeadCodec kCodec{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
 constexpr const char* kCodecName = "k=i8-token,v=i8-token";
 constexpr std::size_t kTokens = 4096, kChunk = 64;
 

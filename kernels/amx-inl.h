@@ -49,7 +49,7 @@ template <class S>
 using TileMultiplied = std::conditional_t<S::kPacked, I8, S>;
 
 HWY_INLINE bool HasByteTiles(const BlockFormat& f) {
-  return f.k.row.storage != Storage::kF16 && f.v.row.storage != Storage::kF16;
+  return f.k.row.storage != KVMIX_STORAGE_F16 && f.v.row.storage != KVMIX_STORAGE_F16;
 }
 
 // Shuffles of two vectors by blocks of four lanes, and of lanes within blocks: two of a's and two
@@ -205,7 +205,7 @@ class TileAttention {
   template <std::size_t kRows>
   static constexpr std::size_t kStepBytes = 2 * kRows * 64;
   template <std::size_t kRows>
-  static constexpr std::size_t kSide = kSumTiles* kTileBytes / kStepBytes<kRows>;
+  static constexpr std::size_t kSide = (kSumTiles * kTileBytes) / kStepBytes<kRows>;
 
   // Weighed V that is still to come: steps [first, last) of a group's tokens, from channel tile
   // `next` on; of those before `output`, the output is done.

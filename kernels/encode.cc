@@ -267,10 +267,11 @@ HWY_INLINE decltype(auto) WithDim(std::size_t dim, const F& f) {
 }
 template <class X, class F>
 HWY_INLINE decltype(auto) WithRows(const Source<X>& in, const F& f) {
-  constexpr bool kHalves = std::is_same_v<X, Halves>, kFloats = std::is_same_v<X, Floats>;
+  constexpr bool kHalves = std::is_same_v<X, Halves>,
+                 kAnyDim = kHalves || std::is_same_v<X, Floats>;
   using Plain = std::conditional_t<kHalves, PlainHalves, FloatRows<X, false>>;
   if (in.mean != nullptr) return WithDim<FloatRows<X, true>, kHalves>(in.dim, f);
-  return WithDim < Plain, kHalves || kFloats > (in.dim, f);
+  return WithDim<Plain, kAnyDim>(in.dim, f);
 }
 
 // ---- a scale per head
@@ -368,7 +369,7 @@ HWY_INLINE void TransformRows(const RowsIn& rows, const Transform& transform, co
         const Transform own = transform.From(first + r);
         TransformRow(to, in.dim, own.inv_factor, nullptr, own.hadamard);
       }
-      const RowsIn as_f32{y, Dtype::kF32, static_cast<std::ptrdiff_t>(in.dim), count, in.dim};
+      const RowsIn as_f32{y, KVMIX_F32, static_cast<std::ptrdiff_t>(in.dim), count, in.dim};
       body(first, Source<Floats>(as_f32));
     }
   });
@@ -465,13 +466,13 @@ std::uint64_t EncodeF16(const EncodeTask& t) {
 }
 
 std::uint64_t Encode(const EncodeTask& t) {
-  if (t.format.storage == Storage::kF16) return EncodeF16(t);
+  if (t.format.storage == KVMIX_STORAGE_F16) return EncodeF16(t);
   std::uint64_t clamped = 0;
   const CodeRows out{reinterpret_cast<std::int8_t*>(t.rows), t.row_stride};
   TransformRows(t.in, t.transform, [&](std::size_t first, const auto& y) KVMIX_LAMBDA {
     const CodeRows to{out.row(first), out.stride};
     float* const scales = t.scales != nullptr ? t.scales + first : nullptr;
-    if (t.format.storage == Storage::kI8) {
+    if (t.format.storage == KVMIX_STORAGE_I8) {
       clamped += EncodeI8(y, t.format, to, scales);
     } else {
       EncodeBelowI8(y, t.format, t.transform.shaping != nullptr, to, scales);
@@ -545,7 +546,7 @@ void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
     }
   });
   const std::int8_t* const codes = reinterpret_cast<const std::int8_t*>(row);
-  if (in.format.storage == Storage::kF16) {
+  if (in.format.storage == KVMIX_STORAGE_F16) {
     ConvertRow<Halves>(reinterpret_cast<const std::uint16_t*>(row), dim, to);
   } else if (!own.rotates_or_folds() && own.mean != nullptr) {
     DecodeI8Row<true>(in, r, codes, to);
@@ -562,7 +563,7 @@ void DecodeRow(const CodedRows& in, std::size_t r, float* HWY_RESTRICT to) {
 template <class Out>
 void Decode(const CodedRows& in, Out* out, std::size_t out_stride) {
   const std::size_t dim = in.format.dim;
-  if (in.format.storage != Storage::kI8 || in.transform.rotates_or_folds()) {
+  if (in.format.storage != KVMIX_STORAGE_I8 || in.transform.rotates_or_folds()) {
     HWY_ALIGN float row[kMaxDim];
     for (std::size_t r = 0; r < in.count; ++r) {
       DecodeRow(in, r, row);

@@ -1,6 +1,7 @@
 // Some rows by some tokens: too few for tiles, so products are sums over a vector's lanes.
 #include "kernels/exact.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -43,7 +44,8 @@ void Attend(const ExactTask& t) {
       if (added == -std::numeric_limits<float>::infinity()) continue;
       float s = t.scale * Dot(t.q + r * t.k_dim, t.k + token * t.k_dim, t.k_dim);
       if (t.soft_cap != 0.0f) s = t.soft_cap * std::tanh(s / t.soft_cap);
-      s = (s + added) * kLog2E;
+      s = std::isfinite(s) ? std::clamp((s + added) * kLog2E, -0x1p127f, 0x1p127f)
+                           : std::numeric_limits<float>::quiet_NaN();
       const float now = std::isnan(s) ? s : HWY_MAX(max, s);
       const float before = std::exp2(max - now), weight = std::exp2(s - now);
       AddRow(t.v + token * t.v_dim, t.v_dim, weight, before, out);

@@ -125,11 +125,19 @@ HWY_INLINE void Codes(const FixedPoint& z, std::size_t reach, std::uint8_t* HWY_
   }
 }
 
-// The same, for any storage of the three.
+// f(L()) with the levels of a storage: i6, i4 or i3.
 template <class F>
 HWY_INLINE decltype(auto) WithLevels(Storage storage, const F& f) {
-  if (storage == Storage::kI6) return f(Levels6());
-  if (storage == Storage::kI3) return f(Levels3());
+  switch (storage) {
+    case KVMIX_STORAGE_I6:
+      return f(Levels6());
+    case KVMIX_STORAGE_I3:
+      return f(Levels3());
+    case KVMIX_STORAGE_I4:
+    case KVMIX_STORAGE_F16:  // has no levels, nor has i8: never asked for
+    case KVMIX_STORAGE_I8:
+      break;
+  }
   return f(Levels4());
 }
 

@@ -52,13 +52,14 @@ bool ScanRow(const void* values, std::size_t tokens, MaskRange* ranges) {
 
 bool Scan(const void* values, Dtype dtype, std::size_t tokens, MaskRange* ranges) {
   switch (dtype) {
-    case Dtype::kF32:
+    case KVMIX_F32:
       return ScanRow<std::int32_t, 0x7F800000>(values, tokens, ranges);
-    case Dtype::kBF16:
+    case KVMIX_BF16:
       return ScanRow<std::int16_t, 0x7F80>(values, tokens, ranges);
-    default:
-      return ScanRow<std::int16_t, 0x7C00>(values, tokens, ranges);
+    case KVMIX_F16:
+      break;
   }
+  return ScanRow<std::int16_t, 0x7C00>(values, tokens, ranges);
 }
 
 }  // namespace

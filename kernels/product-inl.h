@@ -241,7 +241,7 @@ template <class P>
 constexpr std::size_t kOneTurnRows = P::Stored::kGroupBytes >= 64 ? kMaxRows : kTurnRows<P>;
 // Tile vectors of a register block.
 template <class P, std::size_t kRows>
-constexpr std::size_t kHotVecs = P::kTwoSums&& kRows > 4                     ? 1
+constexpr std::size_t kHotVecs = (P::kTwoSums && kRows > 4)                  ? 1
                                  : P::Stored::kGroupBytes < 64 && kRows <= 2 ? 4
                                                                              : 2;
 // Where the tile comes from memory, one cache line a step: one load instruction then walks it from

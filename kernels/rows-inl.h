@@ -214,8 +214,14 @@ HWY_INLINE VF LoadFinite(IO io, const typename X::T* p) {
 // f(X()) with the struct of a dtype.
 template <class F>
 HWY_INLINE decltype(auto) WithDtype(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kF32) return f(Floats());
-  if (dtype == Dtype::kBF16) return f(BFloats());
+  switch (dtype) {
+    case KVMIX_F32:
+      return f(Floats());
+    case KVMIX_BF16:
+      return f(BFloats());
+    case KVMIX_F16:
+      break;
+  }
   return f(Halves());
 }
 

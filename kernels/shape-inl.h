@@ -75,10 +75,18 @@ struct NearestLevels {
 // f(S()) with the struct of a storage.
 template <class F>
 HWY_INLINE void WithShapedLevels(Storage storage, const F& f) {
-  if (storage == Storage::kI8) return f(OwnLevels<127>());
-  if (storage == Storage::kI6) return f(OwnLevels<kLargest6>());
-  if (storage == Storage::kI4) return f(NearestLevels<8, kMagnitudes>());
-  f(NearestLevels<4, kMagnitudes3>());
+  switch (storage) {
+    case KVMIX_STORAGE_I8:
+      return f(OwnLevels<127>());
+    case KVMIX_STORAGE_I6:
+      return f(OwnLevels<kLargest6>());
+    case KVMIX_STORAGE_I4:
+      return f(NearestLevels<8, kMagnitudes>());
+    case KVMIX_STORAGE_I3:
+      return f(NearestLevels<4, kMagnitudes3>());
+    case KVMIX_STORAGE_F16:  // never asked for: numbers are not shaped
+      break;
+  }
 }
 
 constexpr float kRound = 0x1.8p23f;  // added, it rounds, and leaves n in the lowest bits

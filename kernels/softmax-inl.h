@@ -23,6 +23,7 @@ namespace kvmix::kernels::HWY_NAMESPACE {
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
+constexpr float kLargeScore = 0x1p20f;        // of a block: see RecentreLarge
 
 // x[i] -> 2^x[i], relative error 8e-5 (so NMSE 6e-9 at most, a hundredth of what the attention may
 // cost); x below -100 and NaN become 2^-100 or 0, so that no product with the result becomes a
@@ -103,6 +104,7 @@ struct SoftmaxRows {
   // Row by row, with room for whole vectors of rows.
   Range seen[kRows];                            // tokens of the block; {0, 0}: none
   alignas(64) float scale[kRowLanes];           // of the scores, to units of log2
+  alignas(64) float centre[kRowLanes];          // what RecentreLarge took off the scores
   alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
   alignas(64) float shift[kRowLanes];           // a weight's code is v_scale * 2^(s + shift)
   alignas(64) float weight_scale[kRowLanes];    // w_scale
@@ -153,28 +155,59 @@ HWY_INLINE void AddMask(const Mask& mask, std::size_t query, std::size_t b, floa
   }
 }
 
+// The largest score plus log2(v_scale) of a row.
+template <class P, class Rows>
+HWY_INLINE float BlockMax(const Rows& w, std::size_t r) {
+  const DF df;
+  const VF scale = hn::Set(df, w.scale[r]);
+  VF block_max[kWeightVecs];
+  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { block_max[i] = hn::Set(df, kNegInf); });
+  for (std::size_t step = w.first; step < w.last; step += kTokenStep) {
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+      const std::size_t t = step + i * kLanes;
+      const VF s = hn::Load(df, w.scores[r] + t);
+      block_max[i] =
+          hn::Max(block_max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
+                                               : hn::Mul(s, scale));
+    });
+  }
+  return hn::ReduceMax(
+      df, hn::Max(hn::Max(block_max[0], block_max[1]), hn::Max(block_max[2], block_max[3])));
+}
+
 // w.block_max of every row, after its scores of tokens that it does not see have become -inf.
 template <class P, class Rows>
 HWY_INLINE void BlockMaxima(std::size_t rows, Rows& w) {
-  const DF df;
   for (std::size_t r = 0; r < rows; ++r) {
     float* scores = w.scores[r];
     for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
     for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
-    const VF scale = hn::Set(df, w.scale[r]);
-    VF block_max[kWeightVecs];
-    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { block_max[i] = hn::Set(df, kNegInf); });
-    for (std::size_t step = w.first; step < w.last; step += kTokenStep) {
-      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-        const std::size_t t = step + i * kLanes;
-        const VF s = hn::Load(df, scores + t);
-        block_max[i] =
-            hn::Max(block_max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
-                                                 : hn::Mul(s, scale));
-      });
+    w.block_max[r] = BlockMax<P>(w, r);
+  }
+}
+
+// Where rows [first, last) have large scores, beside which an f32 has few bits left for a weight:
+// takes the largest score of the block off all scores of the row and puts it into w.centre. Scores
+// beyond +-2^127 count as that.
+template <class P, class Rows>
+HWY_NOINLINE void RecentreLarge(std::size_t first, std::size_t last, Rows& w) {
+  const DF df;
+  const VF most = hn::Set(df, 0x1p127f);
+  for (std::size_t r = first; r < last; ++r) {
+    w.centre[r] = 0.0f;
+    if (std::fabs(w.block_max[r]) <= kLargeScore || w.seen[r].last == 0) continue;
+    float* const scores = w.scores[r];
+    VF largest = hn::Neg(most);
+    for (std::size_t t = w.first; t < w.last; t += kLanes) {
+      const VF s = Clamp(hn::Mul(hn::Load(df, scores + t), hn::Set(df, w.scale[r])), most);
+      largest = hn::Max(largest, s);
+      hn::Store(s, df, scores + t);
     }
-    w.block_max[r] = hn::ReduceMax(
-        df, hn::Max(hn::Max(block_max[0], block_max[1]), hn::Max(block_max[2], block_max[3])));
+    w.centre[r] = hn::ReduceMax(df, largest);
+    for (std::size_t t = w.first; t < w.last; t += kLanes)
+      hn::Store(hn::Sub(hn::Load(df, scores + t), hn::Set(df, w.centre[r])), df, scores + t);
+    w.scale[r] = 1.0f;
+    w.block_max[r] = BlockMax<P>(w, r);
   }
 }
 
@@ -185,16 +218,25 @@ HWY_INLINE void RaiseMaxima(std::size_t rows, float* max, Rows& w) {
   const DF df;
   for (std::size_t r = 0; r < rows; r += kLanes) {
     const std::size_t n = HWY_MIN(kLanes, rows - r);
-    const VF block = hn::Load(df, w.block_max + r), before = hn::LoadN(df, max + r, n);
-    const VF now = hn::IfThenElse(hn::Gt(block, before), block, before);  // a NaN in `max` stays
+    VF block = hn::Load(df, w.block_max + r), centre = hn::Zero(df);
+    const VF before = hn::LoadN(df, max + r, n);
+    const auto large = hn::Gt(hn::Abs(block), hn::Set(df, kLargeScore));
+    if (HWY_UNLIKELY(!hn::AllFalse(df, large))) {
+      RecentreLarge<P>(r, r + n, w);
+      block = hn::Load(df, w.block_max + r);
+      centre = hn::Load(df, w.centre + r);
+    }
+    const VF largest = hn::Add(block, centre);
+    // A NaN in `max` stays.
+    const VF now = hn::IfThenElse(hn::Gt(largest, before), largest, before);
     hn::StoreN(now, df, max + r, n);
     hn::Store(hn::IfThenElse(hn::Eq(before, now), hn::Set(df, 1.0f), Exp2(hn::Sub(before, now))),
               df, w.correction + r);
-    // Large scores have rounded block_max off: room for that as well.
+    // Scores have rounded block_max off: room for that as well.
     const VF shift = hn::Sub(hn::Set(df, std::log2(P::kLargestWeight)),
                              hn::MulAdd(hn::Abs(block), hn::Set(df, 0x1p-22f), block));
     hn::Store(shift, df, w.shift + r);
-    hn::Store(Exp2(hn::Neg(hn::Add(shift, now))), df, w.weight_scale + r);
+    hn::Store(Exp2(hn::Neg(hn::Add(shift, hn::Sub(now, centre)))), df, w.weight_scale + r);
   }
 }
 

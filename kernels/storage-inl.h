@@ -38,7 +38,7 @@ struct Place {
 // from a group of K's or V's. KWord() makes a word of K from canonical bytes, Canonical() undoes
 // it. Store() is for tiles that others are unpacked to: the codes of a step of theirs.
 struct F16 {
-  static constexpr Storage kStorage = Storage::kF16;
+  static constexpr Storage kStorage = KVMIX_STORAGE_F16;
   static constexpr bool kPacked = false;
   static constexpr std::size_t kWidth = 1, kParts = 1, kTerms = 1;
   using Code = std::uint16_t;
@@ -55,7 +55,7 @@ struct F16 {
 };
 
 struct I8 {
-  static constexpr Storage kStorage = Storage::kI8;
+  static constexpr Storage kStorage = KVMIX_STORAGE_I8;
   static constexpr bool kPacked = false;
   static constexpr std::size_t kWidth = KVMIX_QUADS ? 4 : 2, kParts = 1, kTerms = kWidth;
   using Code = std::uint8_t;
@@ -236,7 +236,7 @@ struct Packed {
 
   // Bytes from the start of a group.
   template <class Q>
-  static constexpr std::size_t kPlaneOffset = kParts* Q::kFrom / 8 * kFourTerms;
+  static constexpr std::size_t kPlaneOffset = (kParts * Q::kFrom) / 8 * kFourTerms;
 
   // With the bits of one plane, whatever is beside them in `shifted`. Where vpermb looks codes up,
   // the bits above a code may be any.
@@ -265,15 +265,15 @@ struct Packed {
 };
 
 struct I6 : Packed<I6, Plane<0, 4>, Plane<4, 2>> {
-  static constexpr Storage kStorage = Storage::kI6;
+  static constexpr Storage kStorage = KVMIX_STORAGE_I6;
   static constexpr int Level(int code) { return (code ^ 32) - 32; }
 };
 struct I4 : Packed<I4, Plane<0, 4>> {
-  static constexpr Storage kStorage = Storage::kI4;
+  static constexpr Storage kStorage = KVMIX_STORAGE_I4;
   static constexpr int Level(int code) { return kLevels[static_cast<std::size_t>(code)]; }
 };
 struct I3 : Packed<I3, Plane<0, 2>, Plane<2, 1>> {
-  static constexpr Storage kStorage = Storage::kI3;
+  static constexpr Storage kStorage = KVMIX_STORAGE_I3;
   static constexpr int Level(int code) { return kLevels3[static_cast<std::size_t>(code)]; }
 };
 
@@ -281,15 +281,15 @@ struct I3 : Packed<I3, Plane<0, 2>, Plane<2, 1>> {
 template <class F>
 HWY_INLINE decltype(auto) WithStorage(Storage storage, const F& f) {
   switch (storage) {
-    case Storage::kF16:
+    case KVMIX_STORAGE_F16:
       return f(F16());
-    case Storage::kI6:
+    case KVMIX_STORAGE_I6:
       return f(I6());
-    case Storage::kI4:
+    case KVMIX_STORAGE_I4:
       return f(I4());
-    case Storage::kI3:
+    case KVMIX_STORAGE_I3:
       return f(I3());
-    case Storage::kI8:
+    case KVMIX_STORAGE_I8:
       break;
   }
   return f(I8());

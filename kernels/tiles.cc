@@ -125,8 +125,8 @@ HWY_INLINE std::uint32_t LoadFour(const std::uint8_t* from) {
 }
 
 template <class S>
-requires S::kPacked HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t dim,
-                                             std::uint8_t* to) {
+HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_t dim,
+                         std::uint8_t* to) requires S::kPacked {
   HWY_ALIGN std::uint8_t codes[kMaxDim];
   SpreadRow<S>(row, dim, codes, [](VU8 c) KVMIX_LAMBDA { return c; });
   std::memset(codes + dim, 0, RoundUp(dim, S::kTerms) - dim);
@@ -141,8 +141,8 @@ requires S::kPacked HWY_INLINE void ScatterK(const std::uint8_t* row, std::size_
 }
 
 template <class S>
-requires S::kPacked HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t dim,
-                                            std::uint8_t* row) {
+HWY_INLINE void GatherK(const std::uint8_t* from, std::size_t dim,
+                        std::uint8_t* row) requires S::kPacked {
   HWY_ALIGN std::uint8_t codes[kMaxDim] = {};
   ForFours<S>(from, dim, [&]<class P>(P, const std::uint8_t* at, std::size_t c) KVMIX_LAMBDA {
     const std::uint32_t four = LoadFour(at);

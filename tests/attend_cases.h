@@ -91,7 +91,7 @@ inline Rows RandomRows(const Geometry& g, std::size_t tokens, unsigned seed, flo
 // [rows, heads, head_dim], without gaps.
 template <class T>
 RowsView View(const std::vector<T>& x, std::size_t heads, std::size_t head_dim) {
-  constexpr Dtype kDtype = std::is_same_v<T, Half> ? Dtype::kF16 : Dtype::kF32;
+  constexpr Dtype kDtype = std::is_same_v<T, Half> ? KVMIX_F16 : KVMIX_F32;
   return RowsView::Dense(x.data(), kDtype, x.size() / (heads * head_dim), heads, head_dim);
 }
 template <class T>
@@ -132,10 +132,10 @@ inline Placed Place(const RowsView& from, Dtype dtype, bool heads_first, bool ba
                       c = i % from.head_dim;
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(from.At(t, h, c));
     const Half half =
-        dtype == Dtype::kF16 ? FloatToHalf(from.At(t, h, c)) : static_cast<Half>(bits >> 16);
+        dtype == KVMIX_F16 ? FloatToHalf(from.At(t, h, c)) : static_cast<Half>(bits >> 16);
     const auto at = static_cast<const char*>(to.view.row(t, h)) - to.bytes.data();
     std::memcpy(to.bytes.data() + at + c * bytes,
-                dtype == Dtype::kF32 ? static_cast<const void*>(&bits) : &half, bytes);
+                dtype == KVMIX_F32 ? static_cast<const void*>(&bits) : &half, bytes);
   }
   return to;
 }
@@ -165,7 +165,7 @@ inline HeadCodec MakeCodec(const std::string& name, const RowsView& rows) {
   if (vectors != CodecVectors()) {
     codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
   }
-  if (codec.kind.scale == Scale::kHead) {
+  if (codec.kind.scale == KVMIX_SCALE_HEAD) {
     const float scale = HeadScale(rows, codec);
     codec.head_scale = scale > 0.0f ? 0.9f * scale : 1.0f;
   }
@@ -231,16 +231,16 @@ inline std::vector<double> Decoded(const Cache& cache, std::size_t layer, Tensor
 inline std::vector<double> Expected(const Cache& cache, std::size_t layer,
                                     const std::vector<float>& q,
                                     const AttendOptions& options = {}) {
-  return reference::Attention(cache.model().layers[layer], q, Decoded(cache, layer, Tensor::kK),
-                              Decoded(cache, layer, Tensor::kV), options);
+  return reference::Attention(cache.model().layers[layer], q, Decoded(cache, layer, KVMIX_K),
+                              Decoded(cache, layer, KVMIX_V), options);
 }
 
 template <typename T>
 std::vector<float> Attended(const Cache& cache, std::size_t layer, const std::vector<T>& q,
-                            const AttendOptions& options = {}, int num_threads = 1) {
+                            const AttendOptions& options = {}, const Runner& runner = 1) {
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
   const Status s =
-      Attend(cache, layer, QView(GeometryOf(cache.model()), q), out.data(), options, num_threads);
+      Attend(cache, layer, QView(GeometryOf(cache.model()), q), out.data(), options, runner);
   EXPECT_TRUE(s.ok()) << s.message();
   return out;
 }

@@ -66,16 +66,16 @@ RowFormat Format(Storage storage, ScaleStore scale, std::size_t dim, float const
   format.storage = storage;
   format.scale = scale;
   format.dim = dim;
-  if (storage == Storage::kI8 && scale == ScaleStore::kConstant) format.constant = constant;
+  if (storage == KVMIX_STORAGE_I8 && scale == ScaleStore::kConstant) format.constant = constant;
   return format;
 }
 
 // Every storage, and i8 and i4 with each scale: K's and V's formats are any two of these.
 constexpr std::pair<Storage, ScaleStore> kKinds[] = {
-    {Storage::kF16, ScaleStore::kConstant}, {Storage::kI8, ScaleStore::kConstant},
-    {Storage::kI8, ScaleStore::kF32},       {Storage::kI8, ScaleStore::kBF16},
-    {Storage::kI4, ScaleStore::kF32},       {Storage::kI4, ScaleStore::kBF16},
-    {Storage::kI6, ScaleStore::kBF16},      {Storage::kI3, ScaleStore::kF32}};
+    {KVMIX_STORAGE_F16, ScaleStore::kConstant}, {KVMIX_STORAGE_I8, ScaleStore::kConstant},
+    {KVMIX_STORAGE_I8, ScaleStore::kF32},       {KVMIX_STORAGE_I8, ScaleStore::kBF16},
+    {KVMIX_STORAGE_I4, ScaleStore::kF32},       {KVMIX_STORAGE_I4, ScaleStore::kBF16},
+    {KVMIX_STORAGE_I6, ScaleStore::kBF16},      {KVMIX_STORAGE_I3, ScaleStore::kF32}};
 constexpr auto kF16 = kKinds[0], kI8F32 = kKinds[2], kI8BF16 = kKinds[3], kI4F32 = kKinds[4],
                kI4BF16 = kKinds[5], kI6BF16 = kKinds[6], kI3F32 = kKinds[7];
 using Kind = std::pair<Storage, ScaleStore>;
@@ -93,9 +93,11 @@ const Packed& PackedOf(Storage storage) {
   }();
   static const Packed i4{{4}, {kLevels.begin(), kLevels.end()}};
   static const Packed i3{{2, 1}, {14, 45, 79, 127, -127, -79, -45, -14}};
-  return storage == Storage::kI6 ? i6 : storage == Storage::kI4 ? i4 : i3;
+  return storage == KVMIX_STORAGE_I6 ? i6 : storage == KVMIX_STORAGE_I4 ? i4 : i3;
 }
-bool IsPacked(Storage storage) { return storage != Storage::kF16 && storage != Storage::kI8; }
+bool IsPacked(Storage storage) {
+  return storage != KVMIX_STORAGE_F16 && storage != KVMIX_STORAGE_I8;
+}
 // Rows are whole bytes.
 bool Fits(Storage storage, std::size_t dim) {
   return !IsPacked(storage) || dim * PackedOf(storage).planes.back() % 8 == 0;
@@ -109,11 +111,11 @@ struct Rows {
 
   void Put(std::size_t token, std::size_t channel, float x) {
     const std::size_t at = token * format.dim + channel;
-    if (format.storage == Storage::kF16) {
+    if (format.storage == KVMIX_STORAGE_F16) {
       const Half half = FloatToHalf(x);
       std::memcpy(&codes[2 * at], &half, 2);
     } else if (const auto& [planes, levels] = PackedOf(format.storage); IsPacked(format.storage)) {
-      const float unit = format.storage == Storage::kI6 ? 10.0f : 40.0f;
+      const float unit = format.storage == KVMIX_STORAGE_I6 ? 10.0f : 40.0f;
       const auto far = [&](int level) { return std::fabs(unit * x - static_cast<float>(level)); };
       auto code = static_cast<unsigned>(std::ranges::min_element(levels, {}, far) - levels.begin());
       std::uint8_t* plane = &codes[token * RowBytes(format)];
@@ -131,7 +133,7 @@ struct Rows {
   }
   double At(std::size_t token, std::size_t channel) const {
     const std::size_t at = token * format.dim + channel;
-    if (format.storage == Storage::kF16) {
+    if (format.storage == KVMIX_STORAGE_F16) {
       Half half;
       std::memcpy(&half, &codes[2 * at], 2);
       return HalfToFloat(half);
@@ -159,7 +161,7 @@ Rows RandomRows(std::mt19937& rng, Kind kind, std::size_t tokens, std::size_t di
   rows.codes.resize(tokens * RowBytes(rows.format));
   for (std::size_t t = 0; t < tokens; ++t) {
     const float size = std::exp2(spread * normal(rng));
-    const bool f16 = rows.format.storage == Storage::kF16;
+    const bool f16 = rows.format.storage == KVMIX_STORAGE_F16;
     const ScaleStore scale = rows.format.scale;
     rows.scales[t] = scale == ScaleStore::kConstant ? rows.format.constant : 0.025f * size;
     if (scale == ScaleStore::kBF16) {
@@ -324,7 +326,7 @@ std::vector<Expected> Reference(const Head& head, const Ask& ask) {
         score = ask.soft_cap * std::tanh(score / ask.soft_cap);
       }
       s[t] = kLog2E * score;
-      const bool scaled = head.v.format.storage != Storage::kF16;
+      const bool scaled = head.v.format.storage != KVMIX_STORAGE_F16;
       const double log2 = scaled ? std::max(std::log2(double{head.v.scales[t]}), -32.0) : 0.0;
       e.seen = true;
       e.top = std::max(e.top, s[t]);
@@ -404,7 +406,8 @@ std::string Names(const Head& head) {
   for (const Rows* rows : {&head.k, &head.v}) {
     const RowFormat& f = rows->format;
     names += rows == &head.k ? "K " : ", V ";
-    names += f.storage == Storage::kF16 ? "f16" : "i" + std::to_string(BitsOf(f.storage));
+    names += f.storage == KVMIX_STORAGE_F16 ? "f16"
+                                            : "i" + std::to_string(kvmix_storage_bits(f.storage));
     names += f.scale == ScaleStore::kF32 ? " f32" : f.scale == ScaleStore::kBF16 ? " bf16" : "";
     names += " x " + std::to_string(f.dim);
   }
@@ -758,10 +761,10 @@ TEST_F(AttendKernel, TilesGiveTheBitsOfVectors) {
           of_query[t] = i % 3 == 0 ? 0.0f : -0.01f * static_cast<float>(rng() % 100);
         }
       }
-      ASSERT_TRUE(vectors->mask.scan(of_query, Dtype::kF32, head.tokens(), &ranges[i * blocks]));
+      ASSERT_TRUE(vectors->mask.scan(of_query, KVMIX_F32, head.tokens(), &ranges[i * blocks]));
     }
     const Floats slopes = {0.5f, 0.25f, 2.0f};
-    Mask mask{numbers.data(), Dtype::kF32,   static_cast<std::ptrdiff_t>(head.tokens()),
+    Mask mask{numbers.data(), KVMIX_F32,     static_cast<std::ptrdiff_t>(head.tokens()),
               head.tokens(),  ranges.data(), blocks,
               slopes.data()};
     Ask ask = RandomAsk(rng, head, kQueries * group, group);
@@ -940,6 +943,104 @@ TEST_F(AttendKernel, ScoresInTheTensOfThousands) {
         Ask ask = RandomAsk(rng, head, 6, 2);
         for (float& q : ask.q) q += size;
         Check(head, ask, {}, 1e-2, true);
+      }
+    }
+  }
+}
+
+// out / sum of every row, on every target, for a mask whose number for a token is `added` (empty:
+// no mask), against the expected rows of V's size.
+void ExpectOutputs(const Head& head, const Ask& ask, const Floats& added,
+                   const std::vector<Doubles>& expected) {
+  for (const Kernels& kernels : TestedKernels()) {
+    SCOPED_TRACE(::testing::Message() << kernels.target << ", " << Names(head));
+    Ask masked = ask;
+    const std::size_t blocks = (head.tokens() + kBlockTokens - 1) / kBlockTokens;
+    std::vector<MaskRange> ranges(blocks);
+    Mask mask{added.data(), KVMIX_F32, 0, head.tokens(), ranges.data(), blocks, nullptr};
+    if (!added.empty()) {
+      ASSERT_TRUE(kernels.mask.scan(added.data(), KVMIX_F32, added.size(), ranges.data()));
+      masked.mask = &mask;
+    }
+    const Outcome o = Attend(Blocks(kernels, head), masked, false);
+    for (std::size_t r = 0; r < ask.rows; ++r) {
+      double error = 0.0, size = 0.0;
+      for (std::size_t c = 0; c < expected[r].size(); ++c) {
+        const double d = o.out[r * o.padded + c] / double{o.sum[r]} - expected[r][c];
+        error += d * d;
+        size += expected[r][c] * expected[r][c];
+      }
+      EXPECT_TRUE(error <= kBound * size) << "row " << r << ": NMSE " << error / size;
+    }
+  }
+}
+
+constexpr Kind kKindsOfV[] = {kF16, kI8F32, kI4BF16};
+
+// A query all of whose cells a mask puts equally far down sees the average of V.
+TEST_F(AttendKernel, MasksOfAnyFiniteSize) {
+  for (const Kind& k : {kF16, kI8F32}) {
+    for (const Kind& v : kKindsOfV) {
+      Head head = RandomHead(k, v, 64, 64, 600, 11);
+      for (std::size_t t = 0; t < head.tokens(); ++t) {
+        for (std::size_t c = 0; c < 64; ++c) head.k.Put(t, c, 0.0f);
+      }
+      for (const std::size_t rows : Sizes{1, 6, 21}) {
+        std::mt19937 rng(11);
+        const Ask ask = RandomAsk(rng, head, rows, rows);
+        for (const float size :
+             {1e4f, 1e6f, 2e6f, 3e7f, 1e8f, 1e9f, 1e15f, 1e29f, 3.9e29f, 1e38f}) {
+          // Near: equal. Far: the middle block is another 2 % down.
+          for (const float far : {1.0f, 1.02f}) {
+            if (far != 1.0f && (size < 1e6f || size > 1e29f)) continue;
+            for (const float sign : {-1.0f, 1.0f}) {
+              Floats added(head.tokens(), sign * size);
+              Doubles mean(64);
+              double count = 0.0;
+              for (std::size_t t = 0; t < head.tokens(); ++t) {
+                const bool middle = t / kBlockTokens == 1;
+                if (middle) added[t] *= far;
+                if (far != 1.0f && middle == (sign < 0.0f)) continue;
+                for (std::size_t c = 0; c < 64; ++c) mean[c] += head.v.At(t, c);
+                count += 1.0;
+              }
+              for (double& x : mean) x /= count;
+              SCOPED_TRACE(::testing::Message() << sign * size << ", middle x " << far);
+              ExpectOutputs(head, ask, added, std::vector<Doubles>(rows, mean));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores of any finite size choose the token of the largest.
+TEST_F(AttendKernel, ScoresOfAnySize) {
+  for (const Kind& k : {kF16, kI8F32, kI4BF16}) {
+    for (const Kind& v : kKindsOfV) {
+      for (const std::size_t best : Sizes{3, 300, 599}) {
+        for (const float level : {1e9f, 1e15f, 1e28f, 1e30f, 1e36f}) {
+          for (const float sign : {-1.0f, 1.0f}) {
+            Head head = RandomHead(k, v, 64, 64, 600, 12);
+            for (std::size_t t = 0; t < head.tokens(); ++t) {
+              if (k != kF16) head.k.scales[t] = 0.0078125f;
+              for (std::size_t c = 0; c < 64; ++c) head.k.Put(t, c, 0.0f);
+              head.k.Put(t, 0, t == best ? 3.0f : t % 2 == 0 ? 1.0f : -1.0f);
+              if (sign < 0.0f && t != best) head.k.Put(t, 0, t % 2 == 0 ? 3.0f : 1.0f);
+              if (sign < 0.0f && t == best) head.k.Put(t, 0, 0.2f);
+            }
+            std::mt19937 rng(12);
+            Ask ask = RandomAsk(rng, head, 21, 3);
+            ask.first_end = 600;
+            for (std::size_t i = 0; i < ask.q.size(); ++i)
+              ask.q[i] = i % 64 == 0 ? sign * level : 0.0f;
+            Doubles row(64);
+            for (std::size_t c = 0; c < 64; ++c) row[c] = head.v.At(best, c);
+            SCOPED_TRACE(::testing::Message() << "level " << sign * level << ", token " << best);
+            ExpectOutputs(head, ask, {}, std::vector<Doubles>(21, row));
+          }
+        }
       }
     }
   }

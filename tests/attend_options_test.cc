@@ -13,9 +13,11 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "tests/attend_cases.h"
+#include "tests/runners.h"
 
 namespace {
 std::atomic<std::size_t> allocations{0};
@@ -65,9 +67,8 @@ void CheckOnAllTargets(const Model& m, const AttendOptions& options) {
     const std::vector<double> nmse = Nmse(m.g, Attended(m.Fill(target), 0, q, options), expected);
     for (std::size_t h = 0; h < nmse.size(); ++h) {
       EXPECT_LE(nmse[h], kBound) << "query head " << h << ", K and V "
-                                 << ToString(m.plan.codec(0, h / m.g.group(), Tensor::kK).kind)
-                                 << " "
-                                 << ToString(m.plan.codec(0, h / m.g.group(), Tensor::kV).kind);
+                                 << ToString(m.plan.codec(0, h / m.g.group(), KVMIX_K).kind) << " "
+                                 << ToString(m.plan.codec(0, h / m.g.group(), KVMIX_V).kind);
     }
   });
 }
@@ -466,7 +467,7 @@ TEST(AttendOptions, QueriesOfAnyTypeAndStride) {
   ForAllTargets([&](std::string_view target) {
     const Cache cache = m.Fill(target);
     const std::vector<float> expected = Attended(cache, 0, m.q);
-    for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32}) {
+    for (const Dtype dtype : {KVMIX_F16, KVMIX_BF16, KVMIX_F32}) {
       for (const bool heads_first : {false, true}) {
         for (const bool backwards : {false, true}) {
           const Placed q = Place(QView(m.g, m.q), dtype, heads_first, backwards, backwards ? 5 : 0);
@@ -494,27 +495,17 @@ TEST(AttendOptions, ThreadsAndOrderOfPartsDoNotMatter) {
     for (const int threads : {0, 2, 3, 7}) {
       EXPECT_EQ(Attended(cache, 0, m.q, {}, threads), expected) << threads << " threads";
     }
-    AttendJob job;
-    EXPECT_EQ(job.parts(), 0u);
-    for (int round = 0; round < 2; ++round) {
-      std::vector<float> out(m.q.size(), -1.0f);
-      ASSERT_TRUE(job.Start(cache, 0, QView(m.g, m.q), out.data()).ok());
-      std::vector<std::thread> pool;
-      for (std::size_t i = 0; i < 3; ++i) {
-        pool.emplace_back([&, i] {
-          for (std::size_t p = job.parts(); p-- > 0;) {
-            if (p % 3 == i) job.RunPart(p);
-          }
-        });
-      }
-      for (std::thread& t : pool) t.join();
-      EXPECT_EQ(out, expected) << "round " << round;
+    EXPECT_EQ(Attended(cache, 0, m.q, {}, EngineThreads(3)), expected);
+    for (unsigned seed = 0; seed < 3; ++seed) {
+      OrderRunner runner(seed);
+      EXPECT_EQ(Attended(cache, 0, m.q, {}, runner), expected) << "order " << seed;
     }
   }
 }
 
-// One job for layers and calls of all sizes, larger and smaller in turn.
-TEST(AttendOptions, JobReusedOverShapes) {
+// Calls of all sizes by one thread, larger and smaller in turn, give what a thread's first call
+// does.
+TEST(AttendOptions, CallsOfAllShapesOneAfterTheOther) {
   struct Shape {
     std::size_t head_dim, group, tokens, queries;
   };
@@ -532,26 +523,46 @@ TEST(AttendOptions, JobReusedOverShapes) {
     models.emplace_back(s.head_dim, s.group, s.tokens, s.queries, 22);
   }
   ForAllTargets([&](std::string_view target) {
-    AttendJob job;
     for (const Model& m : models) {
       SCOPED_TRACE(::testing::Message() << ToString(m.g) << ", " << m.tokens << " tokens, "
                                         << QView(m.g, m.q).tokens << " queries");
       const Cache cache = m.Fill(target);
-      const auto run = [&](AttendJob& j) {
-        std::vector<float> out(m.q.size(), -1.0f);
-        EXPECT_TRUE(j.Start(cache, 0, QView(m.g, m.q), out.data()).ok());
-        for (std::size_t p = 0; p < j.parts(); ++p) j.RunPart(p);
-        return out;
-      };
-      AttendJob fresh;
-      const std::vector<float> expected = run(fresh);
-      EXPECT_EQ(run(job), expected);
+      std::vector<float> expected;
+      std::thread([&] { expected = Attended(cache, 0, m.q); }).join();
+      EXPECT_EQ(Attended(cache, 0, m.q), expected);
+      OrderRunner runner;
+      runner.before = [] { ADD_FAILURE(); };
       std::vector<float> out(m.q.size() + 1);
-      EXPECT_EQ(job.Start(cache, 1, QView(m.g, m.q), out.data()).code(),
+      EXPECT_EQ(Attend(cache, 1, QView(m.g, m.q), out.data(), {}, runner).code(),
                 ErrorCode::kInvalidArgument);
-      EXPECT_EQ(job.parts(), 0u);
     }
   });
+}
+
+// A runner may do other work on a thread that waits.
+TEST(AttendOptions, CallsInsideACall) {
+  const Model m(64, 4, 3000, 20, 25), other(64, 2, 2500, 3, 26);
+  const Cache cache = m.Fill(), inner = other.Fill();
+  const RowsView k = KvView(other.g, other.rows.k), v = KvView(other.g, other.rows.v);
+  Cache copy = other.Fill();
+  ASSERT_TRUE(copy.Truncate(0).ok());
+  const std::vector<float> expected = Attended(cache, 0, m.q), inside = Attended(inner, 0, other.q);
+  OrderRunner runner;
+  runner.before = [&] {
+    EXPECT_EQ(Attended(inner, 0, other.q), inside);
+    if (copy.tokens(0) != 0) return;
+    OrderRunner appending;
+    appending.before = [&, done = false]() mutable {
+      if (std::exchange(done, true)) return;
+      Cache third = other.Fill();
+      ASSERT_TRUE(third.Truncate(0).ok());
+      ASSERT_TRUE(third.Append(0, k, v).ok());
+      EXPECT_EQ(Attended(third, 0, other.q), inside);
+    };
+    ASSERT_TRUE(copy.Append(0, k, v, appending).ok());
+  };
+  EXPECT_EQ(Attended(cache, 0, m.q, {}, runner), expected);
+  EXPECT_EQ(Attended(copy, 0, other.q), inside);
 }
 
 TEST(AttendOptions, BadArguments) {
@@ -591,9 +602,14 @@ TEST(AttendOptions, NoAllocationAfterTheFirstCall) {
   AttendOptions options;
   options.soft_cap = 30.0f;
   const RowsView k = KvView(m.g, m.rows.k), v = KvView(m.g, m.rows.v), q = QView(m.g, m.q);
+  const auto run = [](void*, std::size_t parts, void (*part)(void*, std::size_t), void* job) {
+    ASSERT_GT(parts, 1u);
+    for (std::size_t p = 0; p < parts; ++p) part(job, p);
+  };
+  const Runner in_order = kvmix_runner{run, nullptr, 2};
   const auto append = [&](Cache& cache) {  // many parts, one, and the single token of a decode
     ASSERT_TRUE(cache.Truncate(1000).ok());
-    ASSERT_TRUE(cache.Append(0, k.Tokens(1000, 1900), v.Tokens(1000, 1900)).ok());
+    ASSERT_TRUE(cache.Append(0, k.Tokens(1000, 1900), v.Tokens(1000, 1900), in_order).ok());
     ASSERT_TRUE(cache.Append(0, k.Tokens(2900, 20), v.Tokens(2900, 20)).ok());
     for (std::size_t t = 2920; t < 3000; ++t) {
       ASSERT_TRUE(cache.Append(0, k.Tokens(t, 1), v.Tokens(t, 1)).ok());
@@ -604,7 +620,7 @@ TEST(AttendOptions, NoAllocationAfterTheFirstCall) {
     const auto all = [&] {
       for (const std::size_t queries : {1, 50}) {
         ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data(), options).ok());
-        ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data()).ok());
+        ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data(), {}, in_order).ok());
       }
     };
     all();
@@ -616,21 +632,6 @@ TEST(AttendOptions, NoAllocationAfterTheFirstCall) {
     }
     EXPECT_EQ(allocations, before);
   });
-  Cache cache = m.Fill();
-  AttendJob attend_job;
-  AppendJob append_job;
-  const auto run = [&] {
-    ASSERT_TRUE(cache.Truncate(700).ok());
-    ASSERT_TRUE(append_job.Start(cache, 0, k.Tokens(700, 2300), v.Tokens(700, 2300)).ok());
-    ASSERT_GT(append_job.parts(), 1u);
-    for (std::size_t p = 0; p < append_job.parts(); ++p) append_job.RunPart(p);
-    ASSERT_TRUE(attend_job.Start(cache, 0, q, out.data()).ok());
-    for (std::size_t p = 0; p < attend_job.parts(); ++p) attend_job.RunPart(p);
-  };
-  run();
-  const std::size_t before = allocations;
-  run();
-  EXPECT_EQ(allocations, before);
 }
 
 // OpenMP's threads stay behind in a fork: the child must neither wait for them nor compute anything

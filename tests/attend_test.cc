@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 #include "tests/attend_cases.h"
 
 namespace kvmix::testing {
@@ -35,8 +35,8 @@ class Attention : public ::testing::Test {
       const std::vector<float> out = Attended(cache, 0, q_floats, options);
       const std::vector<double> nmse = Nmse(g, out, expected);
       for (std::size_t h = 0; h < g.query_heads; ++h) {
-        const std::string codecs = ToString(plan.codec(0, h / g.group(), Tensor::kK).kind) + " " +
-                                   ToString(plan.codec(0, h / g.group(), Tensor::kV).kind);
+        const std::string codecs = ToString(plan.codec(0, h / g.group(), KVMIX_K).kind) + " " +
+                                   ToString(plan.codec(0, h / g.group(), KVMIX_V).kind);
         EXPECT_LE(nmse[h], bound) << "query head " << h << ", K and V " << codecs;
         double& worst = worst_[cache.target()];
         worst = std::max(worst, nmse[h] / bound);
@@ -263,8 +263,8 @@ TEST_F(Attention, Sink) {
 
 // Real rows: layers with and without outlier heads of the sample.
 TEST_F(Attention, RealRows) {
-  const Result<Dump> dump =
-      Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
+  const Result<tune::Dump> dump =
+      tune::Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors");
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   Geometry g = GeometryOf(dump->model());
   g.layers = 1;
@@ -274,8 +274,8 @@ TEST_F(Attention, RealRows) {
   };
   for (const std::size_t layer : {0, 1, 7, 15, 27}) {
     SCOPED_TRACE(layer);
-    const Rows rows{halves(dump->k(layer)), halves(dump->v(layer))};
-    const std::vector<Half> q = halves(dump->q(layer));
+    const Rows rows{halves(dump->Load(layer)->k), halves(dump->Load(layer)->v)};
+    const std::vector<Half> q = halves(dump->Load(layer)->q);
     for (const Names& pair : {Names{"f16", "f16"},
                               {"i8-token", "i8-token"},
                               {"i8-token+centre", "i8-token-bf16"},

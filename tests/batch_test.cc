@@ -10,6 +10,7 @@
 
 #include "tests/cache_rows.h"
 #include "tests/mask_cases.h"
+#include "tests/runners.h"
 
 namespace kvmix::testing {
 namespace {
@@ -100,7 +101,7 @@ TEST(AttendBatch, HasTheBitsOfSingleCalls) {
       }
       std::vector<float> numbers(2 * 2049);
       for (float& x : numbers) x = rng() % 3 == 0 ? -kInf : 0.0f;
-      const MaskData mask(numbers, 2, Dtype::kF16);
+      const MaskData mask(numbers, 2, KVMIX_F16);
       queries[4].mask = mask.view;
       for (const std::size_t window : {0, 200}) {
         for (const bool causal : {true, false}) {
@@ -114,9 +115,8 @@ TEST(AttendBatch, HasTheBitsOfSingleCalls) {
             ASSERT_TRUE(s.ok()) << s.message();
             ExpectSameBits(queries, expected);
           }
-          AttendJob job;
-          ASSERT_TRUE(job.Start(Requests(queries), 0, options).ok());
-          for (std::size_t p = job.parts(); p-- > 0;) job.RunPart(p);
+          OrderRunner runner;
+          ASSERT_TRUE(Attend(Requests(queries), 0, options, runner).ok());
           ExpectSameBits(queries, expected);
         }
       }
@@ -188,9 +188,9 @@ TEST(AttendBatch, ReadsASharedPrefixOnce) {
     AppendToAll(forks.back(), c.others, 0, 10);
     queries.emplace_back(forks.back(), 1, 1);
   }
-  AttendJob job;
-  ASSERT_TRUE(job.Start(Requests(queries), 0).ok());
-  EXPECT_EQ(job.parts(), c.g.kv_heads * (1 + 20));
+  OrderRunner runner;
+  ASSERT_TRUE(Attend(Requests(queries), 0, {}, runner).ok());
+  EXPECT_EQ(runner.parts, c.g.kv_heads * (1 + 20));
 }
 
 TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
@@ -202,10 +202,9 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
   std::vector<Query> queries = {{a, 1, 1}, {b, 1, 2}, {a, 2, 3}};
   const auto refused = [&](const std::vector<AttendRequest>& requests, ErrorCode code,
                            const std::vector<std::string>& parts) {
-    ExpectError(Attend(requests, 0), code, parts);
-    AttendJob job;
-    ExpectError(job.Start(requests, 0), code, parts);
-    EXPECT_EQ(job.parts(), 0u);
+    OrderRunner runner;
+    runner.before = [] { ADD_FAILURE(); };
+    ExpectError(Attend(requests, 0, {}, runner), code, parts);
     for (const Query& q : queries) EXPECT_EQ(q.out, std::vector<float>(q.out.size(), -7.0f));
   };
   std::vector<AttendRequest> requests = Requests(queries);
@@ -259,6 +258,43 @@ TEST(AppendBatch, HasTheBytesOfSingleCalls) {
   }
 }
 
+// A long prompt among decode steps is not one thread's work alone.
+TEST(AppendBatch, CutsALongRequestIntoParts) {
+  const Case c(1500, 1);
+  const Pool pool = c.MakePool();
+  const RowsView k = KvView(c.g, c.others.k), v = KvView(c.g, c.others.v);
+  std::vector<Cache> expected;
+  for (const std::size_t tokens : {1, 1100, 0, 1, 600}) {
+    expected.push_back(Filled(c.plan, {}, 1500));
+    AppendToAll(expected.back(), c.rows, 0, 300);
+    AppendToAll(expected.back(), c.others, 0, tokens);
+  }
+  const auto batch = [&](const Runner& runner) {
+    std::vector<Cache> caches;
+    std::vector<AppendRequest> requests;
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      caches.push_back(Cache::Create(pool, 2000));
+      AppendToAll(caches.back(), c.rows, 0, 300);
+    }
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      const std::size_t tokens = expected[i].tokens(0) - 300;
+      requests.push_back({&caches[i], k.Tokens(0, tokens), v.Tokens(0, tokens)});
+    }
+    ASSERT_TRUE(Append(requests, 0, runner).ok());
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+      EXPECT_TRUE(Export(caches[i], 0) == Export(expected[i], 0)) << "request " << i;
+    }
+  };
+  // Blocks 1 to 5, and 1 to 3, of every head; two requests of one token.
+  for (unsigned seed = 0; seed < 3; ++seed) {
+    OrderRunner runner(seed);
+    batch(runner);
+    EXPECT_EQ(runner.parts, c.g.kv_heads * (5 + 3) + 2);
+  }
+  for (const int threads : {1, 2, 5}) batch(threads);
+  batch(EngineThreads(3));
+}
+
 // ---- merged outputs, and trees
 
 TEST(MergeOutputs, OfTwoCachesIsThatOfOne) {
@@ -284,7 +320,7 @@ TEST(MergeOutputs, OfTwoCachesIsThatOfOne) {
         MergeOutputs(both[0].out.data(), both[0].log_sum_exp.data(), both[1].out.data(),
                      both[1].log_sum_exp.data(), both[0].log_sum_exp.size(), c.g.head_dim);
         const reference::Attended expected = reference::MaskedAttention(
-            c.g, ToFloats(q), Decoded(whole, 0, Tensor::kK), Decoded(whole, 0, Tensor::kV), with);
+            c.g, ToFloats(q), Decoded(whole, 0, KVMIX_K), Decoded(whole, 0, KVMIX_V), with);
         EXPECT_LE(WorstNmse(c.g, both[0].out, expected.out), 1e-6);
         for (std::size_t r = 0; r < expected.log_sum_exp.size(); ++r) {
           ASSERT_NEAR(both[0].log_sum_exp[r], expected.log_sum_exp[r], 1e-3);
@@ -331,7 +367,7 @@ TEST(TokenTree, EveryPathIsAsIfAlone) {
     std::fill_n(row, kPrompt, 0.0f);
     for (const std::size_t d : path(i)) row[kPrompt + d] = 0.0f;
   }
-  const MaskData mask(numbers, kDrafts, Dtype::kF16);
+  const MaskData mask(numbers, kDrafts, KVMIX_F16);
   ForAllTargets([&](std::string_view target) {
     const Cache cache = Filled(c.plan, c.rows, kPrompt + kDrafts, target);
     Query tree(cache, kDrafts, 7);

@@ -17,8 +17,8 @@
 
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
-#include "kvmix/dump.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 
 namespace kvmix {
@@ -90,7 +90,7 @@ constexpr std::array kNames = {"f16",           "i8-head",         "i8-token",
 
 HeadCodec CodecNamed(std::string_view name, std::size_t dim) {
   HeadCodec codec{ParseCodecKind(name).value(), 0.0f, nullptr};
-  if (codec.kind.scale == Scale::kHead) codec.head_scale = 0.0625f;
+  if (codec.kind.scale == KVMIX_SCALE_HEAD) codec.head_scale = 0.0625f;
   if (!codec.kind.centre) return codec;
   CodecVectors vectors;
   for (std::size_t c = 0; c < dim; ++c) {
@@ -135,7 +135,7 @@ std::uint64_t RowsHash(const Cache& cache) {
   const std::size_t tokens = cache.tokens(0);
   Hash hash;
   for (std::size_t h = 0; h < g.kv_heads; ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       std::vector<std::uint8_t> codes(tokens * cache.RowBytes(0, h, t));
       std::vector<float> scales(tokens);
       EXPECT_TRUE(cache.ExportRows(0, h, t, 0, tokens, codes.data(), scales.data()).ok());
@@ -160,22 +160,23 @@ std::uint64_t OutputHash(const Cache& cache, std::size_t queries, const AttendOp
 
 // The codecs that the tuner chooses for the sample, with decode times that are given.
 std::uint64_t SamplePlanHash(const std::string& target) {
-  const Dump dump = std::move(
-      Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors")
+  const tune::Dump dump = std::move(
+      tune::Dump::Open(KVMIX_SOURCE_ROOT "/data/sample/qwen2.5-coder-1.5b.calibration.safetensors")
           .value());
-  const CandidateKinds candidates = Candidates("int8").value();
+  const tune::CandidateKinds candidates = tune::Candidates("int8").value();
   const Geometry g = dump.model().geometry().value();
-  const ErrorTable table = Measure({&dump}, candidates, 0, g.layers, {2, target, {}}).value();
-  Wisdom wisdom;
+  const tune::ErrorTable table =
+      tune::Measure({&dump}, candidates, 0, g.layers, {2, target, {}}).value();
+  tune::Wisdom wisdom;
   double ns = 1000.0;
   for (const char* k : {"f16", "i8-token-bf16", "i8-token"}) {
     for (const char* v : {"f16", "i8-token", "i8-token-bf16"}) {
       wisdom.speeds.push_back({k, v, g.group(), g.head_dim, g.head_dim, 4096, ns *= 0.93});
     }
   }
-  Constraints constraints;
+  tune::Constraints constraints;
   constraints.budget = 0.45;
-  const Choice choice = Choose(table, wisdom, 4096, constraints).value();
+  const tune::Choice choice = tune::Choose(table, wisdom, 4096, constraints).value();
   Hash hash;
   for (const HeadCodec& codec : choice.plan.codecs) {
     const std::string name = ToString(codec.kind);

@@ -66,8 +66,8 @@ class Machine {
           RowCodec::Create(plan_.codec(0, i / 2, t), s_.g.head_dim, Targets().back()).value();
       HeadRows coded{std::vector<std::uint8_t>(kBankTokens * codec.row_bytes()),
                      std::vector<float>(kBankTokens, -7.0f)};
-      codec.Encode(KvView(s_.g, t == Tensor::kK ? bank_.k : bank_.v).Head(i / 2),
-                   coded.codes.data(), coded.scales.data());
+      codec.Encode(KvView(s_.g, t == KVMIX_K ? bank_.k : bank_.v).Head(i / 2), coded.codes.data(),
+                   coded.scales.data());
       coded_.push_back(std::move(coded));
     }
     for (Slot& slot : slots_) Renew(slot);
@@ -401,7 +401,7 @@ class Machine {
     }
     MaskView mask;
     if (model.HasHoles() || Below(3) == 0) {
-      mask = {numbers.data(), Dtype::kF32, queries, model.tokens,
+      mask = {numbers.data(), KVMIX_F32, queries, model.tokens,
               static_cast<std::ptrdiff_t>(model.tokens)};
     }
     const auto attend = [&](const Cache& cache) {

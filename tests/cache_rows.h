@@ -61,10 +61,10 @@ inline Status Import(Cache& cache, std::size_t layer, const LayerRows& all) {
 
 // Tokens [first, first + count) of rows, to one layer.
 inline Status AppendTokens(Cache& cache, std::size_t layer, const Rows& rows, std::size_t first,
-                           std::size_t count, int num_threads = 1) {
+                           std::size_t count, const Runner& runner = 1) {
   const Geometry g = GeometryOf(cache.model());
   return cache.Append(layer, KvView(g, rows.k).Tokens(first, count),
-                      KvView(g, rows.v).Tokens(first, count), num_threads);
+                      KvView(g, rows.v).Tokens(first, count), runner);
 }
 
 // The same to every layer.

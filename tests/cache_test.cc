@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -15,12 +14,12 @@
 #include <random>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "tests/cache_rows.h"
 #include "tests/reference/quantize.h"
+#include "tests/runners.h"
 
 namespace kvmix::testing {
 namespace {
@@ -60,10 +59,10 @@ const Names kRuns = {"i8-token+centre",
 // Every kind that exists.
 Names AllKinds() {
   Names names{"f16"};
-  for (const Scale scale : {Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
+  for (const Scale scale : {KVMIX_SCALE_HEAD, KVMIX_SCALE_TOKEN, KVMIX_SCALE_TOKEN_BF16}) {
     for (unsigned steps = 0; steps < 8; ++steps) {
-      for (const Storage storage : {Storage::kI8, Storage::kI4}) {
-        if (storage == Storage::kI4 && scale == Scale::kHead) continue;
+      for (const Storage storage : {KVMIX_STORAGE_I8, KVMIX_STORAGE_I4}) {
+        if (storage == KVMIX_STORAGE_I4 && scale == KVMIX_SCALE_HEAD) continue;
         names.push_back(
             ToString({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0}));
       }
@@ -135,11 +134,11 @@ TEST(CacheCreate, RefusesPlansThatAreInvalidOrOfAnotherModel) {
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"expected 8", "found 7"});
   plan = good;
-  plan.codec(1, 0, Tensor::kV) = {{Storage::kI8, Scale::kHead}};  // without its scale
+  plan.codec(1, 0, KVMIX_V) = {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}};  // without its scale
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 1, KV head 0, V"});
   plan = good;
-  plan.codec(0, 1, Tensor::kK).vectors = std::make_shared<const CodecVectors>(
+  plan.codec(0, 1, KVMIX_K).vectors = std::make_shared<const CodecVectors>(
       CodecVectors{std::vector<float>(16, 1.0f), {}});  // fp16 is not centred
   ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 0, KV head 1, K", "mean"});
@@ -265,18 +264,18 @@ TEST(CacheStores, ZeroForNanAndTheLargestHalfForInfinity) {
          {"f16", "i8-token", "i8-token-bf16", "i8-head", "i8-token+centre", "i8-head+centre"}) {
       SCOPED_TRACE(name);
       HeadCodec codec = MakeCodec(name, g, {}, 0);
-      if (codec.kind.scale == Scale::kHead) codec.head_scale = 65504.0f / 127.0f;
+      if (codec.kind.scale == KVMIX_SCALE_HEAD) codec.head_scale = 65504.0f / 127.0f;
       Cache cache = Empty(UniformPlan(g, codec, codec), 1, target);
       ASSERT_TRUE(AppendTokens(cache, 0, {x, x}, 0, 1).ok());
-      for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+      for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
         const std::vector<double> y = Decoded(cache, 0, tensor);
         EXPECT_EQ(y[0], 0.0);
         EXPECT_NEAR(y[1], 65504.0,
-                    codec.kind.scale == Scale::kTokenBF16
+                    codec.kind.scale == KVMIX_SCALE_TOKEN_BF16
                         ? 512.0
                         : 0.01);  // a bf16 scale is up to 2^-7 too large
         EXPECT_EQ(y[2], -y[1]);
-        EXPECT_EQ(y[3], codec.kind.storage == Storage::kF16 ? 1.0 : 0.0);
+        EXPECT_EQ(y[3], codec.kind.storage == KVMIX_STORAGE_F16 ? 1.0 : 0.0);
       }
     }
   });
@@ -322,7 +321,7 @@ TEST(CacheStores, RowsOfAnyTypeAndStride) {
   const Plan plan = MakePlan(g, RandomRows(g, 300, 30), kRuns, {kRuns.rbegin(), kRuns.rend()});
   std::uint64_t saturated = 0;
   const LayerCodes expected = Reference(plan, rows, &saturated);
-  for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32}) {
+  for (const Dtype dtype : {KVMIX_F16, KVMIX_BF16, KVMIX_F32}) {
     for (const bool heads_first : {false, true}) {
       for (const bool backwards : {false, true}) {
         const std::size_t gap = backwards ? 5 : 0;
@@ -355,8 +354,8 @@ TEST(CacheStores, KAndVOfDifferentTypes) {
     for (Half& h : *x) h = FloatToHalf(std::round(8.0f * HalfToFloat(h)));
   }
   const Plan plan = MakePlan(g, rows, {"i8-token", "f16"}, {"i8-token-bf16", "i8-head"});
-  const Placed k = Place(KvView(g, rows.k), Dtype::kF32, true, false, 0),
-               v = Place(KvView(g, rows.v), Dtype::kBF16, false, false, 3);
+  const Placed k = Place(KvView(g, rows.k), KVMIX_F32, true, false, 0),
+               v = Place(KvView(g, rows.v), KVMIX_BF16, false, false, 3);
   Cache cache = Empty(plan, 20);
   ASSERT_TRUE(cache.Append(0, k.view, v.view).ok());
   ExpectSame(Export(cache, 0), Reference(plan, rows), plan);
@@ -388,7 +387,7 @@ TEST(CacheStores, NumbersThatNoHalfHas) {
 
 TEST(CacheStores, SaturatedCountsSinceCreate) {
   const Geometry g{2, 1, 1, 8};
-  const HeadCodec head{{Storage::kI8, Scale::kHead}, 1.0f, nullptr};
+  const HeadCodec head{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, 1.0f, nullptr};
   Cache cache = Empty(UniformPlan(g, head, head), 4);
   std::vector<Half> inside(8, FloatToHalf(127.0f)), beyond = inside;
   beyond[2] = FloatToHalf(128.0f);
@@ -446,78 +445,57 @@ TEST(CacheAppend, AnyNumberOfThreadsGivesTheSameBytes) {
 
 TEST(CacheAppend, PartsInAnyOrderAndTokensAfterTheLast) {
   const Prompt prompt;
-  std::mt19937 rng(35);
-  AppendJob job;
-  EXPECT_EQ(job.parts(), 0u);
-  for (int round = 0; round < 3; ++round) {
+  for (unsigned seed = 0; seed < 3; ++seed) {
     Cache cache = prompt.Start();
-    ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
-    EXPECT_EQ(cache.tokens(0), prompt.held);
-    std::vector<std::size_t> order(job.parts());
-    ASSERT_GT(order.size(), prompt.g.kv_heads);
-    for (std::size_t p = 0; p < order.size(); ++p) order[p] = order.size() - 1 - p;
-    if (round > 0) std::shuffle(order.begin(), order.end(), rng);
-    for (const std::size_t p : order) {
-      EXPECT_EQ(cache.tokens(0), prompt.held);
-      job.RunPart(p);
-    }
+    OrderRunner runner(seed);
+    runner.before = [&] { EXPECT_EQ(cache.tokens(0), prompt.held); };
+    ASSERT_TRUE(cache.Append(0, prompt.k(), prompt.v(), runner).ok());
+    ASSERT_GT(runner.parts, prompt.g.kv_heads);
     prompt.ExpectWhole(cache);
   }
 }
 
-TEST(CacheAppend, PartsOnAPoolOfThreads) {
+TEST(CacheAppend, PartsOnThreadsOfAnEngine) {
   const Prompt prompt;
-  AppendJob job;
   for (const std::size_t threads : {2, 5}) {
     Cache cache = prompt.Start();
-    ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
-    std::atomic<std::size_t> next{0};
-    std::vector<std::thread> pool;
-    for (std::size_t i = 0; i < threads; ++i) {
-      pool.emplace_back([&] {
-        for (std::size_t p = next++; p < job.parts(); p = next++) job.RunPart(p);
-      });
-    }
-    for (std::thread& t : pool) t.join();
+    ASSERT_TRUE(cache.Append(0, prompt.k(), prompt.v(), EngineThreads(threads)).ok());
     prompt.ExpectWhole(cache);
   }
 }
 
-// One job for prompts of all sizes, from none to many blocks, which end inside blocks and on their
-// borders.
-TEST(CacheAppend, JobReusedOverSizes) {
+// Prompts of all sizes one after the other, from none to many blocks, which end inside blocks and
+// on their borders.
+TEST(CacheAppend, PartsOfAllSizes) {
   const Prompt prompt;
   const RowsView k = KvView(prompt.g, prompt.rows.k), v = KvView(prompt.g, prompt.rows.v);
   ForAllTargets([&](std::string_view target) {
-    AppendJob job;
     Cache cache = Empty(prompt.plan, 2200, target);
+    OrderRunner runner(36);
     for (const std::size_t tokens : {1, 0, 200, 55, 256, 2, 254, 700, 1, 0, 731}) {
       const std::size_t held = cache.tokens(0);
-      ASSERT_TRUE(job.Start(cache, 0, k.Tokens(held, tokens), v.Tokens(held, tokens)).ok());
-      EXPECT_EQ(job.parts() == 0, tokens == 0);
-      for (std::size_t p = 0; p < job.parts(); ++p) job.RunPart(p);
+      ASSERT_TRUE(cache.Append(0, k.Tokens(held, tokens), v.Tokens(held, tokens), runner).ok());
       EXPECT_EQ(cache.tokens(0), held + tokens);
     }
     prompt.ExpectWhole(cache);
   });
 }
 
-TEST(CacheAppend, RefusedJobsHaveNoParts) {
+TEST(CacheAppend, RefusedCallsRunNoParts) {
   const Prompt prompt;
   Cache cache = prompt.Start();
   const std::uint64_t saturated = cache.saturated();
-  AppendJob job;
-  ASSERT_TRUE(job.Start(cache, 0, prompt.k(), prompt.v()).ok());
-  EXPECT_GT(job.parts(), 0u);  // of a call that never runs
-  ExpectError(job.Start(cache, 1, prompt.k(), prompt.v()), ErrorCode::kInvalidArgument,
+  OrderRunner runner;
+  runner.before = [] { ADD_FAILURE(); };
+  const auto append = [&](std::size_t layer, const RowsView& k, const RowsView& v) {
+    return cache.Append(layer, k, v, runner);
+  };
+  ExpectError(append(1, prompt.k(), prompt.v()), ErrorCode::kInvalidArgument,
               {"layer 1", "1 layers"});
-  EXPECT_EQ(job.parts(), 0u);
   const RowsView all = KvView(prompt.g, prompt.rows.k);
-  ExpectError(job.Start(cache, 0, all, all), ErrorCode::kOutOfMemory, {"100 of 2200", "2200 more"});
-  EXPECT_EQ(job.parts(), 0u);
-  ExpectError(job.Start(cache, 0, prompt.k(), prompt.v().Tokens(0, 2099)), ErrorCode::kMismatch,
+  ExpectError(append(0, all, all), ErrorCode::kOutOfMemory, {"100 of 2200", "2200 more"});
+  ExpectError(append(0, prompt.k(), prompt.v().Tokens(0, 2099)), ErrorCode::kMismatch,
               {"V", "2100", "2099"});
-  EXPECT_EQ(job.parts(), 0u);
   EXPECT_EQ(cache.tokens(0), prompt.held);
   EXPECT_EQ(cache.saturated(), saturated);
 }
@@ -603,7 +581,7 @@ TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   const auto refused = [&](std::size_t layer, std::size_t head, std::size_t first,
                            std::size_t count) {
     const Status s =
-        cache.ExportRows(layer, head, Tensor::kK, first, count, codes.data(), scales.data());
+        cache.ExportRows(layer, head, KVMIX_K, first, count, codes.data(), scales.data());
     ExpectError(s, ErrorCode::kInvalidArgument, {});
   };
   refused(1, 0, 0, 1);
@@ -613,7 +591,7 @@ TEST(CacheRefuses, ToExportWhatItDoesNotHold) {
   refused(0, 0, 21, 0);
   refused(0, 0, 5, std::numeric_limits<std::size_t>::max());
   refused(0, 0, std::numeric_limits<std::size_t>::max(), 2);
-  EXPECT_TRUE(cache.ExportRows(0, 0, Tensor::kK, 20, 0, codes.data(), scales.data()).ok());
+  EXPECT_TRUE(cache.ExportRows(0, 0, KVMIX_K, 20, 0, codes.data(), scales.data()).ok());
   EXPECT_EQ(codes, std::vector<std::uint8_t>(64 * 16, 0xAA));
   EXPECT_EQ(scales, std::vector<float>(64, kUntouched));
 }

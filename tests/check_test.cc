@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "dump_files.h"
-#include "kvmix/dump.h"
 #include "kvmix/status.h"
+#include "kvmix/tune/dump.h"
 
 namespace kvmix {
 namespace {
@@ -36,11 +36,11 @@ TEST(ResultDeathTest, HasNoValueWhereThereIsAnError) {
 TEST(DumpDeathTest, HasNoLayersBeyondItsLast) {
   const testing::TempFolder folder;
   testing::WriteBytes(folder.file("dump"), testing::DumpParts().Bytes());
-  const Dump dump = std::move(Dump::Open(folder.file("dump")).value());
-  EXPECT_NE(dump.k(1).data, nullptr);
-  EXPECT_DEATH(dump.k(2), "found 2 and 2\n");
-  EXPECT_DEATH(dump.head(0, 2, Tensor::kV), "expected kv_head < .*found 2 and 2\n");
-  EXPECT_DEATH((void)dump.CheckFinite(5), "found 5 and 2\n");
+  const tune::Dump dump = std::move(tune::Dump::Open(folder.file("dump")).value());
+  EXPECT_NE(dump.Load(1)->k.data, nullptr);
+  EXPECT_DEATH(dump.Load(2)->k, "found 2 and 2\n");
+  EXPECT_DEATH(dump.Load(0)->head(2, KVMIX_V), "expected kv_head < .*found 2 and 2\n");
+  EXPECT_DEATH((void)dump.Load(5).status(), "found 5 and 2\n");
 }
 
 }  // namespace

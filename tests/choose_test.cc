@@ -13,9 +13,9 @@
 
 #include <gtest/gtest.h>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
@@ -23,7 +23,7 @@ HeadCodec Codec(const CodecKind& kind, std::size_t head_dim) {
                        std::vector<float>(kind.fold ? head_dim : 0, 2.0f),
                        std::vector<float>(kind.shape ? head_dim * head_dim : 0, 0.0f)};
   for (std::size_t c = 0; kind.shape && c < head_dim; ++c) vectors.shaping[c * (head_dim + 1)] = 1;
-  return {kind, kind.scale == Scale::kHead ? 0.1f : 0.0f,
+  return {kind, kind.scale == KVMIX_SCALE_HEAD ? 0.1f : 0.0f,
           std::make_shared<const CodecVectors>(std::move(vectors))};
 }
 
@@ -40,7 +40,8 @@ ErrorTable RandomTable(const Geometry& g, const CandidateKinds& kinds, std::uint
     for (const CodecKind& kind : i % 2 == 0 ? kinds.k : kinds.v) {
       CandidateError c{Codec(kind, g.head_dim), {}, {}};
       for (std::size_t q = 0; q < g.group(); ++q) {
-        const double nmse = kind.storage == Storage::kF16 ? 0.0 : std::pow(10.0, log_error(random));
+        const double nmse =
+            kind.storage == KVMIX_STORAGE_F16 ? 0.0 : std::pow(10.0, log_error(random));
         c.queries.push_back({nmse * 2.0, 2.0, (1.0 - nmse / 2.0) * 10.0, 10});
       }
       head.candidates.push_back(c);
@@ -186,15 +187,15 @@ TEST(Choose, TakesTheFasterOfPlansThatAreAlikeInAccuracy) {
   for (HeadErrors& head : table.heads)
     for (CandidateError& c : head.candidates)
       for (AttentionError& e : c.queries)
-        e = {c.codec.kind.storage == Storage::kF16 ? 0.0
-             : c.codec.kind.scale == Scale::kToken ? 1e-4
-                                                   : 1.001e-4,
+        e = {c.codec.kind.storage == KVMIX_STORAGE_F16 ? 0.0
+             : c.codec.kind.scale == KVMIX_SCALE_TOKEN ? 1e-4
+                                                       : 1.001e-4,
              1.0, 1.0, 1};
   Constraints constraints;
   constraints.budget = 0.3;
   const auto all_bf16 = [](const Choice& c) {
     return std::all_of(c.plan.codecs.begin(), c.plan.codecs.end(), [](const HeadCodec& h) {
-      return h.kind.storage == Storage::kF16 || h.kind.scale == Scale::kTokenBF16;
+      return h.kind.storage == KVMIX_STORAGE_F16 || h.kind.scale == KVMIX_SCALE_TOKEN_BF16;
     });
   };
   EXPECT_TRUE(all_bf16(*Choose(table, Speeds(kSmall, kContext), kContext, constraints)));
@@ -210,14 +211,14 @@ TEST(Choose, SaysWhatIgnoringTimesCosts) {
   for (HeadErrors& head : table.heads) {
     const double factor = 1.0 + static_cast<double>(random() % 100) / 1e4;
     std::erase_if(head.candidates, [](const CandidateError& c) {
-      return c.codec.kind.storage == Storage::kI6 || c.codec.kind.storage == Storage::kI3;
+      return c.codec.kind.storage == KVMIX_STORAGE_I6 || c.codec.kind.storage == KVMIX_STORAGE_I3;
     });
     for (CandidateError& c : head.candidates) {
       const Storage storage = c.codec.kind.storage;
-      const double nmse = storage == Storage::kF16  ? 0.0
-                          : storage == Storage::kI8 ? 1e-5
-                          : storage == Storage::kI4 ? 1e-3
-                                                    : 1.0;  // out of the question
+      const double nmse = storage == KVMIX_STORAGE_F16  ? 0.0
+                          : storage == KVMIX_STORAGE_I8 ? 1e-5
+                          : storage == KVMIX_STORAGE_I4 ? 1e-3
+                                                        : 1.0;  // out of the question
       for (AttentionError& e : c.queries) e = {nmse * factor, 1.0, 1.0 - nmse, 1};
     }
   }
@@ -429,7 +430,8 @@ TEST(Choose, UnlikeLayersCountWhatAContextTakes) {
       CandidateError c{Codec(kind, 0), {}, {}};
       for (std::size_t q = 0; q < queries; ++q)
         c.queries.push_back(
-            {kind.storage == Storage::kF16 ? 0.0 : std::pow(10.0, log_error(random)), 1.0, 1.0, 1});
+            {kind.storage == KVMIX_STORAGE_F16 ? 0.0 : std::pow(10.0, log_error(random)), 1.0, 1.0,
+             1});
       head.candidates.push_back(c);
     }
     table.heads.push_back(head);
@@ -492,8 +494,8 @@ TEST(Choose, RefusesTablesThatAreNotWhole) {
 ErrorTable LargeTable() {
   CandidateKinds kinds{{{}}, {}};
   for (std::size_t i = 0; kinds.k.size() < 20; ++i)
-    kinds.k.push_back({.storage = i < 10 ? Storage::kI8 : Storage::kI4,
-                       .scale = i % 2 == 0 ? Scale::kToken : Scale::kTokenBF16,
+    kinds.k.push_back({.storage = i < 10 ? KVMIX_STORAGE_I8 : KVMIX_STORAGE_I4,
+                       .scale = i % 2 == 0 ? KVMIX_SCALE_TOKEN : KVMIX_SCALE_TOKEN_BF16,
                        .centre = i / 2 % 5 % 2 == 1,
                        .fold = i / 2 % 5 == 4,
                        .hadamard = i / 2 % 5 / 2 == 1});
@@ -583,4 +585,4 @@ TEST(RaiseToTruth, RaisesTheHeadsThatAreWorseThanPredicted) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -25,9 +25,10 @@ constexpr std::size_t kDim = 8;
 // Every combination of fields, whether it exists or not.
 std::vector<CodecKind> AllFields() {
   std::vector<CodecKind> kinds;
-  for (const Storage storage :
-       {Storage::kF16, Storage::kI8, Storage::kI6, Storage::kI4, Storage::kI3}) {
-    for (const Scale scale : {Scale::kNone, Scale::kHead, Scale::kToken, Scale::kTokenBF16}) {
+  for (const Storage storage : {KVMIX_STORAGE_F16, KVMIX_STORAGE_I8, KVMIX_STORAGE_I6,
+                                KVMIX_STORAGE_I4, KVMIX_STORAGE_I3}) {
+    for (const Scale scale :
+         {KVMIX_SCALE_NONE, KVMIX_SCALE_HEAD, KVMIX_SCALE_TOKEN, KVMIX_SCALE_TOKEN_BF16}) {
       for (unsigned steps = 0; steps < 16; ++steps) {
         kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0,
                          (steps & 8) != 0});
@@ -40,33 +41,35 @@ std::vector<CodecKind> AllFields() {
 // f16 is stored as it is; codes have a scale, and any steps before it. The scale is a head's only
 // of int8 that is not shaped.
 bool Exists(const CodecKind& kind) {
-  if (kind.storage == Storage::kF16) return kind == CodecKind();
-  if (kind.scale == Scale::kHead && (kind.storage != Storage::kI8 || kind.shape)) return false;
-  return kind.scale != Scale::kNone;
+  if (kind.storage == KVMIX_STORAGE_F16) return kind == CodecKind();
+  if (kind.scale == KVMIX_SCALE_HEAD && (kind.storage != KVMIX_STORAGE_I8 || kind.shape))
+    return false;
+  return kind.scale != KVMIX_SCALE_NONE;
 }
 
 std::size_t Bits(Storage storage) {
   switch (storage) {
-    case Storage::kF16:
+    case KVMIX_STORAGE_F16:
       return 16;
-    case Storage::kI8:
+    case KVMIX_STORAGE_I8:
       return 8;
-    case Storage::kI6:
+    case KVMIX_STORAGE_I6:
       return 6;
-    case Storage::kI4:
+    case KVMIX_STORAGE_I4:
       return 4;
-    default:
+    case KVMIX_STORAGE_I3:
       return 3;
   }
+  return 0;
 }
 
 // What ToString says that a kind is called.
 std::string Name(const CodecKind& kind) {
   std::string name =
-      kind.storage == Storage::kF16 ? "f16" : "i" + std::to_string(Bits(kind.storage));
-  if (kind.scale == Scale::kHead) name += "-head";
-  if (kind.scale == Scale::kToken) name += "-token";
-  if (kind.scale == Scale::kTokenBF16) name += "-token-bf16";
+      kind.storage == KVMIX_STORAGE_F16 ? "f16" : "i" + std::to_string(Bits(kind.storage));
+  if (kind.scale == KVMIX_SCALE_HEAD) name += "-head";
+  if (kind.scale == KVMIX_SCALE_TOKEN) name += "-token";
+  if (kind.scale == KVMIX_SCALE_TOKEN_BF16) name += "-token-bf16";
   if (kind.centre) name += "+centre";
   if (kind.fold) name += "+fold";
   if (kind.hadamard) name += "+hadamard";
@@ -98,7 +101,7 @@ std::vector<float> With(std::size_t channel, float x, float others = 1.0f) {
 
 // A kind with good numbers.
 HeadCodec Whole(const CodecKind& kind) {
-  return {kind, kind.scale == Scale::kHead ? 0.5f : 0.0f,
+  return {kind, kind.scale == KVMIX_SCALE_HEAD ? 0.5f : 0.0f,
           Vectors(std::vector<float>(kind.centre ? kDim : 0, -1.5f),
                   std::vector<float>(kind.fold ? kDim : 0, 2.0f),
                   kind.shape ? Matrix() : std::vector<float>())};
@@ -125,9 +128,10 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
   // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of
   // four.
   EXPECT_EQ(names.size(), 1u + 8u + 2u * 4u * 16u);
-  EXPECT_EQ(ToString({Storage::kI8, Scale::kTokenBF16, true, true, true}),
+  EXPECT_EQ(ToString({KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
-  EXPECT_EQ(ToString({Storage::kI4, Scale::kToken, true, false, true}), "i4-token+centre+hadamard");
+  EXPECT_EQ(ToString({KVMIX_STORAGE_I4, KVMIX_SCALE_TOKEN, true, false, true}),
+            "i4-token+centre+hadamard");
 }
 
 TEST(CodecKind, KindsThatDoNotExistHaveNoName) {
@@ -204,9 +208,9 @@ TEST(CodecKind, BytesPerToken) {
   for (const CodecKind& kind : AllFields()) {
     if (!Exists(kind)) continue;
     for (const std::size_t dim : {8, 40, 64, 512}) {
-      const std::size_t scale = kind.scale == Scale::kToken       ? 4
-                                : kind.scale == Scale::kTokenBF16 ? 2
-                                                                  : 0;
+      const std::size_t scale = kind.scale == KVMIX_SCALE_TOKEN        ? 4
+                                : kind.scale == KVMIX_SCALE_TOKEN_BF16 ? 2
+                                                                       : 0;
       EXPECT_EQ(BytesPerToken(kind, dim), dim * Bits(kind.storage) / 8 + scale)
           << ToString(kind) << ", " << dim;
     }
@@ -275,7 +279,7 @@ TEST(HeadCodec, RowsBelowEightBitsAreWholeBytes) {
 }
 
 TEST(HeadCodec, ShapingMatricesAreUnitLowerTriangular) {
-  const CodecKind kind{.storage = Storage::kI4, .scale = Scale::kToken, .shape = true};
+  const CodecKind kind{.storage = KVMIX_STORAGE_I4, .scale = KVMIX_SCALE_TOKEN, .shape = true};
   const auto with = [&](std::size_t row, std::size_t column, float x) {
     std::vector<float> matrix = Matrix();
     matrix[row * kDim + column] = x;
@@ -291,7 +295,7 @@ TEST(HeadCodec, ShapingMatricesAreUnitLowerTriangular) {
 }
 
 TEST(HeadCodec, MeansAreFinite) {
-  const CodecKind kind{Storage::kI8, Scale::kToken, true};
+  const CodecKind kind{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true};
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf}) {
     codec.vectors = Vectors(With(2, bad), {});
@@ -306,7 +310,7 @@ TEST(HeadCodec, MeansAreFinite) {
 }
 
 TEST(HeadCodec, FactorsAreFromTwoToTheMinus32ToTwoToThe32) {
-  const CodecKind kind{Storage::kI8, Scale::kToken, false, true};
+  const CodecKind kind{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true};
   HeadCodec codec{kind, 0.0f, nullptr};
   for (const float bad : {std::nanf(""), kInf, -kInf, 0.0f, -0.0f, -1.0f, 0x1.FFFFFEp-33f,
                           0x1.000002p32f, std::numeric_limits<float>::denorm_min()}) {
@@ -321,7 +325,7 @@ TEST(HeadCodec, FactorsAreFromTwoToTheMinus32ToTwoToThe32) {
 }
 
 TEST(HeadCodec, AHeadsScaleIsAboveZeroAndFinite) {
-  HeadCodec codec{{Storage::kI8, Scale::kHead}};
+  HeadCodec codec{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}};
   for (const float bad : {0.0f, -0.0f, -1.0f, std::nanf(""), kInf, -kInf}) {
     codec.head_scale = bad;
     ExpectRefused(codec, "expected a scale above 0");
@@ -332,12 +336,12 @@ TEST(HeadCodec, AHeadsScaleIsAboveZeroAndFinite) {
     EXPECT_TRUE(CheckCodec(codec, kDim).ok()) << good;
   }
   // Other kinds have none, and do not look at it.
-  codec = {{Storage::kI8, Scale::kToken}, -1.0f, nullptr};
+  codec = {{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}, -1.0f, nullptr};
   EXPECT_TRUE(CheckCodec(codec, kDim).ok());
 }
 
 TEST(HeadCodec, EqualByItsNumbers) {
-  const CodecKind kind{Storage::kI8, Scale::kHead, true, true};
+  const CodecKind kind{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, true, true};
   const HeadCodec codec = Whole(kind);
   HeadCodec other = Whole(kind);
   ASSERT_NE(codec.vectors, other.vectors);
@@ -355,14 +359,14 @@ TEST(HeadCodec, EqualByItsNumbers) {
   other.vectors = nullptr;
   EXPECT_NE(codec, other);
   // No vectors and empty ones are the same.
-  const HeadCodec plain{{Storage::kI8, Scale::kToken}};
+  const HeadCodec plain{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   other = plain;
   other.vectors = Vectors({}, {});
   EXPECT_EQ(plain, other);
 }
 
 TEST(HeadCodec, CopiesShareTheirVectors) {
-  const HeadCodec codec = Whole({Storage::kI8, Scale::kToken, true, true, true});
+  const HeadCodec codec = Whole({KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true});
   const HeadCodec copy = codec;
   EXPECT_EQ(copy.vectors, codec.vectors);
   EXPECT_EQ(copy.mean().data(), codec.mean().data());

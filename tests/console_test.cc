@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 
 #include <chrono>
+#include <csignal>
 #include <functional>
 #include <new>
 #include <string>
@@ -79,6 +80,16 @@ TEST(RunProgram, TurnsAnExceptionIntoALine) {
             std::pair(1, std::string("program: error: std::bad_alloc\n")));
   EXPECT_EQ(RunWith({}, [](int) { Refuse("{}\ntwo", "one"); }),
             std::pair(1, std::string("program: error: one two\n")));
+}
+
+TEST(RunProgramDeathTest, SaysThatASignalEndsIt) {
+  const auto run = [] {
+    CLI::App app("An app.", "program");
+    std::string name = "program";
+    char* arguments[] = {name.data()};
+    RunProgram(&app, 1, arguments, [] { std::raise(SIGTERM); });
+  };
+  EXPECT_EXIT(run(), ::testing::KilledBySignal(SIGTERM), "program: error: ended by SIGTERM\n");
 }
 
 TEST(Require, GivesTheValueOrSaysWhyThereIsNone) {

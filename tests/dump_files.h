@@ -136,9 +136,9 @@ struct DumpParts {
       }
       const std::vector<std::size_t> as_heads_first = {1, shape[1], shape[0], shape[2]};
       parts.Add(name,
-                dtype == Dtype::kF16    ? "F16"
-                : dtype == Dtype::kBF16 ? "BF16"
-                                        : "F32",
+                dtype == KVMIX_F16    ? "F16"
+                : dtype == KVMIX_BF16 ? "BF16"
+                                      : "F32",
                 heads_first ? as_heads_first : shape, bytes);
     }
     return parts;
@@ -148,10 +148,10 @@ struct DumpParts {
  private:
   static void AppendNumber(Dtype dtype, float value, std::string* bytes) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-    const std::uint32_t number = dtype == Dtype::kF32    ? bits
-                                 : dtype == Dtype::kBF16 ? bits >> 16
-                                                         : std::uint32_t{FloatToHalf(value)};
-    for (int i = 0; i < (dtype == Dtype::kF32 ? 4 : 2); ++i)
+    const std::uint32_t number = dtype == KVMIX_F32    ? bits
+                                 : dtype == KVMIX_BF16 ? bits >> 16
+                                                       : std::uint32_t{FloatToHalf(value)};
+    for (int i = 0; i < (dtype == KVMIX_F32 ? 4 : 2); ++i)
       *bytes += static_cast<char>(number >> (8 * i) & 0xFFu);
   }
 

@@ -1,6 +1,6 @@
 // Dumps: what they give back, whatever the type and the order of their tensors; and what is
 // refused, naming the place.
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -18,7 +18,7 @@
 
 #include "dump_files.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 using testing::DumpParts;
@@ -44,7 +44,7 @@ void ExpectRefused(const std::string& bytes, ErrorCode code, const std::string& 
 }
 
 const Half* Halves(const RowsView& rows) {
-  EXPECT_EQ(rows.dtype, Dtype::kF16);
+  EXPECT_EQ(rows.dtype, KVMIX_F16);
   return static_cast<const Half*>(rows.data);
 }
 
@@ -78,14 +78,13 @@ TEST(Dump, ReadsWhatWasWritten) {
   EXPECT_EQ(dump.prompt_tokens(), (std::vector<std::size_t>{4, 2}));
   for (const std::size_t layer : {0u, 1u}) {
     const std::string name = "layers." + std::to_string(layer);
-    ExpectHalves(dump.k(layer), 6, 2, parts.tensor(name + ".k"));
-    ExpectHalves(dump.v(layer), 6, 2, parts.tensor(name + ".v"));
-    ExpectHalves(dump.q(layer), 6, 4, parts.tensor(name + ".q"));
+    ExpectHalves(dump.Load(layer)->k, 6, 2, parts.tensor(name + ".k"));
+    ExpectHalves(dump.Load(layer)->v, 6, 2, parts.tensor(name + ".v"));
+    ExpectHalves(dump.Load(layer)->q, 6, 4, parts.tensor(name + ".q"));
     EXPECT_EQ(dump.k_name(layer), name + ".k");
     EXPECT_EQ(dump.v_name(layer), name + ".v");
-    EXPECT_TRUE(dump.CheckFinite(layer).ok());
-    dump.Release(layer);
-    const RowsView head = dump.head(layer, 1, Tensor::kV);
+    EXPECT_TRUE(dump.Load(layer).ok());
+    const RowsView head = dump.Load(layer)->head(1, KVMIX_V);
     EXPECT_EQ(head.heads, 1u);
     EXPECT_EQ(head.At(5, 0, 7), HalfToFloat(parts.tensor(name + ".v")[5 * 16 + 8 + 7]));
   }
@@ -96,9 +95,9 @@ TEST(Dump, WithoutQ) {
   const Result<Dump> dump = OpenBytes(folder, DumpParts(false).Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_FALSE(dump->has_q());
-  EXPECT_EQ(dump->q(0).data, nullptr);
+  EXPECT_EQ(dump->Load(0)->q.data, nullptr);
   EXPECT_EQ(dump->model().layers[1].query_heads, 4u);  // the metadata know
-  EXPECT_TRUE(dump->CheckFinite(1).ok());
+  EXPECT_TRUE(dump->Load(1).ok());
 }
 
 TEST(Dump, GeometryFollowsFromTheTensors) {
@@ -114,7 +113,7 @@ TEST(Dump, GeometryFollowsFromTheTensors) {
   }
 }
 
-constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+constexpr Dtype kDtypes[] = {KVMIX_F16, KVMIX_BF16, KVMIX_F32};
 
 // The numbers of a tensor of `parts` (halves in C order), as a dump of another type and order gives
 // them.
@@ -129,7 +128,7 @@ void ExpectNumbers(const RowsView& rows, const RowsView& halves, Dtype dtype) {
         const float x = halves.At(t, h, c);
         const float cut =
             std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0xFFFF0000u);  // as bf16
-        ASSERT_EQ(rows.At(t, h, c), dtype == Dtype::kBF16 ? cut : x)
+        ASSERT_EQ(rows.At(t, h, c), dtype == KVMIX_BF16 ? cut : x)
             << "token " << t << ", head " << h << ", channel " << c;
       }
     }
@@ -152,12 +151,13 @@ TEST(Dump, TensorsOfAnyTypeAndOrder) {
         const std::string name = "layers." + std::to_string(layer);
         const RowsView k = RowsView::F16(parts.tensor(name + ".k"), 6, 2, 8);
         for (int round = 0; round < 2; ++round) {
-          ExpectNumbers(dump->k(layer), k, dtype);
-          ExpectNumbers(dump->v(layer), RowsView::F16(parts.tensor(name + ".v"), 6, 2, 8), dtype);
-          ExpectNumbers(dump->q(layer), RowsView::F16(parts.tensor(name + ".q"), 6, 4, 8), dtype);
-          ExpectNumbers(dump->head(layer, 1, Tensor::kK), k.Head(1), dtype);
-          EXPECT_TRUE(dump->CheckFinite(layer).ok());
-          dump->Release(layer);
+          ExpectNumbers(dump->Load(layer)->k, k, dtype);
+          ExpectNumbers(dump->Load(layer)->v, RowsView::F16(parts.tensor(name + ".v"), 6, 2, 8),
+                        dtype);
+          ExpectNumbers(dump->Load(layer)->q, RowsView::F16(parts.tensor(name + ".q"), 6, 4, 8),
+                        dtype);
+          ExpectNumbers(dump->Load(layer)->head(1, KVMIX_K), k.Head(1), dtype);
+          EXPECT_TRUE(dump->Load(layer).ok());
         }
       }
     }
@@ -167,7 +167,7 @@ TEST(Dump, TensorsOfAnyTypeAndOrder) {
 // K as bf16, V as f32, Q as f16.
 TEST(Dump, TensorsOfDifferentTypes) {
   const TempFolder folder;
-  DumpParts halves, bf16 = halves.As(Dtype::kBF16, false), f32 = halves.As(Dtype::kF32, false);
+  DumpParts halves, bf16 = halves.As(KVMIX_BF16, false), f32 = halves.As(KVMIX_F32, false);
   DumpParts mixed = halves;
   mixed.header.clear();
   mixed.buffer.clear();
@@ -179,10 +179,11 @@ TEST(Dump, TensorsOfDifferentTypes) {
   }
   const Result<Dump> dump = OpenBytes(folder, mixed.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  ExpectNumbers(dump->k(1), RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8), Dtype::kBF16);
-  ExpectNumbers(dump->v(1), RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), Dtype::kF32);
-  ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), Dtype::kF16);
-  EXPECT_TRUE(dump->CheckFinite(1).ok());
+  ExpectNumbers(dump->Load(1)->k, RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8),
+                KVMIX_BF16);
+  ExpectNumbers(dump->Load(1)->v, RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), KVMIX_F32);
+  ExpectNumbers(dump->Load(1)->q, RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F16);
+  EXPECT_TRUE(dump->Load(1).ok());
 }
 
 // As other programs write them: their own format, or nothing at all.
@@ -193,7 +194,7 @@ TEST(Dump, MetadataOfOtherPrograms) {
           nlohmann::ordered_json{{"model", "m"}, {"framework", "np"}}}) {
       SCOPED_TRACE(metadata.dump());
       const TempFolder folder;
-      DumpParts parts = DumpParts().As(Dtype::kF32, heads_first);
+      DumpParts parts = DumpParts().As(KVMIX_F32, heads_first);
       parts.header.erase("__metadata__");
       if (!metadata.is_null()) parts.header["__metadata__"] = metadata;
       const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
@@ -243,7 +244,7 @@ TEST(Dump, FewerTokensThanHeads) {
   }
   // [1, heads, tokens, head_dim] leaves no doubt.
   const TempFolder folder;
-  const Result<Dump> dump = OpenBytes(folder, FewTokens().As(Dtype::kF16, true).Bytes());
+  const Result<Dump> dump = OpenBytes(folder, FewTokens().As(KVMIX_F16, true).Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_EQ(dump->model().geometry(), (Geometry{1, 4, 8, 8}));
   EXPECT_EQ(dump->tokens(), 3u);
@@ -270,10 +271,8 @@ TEST(Dump, MisalignedTensorsAreCopied) {
     ASSERT_TRUE(dump.ok()) << dump.status().message();
     for (const std::size_t layer : {0u, 1u}) {
       const Half* expected = parts.tensor("layers." + std::to_string(layer) + ".q");
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(layer).data) % alignof(Half), 0u);
-      ExpectHalves(dump->q(layer), 6, 4, expected);
-      dump->Release(layer);
-      ExpectHalves(dump->q(layer), 6, 4, expected);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->Load(layer)->q.data) % alignof(Half), 0u);
+      ExpectHalves(dump->Load(layer)->q, 6, 4, expected);
     }
   }
 }
@@ -283,39 +282,62 @@ TEST(Dump, MisalignedFloatsAreCopied) {
   for (const std::size_t offset : {0u, 1u, 2u, 3u}) {
     for (const bool heads_first : {false, true}) {
       const TempFolder folder;
-      DumpParts halves, parts = halves.As(Dtype::kF32, heads_first);
+      DumpParts halves, parts = halves.As(KVMIX_F32, heads_first);
       std::string header = parts.header.dump();
       while (header.size() % 4 != offset) header += ' ';
       const Result<Dump> dump = OpenBytes(folder, SafetensorsBytes(header, parts.buffer));
       ASSERT_TRUE(dump.ok()) << dump.status().message();
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->q(1).data) % alignof(float), 0u);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(dump->Load(1)->q.data) % alignof(float), 0u);
       for (int round = 0; round < 2; ++round) {
-        ExpectNumbers(dump->q(1), RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), Dtype::kF32);
-        EXPECT_TRUE(dump->CheckFinite(1).ok());
-        dump->Release(1);
+        ExpectNumbers(dump->Load(1)->q, RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8),
+                      KVMIX_F32);
+        EXPECT_TRUE(dump->Load(1).ok());
       }
     }
   }
 }
 
-TEST(Dump, ReleasedPagesComeBack) {
+// A layer is in memory as long as somebody has it, and once.
+TEST(Dump, LayersAreSharedAndReadAgain) {
   const TempFolder folder;
   DumpParts parts;
-  parts.header = nlohmann::ordered_json::object();
-  parts.buffer.clear();
-  std::vector<Half> numbers(64 * 2 * 64);
-  for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<Half>(i);
-  const std::string data(reinterpret_cast<const char*>(numbers.data()),
-                         numbers.size() * sizeof(Half));
-  parts.Add("layers.0.k", "F16", {64, 2, 64}, data);
-  parts.Add("layers.0.v", "F16", {64, 2, 64}, data);
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   for (int round = 0; round < 2; ++round) {
-    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), Halves(dump->k(0))));
-    EXPECT_TRUE(std::equal(numbers.begin(), numbers.end(), Halves(dump->v(0))));
-    dump->Release(0);
+    const DumpLayer a = *dump->Load(0), b = *dump->Load(0);
+    EXPECT_EQ(a.k.data, b.k.data);
+    ExpectHalves(a.k, 6, 2, parts.tensor("layers.0.k"));
+    ExpectHalves(a.v, 6, 2, parts.tensor("layers.0.v"));
+    EXPECT_EQ(a.memory[0].use_count(), 4);  // twice in each
   }
+}
+
+// Another program overwrites or cuts the file: an error that names it, and no signal.
+TEST(Dump, AFileThatChangesIsAnError) {
+  const TempFolder folder;
+  const std::string path = folder.file("dump.safetensors"), bytes = DumpParts().Bytes();
+  const std::function<void()> changes[] = {
+      [&] { std::filesystem::resize_file(path, bytes.size() - 300); },
+      [&] { std::filesystem::resize_file(path, 0); },
+      [&] { WriteBytes(path, std::string(bytes.size(), 'x')); },
+      [&] { WriteBytes(path, bytes + bytes); }};
+  for (const auto& change : changes) {
+    WriteBytes(path, bytes);
+    std::filesystem::last_write_time(path, {});  // long ago, whatever the clock's steps are
+    const Result<Dump> dump = Dump::Open(path);
+    ASSERT_TRUE(dump.ok()) << dump.status().message();
+    const DumpLayer held = *dump->Load(0);
+    change();
+    for (const Status& s : {dump->Load(1).status(), dump->LayerHash(1).status()}) {
+      EXPECT_EQ(s.code(), ErrorCode::kIo);
+      ExpectGoodMessage(s, path);
+    }
+    ExpectHalves(held.k, 6, 2, DumpParts().tensor("layers.0.k"));  // nobody takes this away
+  }
+  WriteBytes(path, bytes);
+  const Result<Dump> dump = Dump::Open(path);
+  std::filesystem::remove(path);  // as a rename over it does
+  EXPECT_TRUE(dump->Load(1).ok());
 }
 
 TEST(Dump, NamesNanAndInf) {
@@ -341,8 +363,8 @@ TEST(Dump, NamesNanAndInf) {
     parts.tensor("layers.0.k")[1] = 0xFBFF;
     const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
     ASSERT_TRUE(dump.ok()) << dump.status().message();
-    EXPECT_TRUE(dump->CheckFinite(0).ok());
-    const Status status = dump->CheckFinite(1);
+    EXPECT_TRUE(dump->Load(0).ok());
+    const Status status = dump->Load(1).status();
     EXPECT_EQ(status.code(), ErrorCode::kNonFinite);
     ExpectGoodMessage(status, folder.file("dump.safetensors"));
     EXPECT_NE(status.message().find(c.text), std::string::npos) << status.message();
@@ -356,11 +378,10 @@ TEST(Dump, NamesWhereABadNumberIs) {
     const char* bytes;  // little-endian
     const char* name;
   };
-  const Bad bads[] = {
-      {Dtype::kF16, "\x00\x7C", "Inf"},        {Dtype::kF16, "\x01\xFC", "NaN"},
-      {Dtype::kBF16, "\x80\xFF", "Inf"},       {Dtype::kBF16, "\xC0\x7F", "NaN"},
-      {Dtype::kBF16, "\x81\x7F", "NaN"},       {Dtype::kF32, "\x00\x00\x80\x7F", "Inf"},
-      {Dtype::kF32, "\x01\x00\x80\xFF", "NaN"}};
+  const Bad bads[] = {{KVMIX_F16, "\x00\x7C", "Inf"},        {KVMIX_F16, "\x01\xFC", "NaN"},
+                      {KVMIX_BF16, "\x80\xFF", "Inf"},       {KVMIX_BF16, "\xC0\x7F", "NaN"},
+                      {KVMIX_BF16, "\x81\x7F", "NaN"},       {KVMIX_F32, "\x00\x00\x80\x7F", "Inf"},
+                      {KVMIX_F32, "\x01\x00\x80\xFF", "NaN"}};
   for (const auto& [tokens, heads] : {std::pair<std::size_t, std::size_t>{5, 3}, {5, 1}, {1, 3}}) {
     DumpParts halves;
     halves.header = {{"__metadata__", {{"kv_heads", std::to_string(heads)}}}};
@@ -372,7 +393,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
     for (const Bad& bad : bads) {
       for (const bool heads_first : {false, true}) {
         const DumpParts good = halves.As(bad.dtype, heads_first);
-        const std::size_t bytes = bad.dtype == Dtype::kF32 ? 4 : 2;
+        const std::size_t bytes = kvmix_dtype_bytes(bad.dtype);
         for (std::size_t i = 0; i < tokens * heads; ++i) {
           const std::size_t t = i / heads, h = i % heads, c = (i * 5 + 2) % 8,
                             row = heads_first ? h * tokens + t : i;
@@ -383,7 +404,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
           const TempFolder folder;
           const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
           ASSERT_TRUE(dump.ok()) << dump.status().message();
-          const Status status = dump->CheckFinite(0);
+          const Status status = dump->Load(0).status();
           EXPECT_EQ(status.code(), ErrorCode::kNonFinite);
           ExpectGoodMessage(status, folder.file("dump.safetensors"));
           const std::string place = name + ": expected finite numbers, found " + bad.name +
@@ -393,7 +414,7 @@ TEST(Dump, NamesWhereABadNumberIs) {
           EXPECT_TRUE(status.message().ends_with(place)) << status.message() << "\n" << place;
         }
         const TempFolder folder;
-        EXPECT_TRUE(OpenBytes(folder, good.Bytes())->CheckFinite(0).ok());
+        EXPECT_TRUE(OpenBytes(folder, good.Bytes())->Load(0).ok());
       }
     }
   }
@@ -415,8 +436,8 @@ TEST(Dump, FindsNanAnywhereInALongTensor) {
     const std::string place = "KV head " + std::to_string(index / 33 % 3) + ", token " +
                               std::to_string(index / 99) + ", channel " +
                               std::to_string(index % 33);
-    EXPECT_NE(dump->CheckFinite(0).message().find(place), std::string::npos)
-        << dump->CheckFinite(0).message();
+    EXPECT_NE(dump->Load(0).status().message().find(place), std::string::npos)
+        << dump->Load(0).status().message();
   }
 }
 
@@ -560,7 +581,7 @@ TEST(Dump, ShapesFollowFromTheTensorsOfEachLayer) {
   const Result<Dump> dump = OpenBytes(folder, parts.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
   EXPECT_EQ(dump->model(), Model({{2, 4, 8, 8}, {1, 2, 16, 16}}));
-  EXPECT_EQ(dump->head(1, 0, Tensor::kV).head_dim, 16u);
+  EXPECT_EQ(dump->Load(1)->head(0, KVMIX_V).head_dim, 16u);
   parts.header["__metadata__"]["head_dim"] = "8";
   ExpectRefused(parts.Bytes(), ErrorCode::kMismatch,
                 "metadata head_dim: expected 16, as the tensors have it, found \"8\"");
@@ -605,14 +626,13 @@ TEST(Dump, UnlikeLayers) {
     EXPECT_EQ(dump->model(), expected);  // 0.28867513 is what layer 1 has anyway
     EXPECT_EQ(dump->has_q(), with_q);
     EXPECT_EQ(dump->tokens(), 5u);
-    EXPECT_EQ(dump->v(1).head_dim, 4u);
-    EXPECT_EQ(dump->k(3).data, dump->k(0).data);
-    EXPECT_EQ(dump->head(3, 1, Tensor::kV).tokens, 5u);
-    EXPECT_EQ(dump->q(3).heads, with_q ? 2u : 0u);
-    EXPECT_EQ(dump->k(2).data, nullptr);
+    EXPECT_EQ(dump->Load(1)->v.head_dim, 4u);
+    EXPECT_EQ(dump->Load(3)->k.data, dump->Load(0)->k.data);
+    EXPECT_EQ(dump->Load(3)->head(1, KVMIX_V).tokens, 5u);
+    EXPECT_EQ(dump->Load(3)->q.heads, with_q ? 2u : 0u);
+    EXPECT_EQ(dump->Load(2)->k.data, nullptr);
     for (std::size_t layer = 0; layer < 4; ++layer) {
-      EXPECT_TRUE(dump->CheckFinite(layer).ok());
-      dump->Release(layer);
+      EXPECT_TRUE(dump->Load(layer).ok());
     }
   }
 }
@@ -695,8 +715,7 @@ TEST(Dump, SurvivesRandomDamage) {
       continue;
     }
     for (std::size_t layer = 0; layer < dump->model().layers.size(); ++layer) {
-      (void)dump->CheckFinite(layer);
-      dump->Release(layer);
+      (void)dump->Load(layer).status();
     }
   }
   EXPECT_GT(refused, 150u);
@@ -740,11 +759,9 @@ TEST(RawDump, ReadsAFolder) {
   EXPECT_EQ(dump->tokens(), 6u);
   EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
   EXPECT_TRUE(dump->has_q());
-  EXPECT_EQ(Halves(dump->k(101))[0], 101 * 257);
-  EXPECT_EQ(Halves(dump->v(9))[95], 10 * 257);
-  EXPECT_EQ(Halves(dump->q(0))[191], 2 * 257);
-  dump->Release(0);
-  EXPECT_EQ(Halves(dump->q(0))[191], 2 * 257);
+  EXPECT_EQ(Halves(dump->Load(101)->k)[0], 101 * 257);
+  EXPECT_EQ(Halves(dump->Load(9)->v)[95], 10 * 257);
+  EXPECT_EQ(Halves(dump->Load(0)->q)[191], 2 * 257);
   EXPECT_EQ(dump->k_name(101), "layer_101.k.bin");
   EXPECT_EQ(dump->v_name(9), "layer_09.v.bin");
 }
@@ -835,8 +852,9 @@ void ExpectFacts(const std::filesystem::path& folder, const Facts& facts) {
   EXPECT_EQ(dump->tokens(), facts.tokens);
   EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{facts.tokens});
   for (std::size_t layer = 0; layer < facts.geometry.layers; ++layer)
-    EXPECT_TRUE(dump->CheckFinite(layer).ok());
-  const RowsView rows = dump->head(0, 0, Tensor::kK);
+    EXPECT_TRUE(dump->Load(layer).ok());
+  const DumpLayer loaded = *dump->Load(0);
+  const RowsView rows = loaded.head(0, KVMIX_K);
   float largest = 0.0f;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t c = 0; c < rows.head_dim; ++c)
@@ -863,4 +881,4 @@ TEST(RealDumps, LargerOnes) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -1,11 +1,15 @@
 // Text for error lines, and files that are replaced whole or not at all.
 #include "lib/files/file.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <filesystem>
+#include <functional>
 #include <string>
 
 #include "dump_files.h"
@@ -44,6 +48,86 @@ TEST(WriteFile, ReplacesWholeFilesOnly) {
   EXPECT_TRUE(std::filesystem::is_symlink(folder.file("link")));
   EXPECT_EQ(testing::ReadBytes(path), "third");
   EXPECT_EQ(folder.entries(), 2u);
+}
+
+TEST(WriteFile, KeepsModeAndGroup) {
+  const TempFolder folder;
+  const std::string path = folder.file("file");
+  testing::WriteBytes(path, "first");
+  ASSERT_EQ(chmod(path.c_str(), 0640), 0);
+  const bool is_root = geteuid() == 0;
+  if (is_root) {
+    ASSERT_EQ(chown(path.c_str(), 65534, 65533), 0);
+  }
+  ASSERT_TRUE(internal::WriteFileAtomically(path, "second").ok());
+  struct stat info {};
+  ASSERT_EQ(stat(path.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 07777u, 0640u);
+  EXPECT_EQ(info.st_uid, is_root ? 65534u : geteuid());
+  EXPECT_EQ(info.st_gid, is_root ? 65533u : getegid());
+  EXPECT_EQ(testing::ReadBytes(path), "second");
+}
+
+TEST(WriteFile, FollowsLinksThatLeadToNothing) {
+  const TempFolder folder;
+  std::filesystem::create_directory(folder.file("real"));
+  std::filesystem::create_symlink("real/file", folder.file("near"));
+  std::filesystem::create_symlink(folder.file("near"), folder.file("far"));
+  EXPECT_EQ(internal::RealPath(folder.file("far")), folder.file("real/file"));
+  ASSERT_TRUE(internal::WriteFileAtomically(folder.file("far"), "text").ok());
+  EXPECT_EQ(testing::ReadBytes(folder.file("real/file")), "text");
+  EXPECT_TRUE(std::filesystem::is_symlink(folder.file("far")));
+  EXPECT_TRUE(std::filesystem::is_symlink(folder.file("near")));
+
+  std::filesystem::create_symlink("circle", folder.file("circle"));
+  ExpectGoodMessage(internal::WriteFileAtomically(folder.file("circle"), "x"),
+                    folder.file("circle"));
+  EXPECT_EQ(folder.entries(), 4u);
+}
+
+TEST(WriteFile, TakesTheLongestName) {
+  const TempFolder folder;
+  for (const std::size_t length : {245, 255}) {
+    const std::string path = folder.file(std::string(length, 'n'));
+    const Status s = internal::WriteFileAtomically(path, "text");
+    EXPECT_TRUE(s.ok()) << s.message();
+    EXPECT_EQ(testing::ReadBytes(path), "text");
+  }
+  EXPECT_FALSE(internal::WriteFileAtomically(folder.file(std::string(256, 'n')), "text").ok());
+  EXPECT_EQ(folder.entries(), 2u);
+}
+
+// A file that another program changes between opening and reading is an error that names it.
+TEST(File, ThatChangesIsAnError) {
+  const TempFolder folder;
+  const std::string path = folder.file("file"), text(10000, 'x');
+  const std::function<void()> changes[] = {
+      [&] { std::filesystem::resize_file(path, 100); },
+      [&] { std::filesystem::resize_file(path, 20000); },
+      [&] { testing::WriteBytes(path, std::string(10000, 'y')); }};  // as cp does
+  for (const auto& change : changes) {
+    testing::WriteBytes(path, text);
+    const timespec long_ago[] = {{1000, 0}, {1000, 0}};  // whatever the clock's steps are
+    ASSERT_EQ(utimensat(AT_FDCWD, path.c_str(), long_ago, 0), 0);
+    const internal::File file = internal::File::Open(path).value();
+    EXPECT_EQ(file.size(), 10000u);
+    std::string bytes(4000, ' ');
+    ASSERT_TRUE(file.Read(6000, bytes).ok());
+    EXPECT_EQ(bytes, text.substr(6000));
+    change();
+    const Status s = file.Read(6000, bytes);
+    EXPECT_EQ(s.code(), ErrorCode::kIo);
+    ExpectGoodMessage(s, path);
+  }
+  // A file that is replaced as a whole can be read to its end.
+  testing::WriteBytes(path, text);
+  const internal::File file = internal::File::Open(path).value();
+  ASSERT_TRUE(internal::WriteFileAtomically(path, "another").ok());
+  std::string bytes(10000, ' ');
+  EXPECT_TRUE(file.Read(0, bytes).ok());
+  EXPECT_EQ(bytes, text);
+  EXPECT_EQ(internal::ReadFile(path).value(), "another");
+  EXPECT_EQ(internal::ReadFile(path, 6).status().code(), ErrorCode::kCorrupt);
 }
 
 TEST(WriteFile, ErrorsLeaveNothing) {

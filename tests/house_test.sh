@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # house_test.sh SOURCE [LIBRARY]: the rules of the house that a command can check.
-#   1. Who includes whom: kernels/ stand alone and keep Highway and their -inl.h files to
-#      themselves; lib/ knows no program; lib/files knows no other part of lib/, and only lib/tune
-#      knows lib/tune.
+#   1. Who includes whom: kernels/ know nothing else but kvmix/types.h and keep Highway and their
+#      -inl.h files to themselves; lib/ knows no program; lib/files knows no other part of lib/, and
+#      only lib/tune knows lib/tune.
 #   2. Every public header is installed.
 #   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
-#   4. LIBRARY, libkvmix.so, exports names of kvmix:: only.
+#   4. LIBRARY, libkvmix.so, exports names of kvmix:: and kvmix_* only.
 set -euo pipefail
 export LC_ALL=C.UTF-8
 source=$1 library=${2:+$(realpath "$2")}
@@ -17,21 +17,22 @@ cd "$source"
 # No file under the folders includes a name that begins like the pattern.
 forbid() { # RULE PATTERN FOLDER...
   local found
-  found=$(grep -srnE "^[[:space:]]*#[[:space:]]*include[[:space:]]*[<\"]($2)" --include='*.h' \
+  found=$(grep -srnP "^[[:space:]]*#[[:space:]]*include[[:space:]]*[<\"]($2)" --include='*.h' \
     --include='*.cc' --include='*.in' "${@:3}" || true)
   [ -z "$found" ] || complain "$1:"$'\n'"$found"
 }
 forbid "Highway is included outside kernels/" 'hwy/' lib bench tools tests
 forbid "an -inl.h file is included outside kernels/" '[^>"]*-inl\.h' lib bench tools tests
-forbid "kernels/ include only kernels/ and Highway" '(lib|tools|bench|tests|kvmix|\.+)/' kernels
+forbid "kernels/ include only kernels/, Highway and kvmix/types.h" \
+  '(lib|tools|bench|tests|kvmix(?!/types\.h")|\.+)/' kernels
 forbid "lib/ includes a program or a test" '(tools|bench|tests)/' lib
 forbid "lib/ and kernels/ name what they include from the root" '[^/>]*"|\.+/' lib kernels
 forbid "only lib/tune includes lib/tune" 'lib/tune/' lib/files lib/plan lib/cache lib/include
 forbid "lib/files includes another part of lib/" 'lib/(plan|cache)/' lib/files
 forbid "a public header includes a private one" '(lib|kernels)/' lib/include
 
-for header in lib/include/kvmix/*.h; do
-  grep -q "'include/kvmix/$(basename "$header")'" lib/meson.build ||
+for header in lib/include/kvmix/*.h lib/include/kvmix/tune/*.h; do
+  grep -q "'${header#lib/}'" lib/meson.build ||
     complain "lib/meson.build does not install $header"
 done
 
@@ -52,7 +53,7 @@ if [ -n "$library" ]; then
   exported=$(nm -DC --defined-only "$library" | cut -d' ' -f3-)
   [ "$(grep -c '^kvmix::' <<<"$exported")" -ge 10 ] ||
     complain "$library exports hardly anything of kvmix::"
-  others=$(grep -v '^kvmix::' <<<"$exported" || true)
+  others=$(grep -v '^kvmix\(::\|_\)' <<<"$exported" || true)
   [ -z "$others" ] || complain "$library exports other names: $others"
 fi
 exit $failed

@@ -10,7 +10,7 @@
 
 #include "lib/tune/knapsack.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -139,4 +139,4 @@ TEST(Knapsack, StopsAtTheStatesAllowed) {
 }
 
 }  // namespace
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "dump_files.h"
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 #include "tools/llama_cpp/dump.h"
 
 namespace kvmix::testing {
@@ -28,7 +28,7 @@ Seen Count(std::size_t first, std::size_t last) {
 // A dump in the making, and the rows that it should have.
 struct Engine {
   LayerShape shape{.kv_heads = 2, .query_heads = 4, .k_dim = 8, .v_dim = 4};
-  Dtype mask_type = Dtype::kF16;
+  Dtype mask_type = KVMIX_F16;
   llama::Dump dump;
   int number = 0;
   struct Rows {
@@ -53,8 +53,8 @@ struct Engine {
         halves[t * kStride + c] = sees ? Half{0} : Half{0xFC00};
       }
     }
-    MaskView mask{halves.data(), Dtype::kF16, n, kCells, kStride};
-    if (mask_type == Dtype::kF32) mask = {floats.data(), Dtype::kF32, n, kCells, kStride};
+    MaskView mask{halves.data(), KVMIX_F16, n, kCells, kStride};
+    if (mask_type == KVMIX_F32) mask = {floats.data(), KVMIX_F32, n, kCells, kStride};
     const auto rows = [&](std::size_t heads, std::size_t dim, std::vector<float> Rows::*to) {
       std::vector<float> x(n * heads * dim);
       for (float& f : x) f = static_cast<float>(++number % 2048);
@@ -91,22 +91,22 @@ std::vector<float> Numbers(const RowsView& rows) {
 
 // The file is whole, and has the rows of these prompts.
 Model ExpectDump(const std::string& path, const Engine& engine, const Seen& prompts) {
-  const Result<Dump> dump = Dump::Open(path);
+  const Result<tune::Dump> dump = tune::Dump::Open(path);
   if (!dump.ok()) {
     ADD_FAILURE() << dump.status().message();
     return Model(std::vector<LayerShape>(8));
   }
   EXPECT_EQ(dump->prompt_tokens(), prompts);
   for (const auto& [layer, rows] : engine.expected) {
-    EXPECT_EQ(Numbers(dump->q(layer)), rows.q) << "layer " << layer;
-    EXPECT_EQ(Numbers(dump->k(layer)), rows.k) << "layer " << layer;
-    EXPECT_EQ(Numbers(dump->v(layer)), rows.v) << "layer " << layer;
+    EXPECT_EQ(Numbers(dump->Load(layer)->q), rows.q) << "layer " << layer;
+    EXPECT_EQ(Numbers(dump->Load(layer)->k), rows.k) << "layer " << layer;
+    EXPECT_EQ(Numbers(dump->Load(layer)->v), rows.v) << "layer " << layer;
   }
   return dump->model();
 }
 
 TEST(LlamaDump, Prompts) {
-  for (const Dtype type : {Dtype::kF16, Dtype::kF32}) {
+  for (const Dtype type : {KVMIX_F16, KVMIX_F32}) {
     const TempFolder folder;
     const std::string path = folder.file("dump");
     {
@@ -242,7 +242,7 @@ TEST(LlamaDump, CallsWithoutRows) {
   EXPECT_TRUE(e.dump
                   .Add(0, e.shape, RowsView::F32(q.data(), 9, 4, 8),
                        RowsView::F32(nullptr, 0, 2, 8), RowsView::F32(nullptr, 0, 2, 4),
-                       {q.data(), Dtype::kF32, 9, 9, 9})
+                       {q.data(), KVMIX_F32, 9, 9, 9})
                   .ok());
   e.Finish();
   ExpectDump(folder.file("dump"), e, {9});
@@ -266,7 +266,7 @@ TEST(LlamaDump, UnfinishedLeavesNothing) {
     e.Run(0, Count(1, 20));
     e.Finish();
   }
-  EXPECT_TRUE(Dump::Open(path).ok());
+  EXPECT_TRUE(tune::Dump::Open(path).ok());
   EXPECT_EQ(folder.entries(), 1u);
 }
 

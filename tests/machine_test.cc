@@ -2,7 +2,6 @@
 #include "lib/files/machine.h"
 
 #include <gtest/gtest.h>
-#include <omp.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <string>
 
 #include "dump_files.h"
+#include "kvmix/runner.h"
 
 namespace kvmix::internal {
 namespace {
@@ -26,7 +26,10 @@ class MachineTest : public ::testing::Test {
     WriteBytes(file, text + "\n");
   }
   std::string root() const { return folder_.path(); }
-  static int Cpus() { return omp_get_num_procs(); }
+  static int Cpus() {
+    cpu_set_t cpus;
+    return sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 0;
+  }
 
   const TempFolder folder_;
 };
@@ -118,13 +121,7 @@ TEST_F(MachineTest, CachesOfSys) {
   EXPECT_GE(sizes.last, sizes.l2);
 }
 
-TEST(Threads, AreThoseAskedForOrWhatThereIs) {
-  EXPECT_EQ(Threads(1), 1);
-  EXPECT_EQ(Threads(7), 7);
-  EXPECT_EQ(Threads(0), std::min(omp_get_max_threads(), UsableThreads()));
-}
-
-TEST(ThreadsDeathTest, NoMoreThanTheCpusThatTheProcessMayRunOn) {
+TEST(MachineDeathTest, NoMoreThreadsThanTheCpusThatTheProcessMayRunOn) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");  // a new process: OpenMP starts in it anew
   EXPECT_EXIT(
       {
@@ -135,8 +132,8 @@ TEST(ThreadsDeathTest, NoMoreThanTheCpusThatTheProcessMayRunOn) {
         CPU_ZERO(&one);
         CPU_SET(cpu, &one);
         sched_setaffinity(0, sizeof one, &one);
-        omp_set_num_threads(5);
-        std::exit(UsableThreads() == 1 && Threads(0) == 1 && Threads(3) == 3 ? 0 : 1);
+        setenv("OMP_NUM_THREADS", "5", 1);
+        std::exit(UsableThreads() == 1 && kvmix_openmp_runner(0).threads == 1 ? 0 : 1);
       },
       ::testing::ExitedWithCode(0), "");
 }

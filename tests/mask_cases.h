@@ -13,16 +13,16 @@
 
 namespace kvmix::testing {
 
-inline constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+inline constexpr Dtype kDtypes[] = {KVMIX_F16, KVMIX_BF16, KVMIX_F32};
 
 inline std::uint32_t BitsOf(float x, Dtype dtype) {
-  if (dtype == Dtype::kF16) return FloatToHalf(x);
+  if (dtype == KVMIX_F16) return FloatToHalf(x);
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-  return dtype == Dtype::kBF16 ? bits >> 16 : bits;
+  return dtype == KVMIX_BF16 ? bits >> 16 : bits;
 }
 inline float FromBits(std::uint32_t bits, Dtype dtype) {
-  if (dtype == Dtype::kF16) return HalfToFloat(static_cast<Half>(bits));
-  return std::bit_cast<float>(dtype == Dtype::kBF16 ? bits << 16 : bits);
+  if (dtype == KVMIX_F16) return HalfToFloat(static_cast<Half>(bits));
+  return std::bit_cast<float>(dtype == KVMIX_BF16 ? bits << 16 : bits);
 }
 
 // A mask in memory. Between its rows lie NaN, and it may begin at any element.
@@ -34,7 +34,7 @@ struct MaskData {
   MaskData(const std::vector<float>& x, std::size_t queries, Dtype dtype, std::size_t gap = 0,
            bool backwards = false, std::size_t offset = 0) {
     const std::size_t cells = queries != 0 ? x.size() / queries : 0, row = cells + gap;
-    const std::size_t size = dtype == Dtype::kF32 ? 4 : 2;
+    const std::size_t size = kvmix_dtype_bytes(dtype);
     bytes.assign((queries * row + offset) * size + 1, static_cast<char>(0xFF));
     numbers.cells = cells;
     const std::size_t first = offset + (backwards && queries != 0 ? (queries - 1) * row : 0);

@@ -58,8 +58,7 @@ void ExpectScan(const std::vector<float>& x) {
         SCOPED_TRACE(::testing::Message() << kernels.target << ", type " << static_cast<int>(dtype)
                                           << ", offset " << offset << ", " << x.size());
         std::vector<kernels::MaskRange> ranges(expected.ranges.size() + 1, {77, 78, false});
-        const bool good = kernels.mask.scan(mask.view.data, internal::KernelDtype(dtype), x.size(),
-                                            ranges.data());
+        const bool good = kernels.mask.scan(mask.view.data, dtype, x.size(), ranges.data());
         ASSERT_EQ(good, expected.good);
         ASSERT_EQ(ranges.back().first, 77) << "written past the end";
         if (!good) continue;
@@ -156,7 +155,7 @@ struct Case {
 };
 
 MaskData NoMask() {
-  MaskData none({}, 0, Dtype::kF32);
+  MaskData none({}, 0, KVMIX_F32);
   none.view = {};
   return none;
 }
@@ -178,7 +177,7 @@ Output Attended(const Cache& cache, const std::vector<Half>& q, const AttendOpti
 // Attention on every target within the bound of double precision.
 void ExpectAttention(const Case& c, const MaskData& mask, const AttendOptions& options) {
   const Cache cache = c.Fill();
-  std::vector<double> k = Decoded(cache, 0, Tensor::kK), v = Decoded(cache, 0, Tensor::kV);
+  std::vector<double> k = Decoded(cache, 0, KVMIX_K), v = Decoded(cache, 0, KVMIX_V);
   for (std::size_t i = 0; i < c.plan.exact_first * c.g.kv_heads * c.g.head_dim; ++i) {
     k[i] = HalfToFloat(c.rows.k[i]);
     v[i] = HalfToFloat(c.rows.v[i]);
@@ -224,7 +223,7 @@ TEST(MaskedAttention, ACausalMaskHasTheBitsOfCausality) {
       const std::size_t place = cell + s.queries, end = s.tokens + query;
       return place <= end && (s.window == 0 || place + s.window > end) ? 0.0f : -kInf;
     };
-    const MaskData mask(c.Numbers(sees, s.tokens), s.queries, Dtype::kF16, 5);
+    const MaskData mask(c.Numbers(sees, s.tokens), s.queries, KVMIX_F16, 5);
     ForAllTargets([&](std::string_view target) {
       SCOPED_TRACE(::testing::Message() << s.tokens << " tokens, " << s.queries << " queries");
       const Cache cache = c.Fill(target);
@@ -267,7 +266,7 @@ TEST(MaskedAttention, AnyNumbers) {
   for (const Dtype dtype : kDtypes) {
     const Case c(64, 3, 900, 6, 5);
     std::mt19937 rng(6);
-    const float most = dtype == Dtype::kF16 ? -65504.0f : -1e9f;
+    const float most = dtype == KVMIX_F16 ? -65504.0f : -1e9f;
     const float numbers[] = {0.0f, -kInf, -1.0f, 2.5f, -30.0f, most, -0.0f};
     const std::vector<float> x =
         c.Numbers([&](std::size_t, std::size_t) { return numbers[rng() % 7]; }, c.tokens);
@@ -288,7 +287,7 @@ TEST(MaskedAttention, TheLeastNumberHides) {
       [&](std::size_t q, std::size_t) { return q == 1 || rng() % 2 == 0 ? -FLT_MAX : 0.0f; }, 600);
   std::vector<float> hidden = least;
   std::replace(hidden.begin(), hidden.end(), -FLT_MAX, -kInf);
-  const MaskData a(least, 4, Dtype::kF32), b(hidden, 4, Dtype::kF32);
+  const MaskData a(least, 4, KVMIX_F32), b(hidden, 4, KVMIX_F32);
   ForAllTargets([&](std::string_view target) {
     const Cache cache = c.Fill(target);
     const Output found = Attended(cache, c.q, {}, a.view),
@@ -343,7 +342,7 @@ TEST(MaskedAttention, WithCausalityWindowCapAndSinks) {
           options.sliding_window = window;
           options.soft_cap = cap;
           if (window == 300) options.sinks = sinks.data();
-          ExpectAttention(c, MaskData(x, queries, Dtype::kF16), options);
+          ExpectAttention(c, MaskData(x, queries, KVMIX_F16), options);
         }
       }
     }
@@ -373,7 +372,7 @@ TEST(MaskedAttention, FewerCellsThanTokens) {
         c.Numbers([&](std::size_t, std::size_t) { return rng() % 3 == 0 ? -kInf : 0.0f; }, cells);
     AttendOptions options;
     options.causal = false;
-    ExpectAttention(c, MaskData(x, 3, Dtype::kBF16, 1), options);
+    ExpectAttention(c, MaskData(x, 3, KVMIX_BF16, 1), options);
   }
 }
 
@@ -387,7 +386,7 @@ TEST(MaskedAttention, RowsThatSeeNothing) {
         return q != 4 || cell == 800 ? 0.0f : -kInf;
       },
       c.tokens);
-  const MaskData mask(x, 5, Dtype::kF16);
+  const MaskData mask(x, 5, KVMIX_F16);
   ExpectAttention(c, mask, {});
   ForAllTargets([&](std::string_view target) {
     const Cache cache = c.Fill(target);
@@ -405,8 +404,8 @@ TEST(MaskedAttention, RowsThatSeeNothing) {
     for (std::size_t i = row; i < 2 * row; ++i) ASSERT_EQ(o.out[i], 0.0f);
     EXPECT_NEAR(o.log_sum_exp[c.g.query_heads], 0.75f, 1e-5f);
     // No cells at all.
-    const MaskData none({}, 0, Dtype::kF16);
-    o = Attended(cache, c.q, {}, {none.bytes.data(), Dtype::kF16, 5, 0, 0});
+    const MaskData none({}, 0, KVMIX_F16);
+    o = Attended(cache, c.q, {}, {none.bytes.data(), KVMIX_F16, 5, 0, 0});
     EXPECT_EQ(o.out, std::vector<float>(c.q.size(), 0.0f));
   });
 }
@@ -456,7 +455,7 @@ TEST(BidirectionalPrefix, WithEverythingElseThatHides) {
       constexpr float kNumbers[] = {0.0f, -kInf, -3.0f, 1.0f};
       const MaskData mask(
           c.Numbers([&](std::size_t, std::size_t) { return kNumbers[rng() % 4]; }, tokens), 100,
-          Dtype::kF16);
+          KVMIX_F16);
       const std::vector<float> sinks(c.g.query_heads, 1.0f);
       for (const bool causal : {true, false}) {
         for (const std::size_t window : {0, 20}) {
@@ -583,7 +582,7 @@ TEST(MaskedAttention, Refusals) {
     return MaskData(
         c.Numbers([&](std::size_t q, std::size_t t) { return q == 2 && t == cell ? x : -kInf; },
                   cells),
-        3, Dtype::kF32);
+        3, KVMIX_F32);
   };
   const MaskData good = numbers(600, 5, 0.0f);
   MaskView bad = good.view;
@@ -611,6 +610,31 @@ TEST(MaskedAttention, Refusals) {
   refused(numbers(600, 299, 0.0f).view, ErrorCode::kInvalidArgument,
           {"query 2", "299 to 300", "300 to 600"});
   EXPECT_FALSE(Attended(cache, c.q, {}, numbers(600, 300, 0.0f).view).out.empty());
+}
+
+// Cells at -4e29 are seen, and a query that has no others sees their average; cells below hide.
+TEST(Mask, HidesBelowMinus4e29) {
+  const Geometry g{.layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = 64};
+  const std::vector<float> x(600 * 64, 0.5f), q(64, 0.0f);
+  ForAllTargets([&](std::string_view target) {
+    for (const char* name : {"f16", "i8-token"}) {
+      for (const std::size_t exact : {0, 4}) {
+        const HeadCodec codec{ParseCodecKind(name).value()};
+        Plan plan = UniformPlan(g, codec, codec);
+        plan.exact_first = exact;
+        Cache cache = std::move(*Cache::Create(plan.model, plan, 600, {std::string(target)}));
+        ASSERT_TRUE(cache.Append(0, View(x, 1, 64), View(x, 1, 64)).ok());
+        for (const float number : {-1e8f, -1e9f, -1e29f, -4e29f, -4.01e29f, -4.2e29f, -1e30f}) {
+          const std::vector<float> mask(600, number);
+          std::vector<float> out(64, kNaN);
+          const AttendRequest request{
+              &cache, View(q, 1, 64), out.data(), nullptr, {mask.data(), KVMIX_F32, 1, 600, 600}};
+          ASSERT_TRUE(Attend({&request, 1}, 0, {.causal = false}).ok());
+          for (const float o : out) EXPECT_NEAR(o, number < -4e29f ? 0.0f : 0.5f, 1e-3f) << number;
+        }
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 
 #include "dump_files.h"
 #include "kvmix/quantize.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/tune/statistics.h"
 #include "same_errors.h"
@@ -26,6 +26,8 @@
 
 namespace kvmix::testing {
 namespace {
+
+using namespace tune;
 
 const Geometry kGeometry{3, 2, 6, 32};
 
@@ -55,7 +57,7 @@ class MeasureTest : public ::testing::Test {
   ErrorTable Table(const std::string& candidates, std::size_t first = 0,
                    std::size_t last = kGeometry.layers, int threads = 1) const {
     Result<ErrorTable> table = Measure({&a_, &b_}, *Candidates(candidates), first, last,
-                                       MeasureOptions{.num_threads = threads});
+                                       MeasureOptions{.runner = threads});
     if (!table.ok()) ADD_FAILURE() << table.status().message();
     return std::move(*table);
   }
@@ -82,13 +84,14 @@ std::vector<double> DirectAttention(const Dump& dump, std::size_t layer,
     const std::size_t kv_row = shape.kv_heads * dims[tensor];
     x[tensor].resize(dump.tokens() * kv_row);
     for (std::size_t h = 0; h < shape.kv_heads; ++h)
-      EncodeAndDecode(dump.head(layer, h, static_cast<Tensor>(tensor)), codecs[h * 2 + tensor],
-                      kv_row, &x[tensor][h * dims[tensor]]);
+      EncodeAndDecode(dump.Load(layer)->head(h, static_cast<Tensor>(tensor)),
+                      codecs[h * 2 + tensor], kv_row, &x[tensor][h * dims[tensor]]);
   }
   std::vector<double> out;
   std::size_t first = 0;
   for (const std::size_t tokens : dump.prompt_tokens()) {
-    const RowsView rows = dump.q(layer).Tokens(first, tokens);
+    const DumpLayer loaded = *dump.Load(layer);
+    const RowsView rows = loaded.q.Tokens(first, tokens);
     std::vector<float> q(tokens * q_row);
     for (std::size_t i = 0; i < q.size(); ++i)
       q[i] = rows.At(i / q_row, i % q_row / shape.k_dim, i % shape.k_dim);
@@ -149,7 +152,7 @@ TEST_F(MeasureTest, EveryCandidateAsComputedDirectly) {
       ASSERT_EQ((head.layer * kGeometry.kv_heads + head.kv_head) * 2 +
                     static_cast<std::size_t>(head.tensor),
                 i);  // sorted, each once
-      const std::vector<CodecKind>& kinds = head.tensor == Tensor::kK ? all_kinds.k : all_kinds.v;
+      const std::vector<CodecKind>& kinds = head.tensor == KVMIX_K ? all_kinds.k : all_kinds.v;
       ASSERT_EQ(head.candidates.size(), kinds.size());
       for (std::size_t c = 0; c < kinds.size(); ++c) {
         const CandidateError& candidate = head.candidates[c];
@@ -176,7 +179,7 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
   SyntheticDump{model, {40, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
   const Dump dump = Open(folder_.file("unlike"));
   ASSERT_EQ(dump.model(), model);
-  const ErrorTable table = Measure({&dump}, *Candidates("seed"), 0, 5, {.num_threads = 2}).value();
+  const ErrorTable table = Measure({&dump}, *Candidates("seed"), 0, 5, {.runner = 2}).value();
   ASSERT_EQ(table.heads.size(), 6u);
   for (const HeadErrors& head : table.heads) {
     for (const CandidateError& candidate : head.candidates) {
@@ -197,9 +200,9 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
     }
   }
   // The plan as a whole: of layers 0, 1, 3 and 4.
-  const HeadCodec int8{{Storage::kI8, Scale::kToken}};
+  const HeadCodec int8{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   const Plan plan = UniformPlan(Stored(model), int8, int8);  // it says nothing of attention
-  const auto errors = MeasurePlan(dump, plan, {.num_threads = 2});
+  const auto errors = MeasurePlan(dump, plan, {.runner = 2});
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), 11u);
   const std::vector<AttentionError> expected =
@@ -216,21 +219,22 @@ TEST_F(MeasureTest, UnlikeLayersAsComputedDirectly) {
 
 TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
   const std::vector<CodecKind> kinds = {{},
-                                        {Storage::kI8, Scale::kHead},
-                                        {Storage::kI8, Scale::kHead, true},
-                                        {Storage::kI8, Scale::kTokenBF16, true},
-                                        {Storage::kI8, Scale::kToken, false, true, true},
-                                        {Storage::kI8, Scale::kToken, true, true, true}};
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true}};
   const Result<ErrorTable> table =
-      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1});
+      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.runner = 1});
   ASSERT_TRUE(table.ok()) << table.status().message();
   EXPECT_EQ(table->dumps, (std::vector<std::string>{"a.safetensors", "b.safetensors"}));
   EXPECT_EQ(table->model_name, "synthetic");
   EXPECT_EQ(table->tokens, 57u);
   EXPECT_EQ(table->longest_prompt, 30u);
   for (const HeadErrors& head : table->heads) {
-    const RowsView rows[] = {a_.head(head.layer, head.kv_head, head.tensor),
-                             b_.head(head.layer, head.kv_head, head.tensor)};
+    const DumpLayer of_a = *a_.Load(head.layer), of_b = *b_.Load(head.layer);
+    const RowsView rows[] = {of_a.head(head.kv_head, head.tensor),
+                             of_b.head(head.kv_head, head.tensor)};
     std::vector<double> mean(kGeometry.head_dim);
     for (const RowsView& r : rows)
       for (std::size_t t = 0; t < r.tokens; ++t)
@@ -241,14 +245,14 @@ TEST_F(MeasureTest, ScalesMeansAndErrorsOfTheValuesCoverAllDumps) {
       EXPECT_TRUE(CheckCodec(codec, kGeometry.head_dim).ok());
       for (std::size_t c = 0; c < codec.mean().size(); ++c)
         EXPECT_NEAR(codec.mean()[c], mean[c], 1e-6 * (1.0 + std::fabs(mean[c])));
-      EXPECT_EQ(codec.head_scale, codec.kind.scale == Scale::kHead
+      EXPECT_EQ(codec.head_scale, codec.kind.scale == KVMIX_SCALE_HEAD
                                       ? std::max(reference::HeadScale(rows[0], codec),
                                                  reference::HeadScale(rows[1], codec))
                                       : 0.0f);
       ErrorSums expected;
       for (const RowsView& r : rows)
         expected += reference::Errors(r, reference::Encode(r, codec), codec);
-      EXPECT_EQ(expected.sum_squared_error == 0.0, codec.kind.storage == Storage::kF16);
+      EXPECT_EQ(expected.sum_squared_error == 0.0, codec.kind.storage == KVMIX_STORAGE_F16);
       EXPECT_NEAR(candidate.values.sum_squared_error, expected.sum_squared_error,
                   1e-5 * expected.sum_squared_error);
       EXPECT_EQ(candidate.values.count, 57u * kGeometry.head_dim);
@@ -285,17 +289,16 @@ TEST_F(MeasureTest, StatisticsAsComputedDirectly) {
   SyntheticDump{UnlikeModel(), {150, 7}, 5, 0.4, 1.0, {{0, 0}}, 30.0}.Write(folder_.file("unlike"));
   const Dump dump = Open(folder_.file("unlike"));
   for (const std::size_t layer : {0, 1}) {
+    const std::vector<DumpLayer> readers = {*dump.Load(layer), *dump.Load(layer + 3)};
     for (std::size_t h = 0; h < dump.model().layers[layer].kv_heads; ++h) {
       std::vector<RowsView> queries;
-      for (const std::size_t reader : {layer, layer + 3}) {
-        const std::size_t group = dump.model().layers[reader].group();
+      for (const DumpLayer& reader : readers) {
+        const std::size_t group = reader.q.heads / reader.k.heads;
         for (std::size_t q = h * group; q < (h + 1) * group; ++q)
-          queries.push_back(dump.q(reader).Head(q));
+          queries.push_back(reader.q.Head(q));
       }
-      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kK),
-                       dump.head(layer, h, Tensor::kK), queries);
-      ExpectStatistics(internal::Statistics(dump, layer, h, Tensor::kV),
-                       dump.head(layer, h, Tensor::kV), {});
+      ExpectStatistics(tune::Statistics(readers, h, KVMIX_K), readers[0].head(h, KVMIX_K), queries);
+      ExpectStatistics(tune::Statistics(readers, h, KVMIX_V), readers[0].head(h, KVMIX_V), {});
     }
   }
   HeadStatistics one{2, {1.0}, {-1.0f}, {3.0f}, {4.0}};
@@ -316,18 +319,19 @@ std::vector<double> Ranges(const std::vector<RowsView>& rows, std::span<const fl
 
 // Roots of the channels' ranges, with a geometric mean of 1.
 TEST_F(MeasureTest, FoldFactorsBalanceTheChannels) {
-  const std::vector<CodecKind> kinds = {{Storage::kI8, Scale::kToken, false, true},
-                                        {Storage::kI8, Scale::kToken, true, true},
-                                        {Storage::kI8, Scale::kToken, true, true, true}};
+  const std::vector<CodecKind> kinds = {{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true, true}};
   const ErrorTable table =
-      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.num_threads = 1}).value();
+      Measure({&a_, &b_}, {kinds, kinds}, 0, kGeometry.layers, {.runner = 1}).value();
   for (const HeadErrors& head : table.heads) {
     for (const CandidateError& candidate : head.candidates) {
       const std::span<const float> factor = candidate.codec.factor();
       ASSERT_EQ(factor.size(), kGeometry.head_dim);
-      const std::vector<double> range = Ranges({a_.head(head.layer, head.kv_head, head.tensor),
-                                                b_.head(head.layer, head.kv_head, head.tensor)},
-                                               candidate.codec.mean());
+      const DumpLayer of_a = *a_.Load(head.layer), of_b = *b_.Load(head.layer);
+      const std::vector<double> range =
+          Ranges({of_a.head(head.kv_head, head.tensor), of_b.head(head.kv_head, head.tensor)},
+                 candidate.codec.mean());
       double sum_log = 0.0, log_range = 0.0;
       for (const float f : factor) sum_log += std::log(double{f});
       EXPECT_NEAR(sum_log, 0.0, 1e-4);
@@ -353,8 +357,8 @@ TEST_F(MeasureTest, FoldFactorsAreBounded) {
     parts.tensor("layers.0.v")[t * 16 + 9] = FloatToHalf(60000.0f);  // one huge channel
   }
   const Dump dump = Write("flat.safetensors", parts);
-  const std::vector<CodecKind> kinds = {{Storage::kI8, Scale::kToken, true, true},
-                                        {Storage::kI8, Scale::kToken, false, true}};
+  const std::vector<CodecKind> kinds = {{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, true, true},
+                                        {KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN, false, true}};
   const Result<ErrorTable> table = Measure({&dump}, {kinds, kinds}, 0, 1);
   ASSERT_TRUE(table.ok()) << table.status().message();
   for (const HeadErrors& head : table->heads) {
@@ -366,17 +370,17 @@ TEST_F(MeasureTest, FoldFactorsAreBounded) {
                    << ", " << ToString(candidate.codec.kind));
       EXPECT_TRUE(CheckCodec(candidate.codec, 8).ok());
       EXPECT_LE(most, 64.001f * least);
-      const bool flat = head.kv_head == 0 && head.tensor == Tensor::kV,
-                 zero = head.kv_head == 1 && head.tensor == Tensor::kK;
+      const bool flat = head.kv_head == 0 && head.tensor == KVMIX_V,
+                 zero = head.kv_head == 1 && head.tensor == KVMIX_K;
       if (zero || flat) {
         EXPECT_EQ(least, most);
         EXPECT_EQ(least, 1.0f);
       }
-      if (head.kv_head == 0 && head.tensor == Tensor::kK && candidate.codec.kind.centre) {
+      if (head.kv_head == 0 && head.tensor == KVMIX_K && candidate.codec.kind.centre) {
         EXPECT_EQ(least, factor[3]);
         EXPECT_GT(most, 10.0f * least);
       }
-      if (head.kv_head == 1 && head.tensor == Tensor::kV && !candidate.codec.kind.centre) {
+      if (head.kv_head == 1 && head.tensor == KVMIX_V && !candidate.codec.kind.centre) {
         EXPECT_EQ(most, factor[1]);
         EXPECT_NEAR(most, 64.0f * least, 0.01f * most);
       }
@@ -424,15 +428,16 @@ TEST_F(MeasureTest, DoesNotDependOnTheThreadsWithinALayer) {
   synthetic.Write(folder_.file("long.safetensors"));
   const Dump dump = Open(folder_.file("long.safetensors"));
   const CandidateKinds kinds = *Candidates("int8");
-  const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.num_threads = 1}).value();
+  const ErrorTable one = Measure({&dump}, kinds, 0, 1, {.runner = 1}).value();
   const auto plan_errors = [&](int threads) {
-    const HeadCodec k = one.heads[0].candidates.back().codec, v{{Storage::kI8, Scale::kToken}};
-    return MeasurePlan(dump, UniformPlan(dump.model(), k, v), {.num_threads = threads}).value();
+    const HeadCodec k = one.heads[0].candidates.back().codec,
+                    v{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
+    return MeasurePlan(dump, UniformPlan(dump.model(), k, v), {.runner = threads}).value();
   };
   const std::vector<AttentionError> plan_one = plan_errors(1);
   for (const int threads : {2, 3, 7, 0}) {
     SCOPED_TRACE(threads);
-    ExpectSame(Measure({&dump}, kinds, 0, 1, {.num_threads = threads}).value(), one);
+    ExpectSame(Measure({&dump}, kinds, 0, 1, {.runner = threads}).value(), one);
     const std::vector<AttentionError> plan = plan_errors(threads);
     for (std::size_t i = 0; i < plan.size(); ++i) ExpectSame(plan[i], plan_one[i]);
   }
@@ -444,7 +449,7 @@ TEST_F(MeasureTest, DoesNotDependOnTheTypeAndOrderOfTheDump) {
   const Dump halves = Write("same.safetensors", parts);
   const ErrorTable expected = Measure({&halves}, *Candidates("all"), 0, 2).value();
   for (const bool heads_first : {false, true}) {
-    const Dump dump = Write("same.safetensors", parts.As(Dtype::kF32, heads_first));
+    const Dump dump = Write("same.safetensors", parts.As(KVMIX_F32, heads_first));
     ExpectSame(Measure({&dump}, *Candidates("all"), 0, 2).value(), expected);
   }
 }
@@ -455,7 +460,7 @@ TEST_F(MeasureTest, OnATargetByItsName) {
   for (const std::string_view target : Targets()) {
     SCOPED_TRACE(target);
     const ErrorTable table =
-        Measure({&a_}, kinds, 0, 1, {.num_threads = 2, .target = std::string(target)}).value();
+        Measure({&a_}, kinds, 0, 1, {.runner = 2, .target = std::string(target)}).value();
     if (target == Targets().front()) ExpectSame(table, best);
     for (std::size_t i = 0; i < table.heads.size(); ++i) {
       for (std::size_t c = 0; c < table.heads[i].candidates.size(); ++c) {
@@ -466,7 +471,7 @@ TEST_F(MeasureTest, OnATargetByItsName) {
       }
     }
   }
-  const MeasureOptions unknown{.num_threads = 1, .target = "AVX9"};
+  const MeasureOptions unknown{.runner = 1, .target = "AVX9"};
   ExpectError(Measure({&a_}, kinds, 0, 1, unknown).status(), ErrorCode::kInvalidArgument,
               {"AVX9", std::string(Targets().back())});
   ExpectError(MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), unknown).status(),
@@ -476,7 +481,7 @@ TEST_F(MeasureTest, OnATargetByItsName) {
 TEST_F(MeasureTest, ReportsProgressLayerByLayer) {
   std::vector<std::pair<std::size_t, std::size_t>> calls;
   ASSERT_TRUE(Measure({&a_}, *Candidates("seed"), 1, 3,
-                      {.num_threads = 2,
+                      {.runner = 2,
                        .progress = [&](std::size_t done,
                                        std::size_t total) { calls.emplace_back(done, total); }})
                   .ok());
@@ -524,8 +529,9 @@ TEST_F(MeasureTest, CandidateLists) {
 }
 
 TEST_F(MeasureTest, EncodingErrorOfOneHead) {
-  const RowsView rows = a_.head(0, 1, Tensor::kK);
-  const HeadCodec token{{Storage::kI8, Scale::kToken}};
+  const DumpLayer loaded = *a_.Load(0);
+  const RowsView rows = loaded.head(1, KVMIX_K);
+  const HeadCodec token{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   const Result<ErrorSums> errors = EncodingError(rows, token);
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   const ErrorSums expected = reference::Errors(rows, reference::Encode(rows, token), token);
@@ -533,19 +539,19 @@ TEST_F(MeasureTest, EncodingErrorOfOneHead) {
   EXPECT_NEAR(errors->sum_squared_error, expected.sum_squared_error,
               1e-5 * expected.sum_squared_error);
   EXPECT_EQ(errors->max_abs, expected.max_abs);
-  ExpectError(EncodingError(rows, {{Storage::kI8, Scale::kHead}}).status(),
+  ExpectError(EncodingError(rows, {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}}).status(),
               ErrorCode::kInvalidArgument, {"scale above 0"});
 }
 
 TEST_F(MeasureTest, CountsWhatAPlanClamps) {
-  const HeadCodec narrow{{Storage::kI8, Scale::kHead}, 0.01f, nullptr};
+  const HeadCodec narrow{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, 0.01f, nullptr};
   std::uint64_t expected = 5, saturated = 5;  // is added to
   for (std::size_t h = 0; h < kGeometry.kv_heads; ++h)
-    for (const Tensor t : {Tensor::kK, Tensor::kV})
-      expected += reference::Encode(a_.head(1, h, t), narrow).clamped;
+    for (const Tensor t : {KVMIX_K, KVMIX_V})
+      expected += reference::Encode(a_.Load(1)->head(h, t), narrow).clamped;
   std::vector<float> out;
   const std::vector<HeadCodec> codecs(2 * kGeometry.kv_heads, narrow);
-  ASSERT_TRUE(AttendDump(a_, 1, codecs, {.num_threads = 2}, &out, &saturated).ok());
+  ASSERT_TRUE(AttendDump(a_, 1, codecs, {.runner = 2}, &out, &saturated).ok());
   EXPECT_GT(expected, 100u);
   EXPECT_EQ(saturated, expected);
   EXPECT_EQ(out.size(), a_.tokens() * kGeometry.query_heads * kGeometry.head_dim);
@@ -559,19 +565,18 @@ TEST_F(MeasureTest, PlansAsComputedDirectly) {
   for (std::size_t i = 0; i < table.heads.size(); ++i)
     plan.codecs[i] =
         table.heads[i].candidates[i * 7 % table.heads[i].candidates.size()].codec;  // a mixture
-  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, {.num_threads = 1});
+  const Result<std::vector<AttentionError>> errors = MeasurePlan(a_, plan, {.runner = 1});
   ASSERT_TRUE(errors.ok()) << errors.status().message();
   ASSERT_EQ(errors->size(), kGeometry.layers * kGeometry.query_heads);
   for (std::size_t layer = 0; layer < kGeometry.layers; ++layer) {
-    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const std::vector<AttentionError> expected =
         DirectErrors(a_, layer, {first, first + 2 * kGeometry.kv_heads});
     for (std::size_t q = 0; q < kGeometry.query_heads; ++q)
       ExpectClose((*errors)[layer * kGeometry.query_heads + q], expected[q]);
   }
   for (const int threads : {2, 3, 7, 0}) {
-    const Result<std::vector<AttentionError>> again =
-        MeasurePlan(a_, plan, {.num_threads = threads});
+    const Result<std::vector<AttentionError>> again = MeasurePlan(a_, plan, {.runner = threads});
     for (std::size_t i = 0; i < errors->size(); ++i) ExpectSame((*again)[i], (*errors)[i]);
   }
 }
@@ -616,7 +621,7 @@ TEST_F(MeasureTest, NamesWhereANanIs) {
     const Dump dump = Write("nan.safetensors", parts);
     const std::vector<std::string> names{dump.path(), "NaN", "layer 1", c.head, "token 3"};
     ExpectError(Measure({&dump}, *Candidates("seed"), 0, 2).status(), ErrorCode::kNonFinite, names);
-    ExpectError(MeasurePlan(dump, UniformPlan(dump.model(), {}, {}), {.num_threads = 2}).status(),
+    ExpectError(MeasurePlan(dump, UniformPlan(dump.model(), {}, {}), {.runner = 2}).status(),
                 ErrorCode::kNonFinite, names);
     EXPECT_TRUE(Measure({&dump}, *Candidates("seed"), 0, 1).ok());  // the other layer is whole
   }
@@ -651,11 +656,11 @@ TEST_F(MeasureTest, RefusesDumpsThatDifferAndLayersThatAreNone) {
   ExpectError(Measure({&a_}, {}, 0, 1).status(), ErrorCode::kInvalidArgument, {"candidate"});
   ExpectError(Measure({&a_}, {seed.k, {}}, 0, 1).status(), ErrorCode::kInvalidArgument,
               {"candidate"});
-  for (const CodecKind& kind : {CodecKind{Storage::kI8, Scale::kHead, false, true},
-                                CodecKind{Storage::kI8, Scale::kHead, false, false, true}})
+  for (const CodecKind& kind : {CodecKind{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, false, true},
+                                CodecKind{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, false, false, true}})
     ExpectError(Measure({&a_}, {{kind}, seed.v}, 0, 1).status(), ErrorCode::kInvalidArgument,
                 {"candidate " + ToString(kind), "scale per token"});
-  ExpectError(Measure({&a_}, seed, 0, 1, {.num_threads = -2}).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Measure({&a_}, seed, 0, 1, {.runner = -2}).status(), ErrorCode::kInvalidArgument,
               {"num_threads", "-2"});
 }
 

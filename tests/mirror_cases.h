@@ -143,7 +143,7 @@ struct Engine {
     ExpectOwn(at);
   }
   void Tell(Tensor t, const Cells& at) {
-    Side& s = side[t == Tensor::kV];
+    Side& s = side[t == KVMIX_V];
     const std::vector<float> rows = Put(s, at);
     const RowsView view =
         RowsView::F32(rows.data(), at.size(), kShape.kv_heads, s.row / kShape.kv_heads);
@@ -157,8 +157,8 @@ struct Engine {
     }
   }
   void Write(const Cells& at) {
-    Tell(Tensor::kK, at);
-    Tell(Tensor::kV, at);
+    Tell(KVMIX_K, at);
+    Tell(KVMIX_V, at);
   }
 
   // All of a call, and of the same call over caches.
@@ -189,7 +189,7 @@ struct Engine {
           numbers[j * width + static_cast<std::size_t>(c)] = 0;
         }
       }
-      masks.emplace_back(numbers, n, n % 2 == 0 ? Dtype::kF16 : Dtype::kF32, n == 1 ? 0 : 2);
+      masks.emplace_back(numbers, n, n % 2 == 0 ? KVMIX_F16 : KVMIX_F32, n == 1 ? 0 : 2);
       seen.emplace_back(width);
       std::normal_distribution<float> normal;
       q[i].resize(n * kShape.query_heads * kShape.k_dim);

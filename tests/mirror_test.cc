@@ -93,9 +93,9 @@ TEST(Mirror, WritesInPieces) {
     e.Write({});
     e.Write({4, 9, 64 + 2, 8});
     e.Expect({{0, {{3, 4, 8, 9}}}, {1, {{2}}}});
-    e.Tell(Tensor::kV, {5, 3});
-    e.Tell(Tensor::kK, {5});
-    e.Tell(Tensor::kK, {3});
+    e.Tell(KVMIX_V, {5, 3});
+    e.Tell(KVMIX_K, {5});
+    e.Tell(KVMIX_K, {3});
     e.Expect({{0, {{3, 4, 5, 8, 9}}}});
     e.ExpectCounts(10, 0);
   });
@@ -109,7 +109,7 @@ TEST(Mirror, ManyWritesWithoutAttention) {
   for (int i = 0; i < 300; ++i) e.Write(Iota(i % 3, 61));
   e.Expect({{0, {Iota(0, 64)}}});
   EXPECT_EQ(e.mirror.counts().read, 0u);
-  for (int i = 0; i < 300; ++i) e.Tell(Tensor::kK, Iota(i % 3, 61));
+  for (int i = 0; i < 300; ++i) e.Tell(KVMIX_K, Iota(i % 3, 61));
   e.ExpectOwn(Iota(0, 63));
   e.Expect({{0, {Iota(0, 64)}}});
   EXPECT_EQ(e.mirror.counts().read, 63u);
@@ -206,16 +206,16 @@ TEST(Mirror, OneOfKAndVAlone) {
   ForAllTypes(2, 64, [](Engine& e) {
     e.Write(Iota(0, 20));
     e.Expect({{0, {Iota(0, 20)}}});
-    e.Tell(Tensor::kK, {3, 4});
+    e.Tell(KVMIX_K, {3, 4});
     e.ExpectOwn({3, 4});
     e.Expect({{0, {Iota(0, 20)}}});
     e.ExpectCounts(20, 2);
-    e.Tell(Tensor::kV, {5});
+    e.Tell(KVMIX_V, {5});
     e.ExpectOwn({5});
     e.Expect({{0, {Iota(0, 20)}}});
     e.ExpectCounts(20, 3);
-    e.Tell(Tensor::kK, {6, 7});  // not those of V
-    e.Tell(Tensor::kV, {7, 64});
+    e.Tell(KVMIX_K, {6, 7});  // not those of V
+    e.Tell(KVMIX_V, {7, 64});
     e.ExpectOwn({6, 7, 64});
     e.Expect({{0, {Iota(0, 20)}}, {1, {{0}}}});
     e.ExpectCounts(20, 6);
@@ -256,18 +256,18 @@ TEST(Mirror, Refusals) {
     return e.mirror.Write(t, at, rows);
   };
   const RowsView k = RowsView::F32(x.data(), 2, 2, 64), v = RowsView::F32(x.data(), 2, 2, 32);
-  ExpectError(write(Tensor::kK, {1, 2}, v), ErrorCode::kMismatch, {"2 heads x 64", "2 x 32"});
-  ExpectError(write(Tensor::kV, {1, 2}, k), ErrorCode::kMismatch, {"2 heads x 32", "2 x 64"});
-  ExpectError(write(Tensor::kK, {1, 2, 3}, k), ErrorCode::kMismatch, {"3 rows", "found 2"});
-  ExpectError(write(Tensor::kK, {1, 128}, k), ErrorCode::kInvalidArgument, {"128"});
-  ExpectError(write(Tensor::kV, {-1, 1}, v), ErrorCode::kInvalidArgument, {"128"});
+  ExpectError(write(KVMIX_K, {1, 2}, v), ErrorCode::kMismatch, {"2 heads x 64", "2 x 32"});
+  ExpectError(write(KVMIX_V, {1, 2}, k), ErrorCode::kMismatch, {"2 heads x 32", "2 x 64"});
+  ExpectError(write(KVMIX_K, {1, 2, 3}, k), ErrorCode::kMismatch, {"3 rows", "found 2"});
+  ExpectError(write(KVMIX_K, {1, 128}, k), ErrorCode::kInvalidArgument, {"128"});
+  ExpectError(write(KVMIX_V, {-1, 1}, v), ErrorCode::kInvalidArgument, {"128"});
 
   std::vector<float> q(256, 1.0f), out(128);
   const std::vector<Half> zeros(65);
   const std::vector<std::uint8_t> seen(65, 1);
   const EngineRows rows{e.side[0].own.data(), 0, 64, FromF16};
   MirrorRequest r{0,           RowsView::F32(q.data(), 1, 4, 64),
-                  out.data(),  {zeros.data(), Dtype::kF16, 1, 65, 65},
+                  out.data(),  {zeros.data(), KVMIX_F16, 1, 65, 65},
                   seen.data(), rows,
                   rows};
   const auto attend = [&] { return e.mirror.Attend({&r, 1}, {}, 1); };
@@ -331,8 +331,8 @@ TEST(MirrorAlone, DecodesAndReadsWhatChanged) {
   EXPECT_TRUE(e.mirror.Holds(299));
   EXPECT_FALSE(e.mirror.Holds(300));
   EXPECT_TRUE(e.mirror.Holds(419));
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    const Side& s = e.side[t == Tensor::kV];
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+    const Side& s = e.side[t == KVMIX_V];
     std::vector<float> rows(290 * s.row);
     e.mirror.Decode(t, 3, 290, rows.data());
     double error = 0.0, sum = 0.0;
@@ -375,7 +375,7 @@ TEST(MirrorAlone, LostRows) {
   e.mirror.Changed(0, 5000);
   e.Write({1});
   e.Expect({{0, {{1}}}});
-  e.Tell(Tensor::kK, {2});
+  e.Tell(KVMIX_K, {2});
   ExpectError(e.Attend({{0, {{1}}}}).status, ErrorCode::kMismatch, {"K and V"});
 }
 

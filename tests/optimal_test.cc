@@ -13,9 +13,9 @@
 
 #include <gtest/gtest.h>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -351,4 +351,4 @@ TEST(Choose, ErrorsNameTheBestOfEachLimitAlone) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "dump_files.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/files/safetensors.h"
 #include "same_errors.h"
@@ -21,6 +21,8 @@
 
 namespace kvmix::testing {
 namespace {
+
+using namespace tune;
 
 const Geometry kGeometry{4, 2, 6, 32};
 
@@ -38,7 +40,7 @@ class PartsTest : public ::testing::Test {
 
   static Calibration CalibrationOf(const std::vector<const Dump*>& dumps, std::size_t first,
                                    std::size_t last, int threads = 1) {
-    return Calibrate(dumps, first, last, {.num_threads = threads}).value();
+    return Calibrate(dumps, first, last, {.runner = threads}).value();
   }
 
   // A measurement with the seed's candidates.
@@ -46,7 +48,7 @@ class PartsTest : public ::testing::Test {
                                    const Calibration& calibration, std::size_t first,
                                    std::size_t last, int threads = 1) {
     Measurement m = StartMeasurement(calibration, *Candidates("seed")).value();
-    const Status s = Measure(dumps, calibration, first, last, {.num_threads = threads}, &m);
+    const Status s = Measure(dumps, calibration, first, last, {.runner = threads}, &m);
     EXPECT_TRUE(s.ok()) << s.message();
     return m;
   }
@@ -139,13 +141,13 @@ TEST_F(PartsTest, MeasuringGoesOnWhereItStopped) {
   const Calibration calibration = CalibrationOf({&a_, &b_}, 0, 4);
   const std::string whole = Bytes(MeasurementOf({&a_, &b_}, calibration, 0, 4));
   Measurement m = StartMeasurement(calibration, *Candidates("seed")).value();
-  const Status stopped = Measure({&b_, &a_}, calibration, 0, 4, {.num_threads = 1}, &m,
+  const Status stopped = Measure({&b_, &a_}, calibration, 0, 4, {.runner = 1}, &m,
                                  [] { return Status(ErrorCode::kIo, "the disk is full"); });
   EXPECT_EQ(stopped.message(), "the disk is full");
   EXPECT_EQ(m.pieces.size(), 1u);
   std::vector<std::pair<std::size_t, std::size_t>> progress;
   MeasureOptions options;
-  options.num_threads = 1;
+  options.runner = 1;
   options.progress = [&](std::size_t done, std::size_t of) { progress.emplace_back(done, of); };
   ASSERT_TRUE(Measure({&a_, &b_}, calibration, 0, 4, options, &m).ok());
   EXPECT_EQ(progress, (std::vector<std::pair<std::size_t, std::size_t>>{{1, 3}, {2, 3}, {3, 3}}));
@@ -217,7 +219,8 @@ TEST_F(PartsTest, RefusesDumpsThatWereNotCalibrated) {
   std::string bytes = ReadBytes(a_.path());
   std::filesystem::create_directory(folder_.file("changed"));
   const std::string path = folder_.file("changed/a");
-  const char* number = static_cast<const char*>(a_.k(2).row(0, 0));
+  const DumpLayer loaded = *a_.Load(2);
+  const char* number = static_cast<const char*>(loaded.k.row(0, 0));
   const std::string row(number, 64);
   bytes[bytes.find(row)] ^= 1;
   WriteBytes(path, bytes);
@@ -254,13 +257,14 @@ TEST_F(PartsTest, ADumpIsKnownByWhatIsInIt) {
 // A part's file in pieces that a test can change; written with a checksum that is right.
 struct PartFile {
   std::map<std::string, std::string> metadata;
-  std::map<std::string, internal::SafetensorsEntry> tensors;
+  std::map<std::string, internal::SafetensorsTensor> tensors;
   std::string bytes;
 
   explicit PartFile(std::string all) : bytes(std::move(all)) {
     const internal::Safetensors content = internal::ParseSafetensors(bytes, "part").value();
     metadata = content.metadata;
-    tensors = content.tensors;
+    for (const auto& [name, t] : content.tensors)
+      tensors[name] = {name, t.dtype, t.shape, t.In(bytes)};
     tensors.erase("checksum");
   }
   nlohmann::json about() const { return nlohmann::json::parse(metadata.at("kvmix")); }

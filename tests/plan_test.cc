@@ -2,6 +2,7 @@
 #include "kvmix/plan.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <bit>
 #include <cmath>
@@ -29,8 +30,10 @@ using testing::WriteBytes;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-HeadCodec Head(float scale = 0.5f) { return {{Storage::kI8, Scale::kHead}, scale, nullptr}; }
-HeadCodec Token(Scale scale = Scale::kToken) { return {{Storage::kI8, scale}}; }
+HeadCodec Head(float scale = 0.5f) {
+  return {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, scale, nullptr};
+}
+HeadCodec Token(Scale scale = KVMIX_SCALE_TOKEN) { return {{KVMIX_STORAGE_I8, scale}}; }
 
 // The same with steps, as their vectors say: one that is not empty is a step.
 HeadCodec With(HeadCodec codec, std::vector<float> mean, std::vector<float> factor = {},
@@ -49,14 +52,15 @@ TEST(Plan, BytesPerToken) {
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, {}, {})), 12288u);
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Head(), Head())), 6144u);
   EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(), Token())), 6528u);
-  EXPECT_EQ(BytesPerToken(UniformPlan(kStudy, Token(Scale::kTokenBF16), Token(Scale::kTokenBF16))),
+  EXPECT_EQ(BytesPerToken(
+                UniformPlan(kStudy, Token(KVMIX_SCALE_TOKEN_BF16), Token(KVMIX_SCALE_TOKEN_BF16))),
             6336u);
   EXPECT_EQ(Fp16BytesPerToken(kStudy), 12288u);
 
   Plan strategy3 = UniformPlan(kStudy, Head(), Token());
   const std::pair<std::size_t, std::size_t> outliers[] = {{0, 0}, {0, 1}, {1, 1},
                                                           {2, 0}, {2, 1}, {8, 0}};
-  for (const auto& [layer, head] : outliers) strategy3.codec(layer, head, Tensor::kK) = {};
+  for (const auto& [layer, head] : outliers) strategy3.codec(layer, head, KVMIX_K) = {};
   EXPECT_EQ(BytesPerToken(strategy3), 6720u);
   EXPECT_DOUBLE_EQ(SavedFraction(strategy3), 1.0 - 6720.0 / 12288.0);
   EXPECT_DOUBLE_EQ(BitsPerNumber(strategy3).k, 8.0 + 8.0 * 6 / 48);  // 6 of 48 heads
@@ -137,8 +141,8 @@ TEST(Model, UnlikeLayers) {
 
   Plan plan = UniformPlan(model, {}, Token());
   EXPECT_EQ(plan.codecs.size(), 10u);
-  EXPECT_EQ(plan.index(4, 1, Tensor::kV), 3u);  // layer 0's
-  EXPECT_EQ(plan.index(3, 0, Tensor::kK), 8u);
+  EXPECT_EQ(plan.index(4, 1, KVMIX_V), 3u);  // layer 0's
+  EXPECT_EQ(plan.index(3, 0, KVMIX_K), 8u);
   EXPECT_EQ(BytesPerToken(plan), 2 * 2 * (16u + 12u) + 48u + 20u);
   EXPECT_EQ(Fp16BytesPerToken(model), 2 * 2 * 32u + 80u);
   EXPECT_EQ(ContextBytes(plan, 4096), (100 + 64) * 2 * 28u + 4096 * 68u);
@@ -164,7 +168,7 @@ TEST(Plan, CheckPlan) {
   EXPECT_TRUE(CheckPlan(good).ok());
   const auto refused = [&](const HeadCodec& codec, const char* text) {
     Plan plan = good;
-    plan.codec(1, 0, Tensor::kV) = codec;
+    plan.codec(1, 0, KVMIX_V) = codec;
     const Status status = CheckPlan(plan);
     EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
     ExpectGoodMessage(status, "layer 1, KV head 0, V: ");
@@ -182,10 +186,10 @@ TEST(Plan, CheckPlan) {
   refused(fp16, "steps that it cannot have");
   fp16.kind = {};
   refused(fp16, "expected a mean of 0 channels, found 3");
-  refused({{Storage::kF16, Scale::kToken}}, "a storage with a scale");
-  refused({{Storage::kI8, Scale::kNone}}, "a storage with a scale");
-  refused({{Storage::kI4, Scale::kHead}, 1.0f, nullptr}, "a storage with a scale");
-  refused({{Storage::kI4, Scale::kToken}},
+  refused({{KVMIX_STORAGE_F16, KVMIX_SCALE_TOKEN}}, "a storage with a scale");
+  refused({{KVMIX_STORAGE_I8, KVMIX_SCALE_NONE}}, "a storage with a scale");
+  refused({{KVMIX_STORAGE_I4, KVMIX_SCALE_HEAD}, 1.0f, nullptr}, "a storage with a scale");
+  refused({{KVMIX_STORAGE_I4, KVMIX_SCALE_TOKEN}},
           "i4-token: expected a head_dim that is a multiple of 2, found 3");
 
   Plan plan = good;
@@ -207,9 +211,9 @@ TEST(Plan, CheckPlan) {
 Plan RichPlan() {
   std::mt19937 random(3);
   std::uniform_real_distribution<float> uniform(-300.0f, 300.0f);
-  Plan plan = UniformPlan(Geometry{3, 2, 6, 40}, Token(), Token(Scale::kTokenBF16));
-  plan.codec(0, 0, Tensor::kK) = {};
-  plan.codec(1, 1, Tensor::kV) = Head(std::nextafter(0.1f, 1.0f));
+  Plan plan = UniformPlan(Geometry{3, 2, 6, 40}, Token(), Token(KVMIX_SCALE_TOKEN_BF16));
+  plan.codec(0, 0, KVMIX_K) = {};
+  plan.codec(1, 1, KVMIX_V) = Head(std::nextafter(0.1f, 1.0f));
   const auto numbers = [&](float low) {
     std::vector<float> x(40);
     for (float& number : x) number = std::max(low, uniform(random));
@@ -222,17 +226,17 @@ Plan RichPlan() {
       mean[1] = -std::numeric_limits<float>::denorm_min();
       mean[2] = 1.0f / 3.0f;
     }
-    plan.codec(layer, 1, Tensor::kK) =
+    plan.codec(layer, 1, KVMIX_K) =
         With(layer == 2 ? Head(0x1.fffffep-100f) : Token(), std::move(mean));
   }
   std::vector<float> factor = numbers(1.0f / 3.0f);
   factor[0] = 0x1p-32f;
   factor[1] = 0x1p32f;
   factor[2] = std::nextafter(1.0f, 2.0f);
-  plan.codec(1, 0, Tensor::kK) = With(Token(Scale::kTokenBF16), numbers(-300.0f), factor, true);
-  plan.codec(2, 0, Tensor::kK) = With(Token(), {}, factor);
-  plan.codec(0, 1, Tensor::kV) = With(Token(), {}, {}, true);
-  plan.codec(2, 1, Tensor::kV) = With(Head(3.0f), {}, std::move(factor), true);
+  plan.codec(1, 0, KVMIX_K) = With(Token(KVMIX_SCALE_TOKEN_BF16), numbers(-300.0f), factor, true);
+  plan.codec(2, 0, KVMIX_K) = With(Token(), {}, factor);
+  plan.codec(0, 1, KVMIX_V) = With(Token(), {}, {}, true);
+  plan.codec(2, 1, KVMIX_V) = With(Head(3.0f), {}, std::move(factor), true);
   plan.provenance = {"a \"model\"\nby someone, \u00e9",
                      "one,two",
                      512,
@@ -304,7 +308,7 @@ TEST(PlanFile, CodesBelowInt8ComeBack) {
   for (const auto& [name, minor, bytes] : cases) {
     SCOPED_TRACE(name);
     Plan plan = UniformPlan(Geometry{1, 2, 2, 8}, Token(), Token());
-    plan.codec(0, 1, Tensor::kK) = {ParseCodecKind(name).value()};
+    plan.codec(0, 1, KVMIX_K) = {ParseCodecKind(name).value()};
     ASSERT_TRUE(SavePlan(plan, path).ok());
     const Result<Plan> loaded = LoadPlan(path);
     ASSERT_TRUE(loaded.ok()) << loaded.status().message();
@@ -323,7 +327,7 @@ Plan ShapedPlan(float first) {
     CodecVectors vectors{std::vector<float>(8, 0.25f), {}, std::vector<float>(64, 0.0f)};
     for (std::size_t c = 0; c < 8; ++c) vectors.shaping[c * 9] = 1.0f;
     vectors.shaping[8] = first + static_cast<float>(i) / 3.0f;
-    plan.codec(i / 2, i % 2, Tensor::kK) = {
+    plan.codec(i / 2, i % 2, KVMIX_K) = {
         ParseCodecKind("i3-token-bf16+centre+hadamard+shape").value(), 0.0f,
         std::make_shared<const CodecVectors>(std::move(vectors))};
   }
@@ -369,6 +373,45 @@ TEST(Plan, ShapingIsNoPartOfTheFingerprint) {
   ASSERT_TRUE(CheckPlan(plain).ok());
   EXPECT_EQ(Fingerprint(ShapedPlan(0.1f)), Fingerprint(ShapedPlan(0.2f)));
   EXPECT_EQ(Fingerprint(ShapedPlan(0.1f)), Fingerprint(plain));
+}
+
+// A link to a plan: its matrices may lie beside the link or beside the file, and are written beside
+// the file.
+TEST(PlanFile, ThroughALink) {
+  const TempFolder folder;
+  std::filesystem::create_directory(folder.file("real"));
+  std::filesystem::create_directory(folder.file("link"));
+  const std::string real = folder.file("real/p.json"), link = folder.file("link/plan.json");
+  const Plan plan = ShapedPlan(0.1f);
+  std::filesystem::create_symlink("../real/p.json", link);
+  for (int round = 0; round < 2; ++round) {  // the link dangles, then leads to a plan
+    ASSERT_TRUE(SavePlan(plan, link).ok());
+    EXPECT_TRUE(std::filesystem::is_symlink(link));
+    EXPECT_TRUE(std::filesystem::exists(MatricesOf(real)));
+    EXPECT_FALSE(std::filesystem::exists(MatricesOf(link)));
+  }
+  ASSERT_TRUE(LoadPlan(link).ok()) << LoadPlan(link).status().message();
+  EXPECT_EQ(LoadPlan(link)->codecs, plan.codecs);
+  std::filesystem::rename(MatricesOf(real), MatricesOf(link));
+  ASSERT_TRUE(LoadPlan(link).ok()) << LoadPlan(link).status().message();
+  EXPECT_EQ(LoadPlan(link)->codecs, plan.codecs);
+  EXPECT_FALSE(LoadPlan(real).ok());
+}
+
+TEST(PlanFile, MatricesNeedAFile) {
+  const TempFolder folder;
+  const Plan plan = ShapedPlan(0.1f);
+  ASSERT_EQ(mkfifo(folder.file("pipe").c_str(), 0600), 0);
+  for (const std::string& path : {folder.file("pipe"), std::string("/dev/full")}) {
+    const Status status = SavePlan(plan, path);
+    ExpectGoodMessage(status, path);
+    EXPECT_EQ(status.code(), ErrorCode::kInvalidArgument);
+  }
+  EXPECT_TRUE(SavePlan(plan, "/dev/null").ok());
+  EXPECT_EQ(folder.entries(), 1u);
+  ASSERT_TRUE(SavePlan(plan, folder.file("plan")).ok());
+  const std::string matrices = std::filesystem::path(MatricesOf(folder.file("plan"))).filename();
+  EXPECT_FALSE(std::filesystem::exists("/dev/" + matrices));
 }
 
 TEST(PlanFile, RefusesMatricesThatAreNotItsOwn) {
@@ -417,7 +460,7 @@ TEST(PlanFile, RefusesMatricesThatAreNotItsOwn) {
 
 TEST(PlanFile, VIsNotShaped) {
   Plan plan = ShapedPlan(0.1f);
-  std::swap(plan.codec(0, 0, Tensor::kK), plan.codec(0, 0, Tensor::kV));
+  std::swap(plan.codec(0, 0, KVMIX_K), plan.codec(0, 0, KVMIX_V));
   EXPECT_EQ(CheckPlan(plan).message(),
             "layer 0, KV head 0, V: expected a codec without +shape, which only K has, found "
             "i3-token-bf16+centre+hadamard+shape");
@@ -436,9 +479,9 @@ TEST(PlanFile, AShapedPlanThatCannotBeWrittenLeavesNothing) {
 TEST(PlanFile, UnlikeLayersComeBackExactly) {
   const TempFolder folder;
   const std::string path = folder.file("plan.json");
-  Plan plan = UniformPlan(UnlikeModel(), Token(), Token(Scale::kTokenBF16));
-  plan.codec(3, 0, Tensor::kK) = With(Token(), std::vector<float>(24, 0.1f));
-  plan.codec(4, 1, Tensor::kV) = Head(0.1f);  // layer 0's
+  Plan plan = UniformPlan(UnlikeModel(), Token(), Token(KVMIX_SCALE_TOKEN_BF16));
+  plan.codec(3, 0, KVMIX_K) = With(Token(), std::vector<float>(24, 0.1f));
+  plan.codec(4, 1, KVMIX_V) = Head(0.1f);  // layer 0's
   ASSERT_TRUE(SavePlan(plan, path).ok());
   const Result<Plan> loaded = LoadPlan(path);
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
@@ -489,8 +532,8 @@ TEST(PlanFile, HandwrittenMinimum) {
     "geometry": {"layers": 1, "kv_heads": 1, "query_heads": 2, "head_dim": 2}, "codecs": [[{"k": "i8-token+centre", "k_mean": [1, -2e1], "v": "f16"}]]})");
   const Result<Plan> plan = LoadPlan(folder.file("plan.json"));
   ASSERT_TRUE(plan.ok()) << plan.status().message();
-  EXPECT_EQ(plan->codec(0, 0, Tensor::kK), With(Token(), {1.0f, -20.0f}));
-  EXPECT_EQ(plan->codec(0, 0, Tensor::kV), HeadCodec{});
+  EXPECT_EQ(plan->codec(0, 0, KVMIX_K), With(Token(), {1.0f, -20.0f}));
+  EXPECT_EQ(plan->codec(0, 0, KVMIX_V), HeadCodec{});
   EXPECT_EQ(plan->provenance.model, "");
 }
 
@@ -521,10 +564,10 @@ TEST(PlanFile, OfVersion1_0) {
   EXPECT_EQ(plan->model.geometry(), (Geometry{2, 2, 4, 3}));
   const std::vector<HeadCodec> expected = {
       With(Token(), {0.1f, -300.25f, std::numeric_limits<float>::min()}),
-      Token(Scale::kTokenBF16),
+      Token(KVMIX_SCALE_TOKEN_BF16),
       {},
       Head(0.0625f),
-      With(Token(Scale::kTokenBF16), {0.0f, 1.0f, -2.0f}),
+      With(Token(KVMIX_SCALE_TOKEN_BF16), {0.0f, 1.0f, -2.0f}),
       {},
       With(Head(1.0f / 3.0f), {1.0f, 2.0f, 3.0f}),
       Token()};

@@ -34,25 +34,19 @@ using Sizes = std::initializer_list<std::size_t>;
 using Floats = std::vector<float>;
 constexpr std::size_t kDims[] = {1, 3, 16, 31, 64, 80, 96, 100, 128, 256};
 constexpr std::size_t kTokens[] = {0, 1, 7, 8, 9, 15, 17, 64};
-constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+constexpr Dtype kDtypes[] = {KVMIX_F16, KVMIX_BF16, KVMIX_F32};
 constexpr std::uint8_t kUntouched = 0x80;  // -128: no code
 const Floats kNoMean;
 
-kernels::Dtype KernelDtype(Dtype dtype) {
-  return dtype == Dtype::kF16    ? kernels::Dtype::kF16
-         : dtype == Dtype::kBF16 ? kernels::Dtype::kBF16
-                                 : kernels::Dtype::kF32;
-}
-
 kernels::RowsIn In(const RowsView& v) {
-  return {v.data, KernelDtype(v.dtype), v.token_stride, v.tokens, v.head_dim};
+  return {v.data, v.dtype, v.token_stride, v.tokens, v.head_dim};
 }
 
 // The nearest number of a type, raw. (bf16: of those towards zero, so that huge ones stay finite.)
 std::uint32_t BitsOf(Dtype dtype, float x) {
-  if (dtype == Dtype::kF16) return FloatToHalf(x);
+  if (dtype == KVMIX_F16) return FloatToHalf(x);
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-  return dtype == Dtype::kF32 ? bits : bits >> 16;
+  return dtype == KVMIX_F32 ? bits : bits >> 16;
 }
 
 // Rows of one head in memory, with `gap` numbers (NaN) between them, the first one number past
@@ -101,7 +95,7 @@ Rows RandomRows(Dtype dtype, std::size_t tokens, std::size_t dim, std::size_t ga
                 bool backwards = false) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
-  const float range = dtype == Dtype::kF16 ? 4.0f : 40.0f;
+  const float range = dtype == KVMIX_F16 ? 4.0f : 40.0f;
   Floats size(tokens);
   for (float& s : size) s = std::exp2(std::round(range * normal(random)) / 2.0f);
   return Rows(
@@ -131,13 +125,10 @@ HeadCodec Codec(std::string name, const Floats& mean = kNoMean, float head_scale
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat format;
   format.dim = dim;
-  if (codec.kind.storage == Storage::kI8) format.storage = kernels::Storage::kI8;
-  if (codec.kind.storage == Storage::kI6) format.storage = kernels::Storage::kI6;
-  if (codec.kind.storage == Storage::kI4) format.storage = kernels::Storage::kI4;
-  if (codec.kind.storage == Storage::kI3) format.storage = kernels::Storage::kI3;
-  if (codec.kind.scale == Scale::kHead) format.constant = codec.head_scale;
-  if (codec.kind.scale == Scale::kToken) format.scale = kernels::ScaleStore::kF32;
-  if (codec.kind.scale == Scale::kTokenBF16) format.scale = kernels::ScaleStore::kBF16;
+  format.storage = codec.kind.storage;
+  if (codec.kind.scale == KVMIX_SCALE_HEAD) format.constant = codec.head_scale;
+  if (codec.kind.scale == KVMIX_SCALE_TOKEN) format.scale = kernels::ScaleStore::kF32;
+  if (codec.kind.scale == KVMIX_SCALE_TOKEN_BF16) format.scale = kernels::ScaleStore::kBF16;
   return format;
 }
 
@@ -161,7 +152,7 @@ class QuantizeTest : public testing::TestWithParam<std::string> {
   reference::Coded Encode(const RowsView& rows, const HeadCodec& codec,
                           const kernels::Transform& transform) const {
     const kernels::RowFormat format = FormatOf(codec, rows.head_dim);
-    const bool f16 = format.storage == kernels::Storage::kF16;
+    const bool f16 = format.storage == KVMIX_STORAGE_F16;
     const bool stored = format.scale != kernels::ScaleStore::kConstant;
     const std::size_t bytes = kernels::RowBytes(format), gap = f16 ? 6 : 3, before = f16 ? 2 : 1;
     std::vector<std::uint8_t> coded(before + rows.tokens * (bytes + gap), kUntouched);
@@ -252,7 +243,7 @@ TEST_P(QuantizeTest, Long) {
 TEST_P(QuantizeTest, LargeAligned) {
   constexpr std::size_t kMany = 4101;
   for (const std::size_t dim : Sizes{64, 80, 128}) {
-    const Rows rows = RandomRows(Dtype::kF16, kMany, dim, 0, 9);
+    const Rows rows = RandomRows(KVMIX_F16, kMany, dim, 0, 9);
     const auto buffer = [](std::size_t bytes) {
       return std::unique_ptr<void, void (*)(void*)>(std::aligned_alloc(64, (bytes + 63) / 64 * 64),
                                                     std::free);
@@ -378,7 +369,7 @@ TEST_P(QuantizeTest, Ties) {
 TEST_P(QuantizeTest, ZeroTinyAndHugeRows) {
   const float sizes[] = {0.0f, 0x1p-24f, 0x1p-14f, 1.0f, 65504.0f};
   for (const std::size_t dim : {66, 67}) {  // i4 wants an even one
-    const Rows rows(Dtype::kF16, 20, dim, 3, [&](std::size_t t, std::size_t i) {
+    const Rows rows(KVMIX_F16, 20, dim, 3, [&](std::size_t t, std::size_t i) {
       return static_cast<Half>(FloatToHalf(sizes[t % 5] * static_cast<float>(i % 8) / 7.0f) |
                                (t % 2 ? kSign : 0u));
     });
@@ -413,7 +404,7 @@ TEST_P(QuantizeTest, NumbersFarBeyondHalves) {
                            0x1.234p-100f, 0x1.fffffep-61f, 0x1p-60f,         1e-10f,
                            1e6f,          1e30f,           FLT_MAX};
     constexpr std::size_t kSizes = std::size(sizes);
-    for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
+    for (const Dtype dtype : {KVMIX_BF16, KVMIX_F32}) {
       const auto number = [&](std::size_t t, std::size_t i) {
         const float x = sizes[t % kSizes] * (static_cast<float>(i % 8) / 7.0f);
         return BitsOf(dtype, (t + i) % 2 ? -x : x);
@@ -439,13 +430,13 @@ TEST_P(QuantizeTest, NotANumber) {
   };
   std::vector<Special> specials;
   for (const std::uint32_t half : {0x7C00, 0x7E00, 0x7C01}) {  // infinity, quiet and signalling NaN
-    specials.push_back({Dtype::kF16, half});
-    specials.push_back({Dtype::kF16, half | kSign});
+    specials.push_back({KVMIX_F16, half});
+    specials.push_back({KVMIX_F16, half | kSign});
   }
   for (const std::uint32_t bits : {0x7F800000u, 0x7FC00000u, 0x7F810000u, 0x7F800001u}) {
     for (const std::uint32_t sign : {0u, kFloatSign}) {
-      specials.push_back({Dtype::kF32, bits | sign});
-      if ((bits & 0xFFFF) == 0) specials.push_back({Dtype::kBF16, (bits | sign) >> 16});
+      specials.push_back({KVMIX_F32, bits | sign});
+      if ((bits & 0xFFFF) == 0) specials.push_back({KVMIX_BF16, (bits | sign) >> 16});
     }
   }
   for (const Special& special : specials) {
@@ -475,7 +466,7 @@ TEST_P(QuantizeTest, ClampsAndCounts) {
     }
     // 127.49 stays, 127.5 (a tie, to even: 128) is clamped.
     const Rows edge(dtype, 1, 4, 0, [&](std::size_t, std::size_t i) {
-      return BitsOf(dtype, i < 2 ? (dtype == Dtype::kBF16 ? 127.0f : 127.4375f) : 127.5f);
+      return BitsOf(dtype, i < 2 ? (dtype == KVMIX_BF16 ? 127.0f : 127.4375f) : 127.5f);
     });
     std::int8_t codes[4];
     EXPECT_EQ(Create(Codec("i8-head", kNoMean, 1.0f), 4).Encode(edge.shifted(), codes, nullptr),
@@ -490,7 +481,7 @@ TEST_P(QuantizeTest, TheTypeOfTheNumbersDoesNotMatter) {
   for (const std::size_t dim : Sizes{1, 3, 31, 64, 80, 101, 128}) {
     for (const std::size_t tokens : Sizes{1, 9, 17}) {
       const Floats mean = RandomMean(dim, 41);
-      const Rows random = RandomRows(Dtype::kF16, tokens, dim, 0, 42);
+      const Rows random = RandomRows(KVMIX_F16, tokens, dim, 0, 42);
       const auto number = [&](std::size_t t, std::size_t i) {
         if (t % 8 == 3 && i % 50 == 0) return t % 16 == 3 ? HUGE_VALF : std::nanf("");
         const float x = random.aligned().At(t, 0, i) * (t % 7 == 2 ? 0x1p-14f : 1.0f);
@@ -610,7 +601,7 @@ TEST_P(QuantizeTest, F16StorageRoundsCutsAndCounts) {
   };
   for (const bool negative : {false, true}) {
     for (std::size_t dim = 1; dim <= cases.size(); ++dim) {  // each at every place of a vector
-      const Rows rows(Dtype::kF32, cases.size(), dim, 1, [&](std::size_t t, std::size_t i) {
+      const Rows rows(KVMIX_F32, cases.size(), dim, 1, [&](std::size_t t, std::size_t i) {
         return std::bit_cast<std::uint32_t>(cases[(t + i) % cases.size()].x) |
                (negative ? kFloatSign : 0u);
       });
@@ -631,13 +622,13 @@ TEST_P(QuantizeTest, F16StorageRoundsCutsAndCounts) {
 TEST_P(QuantizeTest, Dequantize) {
   for (const std::size_t dim : kDims) {
     for (const std::size_t tokens : Sizes{0, 1, 9}) {
-      const Rows rows = RandomRows(Dtype::kF16, tokens, dim, 0, 11);
+      const Rows rows = RandomRows(KVMIX_F16, tokens, dim, 0, 11);
       const Floats mean = RandomMean(dim, 12);
       for (const HeadCodec& codec :
            {Codec("i8-token"), Codec("i8-token", mean), Codec("i8-token-bf16"),
             Codec("i8-head", mean, 0.3f), Codec("f16"), Codec("i4-token"),
             Codec("i4-token-bf16", mean)}) {
-        if (codec.kind.storage == Storage::kI4 && dim % 2 != 0) continue;
+        if (codec.kind.storage == KVMIX_STORAGE_I4 && dim % 2 != 0) continue;
         const reference::Coded q = reference::Encode(rows.aligned(), codec);
         const Floats decoded = reference::Decode(q, tokens, dim, codec);
         const std::size_t stride = dim + 2;
@@ -714,10 +705,9 @@ TEST_P(QuantizeTest, ShapedCodesAreTheReferences) {
         for (const std::size_t tokens : Sizes{1, 2, 8, 13}) {
           std::mt19937 random(97);
           std::normal_distribution<float> normal(0.0f, 5.0f);
-          Expect(
-              Rows(Dtype::kF16, tokens, dim, 0,
-                   [&](std::size_t, std::size_t) { return BitsOf(Dtype::kF16, normal(random)); }),
-              codec);
+          Expect(Rows(KVMIX_F16, tokens, dim, 0,
+                      [&](std::size_t, std::size_t) { return BitsOf(KVMIX_F16, normal(random)); }),
+                 codec);
         }
       }
     }
@@ -735,8 +725,8 @@ TEST_P(QuantizeTest, ShapedRowsOfAnyValues) {
                          -FLT_MAX, 1e30f, NAN,       INFINITY,  -INFINITY, 3.0f};
   for (const std::string name : kShapedNames) {
     const HeadCodec codec = ShapedCodec(name, kNoMean, matrix);
-    const Rows rows(Dtype::kF32, 50, kDim, 0, [&](std::size_t t, std::size_t i) {
-      return BitsOf(Dtype::kF32, values[t % 7 == 0 ? t / 7 : (t * t + 5 * t * i) % values.size()]);
+    const Rows rows(KVMIX_F32, 50, kDim, 0, [&](std::size_t t, std::size_t i) {
+      return BitsOf(KVMIX_F32, values[t % 7 == 0 ? t / 7 : (t * t + 5 * t * i) % values.size()]);
     });
     Expect(rows, codec);
   }
@@ -753,9 +743,9 @@ TEST_P(QuantizeTest, ShapingMovesErrorsToWhereNoQueryLooks) {
     for (std::size_t r = 0; r < kRank; ++r)
       moment[i] += basis[r * kDim + i / kDim] * basis[r * kDim + i % kDim];
   }
-  const Floats matrix = internal::ShapingMatrix(moment, {}, false, kDim);
-  const Rows rows(Dtype::kF32, 500, kDim, 0, [&](std::size_t, std::size_t) {
-    return BitsOf(Dtype::kF32, static_cast<float>(normal(random)));
+  const Floats matrix = tune::ShapingMatrix(moment, {}, false, kDim);
+  const Rows rows(KVMIX_F32, 500, kDim, 0, [&](std::size_t, std::size_t) {
+    return BitsOf(KVMIX_F32, static_cast<float>(normal(random)));
   });
   for (const std::string name : kShapedNames) {
     double missed[2] = {0.0, 0.0};
@@ -799,7 +789,7 @@ TEST(ShapingMatrix, FactorsTheQueriesSecondMoment) {
   double trace = 0.0;
   for (std::size_t i = 0; i < kDim; ++i) trace += h[i * kDim + i];
   for (std::size_t i = 0; i < kDim; ++i) h[i * kDim + i] += 0.03 * trace / kDim;
-  const Floats l = internal::ShapingMatrix(moment, factor, true, kDim);
+  const Floats l = tune::ShapingMatrix(moment, factor, true, kDim);
   for (int side = 0; side < 2; ++side) {  // h <- L^-1 h, then the same from the right
     for (std::size_t row = 0; row < kDim; ++row) {
       for (std::size_t k = 0; k < row; ++k) {
@@ -819,7 +809,7 @@ TEST(ShapingMatrix, FactorsTheQueriesSecondMoment) {
     }
   }
   // Of a head at which no query looked.
-  const Floats unit = internal::ShapingMatrix(std::vector<double>(kDim * kDim), {}, false, kDim);
+  const Floats unit = tune::ShapingMatrix(std::vector<double>(kDim * kDim), {}, false, kDim);
   for (std::size_t i = 0; i < unit.size(); ++i)
     EXPECT_EQ(unit[i], i / kDim == i % kDim ? 1.0f : 0.0f);
 }
@@ -876,8 +866,8 @@ TEST_P(QuantizeTest, I4ScalesAreNearTheBest) {
     for (const bool outliers : {false, true}) {
       std::mt19937 random(91);
       std::normal_distribution<float> normal;
-      const Rows rows(Dtype::kF32, 100, dim, 0, [&](std::size_t, std::size_t i) {
-        return BitsOf(Dtype::kF32, normal(random) * (outliers && i % 13 == 5 ? 4.0f : 1.0f));
+      const Rows rows(KVMIX_F32, 100, dim, 0, [&](std::size_t, std::size_t i) {
+        return BitsOf(KVMIX_F32, normal(random) * (outliers && i % 13 == 5 ? 4.0f : 1.0f));
       });
       const RowCodec codec = Create(Codec("i4-token"), dim);
       std::vector<std::uint8_t> codes(dim / 2);
@@ -908,8 +898,8 @@ TEST_P(QuantizeTest, I4ErrorOfRotatedRows) {
     for (const std::string name : {"i4-token+hadamard", "i4-token-bf16+hadamard"}) {
       std::mt19937 random(92);
       std::normal_distribution<float> normal;
-      const Rows rows(Dtype::kF16, 2000, dim, 0, [&](std::size_t t, std::size_t) {
-        return BitsOf(Dtype::kF16, normal(random) * (t % 2 == 0 ? 1.0f : 100.0f));
+      const Rows rows(KVMIX_F16, 2000, dim, 0, [&](std::size_t t, std::size_t) {
+        return BitsOf(KVMIX_F16, normal(random) * (t % 2 == 0 ? 1.0f : 100.0f));
       });
       const RowCodec codec = Create(Codec(name), dim);
       std::vector<std::uint8_t> codes(2000 * dim / 2);
@@ -929,8 +919,8 @@ TEST_P(QuantizeTest, I4ErrorOfRotatedRows) {
 // The largest floats come back as finite numbers, which a scale rounded up would not let them.
 TEST_P(QuantizeTest, I4OfTheLargestFloatsIsFinite) {
   for (const std::string name : {"i4-token", "i4-token-bf16"}) {
-    const Rows rows(Dtype::kF32, 2, 34, 0, [](std::size_t t, std::size_t i) {
-      return BitsOf(Dtype::kF32, t == 0 || i == 0 ? (i % 2 == 0 ? FLT_MAX : -FLT_MAX) : 0.0f);
+    const Rows rows(KVMIX_F32, 2, 34, 0, [](std::size_t t, std::size_t i) {
+      return BitsOf(KVMIX_F32, t == 0 || i == 0 ? (i % 2 == 0 ? FLT_MAX : -FLT_MAX) : 0.0f);
     });
     const RowCodec codec = Create(Codec(name), 34);
     std::uint8_t codes[34];
@@ -951,8 +941,8 @@ TEST_P(QuantizeTest, Errors) {
         const Floats mean = RandomMean(dim, 22);
         for (const HeadCodec& codec : {Codec("i8-token-bf16"), Codec("i8-token-bf16", mean),
                                        Codec("f16"), Codec("i4-token", mean)}) {
-          if (dtype != Dtype::kF16 && codec.kind.storage == Storage::kF16) continue;
-          if (codec.kind.storage == Storage::kI4 && dim % 2 != 0) continue;
+          if (dtype != KVMIX_F16 && codec.kind.storage == KVMIX_STORAGE_F16) continue;
+          if (codec.kind.storage == KVMIX_STORAGE_I4 && dim % 2 != 0) continue;
           const reference::Coded q = reference::Encode(rows.aligned(), codec);
           const ErrorSums expected = reference::Errors(rows.aligned(), q, codec);
           const ErrorSums errors =
@@ -983,7 +973,7 @@ TEST_P(QuantizeTest, ErrorsOfNotANumber) {
 
 TEST_P(QuantizeTest, EveryHalfToFloatAndFinite) {
   constexpr std::size_t kDim = 509, kRows = 65536 / kDim + 1;
-  const Rows all(Dtype::kF16, kRows, kDim, 0, [](std::size_t t, std::size_t i) {
+  const Rows all(KVMIX_F16, kRows, kDim, 0, [](std::size_t t, std::size_t i) {
     return static_cast<std::uint32_t>((t * kDim + i) & 0xFFFF);
   });
   Floats floats(kRows * kDim);
@@ -1006,7 +996,7 @@ TEST_P(QuantizeTest, EveryHalfToFloatAndFinite) {
 // f32 and bf16 as they are, NaN's bits too; strides and what lies between rows.
 TEST_P(QuantizeTest, ToFloatKeepsTheBits) {
   std::mt19937 random(71);
-  for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
+  for (const Dtype dtype : {KVMIX_BF16, KVMIX_F32}) {
     for (const std::size_t dim : Sizes{1, 31, 64, 100}) {
       for (const bool backwards : {false, true}) {
         const Rows rows(
@@ -1014,7 +1004,7 @@ TEST_P(QuantizeTest, ToFloatKeepsTheBits) {
             [&](std::size_t t, std::size_t i) {
               const auto bits =
                   static_cast<std::uint32_t>(random() | ((t + i) % 5 == 0 ? 0x7F800000u : 0u));
-              return dtype == Dtype::kF32 ? bits : bits >> 16;
+              return dtype == KVMIX_F32 ? bits : bits >> 16;
             },
             backwards);
         Floats out(9 * (dim + 3), -1e9f);
@@ -1039,9 +1029,9 @@ TEST_P(QuantizeTest, RowCodecTakesStridedRowsOfEveryType) {
          {Codec("f16"), Codec("i8-head", kNoMean, 0.1f), Codec("i8-token", mean),
           Codec("i8-token-bf16"), Codec("i8-head", mean, 0.1f)}) {
       const RowCodec compiled = Create(codec, 80);
-      EXPECT_EQ(compiled.row_bytes(), codec.kind.storage == Storage::kF16 ? 160u : 80u);
-      EXPECT_EQ(compiled.stores_scales(),
-                codec.kind.scale == Scale::kToken || codec.kind.scale == Scale::kTokenBF16);
+      EXPECT_EQ(compiled.row_bytes(), codec.kind.storage == KVMIX_STORAGE_F16 ? 160u : 80u);
+      EXPECT_EQ(compiled.stores_scales(), codec.kind.scale == KVMIX_SCALE_TOKEN ||
+                                              codec.kind.scale == KVMIX_SCALE_TOKEN_BF16);
       reference::Coded coded{std::vector<std::uint8_t>(21 * compiled.row_bytes()),
                              Floats(compiled.stores_scales() ? 21 : 0), 0};
       coded.clamped = compiled.Encode(rows.shifted(), coded.rows.data(), coded.scales.data());

@@ -3,7 +3,6 @@
 there is one. report_test.py KVMIX-REPORT (in the build folder, beside the programs that it runs)"""
 import copy
 import functools
-import hashlib
 import html.parser
 import http.server
 import json
@@ -20,22 +19,18 @@ import xml.etree.ElementTree as xml
 
 try:
     import matplotlib.image
-    import numpy as np
 except ImportError:
     print('report_test: SKIPPED, no matplotlib (apt-get install python3-matplotlib)')
     sys.exit(77)
 
 REPORT = pathlib.Path(sys.argv.pop()).resolve()
-sys.path.insert(0, str(REPORT))  # the program is a package as well
-from kvmix_tools.dump import header  # noqa: E402
-from kvmix_tools.report import llama_cpp  # noqa: E402
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 BROWSER = os.environ.get('KVMIX_BROWSER') or next(filter(None, map(shutil.which, BROWSERS)), None)
 LAYERS, KV_HEADS, QUERY_HEADS = 4, 2, 6
-CHARTS = {'pareto_front', 'past_half', 'plan', 'attention_per_layer', 'mse_per_layer',
+CHARTS = {'pareto_front', 'plan', 'attention_per_layer', 'mse_per_layer',
           'error_heatmap', 'kernel_speeds'}
-EXTRA = {'kernel_speeds', 'past_half'}  # only where they are asked for
+EXTRA = {'kernel_speeds'}  # only where they are asked for
 
 
 # ---- inputs as the programs write them -----------------------------------------------------------
@@ -90,17 +85,10 @@ BENCH = {
     'benchmarks': [{'name': f'attend_decode/AVX2/k={c},v={c}/q14kv2d64/4k/t1', 'real_time': 42000.0,
                     'time_unit': 'ns', 'bytes_per_second': 2e10, 'mac_per_second': 1e11,
                     'limit_fraction': 0.5, 'label': 'read, L2'} for c in ('f16', 'i8-token')]}
-CACHE_TYPES = {
-    'format': 'kvmix-cache-types-1', 'dump': 'c4', 'tokens': 9,
-    'query_heads': [QUERY_HEADS] * LAYERS,
-    'types': [{'type': name, 'saved_fraction': saved, 'worst_nmse': 1e-6 * 50 ** (10 * saved),
-               'mean_nmse': 1e-6 * 40 ** (10 * saved), 'worst_cosine': 1 - saved / 9}
-              for name, saved in (('q8_0', 0.47), ('q5_0', 0.66), ('q4_0', 0.72))]}
 GOOD = {
     'quant_s1.csv': quant(1), 'quant_s2.csv': quant(2), 'quant_plan.csv': quant(3),
     'attention_s1.csv': attention(0.05), 'attention_plan.csv': attention(0.001), 'size.csv': SIZE,
-    'plan.json': json.dumps(PLAN), 'tune.json': json.dumps(TUNE), 'bench.json': json.dumps(BENCH),
-    'llama_cpp.json': json.dumps(CACHE_TYPES)}
+    'plan.json': json.dumps(PLAN), 'tune.json': json.dumps(TUNE), 'bench.json': json.dumps(BENCH)}
 
 
 class Case(unittest.TestCase):
@@ -322,116 +310,6 @@ class Errors(Case):
         done = self.run_report('size.csv', env={**os.environ, 'PYTHONPATH': str(self.path)})
         self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1))
         self.assertRegex(done.stderr, 'matplotlib.*apt-get install python3-matplotlib')
-
-
-def dump_of(k, v, q, **metadata):
-    """Layer by layer [tokens, heads, channels]; a dump's bytes."""
-    tensors = {f'layers.{i}.{name}': x for name, of in zip('kvq', (k, v, q))
-               for i, x in enumerate(of)}
-    return (header({name: x.shape for name, x in tensors.items()},
-                   {'format': 'kvmix-dump-1', **metadata}) +
-            b''.join(x.astype('<f2').tobytes() for x in tensors.values()))
-
-
-def random_layers(heads, width=64, tokens=150):
-    random = np.random.default_rng(heads)
-    return random.standard_normal((LAYERS, tokens, heads, width)).astype('<f2')
-
-
-class LlamaCpp(Case):
-    """llama.cpp's cache types beside the front."""
-
-    def test_rounding_is_that_of_ggml(self):
-        """The SHA-256 of what quantize_row_*_ref and dequantize_row_* of ggml 0.25.3 make of x."""
-        x = ((np.arange(32000) * 48271 % 65537 - 32768.0) ** 3 / 2**40).astype('<f4')
-        for name, expected in (
-                ('q8_0', 'adc3a416f0929216beb85480ce3983d295c91bb88d2eb91ec9097fc322d2bddd'),
-                ('q5_0', 'ce9783315947ecf10b7c9ddcc42406d12b4e55ac9f8e6ba98337d4d480781c98'),
-                ('q4_0', 'c793224c7609e7ecdc74e092fcf0f3727e02463da244a8b63f2dff22380dce2e')):
-            found = llama_cpp.rounded(x, name) + np.float32(0)  # no -0
-            self.assertEqual(hashlib.sha256(found.tobytes()).hexdigest(), expected, name)
-            self.assertFalse(llama_cpp.rounded(np.zeros((2, 64), np.float32), name).any())
-
-    def test_rotation_is_that_of_llama_cpp(self):
-        for widths, kind, block in (([64], 'k', 64), ([128], 'k', 128), ([192, 192], 'k', 64),
-                                    ([256], 'k', 256), ([256], 'v', 64), ([96], 'k', 1),
-                                    ([32], 'v', 1), ([128, 64], 'k', 1)):
-            matrix = llama_cpp.rotation(widths, kind)
-            self.assertEqual(len(matrix), block, widths)
-            np.testing.assert_allclose(matrix @ matrix, np.eye(block), atol=1e-6)
-            signs = [[(-1) ** bin(i & j).count('1') for j in range(block)] for i in range(block)]
-            np.testing.assert_array_equal(np.sign(matrix), signs)
-        row = np.full((1, 1, 64), 3, np.float32)  # one number once rotated, which has a code
-        np.testing.assert_allclose(
-            llama_cpp.stored(row, llama_cpp.rotation([64], 'k'), 'q4_0'), row, rtol=1e-3)
-
-    def test_attention(self):
-        q, k, v = (random_layers(heads)[0].astype(float) for heads in (6, 2, 3))
-        v = v[:, :2, :32]
-        for shape in ({}, {'attention_scale': 0.3, 'window': 70, 'soft_cap': 5.0,
-                           'sinks': [0.5, -1, 2, 3, 0, 1]}):
-            expected = np.empty((150, 6, 32))
-            for t, h in np.ndindex(150, 6):
-                first = max(0, t + 1 - shape.get('window', 150))
-                s = k[first:t + 1, h // 3] @ q[t, h] * shape.get('attention_scale', 0.125)
-                s = 5 * np.tanh(s / 5) if shape else s
-                p = np.exp(s)
-                total = p.sum() + (np.exp(shape['sinks'][h]) if shape else 0)
-                expected[t, h] = p @ v[first:t + 1, h // 3] / total
-            found = llama_cpp.attention(*(x.astype(np.float32) for x in (q, k, v)), shape)
-            np.testing.assert_allclose(found, expected, atol=1e-5)
-        nmse, cosine = llama_cpp.compare(expected, expected * 1.1)
-        np.testing.assert_allclose([nmse, cosine], [[0.01] * 6, [1] * 6])
-
-    def write(self, k=None, **metadata):
-        layers = [random_layers(2) if k is None else k, random_layers(2), random_layers(6)]
-        (self.path / 'a.dump').write_bytes(dump_of(*layers, **metadata))
-        (self.path / 'tune.json').write_text(GOOD['tune.json'])
-
-    def test_from_a_dump_to_the_page_and_again_from_what_was_kept(self):
-        self.write(prompt_tokens='100,50')
-        done = self.run_report('tune.json', '--llama-cpp', 'a.dump', '--keep', '.')
-        self.assertEqual((done.returncode, done.stderr), (0, ''))
-        text = (self.path / 'report.html').read_text()
-        page = Page(text)
-        for word in ('q8_0', 'q5_0', 'q4_0', '46.88 %', '65.62 %', '71.88 %', 'a.dump (150 tok'):
-            self.assertIn(word, page.text)
-        self.assertIn('past_half', page.ids)
-        types = json.loads((self.path / 'llama_cpp.json').read_text())['types']
-        for finer, coarser in zip(types, types[1:]):  # of normal numbers: 6 dB a bit
-            bits = int(finer['type'][1]) - int(coarser['type'][1])
-            found = np.log2(coarser['mean_nmse'] / finer['mean_nmse']) / 2
-            self.assertAlmostEqual(found, bits, delta=0.35)
-        self.assertEqual(self.run_report('tune.json', 'llama_cpp.json').returncode, 0)
-        self.assertEqual((self.path / 'report.html').read_text(), text)
-
-    def test_refused(self):
-        def refused(pattern, *files):
-            done = self.run_report(*(files or ('tune.json', '--llama-cpp', 'a.dump')))
-            self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
-            self.assertRegex(done.stderr, f'^kvmix-report: error: .*{pattern}')
-            self.assertFalse((self.path / 'report.html').exists())
-        self.write()
-        whole = (self.path / 'a.dump').read_bytes()
-        for damaged in (b'', whole[:4], whole[:200], whole[:-2], b'\xff' * 99):
-            (self.path / 'a.dump').write_bytes(damaged)
-            refused('a.dump: expected a dump')
-        refused('b.dump: No such file', 'tune.json', '--llama-cpp', 'b.dump')
-        for pattern, k, metadata in (
-                ('a.dump: expected finite numbers in layers.0.k, found NaN',
-                 random_layers(2) * np.float16(np.inf), {}),
-                ('a.dump: .* multiple of 32 channels', random_layers(2, 48), {}),
-                ('a.dump: expected prompt_tokens that sum to 150', None, {'prompt_tokens': '149'})):
-            self.write(k, **metadata)
-            refused(pattern)
-        (self.path / 'a.dump').write_bytes(dump_of(random_layers(2), random_layers(2), []))
-        refused('a.dump: expected Q')
-        (self.path / 'a.dump').write_bytes(dump_of(*(random_layers(2)[:3] for _ in 'kvq')))
-        refused('expected a dump of 4 layers.* as tune.json has, found 3 layers, 6 query heads')
-        (self.path / 'types.json').write_text(GOOD['llama_cpp.json'])
-        refused('types.json: expected a report of kvmix-tune --json', 'types.json')
-        (self.path / 'types.json').write_text(GOOD['llama_cpp.json'].replace('worst_nmse', 'x', 1))
-        refused('types.json: expected "worst_nmse"', 'tune.json', 'types.json')
 
 
 class Sample(Case):

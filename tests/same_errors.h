@@ -6,18 +6,18 @@
 
 #include <cstddef>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 
 namespace kvmix::testing {
 
-inline void ExpectSame(const AttentionError& a, const AttentionError& b) {
+inline void ExpectSame(const tune::AttentionError& a, const tune::AttentionError& b) {
   EXPECT_EQ(a.sum_squared_error, b.sum_squared_error);
   EXPECT_EQ(a.sum_squared_output, b.sum_squared_output);
   EXPECT_EQ(a.sum_cosine, b.sum_cosine);
   EXPECT_EQ(a.rows, b.rows);
 }
 
-inline void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
+inline void ExpectSame(const tune::ErrorTable& a, const tune::ErrorTable& b) {
   EXPECT_EQ(a.model, b.model);
   EXPECT_EQ(a.dumps, b.dumps);
   EXPECT_EQ(a.model_name, b.model_name);
@@ -25,7 +25,7 @@ inline void ExpectSame(const ErrorTable& a, const ErrorTable& b) {
   EXPECT_EQ(a.longest_prompt, b.longest_prompt);
   ASSERT_EQ(a.heads.size(), b.heads.size());
   for (std::size_t i = 0; i < a.heads.size(); ++i) {
-    const HeadErrors &x = a.heads[i], &y = b.heads[i];
+    const tune::HeadErrors &x = a.heads[i], &y = b.heads[i];
     EXPECT_EQ(x.layer, y.layer);
     EXPECT_EQ(x.kv_head, y.kv_head);
     EXPECT_EQ(x.tensor, y.tensor);

@@ -133,19 +133,15 @@ TEST(Release, RefusesEveryCallAfterwards) {
   std::uint8_t code = 0;
   const void* codes[] = {&code, &code, &code};
   const float* scales[] = {out.data(), out.data(), out.data()};
-  AppendJob append;
-  AttendJob attend;
   refused(a.Append(0, k, v));
-  refused(append.Start(a, 0, k, v));
   refused(a.Store(0, {&cell, 1}, k.Tokens(0, 1), v.Tokens(0, 1)));
   refused(a.Truncate(0));
   refused(a.Forget(0, 0));
   refused(a.Shift(0, 0, {&rope, 1}));
   refused(a.Fork().status());
-  refused(a.ExportRows(0, 0, Tensor::kK, 0, 0, &code, out.data()));
+  refused(a.ExportRows(0, 0, KVMIX_K, 0, 0, &code, out.data()));
   refused(a.ImportRows(0, 0, codes, scales, codes, scales));
   refused(Attend(a, 0, QView(c.g, q), out.data()));
-  refused(attend.Start(a, 0, QView(c.g, q), out.data()));
   const AppendRequest request{&a, k, v};
   ExpectError(Append({&request, 1}, 0), ErrorCode::kInvalidArgument,
               {"request 0 of 1", "released"});
@@ -403,8 +399,7 @@ TEST(Forget, NoQuerySeesThem) {
     for (const std::size_t first : {1, 255, 256, 700, 1024, 1398, 1399, 1400}) {
       SCOPED_TRACE(first);
       Cache cache = Filled(c.plan, c.rows, 1500, target);
-      const std::vector<double> k = Decoded(cache, 0, Tensor::kK),
-                                v = Decoded(cache, 0, Tensor::kV);
+      const std::vector<double> k = Decoded(cache, 0, KVMIX_K), v = Decoded(cache, 0, KVMIX_V);
       const std::size_t bytes = cache.bytes();
       ASSERT_TRUE(cache.Forget(0, first).ok());
       EXPECT_EQ(cache.forgotten(0), first);
@@ -428,8 +423,8 @@ TEST(Forget, AndTruncate) {
   ExpectError(cache.Truncate(599), ErrorCode::kInvalidArgument, {"599", "layer 1", "600"});
   std::uint8_t code = 0;
   float scale = 0.0f;
-  ExpectError(cache.ExportRows(1, 0, Tensor::kK, 599, 1, &code, &scale),
-              ErrorCode::kInvalidArgument, {"599", "from 600 to 900"});
+  ExpectError(cache.ExportRows(1, 0, KVMIX_K, 599, 1, &code, &scale), ErrorCode::kInvalidArgument,
+              {"599", "from 600 to 900"});
   EXPECT_EQ(cache.tokens(0), 900u) << "nothing is dropped";
   ASSERT_TRUE(cache.Truncate(600).ok());
   const std::vector<Half> q = RandomQueries(c.g, 1, 4);

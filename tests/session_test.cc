@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvmix/quantize.h"
 #include "tests/cache_rows.h"
 
 namespace kvmix::testing {
@@ -116,6 +117,68 @@ TEST(Session, OfForgottenTokensAndOfCellsNeverWritten) {
   });
 }
 
+// A layer that has forgotten all its tokens still says what its first ones were.
+TEST(Session, OfForgottenTokensThatArePartlyExact) {
+  Case c(40);
+  c.plan.exact_first = 3;
+  Cache cache = Filled(c.plan, c.rows, 100);
+  ASSERT_TRUE(cache.Forget(1, 40).ok());
+  const std::string bytes = Saved(cache);
+  Cache loaded = Filled(c.plan, {}, 100);
+  const Status s = Load(loaded, bytes);
+  ASSERT_TRUE(s.ok()) << s.message();
+  EXPECT_EQ(loaded.forgotten(1), 40u);
+  EXPECT_EQ(Saved(loaded), bytes);
+  AppendToAll(loaded, c.others, 0, 20);
+  AppendToAll(cache, c.others, 0, 20);
+  ExpectSame(loaded, cache);
+}
+
+// The bytes as docs/formats.md lists them.
+TEST(Session, IsAsLongAsItsDescriptionSays) {
+  Case c(300);
+  c.plan.exact_first = 3;
+  const std::size_t header = 8 + 4 + 8 + 4 + std::string("a-model").size() + 8;
+  Cache cache = Filled(c.plan, {}, 400);
+  EXPECT_EQ(Saved(cache).size(), header + 2 * (8 + 8 + 8));  // without tokens no exact rows
+  cache = Filled(c.plan, c.rows, 400);
+  std::size_t token = 0;  // bytes of a token in all layers
+  for (const HeadCodec& head : c.plan.codecs) {
+    const RowCodec codec = *RowCodec::Create(head, 48);
+    token += codec.row_bytes() + (codec.stores_scales() ? sizeof(float) : 0);
+  }
+  EXPECT_EQ(Saved(cache).size(),
+            header + 2 * (8 + 8 + 3 * 3 * (48 + 48) * sizeof(Half) + 8) + 300 * token);
+}
+
+// A stream that throws for everything, as many programs have it, is a Status all the same.
+TEST(Session, StreamsThatThrow) {
+  const Case c(300);
+  Cache cache = Filled(c.plan, c.rows, 400), other = Filled(c.plan, c.others, 400);
+  const std::string bytes = Saved(cache), before = Saved(other);
+  const auto all = std::ios::failbit | std::ios::badbit | std::ios::eofbit;
+  for (const std::size_t length : {std::size_t{0}, std::size_t{5}, bytes.size() / 2}) {
+    std::istringstream cut(bytes.substr(0, length));
+    cut.exceptions(all);
+    EXPECT_EQ(LoadSession(other, cut).code(), ErrorCode::kCorrupt);
+    EXPECT_EQ(cut.exceptions(), all);
+    EXPECT_TRUE(cut.fail());
+    EXPECT_EQ(Saved(other), before);
+  }
+  std::istringstream whole(bytes);
+  whole.exceptions(all);
+  EXPECT_TRUE(LoadSession(other, whole).ok());
+  std::ofstream nowhere;
+  EXPECT_FALSE(SaveSession(cache, nowhere).ok());
+  if (std::filesystem::exists("/dev/full")) {
+    std::ofstream full("/dev/full", std::ios::binary);
+    full.exceptions(all);
+    EXPECT_EQ(SaveSession(cache, full).code(), ErrorCode::kIo);
+    EXPECT_EQ(full.exceptions(), all);
+    full.exceptions(std::ios::goodbit);  // so that its end is quiet as well
+  }
+}
+
 TEST(Session, OfForksAndOverThem) {
   const Case c(700);
   const Pool pool = Pool::Create(c.plan).value();
@@ -211,7 +274,7 @@ TEST(SessionDamage, OtherPlansVersionsAndSizes) {
   const Cache cache = Filled(c.plan, c.rows, 400);
   const std::string good = Saved(cache);
   Plan other = c.plan;
-  other.codec(1, 2, Tensor::kK).head_scale *= 2.0f;
+  other.codec(1, 2, KVMIX_K).head_scale *= 2.0f;
   other.provenance.model = "another-model";
   Cache of_other = Filled(other, c.others, 400);
   const Cache before = Filled(other, c.others, 400);
@@ -332,18 +395,16 @@ TEST(Fingerprint, OfAllThatDecidesWhatBytesMean) {
     EXPECT_EQ(std::count(seen.begin(), seen.end(), found), 0) << what;
     seen.push_back(found);
   };
-  differs([](Plan& p) { std::swap(p.codec(0, 0, Tensor::kK), p.codec(0, 1, Tensor::kK)); },
-          "order");
-  differs([](Plan& p) { std::swap(p.codec(0, 0, Tensor::kV), p.codec(0, 1, Tensor::kV)); },
-          "order");
-  differs([](Plan& p) { p.codec(1, 2, Tensor::kK).head_scale *= 1.0000002f; }, "a scale");
-  differs([](Plan& p) { p.codec(1, 0, Tensor::kV).kind.scale = Scale::kTokenBF16; }, "a kind");
+  differs([](Plan& p) { std::swap(p.codec(0, 0, KVMIX_K), p.codec(0, 1, KVMIX_K)); }, "order");
+  differs([](Plan& p) { std::swap(p.codec(0, 0, KVMIX_V), p.codec(0, 1, KVMIX_V)); }, "order");
+  differs([](Plan& p) { p.codec(1, 2, KVMIX_K).head_scale *= 1.0000002f; }, "a scale");
+  differs([](Plan& p) { p.codec(1, 0, KVMIX_V).kind.scale = KVMIX_SCALE_TOKEN_BF16; }, "a kind");
   for (const std::size_t layer : {0, 1}) {
     differs(
         [&](Plan& p) {
-          CodecVectors vectors = *p.codec(layer, 0, Tensor::kK).vectors;
+          CodecVectors vectors = *p.codec(layer, 0, KVMIX_K).vectors;
           vectors.mean[47] += 1.0f;
-          p.codec(layer, 0, Tensor::kK).vectors = std::make_shared<const CodecVectors>(vectors);
+          p.codec(layer, 0, KVMIX_K).vectors = std::make_shared<const CodecVectors>(vectors);
         },
         "a mean");
   }
@@ -367,7 +428,7 @@ TEST(ImportRows, RefusesWhatNoEncoderMakes) {
   for (std::size_t i = 0; i < good.size(); ++i) {
     const std::string head = "KV head " + std::to_string(i / 2) + ", " + (i % 2 == 0 ? "K" : "V");
     const HeadCodec& codec = c.plan.codec(0, i / 2, static_cast<Tensor>(i % 2));
-    const bool f16 = codec.kind.storage == Storage::kF16;
+    const bool f16 = codec.kind.storage == KVMIX_STORAGE_F16;
     for (const std::size_t row : {0, 29}) {
       const std::vector<std::string> parts = {"layer 0", head, "row " + std::to_string(row)};
       LayerRows bad = good;
@@ -377,11 +438,12 @@ TEST(ImportRows, RefusesWhatNoEncoderMakes) {
           bad[i].codes[row * 96 + 95] = static_cast<std::uint8_t>(bits >> 8);
           refused(bad, parts);
         }
-      } else if (codec.kind.storage == Storage::kI8) {  // every nibble is a code of i4
+      } else if (codec.kind.storage == KVMIX_STORAGE_I8) {  // every nibble is a code of i4
         bad[i].codes[row * 48 + 47] = 0x80;
         refused(bad, parts);
       }
-      if (codec.kind.scale != Scale::kToken && codec.kind.scale != Scale::kTokenBF16) continue;
+      if (codec.kind.scale != KVMIX_SCALE_TOKEN && codec.kind.scale != KVMIX_SCALE_TOKEN_BF16)
+        continue;
       for (const float scale : {kNaN, kInf, -kInf}) {
         bad = good;
         bad[i].scales[row] = scale;

@@ -65,7 +65,7 @@ std::vector<float> TurnedBack(std::vector<float> k, const Geometry& g, const Rop
 double KeyError(const Cache& cache, std::size_t layer, std::size_t head,
                 const std::vector<float>& exact) {
   const Geometry g = GeometryOf(cache.model());
-  const std::vector<double> found = Decoded(cache, layer, Tensor::kK);
+  const std::vector<double> found = Decoded(cache, layer, KVMIX_K);
   double error = 0.0, size = 0.0;
   for (std::size_t i = 0; i < exact.size(); ++i) {
     if (i / g.head_dim % g.kv_heads != head) continue;

@@ -1,5 +1,5 @@
 // Wisdom files, and the timing code: what is called when, not how fast.
-#include "kvmix/speed.h"
+#include "kvmix/tune/speed.h"
 
 #include <gtest/gtest.h>
 
@@ -14,14 +14,13 @@
 #include <nlohmann/json.hpp>
 
 #include "dump_files.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/tune/stopwatch.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
-using internal::MedianSeconds;
 using testing::ExpectGoodMessage;
 using testing::ReadBytes;
 using testing::TempFolder;
@@ -271,8 +270,9 @@ TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
   ASSERT_TRUE(MeasureHeadSpeeds(all.k, all.v, Shape(1, 17), 20, 0.0, &odd).ok());
   EXPECT_EQ(odd.speeds.size(), 9u);
   for (const bool step : {false, true}) {
-    EXPECT_EQ(SpeedName({Storage::kI8, Scale::kTokenBF16, step, step, step}), "i8-token-bf16");
-    EXPECT_EQ(SpeedName({Storage::kI8, Scale::kHead, step, false, step}), "i8-head");
+    EXPECT_EQ(SpeedName({KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, step, step, step}),
+              "i8-token-bf16");
+    EXPECT_EQ(SpeedName({KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, step, false, step}), "i8-head");
   }
   EXPECT_EQ(SpeedName({}), "f16");
 }
@@ -308,4 +308,4 @@ TEST(MeasureHeadSpeeds, RefusesShapesThatAreNone) {
 }
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

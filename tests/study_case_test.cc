@@ -8,11 +8,11 @@
 
 #include <gtest/gtest.h>
 
-#include "kvmix/dump.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 #include "synthetic_dump.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 using Heads = std::set<std::pair<std::size_t, std::size_t>>;
@@ -49,7 +49,7 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   synthetic.Write(folder.file("study.safetensors"));
   const auto dump = Dump::Open(folder.file("study.safetensors"));
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  const auto table = Measure({&*dump}, *Candidates("seed"), 0, 24, {.num_threads = 2});
+  const auto table = Measure({&*dump}, *Candidates("seed"), 0, 24, {.runner = 2});
   ASSERT_TRUE(table.ok()) << table.status().message();
   Constraints constraints;
   constraints.budget = 0.45;
@@ -58,8 +58,8 @@ TEST_P(StudyCase, KeepsExactlyTheSixOutliersInFp16) {
   EXPECT_GE(SavedFraction(choice->plan), 0.45);
   Heads fp16_k, fp16_v;
   for (const HeadErrors& h : table->heads)
-    if (choice->plan.codec(h.layer, h.kv_head, h.tensor).kind.storage == Storage::kF16)
-      (h.tensor == Tensor::kK ? fp16_k : fp16_v).insert({h.layer, h.kv_head});
+    if (choice->plan.codec(h.layer, h.kv_head, h.tensor).kind.storage == KVMIX_STORAGE_F16)
+      (h.tensor == KVMIX_K ? fp16_k : fp16_v).insert({h.layer, h.kv_head});
   EXPECT_EQ(fp16_k, kStudyHeads);
   EXPECT_EQ(fp16_v, Heads{});
 }
@@ -77,4 +77,4 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& test) { return test.param.name; });
 
 }  // namespace
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -7,18 +7,13 @@
 #include <random>
 #include <set>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
-
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 
 #include "dump_files.h"
 #include "kvmix/half.h"
 #include "kvmix/model.h"
-#include "lib/plan/model_json.h"
+#include "kvmix/tune/dump.h"
 
 namespace kvmix::testing {
 
@@ -64,27 +59,23 @@ struct SyntheticDump {
   // As a safetensors file.
   void Write(const std::string& path) const {
     std::mt19937 random(seed);
-    nlohmann::ordered_json header;
-    header["__metadata__"] = {{"format", "kvmix-dump-1"},
-                              {"model", "synthetic"},
-                              {"prompt_tokens", fmt::format("{}", fmt::join(prompt_tokens, ","))}};
-    if (!model.geometry()) header["__metadata__"]["layer_shapes"] = internal::LayersText(model);
-    std::string buffer;
+    tune::DumpWriter writer(path);
     for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
       const LayerShape& shape = model.layers[layer];
-      for (const char tensor : {'k', 'q', 'v'}) {
+      std::vector<Half> numbers[3];  // of k, q and v
+      RowsView rows[3];
+      for (std::size_t i = 0; i < 3; ++i) {
+        const char tensor = "kqv"[i];
         if (tensor == 'q' ? !shape.has_kv() : !shape.owns_kv()) continue;
-        const std::vector<Half> rows = Rows(layer, tensor, &random);
-        header[fmt::format("layers.{}.{}", layer, tensor)] = {
-            {"dtype", "F16"},
-            {"shape",
-             {tokens(), tensor == 'q' ? shape.query_heads : shape.kv_heads,
-              tensor == 'v' ? shape.v_dim : shape.k_dim}},
-            {"data_offsets", {buffer.size(), buffer.size() + rows.size() * sizeof(Half)}}};
-        buffer.append(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Half));
+        numbers[i] = Rows(layer, tensor, &random);
+        rows[i] = RowsView::F16(numbers[i].data(), tokens(),
+                                tensor == 'q' ? shape.query_heads : shape.kv_heads,
+                                tensor == 'v' ? shape.v_dim : shape.k_dim);
       }
+      EXPECT_TRUE(writer.Add(layer, rows[0], rows[2], rows[1]).ok());
     }
-    WriteBytes(path, SafetensorsBytes(header.dump(), buffer));
+    const Status s = writer.Finish({model, prompt_tokens, "synthetic", ""});
+    EXPECT_TRUE(s.ok()) << s.message();
   }
 
  private:

@@ -42,19 +42,21 @@ std::size_t RoundUp(std::size_t n, std::size_t to) { return (n + to - 1) / to * 
 // two bytes.
 std::vector<std::size_t> Planes(const TileFormat& f) {
   switch (f.row.storage) {
-    case Storage::kI6:
+    case KVMIX_STORAGE_I6:
       return {4, 2};
-    case Storage::kI4:
+    case KVMIX_STORAGE_I4:
       return {4};
-    case Storage::kI3:
+    case KVMIX_STORAGE_I3:
       return {2, 1};
-    default:
-      return {};
+    case KVMIX_STORAGE_F16:
+    case KVMIX_STORAGE_I8:
+      break;
   }
+  return {};
 }
 std::size_t CodeBits(const TileFormat& f) {
   const std::vector<std::size_t> planes = Planes(f);
-  if (planes.empty()) return f.row.storage == Storage::kF16 ? 16 : 8;
+  if (planes.empty()) return f.row.storage == KVMIX_STORAGE_F16 ? 16 : 8;
   return std::accumulate(planes.begin(), planes.end(), std::size_t{0});
 }
 std::size_t CodeBytes(const TileFormat& f) { return CodeBits(f) > 8 ? 2 : 1; }
@@ -65,7 +67,7 @@ std::size_t ChannelStep(const TileFormat& f) {
 // A tile has a multiple of so many terms of each lane.
 std::size_t Terms(const TargetTiles& target, const TileFormat& f) {
   if (!Planes(f).empty()) return 4 * (8 / Planes(f).back());
-  return f.row.storage == Storage::kF16 ? 1 : target.i8_width;
+  return f.row.storage == KVMIX_STORAGE_F16 ? 1 : target.i8_width;
 }
 std::size_t ScaleBytes(const TileFormat& f) {
   return f.row.scale == ScaleStore::kF32 ? 4 : f.row.scale == ScaleStore::kBF16 ? 2 : 0;
@@ -74,12 +76,12 @@ std::size_t ScaleBytes(const TileFormat& f) {
 // The formats of K and V: every storage and scale, each as K and as V.
 std::vector<std::pair<RowFormat, RowFormat>> Formats() {
   RowFormat f16, constant, f32, bf16, i6, i4_f32, i4_bf16, i3;
-  i6.storage = Storage::kI6;
-  i4_f32.storage = i4_bf16.storage = Storage::kI4;
-  i3.storage = Storage::kI3;
+  i6.storage = KVMIX_STORAGE_I6;
+  i4_f32.storage = i4_bf16.storage = KVMIX_STORAGE_I4;
+  i3.storage = KVMIX_STORAGE_I3;
   i6.scale = i4_f32.scale = ScaleStore::kF32;
   i3.scale = i4_bf16.scale = ScaleStore::kBF16;
-  constant.storage = f32.storage = bf16.storage = Storage::kI8;
+  constant.storage = f32.storage = bf16.storage = KVMIX_STORAGE_I8;
   constant.constant = 0.25f;
   f32.scale = ScaleStore::kF32;
   bf16.scale = ScaleStore::kBF16;
@@ -90,8 +92,8 @@ std::vector<std::pair<RowFormat, RowFormat>> Formats() {
 
 // Code `channel` of a canonical row.
 unsigned CodeOf(const TileFormat& f, const std::uint8_t* row, std::size_t channel) {
-  if (f.row.storage == Storage::kI8) return row[channel];
-  if (f.row.storage == Storage::kF16) return row[2 * channel] | row[2 * channel + 1] * 256u;
+  if (f.row.storage == KVMIX_STORAGE_I8) return row[channel];
+  if (f.row.storage == KVMIX_STORAGE_F16) return row[2 * channel] | row[2 * channel + 1] * 256u;
   unsigned code = 0;
   std::size_t from = 0;
   for (const std::size_t bits : Planes(f)) {
@@ -118,7 +120,7 @@ void PutCode(const TargetTiles& target, const BlockFormat& f, bool k, std::size_
     for (std::size_t i = 0; i < CodeBytes(t); ++i)
       block.at(at + i) = static_cast<std::uint8_t>(block[at + i] | bits << bit >> 8 * i);
   };
-  const std::size_t width = t.row.storage == Storage::kF16 ? 1 : target.i8_width;
+  const std::size_t width = t.row.storage == KVMIX_STORAGE_F16 ? 1 : target.i8_width;
   const std::size_t place = (term / width * lanes + lane % lanes) * width + term % width;
   if (Planes(t).empty()) return put(place * CodeBytes(t), 0, code);
   const std::size_t vector = 4 * lanes, together = terms / 4, v = place / vector % together;
@@ -291,7 +293,7 @@ TEST(Tiles, EveryCodeLiesWhereTheLayoutSays) {
   ForAllFormats([&](const TargetTiles& target, const Kernels& kernels, const BlockFormat& f) {
     for (const bool k : {true, false}) {
       const TileFormat& t = k ? f.k : f.v;
-      const unsigned flip = k && t.row.storage == Storage::kI8 ? target.k_flip : 0;
+      const unsigned flip = k && t.row.storage == KVMIX_STORAGE_I8 ? target.k_flip : 0;
       for (const std::size_t token : {std::size_t{0}, std::size_t{1}, target.lanes - 1,
                                       target.lanes, std::size_t{130}, kBlockTokens - 1}) {
         const Blocks block(kernels, f, {0});

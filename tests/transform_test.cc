@@ -28,7 +28,7 @@ using Sizes = std::initializer_list<std::size_t>;
 
 constexpr std::size_t kDims[] = {1, 2, 3, 6, 8, 16, 33, 64, 80, 96, 100, 128, 160, 256, 512};
 constexpr double kRounding = 0x1p-24;  // relative error of one operation
-constexpr Dtype kDtypes[] = {Dtype::kF16, Dtype::kBF16, Dtype::kF32};
+constexpr Dtype kDtypes[] = {KVMIX_F16, KVMIX_BF16, KVMIX_F32};
 
 std::size_t BlockOf(std::size_t dim) { return dim & (~dim + 1); }
 double Log2(std::size_t block) { return static_cast<double>(std::countr_zero(block)); }
@@ -271,12 +271,12 @@ struct Numbers {
   Numbers(Dtype dtype, const Floats& x, std::size_t dim) : f32(x), f16(x.size()) {
     for (std::size_t i = 0; i < x.size(); ++i) {
       const std::uint32_t bits = std::bit_cast<std::uint32_t>(x[i]);
-      f16[i] = dtype == Dtype::kF16 ? FloatToHalf(x[i]) : static_cast<std::uint16_t>(bits >> 16);
+      f16[i] = dtype == KVMIX_F16 ? FloatToHalf(x[i]) : static_cast<std::uint16_t>(bits >> 16);
     }
     const std::size_t rows = x.size() / dim;
-    view = dtype == Dtype::kF32   ? RowsView::F32(f32.data(), rows, 1, dim)
-           : dtype == Dtype::kF16 ? RowsView::F16(f16.data(), rows, 1, dim)
-                                  : RowsView::BF16(f16.data(), rows, 1, dim);
+    view = dtype == KVMIX_F32   ? RowsView::F32(f32.data(), rows, 1, dim)
+           : dtype == KVMIX_F16 ? RowsView::F16(f16.data(), rows, 1, dim)
+                                : RowsView::BF16(f16.data(), rows, 1, dim);
   }
   Numbers(const Numbers&) = delete;
   Floats f32;
@@ -285,11 +285,7 @@ struct Numbers {
 };
 
 kernels::RowsIn In(const RowsView& v) {
-  return {v.data,
-          v.dtype == Dtype::kF16    ? kernels::Dtype::kF16
-          : v.dtype == Dtype::kBF16 ? kernels::Dtype::kBF16
-                                    : kernels::Dtype::kF32,
-          v.token_stride, v.tokens, v.head_dim};
+  return {v.data, v.dtype, v.token_stride, v.tokens, v.head_dim};
 }
 
 class CodecStepsTest : public TransformTest {
@@ -347,7 +343,7 @@ TEST_P(CodecStepsTest, EveryMixGivesTheReferencesBytes) {
         const Numbers rows(dtype, x, dim);
         for (const std::string& name : KindNames(dim)) {
           HeadCodec codec = Codec(name, mean, factor);
-          if (codec.kind.scale == Scale::kHead) {
+          if (codec.kind.scale == KVMIX_SCALE_HEAD) {
             kernels::Transform transform;
             const Floats inverse = Inverse(factor);
             if (codec.kind.centre) transform.mean = mean.data();
@@ -374,12 +370,12 @@ TEST_P(CodecStepsTest, ErrorIsThatOfHalfACode) {
   std::mt19937 random(6);
   for (const std::size_t dim : kDims) {
     const Floats mean = RandomFloats(random, dim), factor = RandomFactor(random, dim);
-    const Numbers rows(Dtype::kF32, RandomFloats(random, kTokens * dim), dim);
+    const Numbers rows(KVMIX_F32, RandomFloats(random, kTokens * dim), dim);
     const double b = static_cast<double>(BlockOf(dim));
     for (const std::string& name : KindNames(dim)) {
       HeadCodec codec = Codec(name, mean, factor);
-      if (codec.kind.storage != Storage::kI8) continue;
-      if (codec.kind.scale == Scale::kHead) codec.head_scale = HeadScale(rows.view, codec);
+      if (codec.kind.storage != KVMIX_STORAGE_I8) continue;
+      if (codec.kind.scale == KVMIX_SCALE_HEAD) codec.head_scale = HeadScale(rows.view, codec);
       const reference::Coded coded = Encode(rows.view, codec);
       ASSERT_EQ(coded.clamped, 0u);
       const Floats decoded = Decode(coded, dim, codec);
@@ -452,7 +448,7 @@ TEST_P(CodecStepsTest, NotANumber) {
         }
         const Numbers rows(dtype, with, dim), finite(dtype, instead, dim);
         // bf16 has no 65504.
-        const bool same = dtype != Dtype::kBF16 || special[1] == 0.0f;
+        const bool same = dtype != KVMIX_BF16 || special[1] == 0.0f;
         for (const std::string& name : KindNames(dim)) {
           const HeadCodec codec = Codec(name, mean, factor, 0.3f);
           ExpectReference(rows.view, codec);
@@ -471,7 +467,7 @@ TEST_P(CodecStepsTest, NotANumber) {
 // overflows on the way to codes.
 TEST_P(CodecStepsTest, HugeNumbersMeansAndFactors) {
   for (const std::size_t dim : Sizes{3, 64, 80}) {
-    for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
+    for (const Dtype dtype : {KVMIX_BF16, KVMIX_F32}) {
       const float sizes[] = {1e-45f, 1e-35f, 1.0f, 65504.0f, 0x1p64f, 0x1.8p64f, 1e30f, FLT_MAX};
       constexpr std::size_t kTokens = 2 * std::size(sizes);
       Floats x(kTokens * dim);
@@ -512,11 +508,10 @@ TEST_P(CodecStepsTest, HeadsOfATokenAreEncodedAsTheirTokens) {
         SCOPED_TRACE(testing::Message() << name << ", " << dim << " channels");
         const CodecKind kind = ParseCodecKind(name).value();
         kernels::RowFormat format;
-        format.storage =
-            kind.storage == Storage::kI4 ? kernels::Storage::kI4 : kernels::Storage::kI8;
-        format.scale = kind.scale == Scale::kHead    ? kernels::ScaleStore::kConstant
-                       : kind.scale == Scale::kToken ? kernels::ScaleStore::kF32
-                                                     : kernels::ScaleStore::kBF16;
+        format.storage = kind.storage;
+        format.scale = kind.scale == KVMIX_SCALE_HEAD    ? kernels::ScaleStore::kConstant
+                       : kind.scale == KVMIX_SCALE_TOKEN ? kernels::ScaleStore::kF32
+                                                         : kernels::ScaleStore::kBF16;
         format.constant = 0.2f;
         format.dim = dim;
         const bool stored = format.scale != kernels::ScaleStore::kConstant;

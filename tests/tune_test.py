@@ -2,6 +2,7 @@
 """The whole kvmix-tune run on the built-in sample: figures, files, refusals.
 tune_test.py KVMIX-TUNE KVMIX-EVAL"""
 import json
+import os
 import pathlib
 import random
 import re
@@ -227,7 +228,8 @@ class Files(Tune):
     def test_outputs_that_cannot_be_written(self):
         self.fail_with('/nonexistent/plan.json: expected the folder /nonexistent, found none',
                        '--budget', '0.45', '-o', '/nonexistent/plan.json')
-        self.fail_with('/dev/full: .*No space left', '--budget', '0.45', '-o', '/dev/full')
+        self.fail_with('/dev/full: .*No space left', '--budget', '0.45', '--candidates', 'int8',
+                       '-o', '/dev/full')
         self.fail_with('expected a file to write to, found a folder', '--budget', '0.45', '-o',
                        self.folder)
         with open('/dev/full', 'w') as full:
@@ -235,6 +237,19 @@ class Files(Tune):
                                   stdout=full, stderr=subprocess.PIPE, text=True)
         self.assertNotEqual(done.returncode, 0)
         self.assertIn('standard output', done.stderr)
+
+
+    def test_devices_and_pipes(self):
+        """A plan's matrices are a file beside it: none is left beside a device or a pipe."""
+        before = set(os.listdir('/dev'))
+        self.succeed('--budget', '0.45', '-o', '/dev/null')
+        os.mkfifo(self.folder / 'pipe')
+        for output in ('/dev/stdout', 'pipe'):  # before the work: no word of the dump
+            self.fail_with(f'{output}: expected a file, as a plan with .shape has a second file '
+                           'beside it, found a device or a pipe', '--budget', '0.45', '-o', output,
+                           'no_such_dump')
+        self.assertEqual(set(os.listdir('/dev')), before)
+        self.assertEqual([p.name for p in self.folder.iterdir()], ['pipe'])
 
 
 class UnlikeLayers(Tune):

@@ -4,15 +4,30 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <exception>
 
 #include <CLI/CLI.hpp>
 
 namespace kvmix::tools {
+namespace {
+
+std::string ended;  // the line below; a handler may not make it
+
+// Says on stderr that a signal ends the program, and lets it end it.
+void SayAndEnd(int signal) {
+  [[maybe_unused]] const ssize_t n = write(STDERR_FILENO, ended.data(), ended.size());
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
+
+}  // namespace
 
 int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>& run) try {
   app->parse(argc, argv);
+  ended = app->get_name() + ": error: ended by SIGTERM\n";
+  std::signal(SIGTERM, SayAndEnd);
   run();
   return 0;
 } catch (const CLI::Success& e) {

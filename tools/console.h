@@ -36,7 +36,8 @@ T Require(Result<T> result) {
 }
 
 // What main() returns: reads the command line, then runs the program. --help is answered; whatever
-// goes wrong is one line on stderr, "PROGRAM: error: MESSAGE", and the exit code 1.
+// goes wrong is one line on stderr, "PROGRAM: error: MESSAGE", and the exit code 1. SIGTERM also
+// leaves such a line.
 int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>& run);
 
 // One line on stderr, "PROGRAM: warning: MESSAGE", of what people should know; the work goes on.

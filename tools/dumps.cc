@@ -15,7 +15,7 @@ namespace kvmix::tools {
 
 namespace fs = std::filesystem;
 
-void AddRawOptions(CLI::App* app, RawFormat* raw) {
+void AddRawOptions(CLI::App* app, tune::RawFormat* raw) {
   const auto add = [app](const std::string& name, auto& value, const std::string& what) {
     return app->add_option(name, value, what)
         ->group("Raw folders (layer_NN.k.bin, .v.bin, .q.bin: fp16, [tokens, heads, head_dim])");
@@ -29,15 +29,15 @@ void AddRawOptions(CLI::App* app, RawFormat* raw) {
       ->delimiter(',');
 }
 
-Dump OpenDump(const std::string& path, const RawFormat& raw) {
+tune::Dump OpenDump(const std::string& path, const tune::RawFormat& raw) {
   std::error_code error;
-  if (!fs::is_directory(path, error)) return Require(Dump::Open(path));
+  if (!fs::is_directory(path, error)) return Require(tune::Dump::Open(path));
   if (raw.kv_heads == 0 || raw.head_dim == 0)
     Refuse("{}: a raw folder needs --kv-heads, --query-heads and --head-dim", path);
-  return Require(Dump::Open(path, &raw));
+  return Require(tune::Dump::Open(path, &raw));
 }
 
-void WarnOfLength(const Dump& dump, const Plan& plan) {
+void WarnOfLength(const tune::Dump& dump, const Plan& plan) {
   const std::string warning = LengthWarning(plan, std::ranges::max(dump.prompt_tokens()));
   if (!warning.empty()) Warn(fmt::format("{}: {}", dump.path(), warning));
 }

@@ -7,19 +7,19 @@
 
 #include <CLI/CLI.hpp>
 
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 namespace kvmix::tools {
 
 // Adds --kv-heads, --query-heads, --head-dim and --prompt-tokens: what the files of a raw folder do
 // not say.
-void AddRawOptions(CLI::App* app, RawFormat* raw);
+void AddRawOptions(CLI::App* app, tune::RawFormat* raw);
 
 // A folder needs a whole `raw`; a file is read as safetensors.
-Dump OpenDump(const std::string& path, const RawFormat& raw);
+tune::Dump OpenDump(const std::string& path, const tune::RawFormat& raw);
 
 // Warns where the dump has prompts far beyond those that the plan was calibrated on.
-void WarnOfLength(const Dump& dump, const Plan& plan);
+void WarnOfLength(const tune::Dump& dump, const Plan& plan);
 
 // The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set,
 // else in share/kvmix beside the program's bin folder, else where the sources were when it was

@@ -13,8 +13,7 @@
 
 #include "console.h"
 #include "dumps.h"
-#include "kvmix/tune.h"
-#include "lib/files/machine.h"
+#include "kvmix/tune/steps.h"
 #include "study.h"
 
 namespace kvmix::tools {
@@ -24,7 +23,7 @@ constexpr std::size_t kAttentionTokens = 4096;  // the study's
 
 struct Options {
   std::string dump;
-  RawFormat raw;
+  tune::RawFormat raw;
   int strategy = 0;  // 0: not given
   std::string fp16_heads;
   std::string plan;
@@ -49,7 +48,7 @@ Plan PlanFor(const std::string& path, Model model, bool queries_matter) {
 }
 
 // The plan of --plan or --strategy. A plan goes as strategy 3 in the CSV.
-Plan ChoosePlan(const Options& o, const Dump& dump) {
+Plan ChoosePlan(const Options& o, const tune::Dump& dump) {
   if (!o.plan.empty()) {
     if (o.strategy != 0 && o.strategy != 3)
       Refuse("--plan goes with strategy 3, not with {}", o.strategy);
@@ -61,8 +60,9 @@ Plan ChoosePlan(const Options& o, const Dump& dump) {
   return plan;
 }
 
-Dump OpenInput(const Options& o) {
-  return o.dump.empty() ? Require(Dump::Open(SamplePath("holdout"))) : OpenDump(o.dump, o.raw);
+tune::Dump OpenInput(const Options& o) {
+  return o.dump.empty() ? Require(tune::Dump::Open(SamplePath("holdout")))
+                        : OpenDump(o.dump, o.raw);
 }
 
 // ---- quant
@@ -74,37 +74,35 @@ std::string SumText(double sum) {
 }
 
 std::string Quant(const Options& o) {
-  const Dump dump = OpenInput(o);
+  const tune::Dump dump = OpenInput(o);
   const Plan plan = ChoosePlan(o, dump);
-  const int strategy = o.plan.empty() ? o.strategy : 3, threads = internal::Threads(o.threads);
+  const int strategy = o.plan.empty() ? o.strategy : 3;
   const std::vector<LayerShape>& layers = dump.model().layers;
   ProgressBar bar("encoding");
   std::string csv;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
-    Require(dump.CheckFinite(layer));
+    const DumpLayer loaded = Require(dump.Load(layer));
     const std::size_t kv_heads = layers[layer].kv_heads;
     std::vector<std::string> lines(2 * kv_heads);  // [K, V][kv_heads]
-#pragma omp parallel for num_threads(threads)
-    for (std::size_t i = 0; i < lines.size(); ++i) {
+    Runner(o.threads).Run(lines.size(), [&](std::size_t i) {
       const bool is_k = i < kv_heads;
-      const Tensor t = is_k ? Tensor::kK : Tensor::kV;
+      const Tensor t = is_k ? KVMIX_K : KVMIX_V;
       const std::size_t head = i % kv_heads;
       const HeadCodec& codec = plan.codec(layer, head, t);
-      const RowsView rows = dump.head(layer, head, t);
+      const RowsView rows = loaded.head(head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
-      if (codec.kind.storage != Storage::kF16) {
+      if (codec.kind.storage != KVMIX_STORAGE_F16) {
         // A plan that was loaded is valid.
         errors = o.rounding == "truncate" ? TruncationError(rows, codec)
-                                          : EncodingError(rows, codec).value();
+                                          : tune::EncodingError(rows, codec).value();
       }
       lines[i] = fmt::format("{},{},{},{},{},{},{},{:.6f},{},{:.6f}\n",
                              is_k ? dump.k_name(layer) : dump.v_name(layer), layer,
                              is_k ? 'k' : 'v', rows.tokens, head, rows.head_dim, strategy,
                              errors.max_abs, SumText(errors.sum_squared_error), errors.mse());
-    }
+    });
     csv += fmt::format("{}", fmt::join(lines, ""));
-    dump.Release(layer);
     bar.Update(layer + 1, layers.size());
   }
   return csv;
@@ -114,62 +112,62 @@ std::string Quant(const Options& o) {
 
 // The rows of one layer: all query heads together, then each. kernels: what a fifth column says;
 // empty where there is none.
-std::string AttentionLines(std::size_t layer, std::span<const AttentionError> heads,
-                           std::span<const AttentionError> kernels = {}) {
-  const auto sum = [](std::span<const AttentionError> errors) {
-    AttentionError total;
-    for (const AttentionError& e : errors) total += e;
+std::string AttentionLines(std::size_t layer, std::span<const tune::AttentionError> heads,
+                           std::span<const tune::AttentionError> kernels = {}) {
+  const auto sum = [](std::span<const tune::AttentionError> errors) {
+    tune::AttentionError total;
+    for (const tune::AttentionError& e : errors) total += e;
     return total;
   };
   std::string csv;
-  const auto add = [&](const auto& head, const AttentionError& e, const AttentionError& kernel) {
+  const auto add = [&](const auto& head, const tune::AttentionError& e,
+                       const tune::AttentionError& kernel) {
     csv += fmt::format("{},{},{:.6e},{:.6f}", layer, head, e.nmse(), e.cosine());
     csv += kernels.empty() ? "\n" : fmt::format(",{:.6e}\n", kernel.nmse());
   };
   add("all", sum(heads), sum(kernels));
   for (std::size_t h = 0; h < heads.size(); ++h)
-    add(h, heads[h], kernels.empty() ? AttentionError() : kernels[h]);
+    add(h, heads[h], kernels.empty() ? tune::AttentionError() : kernels[h]);
   return csv;
 }
 
-std::vector<AttentionError> CompareHeads(const std::vector<float>& exact,
-                                         const std::vector<float>& approximate,
-                                         const LayerShape& shape) {
+std::vector<tune::AttentionError> CompareHeads(const std::vector<float>& exact,
+                                               const std::vector<float>& approximate,
+                                               const LayerShape& shape) {
   const std::size_t stride = shape.query_heads * shape.v_dim;
-  std::vector<AttentionError> errors;
+  std::vector<tune::AttentionError> errors;
   for (std::size_t at = 0; at < stride; at += shape.v_dim)
-    errors.push_back(
-        CompareOutputs(&exact[at], &approximate[at], exact.size() / stride, stride, shape.v_dim));
+    errors.push_back(tune::CompareOutputs(&exact[at], &approximate[at], exact.size() / stride,
+                                          stride, shape.v_dim));
   return errors;
 }
 
 // In double precision over exact rows and over the codes; and the library's kernels over the codes,
 // against the latter.
-std::string ReferenceAttention(const Dump& dump, const Plan& plan, int threads) {
+std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int threads) {
   const std::vector<LayerShape>& layers = dump.model().layers;
   ProgressBar bar("attention in double precision");
   std::string csv = "layer,head,nmse,cos_sim,kernel_nmse\n";
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const LayerShape& shape = layers[layer];
     if (!shape.has_kv()) continue;
-    Require(dump.CheckFinite(layer));
+    const DumpLayer held = Require(dump.Load(layer));
     const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
-    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
                decoded = AttendExactly(dump, layer, first, threads);
     std::vector<float> kernel;
-    Require(AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.num_threads = threads},
-                       &kernel));
+    Require(
+        AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.runner = threads}, &kernel));
     csv += AttentionLines(layer, CompareHeads(exact, decoded, shape),
                           CompareHeads(decoded, kernel, shape));
-    dump.Release(layer);
     bar.Update(layer + 1, layers.size());
   }
   return csv;
 }
 
 std::string Attention(const Options& o) {
-  const Dump dump = OpenInput(o);
+  const tune::Dump dump = OpenInput(o);
   if (!dump.has_q())
     Refuse("{}: has no Q, which attention needs{}", dump.path(),
            o.raw.kv_heads && !o.raw.query_heads ? " (give --query-heads)" : "");
@@ -178,8 +176,8 @@ std::string Attention(const Options& o) {
   WarnOfLength(dump, plan);
   if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
-  const std::vector<AttentionError> errors = Require(MeasurePlan(
-      dump, plan, {.num_threads = o.threads, .progress = [&](std::size_t done, std::size_t total) {
+  const std::vector<tune::AttentionError> errors = Require(tune::MeasurePlan(
+      dump, plan, {.runner = o.threads, .progress = [&](std::size_t done, std::size_t total) {
                      bar.Update(done, total);
                    }}));
   std::string csv = "layer,head,nmse,cos_sim\n";

@@ -18,8 +18,8 @@
 
 #include "console.h"
 #include "dumps.h"
-#include "kvmix/speed.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/speed.h"
+#include "kvmix/tune/steps.h"
 #include "lib/files/file.h"
 #include "lib/tune/parts.h"
 #include "plan_export.h"
@@ -40,7 +40,9 @@ void CheckWritable(const std::string& path) {
   std::error_code error;
   if (fs::is_directory(path, error))
     Refuse("{}: expected a file to write to, found a folder", path);
-  const fs::path parent = fs::path(path).parent_path(), folder = parent.empty() ? "." : parent;
+  if (fs::is_other(fs::status(path, error))) return;  // a device or a pipe is written to as it is
+  const fs::path parent = fs::path(internal::RealPath(path)).parent_path(),
+                 folder = parent.empty() ? "." : parent;
   if (!fs::is_directory(folder, error))
     Refuse("{}: expected the folder {}, found none", path, folder.string());
   if (access(folder.c_str(), W_OK | X_OK) != 0)
@@ -51,51 +53,55 @@ void CheckWritable(const std::string& path) {
 void CheckPart(const std::string& path) {
   CheckWritable(path);
   std::error_code error;
-  if (std::filesystem::is_regular_file(path, error) && !KindOfPart(path).ok())
+  if (std::filesystem::is_regular_file(path, error) && !tune::KindOfPart(path).ok())
     Refuse("{}: expected no file, or one that a step of kvmix-tune wrote, found another", path);
 }
 
-std::vector<Dump> OpenDumps(const std::vector<std::string>& paths, const RawFormat& raw) {
-  std::vector<Dump> dumps;
+std::vector<tune::Dump> OpenDumps(const std::vector<std::string>& paths,
+                                  const tune::RawFormat& raw) {
+  std::vector<tune::Dump> dumps;
   for (const std::string& path : paths) dumps.push_back(OpenDump(path, raw));
   return dumps;
 }
 
-std::vector<const Dump*> Pointers(const std::vector<Dump>& dumps) {
-  std::vector<const Dump*> pointers;
-  for (const Dump& dump : dumps) pointers.push_back(&dump);
+std::vector<const tune::Dump*> Pointers(const std::vector<tune::Dump>& dumps) {
+  std::vector<const tune::Dump*> pointers;
+  for (const tune::Dump& dump : dumps) pointers.push_back(&dump);
   return pointers;
 }
 
-Wisdom Speeds(const TuneOptions& o, const Model& model, const CandidateKinds& candidates) {
-  Wisdom wisdom = ThisMachine();
+tune::Wisdom Speeds(const TuneOptions& o, const Model& model,
+                    const tune::CandidateKinds& candidates) {
+  tune::Wisdom wisdom = tune::ThisMachine();
   if (!o.wisdom.empty()) {
-    Result<Wisdom> known = LoadWisdom(o.wisdom);
+    Result<tune::Wisdom> known = tune::LoadWisdom(o.wisdom);
     if (known.status().code() != ErrorCode::kNotFound) wisdom = Require(std::move(known));
   }
   const std::size_t before = wisdom.speeds.size();
   ProgressBar bar("timing the kernels");
   for (const LayerShape& layer : model.layers) {
     if (layer.has_kv())
-      Require(
-          MeasureHeadSpeeds(candidates.k, candidates.v, layer, o.context, kSpeedSeconds, &wisdom));
+      Require(tune::MeasureHeadSpeeds(candidates.k, candidates.v, layer, o.context, kSpeedSeconds,
+                                      &wisdom));
   }
-  if (!o.wisdom.empty() && wisdom.speeds.size() > before) Require(SaveWisdom(wisdom, o.wisdom));
+  if (!o.wisdom.empty() && wisdom.speeds.size() > before)
+    Require(tune::SaveWisdom(wisdom, o.wisdom));
   return wisdom;
 }
 
-MeasureOptions WithBar(const TuneOptions& o, ProgressBar* bar) {
+tune::MeasureOptions WithBar(const TuneOptions& o, ProgressBar* bar) {
   return {o.threads, o.target, [bar](std::size_t done, std::size_t all) { bar->Update(done, all); },
           o.exact_first};
 }
 
 // The errors of the plan as a whole over several dumps.
-std::vector<AttentionError> MeasureWhole(const std::vector<const Dump*>& dumps, const Plan& plan,
-                                         const TuneOptions& o, const std::string& label) {
+std::vector<tune::AttentionError> MeasureWhole(const std::vector<const tune::Dump*>& dumps,
+                                               const Plan& plan, const TuneOptions& o,
+                                               const std::string& label) {
   ProgressBar bar(label);
-  std::vector<AttentionError> total(plan.model.query_heads_before(plan.model.layers.size()));
-  for (const Dump* dump : dumps) {
-    const auto errors = Require(MeasurePlan(*dump, plan, WithBar(o, &bar)));
+  std::vector<tune::AttentionError> total(plan.model.query_heads_before(plan.model.layers.size()));
+  for (const tune::Dump* dump : dumps) {
+    const auto errors = Require(tune::MeasurePlan(*dump, plan, WithBar(o, &bar)));
     for (std::size_t i = 0; i < total.size(); ++i) total[i] += errors[i];
   }
   return total;
@@ -103,80 +109,82 @@ std::vector<AttentionError> MeasureWhole(const std::vector<const Dump*>& dumps, 
 
 // ---- the steps
 
-Calibration RunCalibrate(const TuneOptions& o, const std::vector<Dump>& dumps) {
+tune::Calibration RunCalibrate(const TuneOptions& o, const std::vector<tune::Dump>& dumps) {
   ProgressBar bar("calibrating");
   const auto [first, last] = o.LayerRange(dumps[0].model());
-  return Require(Calibrate(Pointers(dumps), first, last, WithBar(o, &bar)));
+  return Require(tune::Calibrate(Pointers(dumps), first, last, WithBar(o, &bar)));
 }
 
 // Adds what `path` holds already, if there is such a file.
-void Resume(const std::string& path, Measurement* measurement) {
-  Result<Measurement> known = LoadMeasurement(path);
+void Resume(const std::string& path, tune::Measurement* measurement) {
+  Result<tune::Measurement> known = tune::LoadMeasurement(path);
   if (known.status().code() == ErrorCode::kNotFound) return;
-  Result<Measurement> both = Merge(*measurement, Require(std::move(known)));
+  Result<tune::Measurement> both = tune::Merge(*measurement, Require(std::move(known)));
   if (!both.ok()) Refuse("{}: {}; name another file to begin anew", path, both.status().message());
   *measurement = std::move(*both);
 }
 
 // `path`, if it is not empty, is kept up to date, and read if it is there.
-Measurement RunMeasure(const TuneOptions& o, const std::vector<Dump>& dumps,
-                       const Calibration& calibration, const std::string& path) {
+tune::Measurement RunMeasure(const TuneOptions& o, const std::vector<tune::Dump>& dumps,
+                             const tune::Calibration& calibration, const std::string& path) {
   ProgressBar bar("measuring every head and codec");
-  const MeasureOptions how = WithBar(o, &bar);
-  Measurement m = Require(StartMeasurement(calibration, Require(Candidates(o.candidates)), how));
+  const tune::MeasureOptions how = WithBar(o, &bar);
+  tune::Measurement m =
+      Require(tune::StartMeasurement(calibration, Require(tune::Candidates(o.candidates)), how));
   m.candidate_set = o.candidates;
   if (!path.empty()) Resume(path, &m);
-  const auto save = [&] { return path.empty() ? Status() : SavePart(m, path); };
+  const auto save = [&] { return path.empty() ? Status() : tune::SavePart(m, path); };
   const auto [first, last] = o.LayerRange(calibration.model);
-  Require(Measure(Pointers(dumps), calibration, first, last, how, &m, save));
+  Require(tune::Measure(Pointers(dumps), calibration, first, last, how, &m, save));
   Require(save());
   return m;
 }
 
 // The dumps by their hash, as the measurement has them.
-std::vector<const Dump*> InOrder(const std::vector<Dump>& dumps, const Measurement& m) {
-  std::map<std::string, const Dump*> by_hash;
-  for (const Dump& dump : dumps) {
-    const DumpId id = Require(Identify(dump));
-    if (std::ranges::find(m.dumps, id.hash, &DumpId::hash) == m.dumps.end())
+std::vector<const tune::Dump*> InOrder(const std::vector<tune::Dump>& dumps,
+                                       const tune::Measurement& m) {
+  std::map<std::string, const tune::Dump*> by_hash;
+  for (const tune::Dump& dump : dumps) {
+    const tune::DumpId id = Require(tune::Identify(dump));
+    if (std::ranges::find(m.dumps, id.hash, &tune::DumpId::hash) == m.dumps.end())
       Refuse("{}: expected one of the dumps that were measured, {}, found another", dump.path(),
-             internal::Names(m.dumps));
+             tune::Names(m.dumps));
     if (!by_hash.emplace(id.hash, &dump).second) Refuse("{}: expected each dump once", dump.path());
   }
   if (!by_hash.empty() && by_hash.size() != m.dumps.size())
     Refuse("expected every dump that was measured, {}, or none, found {} of {}",
-           internal::Names(m.dumps), by_hash.size(), m.dumps.size());
-  std::vector<const Dump*> ordered;
+           tune::Names(m.dumps), by_hash.size(), m.dumps.size());
+  std::vector<const tune::Dump*> ordered;
   for (const auto& [hash, dump] : by_hash) ordered.push_back(dump);
   return ordered;
 }
 
 struct HeldOut {
-  Dump dump;
-  DumpId id;
+  tune::Dump dump;
+  tune::DumpId id;
 };
 
 // Each fits `expected`, and none is there twice.
 std::vector<HeldOut> OpenHoldouts(const TuneOptions& o, const Model& expected) {
   std::vector<HeldOut> holdouts;
   for (const std::string& path : o.holdouts) {
-    Dump dump = OpenDump(path, o.raw);
+    tune::Dump dump = OpenDump(path, o.raw);
     if (!dump.has_q()) Refuse("{}: has no Q, which attention errors need", path);
     if (dump.tokens() == 0) Refuse("{}: has no tokens", path);
     if (dump.model() != expected)
       Refuse("{}: expected {}, found {}", path, ToString(expected), ToString(dump.model()));
-    DumpId id = Require(Identify(dump));
+    tune::DumpId id = Require(tune::Identify(dump));
     for (const HeldOut& other : holdouts)
-      if (other.id.hash == id.hash) Require(internal::GivenTwice(other.dump, dump));
+      if (other.id.hash == id.hash) Require(tune::GivenTwice(other.dump, dump));
     holdouts.push_back({std::move(dump), std::move(id)});
   }
   return holdouts;
 }
 
 // `table`: what was measured; `dumps`: those that it was measured on, or none.
-TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
-                     const std::vector<Dump>& dumps, const std::vector<HeldOut>& holdouts) {
-  const std::vector<const Dump*> calibration = InOrder(dumps, m);
+TuneReport RunChoose(TuneOptions o, const tune::Measurement& m, tune::ErrorTable table,
+                     const std::vector<tune::Dump>& dumps, const std::vector<HeldOut>& holdouts) {
+  const std::vector<const tune::Dump*> calibration = InOrder(dumps, m);
   o.target = m.target;
   TuneReport report;
   report.candidates = m.candidate_set;
@@ -187,16 +195,16 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
   report.table = std::move(table);
   report.wisdom = Speeds(o, m.model, m.candidates);
   const auto choose = [&] {
-    report.choice = Require(Choose(report.table, report.wisdom, o.context, o.constraints));
+    report.choice = Require(tune::Choose(report.table, report.wisdom, o.context, o.constraints));
   };
   choose();
 
   const Plan& plan = report.choice.plan;
   for (bool again = !calibration.empty(); again;) {
-    const std::vector<AttentionError> truth =
+    const std::vector<tune::AttentionError> truth =
         MeasureWhole(calibration, plan, o, "measuring the plan on the calibration");
-    report.calibration = Summarize(truth, m.model);
-    const std::size_t worse = RaiseToTruth(plan, truth, kWorseThanPredicted, &report.table);
+    report.calibration = tune::Summarize(truth, m.model);
+    const std::size_t worse = tune::RaiseToTruth(plan, truth, kWorseThanPredicted, &report.table);
     report.worse_than_predicted.push_back(worse);
     again = worse > 0 && report.worse_than_predicted.size() <= kRepairs;
     if (again) choose();
@@ -204,14 +212,14 @@ TuneReport RunChoose(TuneOptions o, const Measurement& m, ErrorTable table,
   Provenance& provenance = report.choice.plan.provenance;
   if (report.calibration) provenance.on_calibration = *report.calibration;
   for (const HeldOut& holdout : holdouts) {
-    if (std::ranges::find(m.dumps, holdout.id.hash, &DumpId::hash) != m.dumps.end())
+    if (std::ranges::find(m.dumps, holdout.id.hash, &tune::DumpId::hash) != m.dumps.end())
       Warn(fmt::format("{}: this holdout is a dump of the calibration: take another text",
                        holdout.dump.path()));
     WarnOfLength(holdout.dump, plan);
-    const std::vector<AttentionError> errors =
+    const std::vector<tune::AttentionError> errors =
         MeasureWhole({&holdout.dump}, plan, o, "measuring the plan on " + holdout.id.name);
     report.holdouts.push_back({holdout.id.name, holdout.id.tokens, holdout.id.longest_prompt,
-                               Summarize(errors, m.model)});
+                               tune::Summarize(errors, m.model)});
   }
   if (const Holdout* worst = WorstHoldout(report)) {
     provenance.holdout = worst->name;
@@ -249,19 +257,18 @@ void Finish(const TuneReport& report, const TuneOptions& o) {
 // What a part holds, and what it lacks of the model and of the dumps that it knows.
 template <class Part>
 void PrintContents(const Part& part, const std::string& path) {
-  std::vector<internal::Place> there, missing;
+  std::vector<tune::Place> there, missing;
   for (std::size_t layer = 0; layer < part.model.layers.size(); ++layer) {
     if (!part.model.layers[layer].owns_kv()) continue;
     const auto pieces = part.pieces.find(layer);
-    for (const DumpId& id : part.dumps) {
+    for (const tune::DumpId& id : part.dumps) {
       const bool has = pieces != part.pieces.end() && pieces->second.contains(id.hash);
       (has ? there : missing).emplace_back(id.hash, layer);
     }
   }
-  const auto line = [&](const char* what, const std::vector<internal::Place>& places) {
-    return places.empty()
-               ? ""
-               : fmt::format("  {} {}\n", what, internal::PlacesText(places, part.dumps));
+  const auto line = [&](const char* what, const std::vector<tune::Place>& places) {
+    return places.empty() ? ""
+                          : fmt::format("  {} {}\n", what, tune::PlacesText(places, part.dumps));
   };
   Print(fmt::format("{}\n", path) + line("holds", there) + line("lacks", missing));
 }
@@ -274,7 +281,7 @@ template <class Part>
 Part MergeFiles(const std::vector<std::string>& paths, Result<Part> load(const std::string&)) {
   Part all = Require(load(paths[0]));
   for (std::size_t i = 1; i < paths.size(); ++i) {
-    Result<Part> more = Merge(all, Require(load(paths[i])));
+    Result<Part> more = tune::Merge(all, Require(load(paths[i])));
     if (!more.ok()) Refuse("{}: {}", paths[i], more.status().message());
     all = std::move(*more);
   }
@@ -293,8 +300,8 @@ std::function<void()> CalibrateStep(CLI::App* app, TuneOptions* o) {
   AddPartOutput(app, o, "the file to write");
   return [o] {
     CheckPart(o->output);
-    const Calibration calibration = RunCalibrate(*o, OpenDumps(DumpPaths(*o), o->raw));
-    Require(SavePart(calibration, o->output));
+    const tune::Calibration calibration = RunCalibrate(*o, OpenDumps(DumpPaths(*o), o->raw));
+    Require(tune::SavePart(calibration, o->output));
     PrintContents(calibration, o->output);
   };
 }
@@ -309,8 +316,9 @@ std::function<void()> MeasureStep(CLI::App* app, TuneOptions* o) {
   AddPartOutput(app, o, "the file to write, after every layer; one that is there is gone on with");
   return [o] {
     CheckPart(o->output);
-    const Calibration calibration = MergeFiles<Calibration>(o->parts, LoadCalibration);
-    const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const tune::Calibration calibration =
+        MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
     PrintContents(RunMeasure(*o, dumps, calibration, o->output), o->output);
   };
 }
@@ -322,13 +330,13 @@ std::function<void()> MergeStep(CLI::App* app, TuneOptions* o) {
   return [o] {
     CheckPart(o->output);
     const auto merge = [&](const auto& part) {
-      Require(SavePart(part, o->output));
+      Require(tune::SavePart(part, o->output));
       PrintContents(part, o->output);
     };
-    if (Require(KindOfPart(o->parts[0])) == PartKind::kCalibration)
-      merge(MergeFiles<Calibration>(o->parts, LoadCalibration));
+    if (Require(tune::KindOfPart(o->parts[0])) == tune::PartKind::kCalibration)
+      merge(MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration));
     else
-      merge(MergeFiles<Measurement>(o->parts, LoadMeasurement));
+      merge(MergeFiles<tune::Measurement>(o->parts, tune::LoadMeasurement));
   };
 }
 
@@ -339,8 +347,8 @@ std::function<void()> ChooseStep(CLI::App* app, TuneOptions* o) {
   AddChoosing(app, o);
   return [o] {
     CheckChoosing(o);
-    const Measurement m = Require(LoadMeasurement(o->measurement));
-    Result<ErrorTable> table = kvmix::Table(m);
+    const tune::Measurement m = Require(tune::LoadMeasurement(o->measurement));
+    Result<tune::ErrorTable> table = tune::Table(m);
     if (!table.ok()) Refuse("{}: {}", o->measurement, table.status().message());
     const std::vector<HeldOut> holdouts = OpenHoldouts(*o, m.model);
     Finish(RunChoose(*o, m, std::move(*table), OpenDumps(o->dumps, o->raw), holdouts), *o);
@@ -369,11 +377,19 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
       "For another engine:\n  kvmix-tune export plan.json --to llama.cpp");
   return [o] {
     CheckChoosing(o);
+    std::error_code error;
+    if (o->candidates == "all" && !internal::IsNullDevice(o->output) &&
+        std::filesystem::is_other(std::filesystem::status(o->output, error))) {
+      Refuse(
+          "{}: expected a file, as a plan with +shape has a second file beside it, found a "
+          "device or a pipe; name a file, or give --candidates int8",
+          o->output);
+    }
     if (o->dumps.empty() && o->holdouts.empty()) o->holdouts = {SamplePath("holdout")};
-    const std::vector<Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
     const std::vector<HeldOut> holdouts = OpenHoldouts(*o, dumps[0].model());
-    const Measurement m = RunMeasure(*o, dumps, RunCalibrate(*o, dumps), o->work);
-    Finish(RunChoose(*o, m, Require(kvmix::Table(m)), dumps, holdouts), *o);
+    const tune::Measurement m = RunMeasure(*o, dumps, RunCalibrate(*o, dumps), o->work);
+    Finish(RunChoose(*o, m, Require(tune::Table(m)), dumps, holdouts), *o);
   };
 }
 

@@ -80,7 +80,7 @@ OneForAll ForAllLayers(const Plan& plan, Tensor t, const Types& types) {
   for (const LayerNeed& need : needs) found.numbers += static_cast<double>(need.numbers);
   const auto less = std::ranges::count_if(needs, [&](auto& need) { return need.type < most; });
   found.raised = fmt::format("{} of {} layers need less than this for {}", less, needs.size(),
-                             t == Tensor::kK ? 'K' : 'V');
+                             t == KVMIX_K ? 'K' : 'V');
   return found;
 }
 
@@ -136,7 +136,7 @@ std::vector<std::string> Notes(const Plan& plan, const std::string& engine, doub
     return n;
   };
   std::vector<std::string> notes;
-  if (const std::size_t n = count(Tensor::kK, &CodecKind::centre); n > 0)
+  if (const std::size_t n = count(KVMIX_K, &CodecKind::centre); n > 0)
     notes.push_back(fmt::format(
         "WARNING: {} of {} K heads are centred in the plan, and {} does not centre. Where keys "
         "have "
@@ -144,7 +144,7 @@ std::vector<std::string> Notes(const Plan& plan, const std::string& engine, doub
         "q4_0 raises the perplexity of Qwen2.5-1.5B from 13.15 to 2206, and q8_0's KL is 1.0e-3 "
         "where a plan's of the same size is 5.9e-5. Measure before you serve.",
         n, heads, engine));
-  if (!rotates && count(Tensor::kK, &CodecKind::hadamard) + count(Tensor::kV, &CodecKind::hadamard))
+  if (!rotates && count(KVMIX_K, &CodecKind::hadamard) + count(KVMIX_V, &CodecKind::hadamard))
     notes.push_back(
         fmt::format("WARNING: the plan's codes are of rotated rows, and {} does not "
                     "rotate: the same bits cost more accuracy.",
@@ -152,7 +152,7 @@ std::vector<std::string> Notes(const Plan& plan, const std::string& engine, doub
   const std::pair<const char*, bool CodecKind::*> steps[] = {{"folded", &CodecKind::fold},
                                                              {"noise-shaped", &CodecKind::shape}};
   for (const auto& [name, step] : steps)
-    if (const std::size_t n = count(Tensor::kK, step) + count(Tensor::kV, step); n > 0)
+    if (const std::size_t n = count(KVMIX_K, step) + count(KVMIX_V, step); n > 0)
       notes.push_back(fmt::format("{} of {} K and V are {} in the plan, and not in {}.", n,
                                   2 * heads, name, engine));
   const auto fits = [](const LayerShape& s) { return s.k_dim % 32 == 0 && s.v_dim % 32 == 0; };
@@ -172,10 +172,10 @@ PlanExport ForLlama(const Plan& plan) {
   PlanExport result;
   double bits = 0.0;
   std::vector<std::string> flags, raised;
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     const OneForAll one = ForAllLayers(plan, t, kLlamaTypes);
     bits += one.numbers * one.type->bits;
-    flags.push_back(fmt::format("--cache-type-{} {}", t == Tensor::kK ? 'k' : 'v', one.type->name));
+    flags.push_back(fmt::format("--cache-type-{} {}", t == KVMIX_K ? 'k' : 'v', one.type->name));
     raised.push_back(one.raised);
   }
   result.text = fmt::format("{}\n", fmt::join(flags, " "));
@@ -190,10 +190,10 @@ PlanExport ForIkLlama(const Plan& plan) {
   PlanExport result;
   double bits = 0.0;
   std::string text;
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     const std::vector<LayerNeed> needs = Needs(plan, t, kIkTypes);
     const Split split = BestSplit(needs, kIkTypes, plan.model.layers.size());
-    const char letter = t == Tensor::kK ? 'k' : 'v';
+    const char letter = t == KVMIX_K ? 'k' : 'v';
     text += fmt::format("{}-ct{} {}", text.empty() ? "" : " ", letter, kIkTypes[split.middle].name);
     if (split.first_layers > 0)
       text +=
@@ -217,8 +217,8 @@ PlanExport ForIkLlama(const Plan& plan) {
 }
 
 PlanExport ForModelOptimizer(const Plan& plan) {
-  const std::vector<LayerNeed> k = Needs(plan, Tensor::kK, kOptimizerTypes),
-                               v = Needs(plan, Tensor::kV, kOptimizerTypes);
+  const std::vector<LayerNeed> k = Needs(plan, KVMIX_K, kOptimizerTypes),
+                               v = Needs(plan, KVMIX_V, kOptimizerTypes);
   nlohmann::ordered_json layers = nlohmann::ordered_json::object();
   double bits = 0.0;
   std::vector<std::string> algorithms;
@@ -271,9 +271,9 @@ PlanExport ForOpenVino(const Plan& plan) {
   nlohmann::ordered_json properties;
   double bits = 0.0, bits_of_groups = 0.0;
   std::vector<std::string> raised;
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     const OneForAll one = ForAllLayers(plan, t, kOpenVinoTypes);
-    const std::string name = t == Tensor::kK ? "KEY_CACHE" : "VALUE_CACHE";
+    const std::string name = t == KVMIX_K ? "KEY_CACHE" : "VALUE_CACHE";
     bits += one.numbers * one.type->bits;
     properties[name + "_PRECISION"] = one.type->name;
     if (one.type->holds < 16) {

@@ -8,7 +8,6 @@
 #include <sstream>
 
 #include "console.h"
-#include "lib/files/machine.h"
 #include "lib/files/parse_number.h"
 
 namespace kvmix::tools {
@@ -65,8 +64,8 @@ bool IsStudyModel(const Model& model) {
 }
 
 Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_heads) {
-  const HeadCodec per_head{{Storage::kI8, Scale::kHead}, 1.0f},
-      per_token{{Storage::kI8, Scale::kToken}};
+  const HeadCodec per_head{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, 1.0f},
+      per_token{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
   Plan plan = UniformPlan(model, strategy == 2 ? per_token : per_head,
                           strategy == 1 ? per_head : per_token);
   if (strategy == 3 && fp16_heads.empty() && !IsStudyModel(model))
@@ -85,24 +84,24 @@ Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_head
     if (strategy != 3) continue;
     if (*layer >= model.layers.size() || *head >= model.layers[*layer].kv_heads)
       Refuse("--fp16-heads: no head {}:{} in {}", *layer, *head, ToString(model));
-    plan.codec(*layer, *head, Tensor::kK) = {};
+    plan.codec(*layer, *head, KVMIX_K) = {};
   }
   return plan;
 }
 
-void SetHeadScales(const Dump& dump, Plan* plan) {
+void SetHeadScales(const tune::Dump& dump, Plan* plan) {
   const std::vector<LayerShape>& layers = plan->model.layers;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
+    const DumpLayer loaded = Require(dump.Load(layer));
     for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
-      for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+      for (const Tensor t : {KVMIX_K, KVMIX_V}) {
         HeadCodec& codec = plan->codec(layer, head, t);
-        if (codec.kind.scale != Scale::kHead) continue;
-        const float scale = HeadScale(dump.head(layer, head, t), codec);
+        if (codec.kind.scale != KVMIX_SCALE_HEAD) continue;
+        const float scale = HeadScale(loaded.head(head, t), codec);
         codec.head_scale = scale > 0.0f ? scale : 1.0f;  // nothing but zeros: any scale stores them
       }
     }
-    dump.Release(layer);
   }
 }
 
@@ -112,9 +111,9 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
     float max = 0.0f;
     for (std::size_t c = 0; c < rows.head_dim; ++c)
       max = std::max(max, std::fabs(rows.At(t, 0, c)));
-    const float inv_scale = codec.kind.scale == Scale::kHead ? 1.0f / codec.head_scale
-                            : max > 0.0f                     ? 127.0f / max
-                                                             : 1.0f;
+    const float inv_scale = codec.kind.scale == KVMIX_SCALE_HEAD ? 1.0f / codec.head_scale
+                            : max > 0.0f                         ? 127.0f / max
+                                                                 : 1.0f;
     for (std::size_t c = 0; c < rows.head_dim; ++c) {
       const float x = rows.At(t, 0, c);
       const float code = std::clamp(std::trunc(x * inv_scale), -127.0f, 127.0f);
@@ -125,30 +124,32 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
   return sums;
 }
 
-std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
-                                 int num_threads) {
+std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
+                                 const Runner& runner) {
   const LayerShape& shape = dump.model().layers[layer];
+  const DumpLayer loaded = Require(dump.Load(layer));
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]
   for (std::size_t head = 0; head < shape.kv_heads; ++head)
-    for (const Tensor t : {Tensor::kK, Tensor::kV})
-      decoded.push_back(Decoded(dump.head(layer, head, t), *codecs++));
+    for (const Tensor t : {KVMIX_K, KVMIX_V})
+      decoded.push_back(Decoded(loaded.head(head, t), *codecs++));
   std::vector<std::size_t> first;  // of every token: its prompt's first one
   for (const std::size_t tokens : dump.prompt_tokens())
     first.insert(first.end(), tokens, first.size());
   std::vector<float> out(dump.tokens() * shape.query_heads * shape.v_dim);
-  const RowsView queries = dump.q(layer);
-  const int threads = internal::Threads(num_threads);
-#pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(threads)
-  for (std::size_t h = 0; h < shape.query_heads; ++h) {
-    for (std::size_t t = 0; t < dump.tokens(); ++t) {
+  constexpr std::size_t kRows = 16;  // of a part
+  const std::size_t tokens = dump.tokens(), rows = shape.query_heads * tokens;
+  runner.Run((rows + kRows - 1) / kRows, [&](std::size_t part) {
+    for (std::size_t i = part * kRows; i < std::min(rows, (part + 1) * kRows); ++i) {
+      const std::size_t h = i / tokens, t = i % tokens;
       std::vector<double> q(shape.k_dim);
-      for (std::size_t c = 0; c < q.size(); ++c) q[c] = double{shape.scale()} * queries.At(t, h, c);
+      for (std::size_t c = 0; c < q.size(); ++c)
+        q[c] = double{shape.scale()} * loaded.q.At(t, h, c);
       const std::vector<double>* kv = &decoded[h / shape.group() * 2];
       const std::vector<double> row = AttendRow(shape, h, q, &kv[0][first[t] * shape.k_dim],
                                                 &kv[1][first[t] * shape.v_dim], t - first[t] + 1);
       std::ranges::copy(row, &out[(t * shape.query_heads + h) * shape.v_dim]);
     }
-  }
+  });
   return out;
 }
 

@@ -7,9 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "kvmix/dump.h"
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
+#include "kvmix/runner.h"
+#include "kvmix/tune/dump.h"
 
 namespace kvmix::tools {
 
@@ -23,7 +24,7 @@ bool IsStudyModel(const Model& model);
 Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_heads);
 
 // Every per-head scale becomes the one that just covers this dump.
-void SetHeadScales(const Dump& dump, Plan* plan);
+void SetHeadScales(const tune::Dump& dump, Plan* plan);
 
 // `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a
 // program. In the study's own arithmetic, and not the kernels', since the largest value of a row
@@ -34,8 +35,8 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 // how much of an error is the codec's and how much the kernels add. One layer, causal within each
 // prompt. codecs: [kv_heads][K, V]. Returns [tokens, query_heads, v_dim], rounded to f32 at the
 // very end. Slow: some 2 Gmac/s a thread. Memory: K and V as doubles.
-std::vector<float> AttendExactly(const Dump& dump, std::size_t layer, const HeadCodec* codecs,
-                                 int num_threads);
+std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
+                                 const Runner& runner);
 
 }  // namespace kvmix::tools
 

@@ -10,14 +10,14 @@
 
 #include <CLI/CLI.hpp>
 
-#include "kvmix/dump.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 
 namespace kvmix::tools {
 
 struct TuneOptions {
   std::vector<std::string> dumps;
-  RawFormat raw;
+  tune::RawFormat raw;
   std::vector<std::string> parts;  // of `merge`; of `measure` the calibration
   std::string measurement;         // of `choose`
   std::string plan, engine;        // of `export`
@@ -25,7 +25,7 @@ struct TuneOptions {
   std::string candidates = "all";
   std::string target;
   std::size_t exact_first = 0;
-  Constraints constraints;
+  tune::Constraints constraints;
   std::optional<double> max_ms;
   std::vector<std::string> holdouts;
   std::size_t context = 4096;

@@ -31,38 +31,39 @@ constexpr std::size_t kMaxGridLayers = 80;
 constexpr std::size_t kMaxGridHeads = 16;
 constexpr std::size_t kFrontLines = 12;
 
-const CodecKind kPlain{Storage::kI8, Scale::kToken};
+const CodecKind kPlain{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN};
 
-char Letter(Tensor t) { return t == Tensor::kK ? 'K' : 'V'; }
-const char* JsonName(Tensor t) { return t == Tensor::kK ? "k" : "v"; }
+char Letter(Tensor t) { return t == KVMIX_K ? 'K' : 'V'; }
+const char* JsonName(Tensor t) { return t == KVMIX_K ? "k" : "v"; }
 
-const CandidateError* Find(const HeadErrors& head, const CodecKind& kind) {
-  for (const CandidateError& c : head.candidates)
+const tune::CandidateError* Find(const tune::HeadErrors& head, const CodecKind& kind) {
+  for (const tune::CandidateError& c : head.candidates)
     if (c.codec.kind == kind) return &c;
   return nullptr;
 }
 
-Fidelity OfHead(const CandidateError& candidate) {
-  return Summarize(candidate.queries, Geometry{1, 1, candidate.queries.size(), 1});
+Fidelity OfHead(const tune::CandidateError& candidate) {
+  return tune::Summarize(candidate.queries, Geometry{1, 1, candidate.queries.size(), 1});
 }
 
 // Heads that plain int8 hurts, the worst first.
-std::vector<const HeadErrors*> Outliers(const ErrorTable& table) {
-  const auto cost = [](const HeadErrors& h) {
-    const CandidateError* plain = Find(h, kPlain);
+std::vector<const tune::HeadErrors*> Outliers(const tune::ErrorTable& table) {
+  const auto cost = [](const tune::HeadErrors& h) {
+    const tune::CandidateError* plain = Find(h, kPlain);
     return plain ? OfHead(*plain).worst_nmse : 0.0;
   };
-  std::vector<const HeadErrors*> outliers;
-  for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+  std::vector<const tune::HeadErrors*> outliers;
+  for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
     std::vector<double> costs;
-    for (const HeadErrors& h : table.heads)
+    for (const tune::HeadErrors& h : table.heads)
       if (h.tensor == tensor) costs.push_back(cost(h));
     std::ranges::sort(costs);
     const double limit = kOutlierFactor * costs[costs.size() / 2];
-    for (const HeadErrors& h : table.heads)
+    for (const tune::HeadErrors& h : table.heads)
       if (h.tensor == tensor && cost(h) > limit) outliers.push_back(&h);
   }
-  std::ranges::stable_sort(outliers, std::greater(), [&](const HeadErrors* h) { return cost(*h); });
+  std::ranges::stable_sort(outliers, std::greater(),
+                           [&](const tune::HeadErrors* h) { return cost(*h); });
   return outliers;
 }
 
@@ -76,14 +77,14 @@ bool ContextMatters(const TuneReport& r) {
 // ---- text
 
 std::string OutlierText(const TuneReport& r) {
-  const std::vector<const HeadErrors*> outliers = Outliers(r.table);
+  const std::vector<const tune::HeadErrors*> outliers = Outliers(r.table);
   if (outliers.empty())
     return fmt::format(
         "No outlier heads: int8 per token costs no query head over {:.0f} x the median head's "
         "NMSE\n",
         kOutlierFactor);
   Table table("layer\tKV head\t\tmax|x|\tNMSE as int8\tNMSE as stored\tstored as", 0);
-  for (const HeadErrors* h : outliers) {
+  for (const tune::HeadErrors* h : outliers) {
     const CodecKind& kind = r.choice.plan.codec(h->layer, h->kv_head, h->tensor).kind;
     table.Add("{}\t{}\t{}\t{:.1f}\t{:.1e}\t{:.1e}\t{}", h->layer, h->kv_head, Letter(h->tensor),
               h->max_abs, OfHead(*Find(*h, kPlain)).worst_nmse, OfHead(*Find(*h, kind)).worst_nmse,
@@ -115,7 +116,7 @@ std::string PlanText(const Plan& plan) {
   for (std::size_t l = 0; l < layers.size(); l += 10) tens += fmt::format("{:<10}", l);
   text += fmt::format("  {:<13} {}\n", "layer",
                       tens.substr(0, std::max(layers.size(), tens.find_last_not_of(' ') + 1)));
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     for (std::size_t h = 0; h < heads; ++h) {
       std::string row;
       for (std::size_t l = 0; l < layers.size(); ++l) {
@@ -186,8 +187,8 @@ std::string TimeNote(const TuneReport& r) {
     return fmt::format(
         "Decode times did not enter the choice: give --wisdom FILE, and they decide within {:.0f} "
         "%.\n",
-        100.0 * (Constraints().time_tolerance - 1.0));
-  const ParetoPoint& without = r.choice.without_times;
+        100.0 * (tune::Constraints().time_tolerance - 1.0));
+  const tune::ParetoPoint& without = r.choice.without_times;
   std::string text = fmt::format(
       "Decode times decided {} of {} tensors{}.\n", r.choice.decided_by_time,
       r.choice.plan.codecs.size(),
@@ -217,8 +218,8 @@ std::vector<LayerShape> SpeedShapes(const TuneReport& r) {
 std::string SpeedText(const TuneReport& r) {
   std::vector<std::string> names[2];
   for (std::size_t t = 0; t < 2; ++t) {
-    for (const CandidateError& c : r.table.heads[t].candidates) {
-      const std::string name = SpeedName(c.codec.kind);
+    for (const tune::CandidateError& c : r.table.heads[t].candidates) {
+      const std::string name = tune::SpeedName(c.codec.kind);
       if (std::ranges::find(names[t], name) == names[t].end()) names[t].push_back(name);
     }
   }
@@ -244,11 +245,11 @@ std::string SpeedText(const TuneReport& r) {
   return text + TimeNote(r);
 }
 
-std::string FrontText(const std::vector<ParetoPoint>& front) {
+std::string FrontText(const std::vector<tune::ParetoPoint>& front) {
   Table table("saved\tworst cosine\tworst NMSE\tmean NMSE\tK and V in fp16\tdecode ms", 0);
   const std::size_t lines = std::min(front.size(), kFrontLines);
   for (std::size_t i = 0; i < lines; ++i) {
-    const ParetoPoint& p = front[lines > 1 ? i * (front.size() - 1) / (lines - 1) : 0];
+    const tune::ParetoPoint& p = front[lines > 1 ? i * (front.size() - 1) / (lines - 1) : 0];
     table.Add("{:.2f} %\t{:.6f}\t{:.2e}\t{:.2e}\t{}\t{:.3f}", 100.0 * p.saved_fraction,
               p.predicted.worst_cosine, p.predicted.worst_nmse, p.predicted.mean_nmse,
               p.fp16_tensors, p.decode_ns / 1e6);
@@ -270,34 +271,34 @@ std::string ShortName(const CodecKind& kind) {
   return text;
 }
 
-const char* LimitName(Limit limit) {
+const char* LimitName(tune::Limit limit) {
   switch (limit) {
-    case Limit::kNone:
+    case tune::Limit::kNone:
       return "none";
-    case Limit::kWorst:
+    case tune::Limit::kWorst:
       return "worst";
-    case Limit::kCosine:
+    case tune::Limit::kCosine:
       return "cosine";
-    case Limit::kTime:
+    case tune::Limit::kTime:
       return "time";
-    case Limit::kBudget:
+    case tune::Limit::kBudget:
       return "budget";
-    case Limit::kSum:
+    case tune::Limit::kSum:
       return "sum";
   }
   return "";
 }
 
-std::size_t TensorBytes(const TuneReport& r, const HeadErrors& head, const CodecKind& kind) {
+std::size_t TensorBytes(const TuneReport& r, const tune::HeadErrors& head, const CodecKind& kind) {
   return BytesPerToken(kind, r.table.model.layers[head.layer].dim(head.tensor));
 }
 
 std::string ExplainText(const TuneReport& r) {
   Table table("layer\tKV head\t\tstored as\tbytes\tNMSE\tnext smaller\tbytes\tNMSE\tlimit", 0);
   for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
-    const HeadErrors& h = r.table.heads[i];
+    const tune::HeadErrors& h = r.table.heads[i];
     const CodecKind& kind = r.choice.plan.codecs[i].kind;
-    const Reason& reason = r.choice.reasons[i];
+    const tune::Reason& reason = r.choice.reasons[i];
     std::string smaller = "\t\t";
     if (reason.smaller) {
       const CodecKind& next = h.candidates[*reason.smaller].codec.kind;
@@ -335,14 +336,14 @@ Json ToJson(const Fidelity& f) {
           {"worst_head", {{"layer", f.worst_layer}, {"query_head", f.worst_query_head}}}};
 }
 
-Json HeadJson(const HeadErrors& h) {
+Json HeadJson(const tune::HeadErrors& h) {
   return {{"layer", h.layer},
           {"kv_head", h.kv_head},
           {"tensor", JsonName(h.tensor)},
           {"max_abs", h.max_abs}};
 }
 
-Json ExplainJson(const HeadErrors& head, const Reason& reason) {
+Json ExplainJson(const tune::HeadErrors& head, const tune::Reason& reason) {
   Json json = {{"limit", LimitName(reason.limit)}, {"worst_nmse", reason.worst_nmse}};
   if (reason.smaller)
     json["smaller"] = {{"codec", ToString(head.candidates[*reason.smaller].codec.kind)},
@@ -436,17 +437,17 @@ std::string ReportJson(const TuneReport& r) {
   for (const char* list : {"holdouts", "fp16_heads", "outliers", "heads", "front"})
     json[list] = Json::array();
   for (const Holdout& h : r.holdouts) json["holdouts"].push_back(ToJson(h));
-  for (const HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
+  for (const tune::HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
   for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
-    const HeadErrors& h = r.table.heads[i];
+    const tune::HeadErrors& h = r.table.heads[i];
     const CodecKind& kind = plan.codecs[i].kind;
-    if (kind.storage == Storage::kF16)
+    if (kind.storage == KVMIX_STORAGE_F16)
       json["fp16_heads"].push_back(
           {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", JsonName(h.tensor)}});
     Json head = HeadJson(h);
     head["codec"] = ToString(kind);
     if (r.explain) head["explain"] = ExplainJson(h, r.choice.reasons[i]);
-    for (const CandidateError& c : h.candidates) {
+    for (const tune::CandidateError& c : h.candidates) {
       const Fidelity f = OfHead(c);
       Json candidate = {{"codec", ToString(c.codec.kind)},
                         {"worst_nmse", f.worst_nmse},
@@ -455,13 +456,13 @@ std::string ReportJson(const TuneReport& r) {
                         {"max_error", c.values.max_error}};
       if (r.explain) {
         candidate["bytes_per_token"] = TensorBytes(r, h, c.codec.kind);
-        for (const AttentionError& e : c.queries) candidate["nmse"].push_back(e.nmse());
+        for (const tune::AttentionError& e : c.queries) candidate["nmse"].push_back(e.nmse());
       }
       head["candidates"].push_back(candidate);
     }
     json["heads"].push_back(head);
   }
-  for (const ParetoPoint& point : r.choice.front)
+  for (const tune::ParetoPoint& point : r.choice.front)
     json["front"].push_back({{"saved_fraction", point.saved_fraction},
                              {"predicted", ToJson(point.predicted)},
                              {"decode_ns", point.decode_ns},

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "kvmix/speed.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/speed.h"
+#include "kvmix/tune/steps.h"
 
 namespace kvmix::tools {
 
@@ -23,12 +23,12 @@ struct Holdout {
 struct TuneReport {
   std::string candidates;  // "seed", "int8"
   std::size_t context = 0;
-  Constraints constraints;
+  tune::Constraints constraints;
   bool times_are_kept = false;  // in a wisdom file
   bool explain = false;         // say of every K and V why it is not stored smaller
-  ErrorTable table;
-  Wisdom wisdom;
-  Choice choice;
+  tune::ErrorTable table;
+  tune::Wisdom wisdom;
+  tune::Choice choice;
   // The plan measured as a whole, where there were dumps for it.
   std::optional<Fidelity> calibration;
   std::vector<Holdout> holdouts;  // in the order they were given

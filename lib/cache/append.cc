@@ -2,12 +2,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
+#include <vector>
 
 #include "kvmix/cache.h"
 #include "lib/cache/cache_impl.h"
-#include "lib/cache/parallel.h"
+#include "lib/cache/own.h"
 
 namespace kvmix {
 
@@ -21,8 +20,8 @@ namespace {
 
 // Rows that are encoded at a time, on the stack.
 constexpr std::size_t kRowsAtATime = 16;
-// Numbers (of K, and as many of V) up to which everything is one part: less than a thread's wake-up
-// takes.
+// Numbers (of K, and about as many of V) up to which a request is one part, and a call stays on its
+// thread: less work than to wake another thread.
 constexpr std::size_t kOnePart = 32768;
 
 // Canonical rows on the stack.
@@ -83,12 +82,12 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::si
 std::uint64_t StoreRun(const To& to, const RowsView& k, const RowsView& v, std::size_t first,
                        std::size_t count, std::size_t cell) {
   if (count == 1) {
-    return StoreToken(to, Tensor::kK, k, first, cell) + StoreToken(to, Tensor::kV, v, first, cell);
+    return StoreToken(to, KVMIX_K, k, first, cell) + StoreToken(to, KVMIX_V, v, first, cell);
   }
   std::uint64_t clamped = 0;
   for (std::size_t h = 0; h < k.heads; ++h) {
-    clamped += StoreTokens(to, Tensor::kK, h, k, first, count, cell) +
-               StoreTokens(to, Tensor::kV, h, v, first, count, cell);
+    clamped += StoreTokens(to, KVMIX_K, h, k, first, count, cell) +
+               StoreTokens(to, KVMIX_V, h, v, first, count, cell);
   }
   return clamped;
 }
@@ -97,30 +96,20 @@ void Count(CacheImpl& c, std::uint64_t clamped) {
   if (clamped != 0) c.saturated.fetch_add(clamped, std::memory_order_relaxed);
 }
 
-// What prevents a write of rows, for those that Fit() refuses.
-Status RowsRefusal(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
+// The rows are those of a layer of the cache that can be written.
+Status CheckFit(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
   if (Status s = internal::CheckOwnLayer(c, layer); !s.ok()) return s;
   const LayerShape& shape = c->pool->layers[layer].shape;
   if (Status s = internal::CheckRows(k, "K", shape.kv_heads, shape.k_dim); !s.ok()) return s;
   if (Status s = internal::CheckRows(v, "V", shape.kv_heads, shape.v_dim); !s.ok()) return s;
-  if (k.tokens != v.tokens) {
-    return {ErrorCode::kMismatch,
-            fmt::format("V: expected {} tokens, as K has, found {}", k.tokens, v.tokens)};
-  }
-  return {};
-}
-
-// A decode step has no time for six Status objects.
-bool Fit(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
-  if (c == nullptr || layer >= c->layers.size()) return false;
-  const LayerShape& shape = c->pool->layers[layer].shape;
-  return shape.owns_kv() && k.heads == shape.kv_heads && v.heads == shape.kv_heads &&
-         k.head_dim == shape.k_dim && v.head_dim == shape.v_dim && k.tokens == v.tokens;
+  if (k.tokens == v.tokens) return {};
+  return {ErrorCode::kMismatch,
+          fmt::format("V: expected {} tokens, as K has, found {}", k.tokens, v.tokens)};
 }
 
 // Checks an append, and makes the cells after the layer's tokens ready for it.
 Status Prepare(CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
-  if (!Fit(c, layer, k, v)) return RowsRefusal(c, layer, k, v);
+  if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
   const std::size_t held = c->layers[layer].tokens;
   if (k.tokens > c->capacity - held) return internal::CheckRoom(*c, layer, k.tokens);
   internal::ForgetPast(*c, layer, held);
@@ -145,84 +134,88 @@ Status CheckNamedOnce(std::span<const AppendRequest> requests) {
                       std::next(twice)->second, requests.size(), twice->second)};
 }
 
-bool IsOnePart(const RowsView& k) { return k.tokens * k.heads * k.head_dim <= kOnePart; }
+// Appends that Prepare found room for, cut into parts.
+class AppendJob {
+ public:
+  void Clear();
+  void Add(const To& to, const RowsView& k, const RowsView& v);
+  void Run(const Runner& runner);  // all of it
 
-// All of it, after Prepare.
-void AppendAll(const To& to, const RowsView& k, const RowsView& v) {
-  Count(*to.cache, StoreRun(to, k, v, 0, k.tokens, to.held().tokens));
-  to.held().tokens += k.tokens;
+ private:
+  struct Request {
+    To to;
+    RowsView k, v;
+    std::size_t held;   // tokens before
+    std::size_t runs;   // of blocks; a part is a (KV head, run), or everything: 0
+    std::size_t parts;  // of the requests up to this one
+  };
+  void RunPart(std::size_t part) const;
+
+  std::vector<Request> requests_;
+  std::size_t numbers_ = 0;  // of K
+};
+
+std::size_t NumbersOf(const RowsView& x) { return x.tokens * x.heads * x.head_dim; }
+
+void AppendJob::Clear() {
+  requests_.clear();
+  numbers_ = 0;
+}
+
+void AppendJob::Add(const To& to, const RowsView& k, const RowsView& v) {
+  if (k.tokens == 0) return;
+  const std::size_t held = to.held().tokens, numbers = NumbersOf(k);
+  const std::size_t runs =
+      numbers <= kOnePart ? 0 : (held + k.tokens - 1) / kBlockTokens - held / kBlockTokens + 1;
+  const std::size_t before = requests_.empty() ? 0 : requests_.back().parts;
+  requests_.push_back({to, k, v, held, runs, before + std::max<std::size_t>(1, runs * k.heads)});
+  numbers_ += numbers;
+}
+
+void AppendJob::RunPart(std::size_t part) const {
+  const auto r = std::ranges::upper_bound(requests_, part, {}, &Request::parts);
+  CacheImpl& cache = *r->to.cache;
+  if (r->runs == 0) return Count(cache, StoreRun(r->to, r->k, r->v, 0, r->k.tokens, r->held));
+  const std::size_t own = r->k.heads * r->runs - (r->parts - part);
+  const std::size_t head = own / r->runs, block = r->held / kBlockTokens + own % r->runs;
+  const std::size_t begin = std::max(r->held, block * kBlockTokens);
+  const std::size_t end = std::min(r->held + r->k.tokens, (block + 1) * kBlockTokens);
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+    Count(cache, StoreTokens(r->to, t, head, t == KVMIX_K ? r->k : r->v, begin - r->held,
+                             end - begin, begin));
+  }
+}
+
+void AppendJob::Run(const Runner& runner) {
+  const std::size_t parts = requests_.empty() ? 0 : requests_.back().parts;
+  (numbers_ <= kOnePart ? Runner::Here() : runner).Run(parts, [&](std::size_t p) { RunPart(p); });
+  for (const Request& r : requests_) r.to.held().tokens += r.k.tokens;
 }
 
 }  // namespace
 
-struct AppendJob::Impl {
-  To to{};
-  RowsView k, v;
-  std::size_t held = 0;  // tokens before
-  std::size_t runs = 0;  // of blocks; a part is a (KV head, run), or all if there is one part
-  std::size_t parts = 0;
-  std::atomic<std::size_t> left{0};
-
-  Status Start(CacheImpl* cache, std::size_t layer, const RowsView& new_k, const RowsView& new_v);
-  void RunPart(std::size_t part);
-};
-
-Status AppendJob::Impl::Start(CacheImpl* cache, std::size_t layer, const RowsView& new_k,
-                              const RowsView& new_v) {
-  parts = 0;
-  if (Status s = Prepare(cache, layer, new_k, new_v); !s.ok()) return s;
-  to = {cache, layer};
-  k = new_k;
-  v = new_v;
-  held = to.held().tokens;
-  if (k.tokens == 0) return {};
-  runs = (held + k.tokens - 1) / kBlockTokens - held / kBlockTokens + 1;
-  parts = IsOnePart(k) ? 1 : runs * k.heads;
-  left.store(parts, std::memory_order_relaxed);
-  return {};
-}
-
-void AppendJob::Impl::RunPart(std::size_t part) {
-  if (parts == 1) return AppendAll(to, k, v);
-  const std::size_t head = part / runs, block = held / kBlockTokens + part % runs;
-  const std::size_t begin = std::max(held, block * kBlockTokens);
-  const std::size_t end = std::min(held + k.tokens, (block + 1) * kBlockTokens);
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    const RowsView& x = t == Tensor::kK ? k : v;
-    Count(*to.cache, StoreTokens(to, t, head, x, begin - held, end - begin, begin));
-  }
-  if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) to.held().tokens = held + k.tokens;
-}
-
-AppendJob::AppendJob() : impl_(std::make_unique<Impl>()) {}
-AppendJob::AppendJob(AppendJob&&) noexcept = default;
-AppendJob& AppendJob::operator=(AppendJob&&) noexcept = default;
-AppendJob::~AppendJob() = default;
-
-Status AppendJob::Start(Cache& cache, std::size_t layer, const RowsView& k, const RowsView& v) {
-  return impl_->Start(internal::Access::Of(cache), layer, k, v);
-}
-std::size_t AppendJob::parts() const { return impl_->parts; }
-void AppendJob::RunPart(std::size_t part) { impl_->RunPart(part); }
-
-Status Cache::Append(std::size_t layer, const RowsView& k, const RowsView& v, int num_threads) {
-  if (num_threads < 0) return internal::CheckThreads(num_threads);
-  if (IsOnePart(k)) {  // a decode step: without the job
-    if (Status s = Prepare(impl_.get(), layer, k, v); !s.ok()) return s;
-    AppendAll({impl_.get(), layer}, k, v);
+Status Cache::Append(std::size_t layer, const RowsView& k, const RowsView& v,
+                     const Runner& runner) {
+  if (Status s = runner.Check(); !s.ok()) return s;
+  if (Status s = Prepare(impl_.get(), layer, k, v); !s.ok()) return s;
+  const To to{impl_.get(), layer};
+  if (NumbersOf(k) <= kOnePart) {  // a decode step: without the job
+    Count(*to.cache, StoreRun(to, k, v, 0, k.tokens, to.held().tokens));
+    to.held().tokens += k.tokens;
     return {};
   }
-  thread_local AppendJob own_job;
-  AppendJob& job = own_job;  // this thread's, for all threads of the loop
-  if (Status s = job.Start(*this, layer, k, v); !s.ok()) return s;
-  const int threads = internal::ThreadsFor(num_threads, job.parts());
-  internal::RunParts(job.parts(), threads, 1, [&](std::size_t p) { job.RunPart(p); });
+  const internal::Own<AppendJob> job;
+  job->Clear();
+  job->Add(to, k, v);
+  job->Run(runner);
   return {};
 }
 
-Status Append(std::span<const AppendRequest> requests, std::size_t layer, int num_threads) {
-  if (Status s = internal::CheckThreads(num_threads); !s.ok()) return s;
+Status Append(std::span<const AppendRequest> requests, std::size_t layer, const Runner& runner) {
+  if (Status s = runner.Check(); !s.ok()) return s;
   if (Status s = CheckNamedOnce(requests); !s.ok()) return s;
+  const internal::Own<AppendJob> job;
+  job->Clear();
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AppendRequest& r = requests[i];
     if (Status s = Prepare(internal::Access::Of(r.cache), layer, r.k, r.v); !s.ok()) {
@@ -232,19 +225,16 @@ Status Append(std::span<const AppendRequest> requests, std::size_t layer, int nu
       }
       return {s.code(), fmt::format("request {} of {}: {}", i, requests.size(), s.message())};
     }
+    job->Add({internal::Access::Of(r.cache), layer}, r.k, r.v);
   }
-  const int threads = internal::ThreadsFor(num_threads, requests.size());
-  internal::RunParts(requests.size(), threads, 1, [&](std::size_t i) {
-    const AppendRequest& r = requests[i];
-    AppendAll({internal::Access::Of(r.cache), layer}, r.k, r.v);
-  });
+  job->Run(runner);
   return {};
 }
 
 Status Cache::Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
                     const RowsView& v) {
   CacheImpl* const c = impl_.get();
-  if (!Fit(c, layer, k, v)) return RowsRefusal(c, layer, k, v);
+  if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
   if (cells.size() != k.tokens) {
     return {ErrorCode::kMismatch,
             fmt::format("cells: expected {}, one for a token, found {}", k.tokens, cells.size())};

@@ -133,7 +133,7 @@ Status AttendCall::Scan(const AttendRequest& asked, const CacheImpl& cache) {
   ranges.resize(at + blocks * m.queries);
   for (std::size_t q = 0; q < m.queries; ++q) {
     kernels::MaskRange* const seen = ranges.data() + at + q * blocks;
-    if (!pool->kernels->mask.scan(request.numbers.row(q, 0), KernelDtype(m.dtype), m.cells, seen)) {
+    if (!pool->kernels->mask.scan(request.numbers.row(q, 0), m.dtype, m.cells, seen)) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("mask: NaN or +inf in the row of query {}", q)};
     }
@@ -148,7 +148,7 @@ Status AttendCall::Scan(const AttendRequest& asked, const CacheImpl& cache) {
       }
     }
   }
-  request.mask = {m.data, KernelDtype(m.dtype), m.stride, m.cells, nullptr, blocks, m.slopes};
+  request.mask = {m.data, m.dtype, m.stride, m.cells, nullptr, blocks, m.slopes};
   request.masked = true;
   return {};
 }

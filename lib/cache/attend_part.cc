@@ -14,8 +14,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // In units of log2. A mask makes what it hides -2^100, not -inf (kernels/mask.h): a row whose
-// largest score is below this sees nothing.
-constexpr float kNothingSeen = -0x1p99f;
+// largest score is below -4e29 sees nothing.
+constexpr float kNothingSeen = -4e29f * 1.4426950408889634f;
 
 }  // namespace
 
@@ -150,8 +150,8 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
   const auto exact_rows = [&](Tensor t) {
     return rows_of_all + ExactPlace(*pool, layer->shape, t, unit.kv_head);
   };
-  pool->kernels->exact.attend({exact_rows(Tensor::kK), exact_rows(Tensor::kV), s.exact,
-                               shape->k_dim, shape->v_dim, queries, rows, options.attention_scale,
+  pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), s.exact, shape->k_dim,
+                               shape->v_dim, queries, rows, options.attention_scale,
                                options.soft_cap, added, to.out, to.max, to.sum});
   return to;
 }

@@ -6,7 +6,8 @@
 #include <limits>
 
 #include "lib/cache/attend_call.h"
-#include "lib/cache/parallel.h"
+#include "lib/cache/own.h"
+#include "lib/cache/round.h"
 
 namespace kvmix {
 
@@ -16,46 +17,28 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 }  // namespace
 
-struct AttendJob::Impl : internal::AttendCall {};
-
-AttendJob::AttendJob() : impl_(std::make_unique<Impl>()) {}
-AttendJob::AttendJob(AttendJob&&) noexcept = default;
-AttendJob& AttendJob::operator=(AttendJob&&) noexcept = default;
-AttendJob::~AttendJob() = default;
-
-Status AttendJob::Start(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-                        const AttendOptions& options) {
-  const AttendRequest request{&cache, q, out};
-  return impl_->Start({&request, 1}, layer, options);
-}
-Status AttendJob::Start(std::span<const AttendRequest> requests, std::size_t layer,
-                        const AttendOptions& options) {
-  return impl_->Start(requests, layer, options);
-}
-std::size_t AttendJob::parts() const { return impl_->schedule.parts.size(); }
-void AttendJob::RunPart(std::size_t part) { impl_->RunPart(part); }
-
 Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-              const AttendOptions& options, int num_threads) {
+              const AttendOptions& options, const Runner& runner) {
   const AttendRequest request{&cache, q, out};
-  return Attend({&request, 1}, layer, options, num_threads);
+  return Attend({&request, 1}, layer, options, runner);
 }
 
 Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
-              const AttendOptions& options, int num_threads) {
-  if (Status s = internal::CheckThreads(num_threads); !s.ok()) return s;
-  thread_local AttendJob own_job;
-  AttendJob& job = own_job;  // this thread's, for all threads of the loop
-  if (Status s = job.Start(requests, layer, options); !s.ok()) return s;
-  const std::size_t parts = job.parts();
-  const int threads = internal::ThreadsFor(num_threads, parts);
+              const AttendOptions& options, const Runner& runner) {
+  if (Status s = runner.Check(); !s.ok()) return s;
+  const internal::Own<internal::AttendCall> job;
+  if (Status s = job->Start(requests, layer, options); !s.ok()) return s;
+  const std::size_t parts = job->schedule.parts.size();
   // One sequence's decode: one run of neighbouring parts each, so that what is asked for past a
   // part's end is not wasted. Prefill: later queries cost more. Batches: sequences are unlike.
-  std::size_t chunk = 1;
+  std::size_t of_run = 1;
   if (requests.size() == 1 && requests[0].q.tokens == 1) {
-    chunk = (parts + static_cast<std::size_t>(threads) - 1) / static_cast<std::size_t>(threads);
+    of_run = std::max<std::size_t>(1, internal::CeilDiv(parts, runner.threads()));
   }
-  internal::RunParts(parts, threads, chunk, [&](std::size_t p) { job.RunPart(p); });
+  runner.Run(internal::CeilDiv(parts, of_run), [&](std::size_t run) {
+    const std::size_t first = run * of_run, last = std::min(parts, first + of_run);
+    for (std::size_t p = first; p < last; ++p) job->RunPart(p);
+  });
   return {};
 }
 

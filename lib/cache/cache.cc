@@ -53,15 +53,15 @@ Status CheckRoom(const CacheImpl& c, std::size_t layer, std::size_t tokens) {
                       c.capacity, tokens)};
 }
 
-Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim) {
-  if (rows.heads == heads && rows.head_dim == head_dim) return {};
+Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
+                    std::size_t head_dim) {
   return {ErrorCode::kMismatch, fmt::format("{}: expected {} heads x {}, found {} x {}", name,
                                             heads, head_dim, rows.heads, rows.head_dim)};
 }
 
 std::size_t ExactPlace(const PoolImpl& pool, const LayerShape& shape, Tensor tensor,
                        std::size_t head) {
-  const std::size_t before = tensor == Tensor::kK ? 0 : shape.k_dim;
+  const std::size_t before = tensor == KVMIX_K ? 0 : shape.k_dim;
   return pool.plan.exact_first * (head * (shape.k_dim + shape.v_dim) + before);
 }
 
@@ -70,7 +70,7 @@ void KeepExact(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
   const std::size_t exact = c.pool->plan.exact_first;
   if (cell >= exact) return;
   const PoolLayer& shape = c.pool->layers[layer];
-  const CompiledCodec& f16 = (tensor == Tensor::kK ? shape.exact_k : shape.exact_v)[head];
+  const CompiledCodec& f16 = (tensor == KVMIX_K ? shape.exact_k : shape.exact_v)[head];
   Half* const to = c.layers[layer].exact.data() + ExactPlace(*c.pool, shape.shape, tensor, head) +
                    cell * rows.dim;
   f16.Encode(rows.From(0, std::min(rows.count, exact - cell)), reinterpret_cast<std::uint8_t*>(to),
@@ -94,7 +94,7 @@ void StoreRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t
   const PoolLayer& shape = c.pool->layers[layer];
   const CompiledCodec& codec = shape.heads(tensor)[head];
   const kernels::TileKernels& tiles = c.pool->kernels->tiles;
-  (tensor == Tensor::kK ? tiles.store_k : tiles.store_v)(
+  (tensor == KVMIX_K ? tiles.store_k : tiles.store_v)(
       shape.formats[head], c.layers[layer].blocks_of(head), cell, count, rows, codec.row_bytes(),
       codec.stores_scales() ? scales : nullptr);
 }
@@ -104,10 +104,10 @@ void LoadRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t 
   const PoolLayer& shape = c.pool->layers[layer];
   const CompiledCodec& codec = shape.heads(tensor)[head];
   const kernels::TileKernels& tiles = c.pool->kernels->tiles;
-  (tensor == Tensor::kK ? tiles.load_k : tiles.load_v)(
+  (tensor == KVMIX_K ? tiles.load_k : tiles.load_v)(
       shape.formats[head], c.layers[layer].blocks_of(head), cell, count, rows, codec.row_bytes(),
       codec.stores_scales() ? scales : nullptr);
-  if (tensor == Tensor::kV || codec.format().storage != kernels::Storage::kI8) return;
+  if (tensor == KVMIX_V || codec.format().storage != KVMIX_STORAGE_I8) return;
   // Where tiles flip the sign of K's codes, memory that was never written reads as -128, which no
   // encoder makes: a session of it would be refused.
   std::replace(rows, rows + count * codec.row_bytes(), std::uint8_t{0x80}, std::uint8_t{0});
@@ -220,8 +220,8 @@ Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const
   const PoolLayer& shape = c.pool->layers[layer];
   const auto for_tensors = [&](const auto& f) -> Status {
     for (std::size_t h = 0; h < shape.formats.size(); ++h) {
-      if (Status s = f(Tensor::kK, h, k_codes[h], k_scales); !s.ok()) return s;
-      if (Status s = f(Tensor::kV, h, v_codes[h], v_scales); !s.ok()) return s;
+      if (Status s = f(KVMIX_K, h, k_codes[h], k_scales); !s.ok()) return s;
+      if (Status s = f(KVMIX_V, h, v_codes[h], v_scales); !s.ok()) return s;
     }
     return {};
   };
@@ -232,7 +232,7 @@ Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const
     const Status bad = shape.heads(t)[h].CheckCoded(codes, scales_of(t, h, all), count);
     return bad.ok() ? Status()
                     : Status(bad.code(), fmt::format("layer {}, KV head {}, {}: {}", layer, h,
-                                                     t == Tensor::kK ? "K" : "V", bad.message()));
+                                                     t == KVMIX_K ? "K" : "V", bad.message()));
   });
   if (!s.ok()) return s;
   const std::size_t held = c.layers[layer].tokens;

@@ -33,7 +33,7 @@ struct PoolLayer {
   std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
   std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
 
-  const CompiledHeads& heads(Tensor t) const { return t == Tensor::kK ? k : v; }
+  const CompiledHeads& heads(Tensor t) const { return t == KVMIX_K ? k : v; }
   std::size_t PageOf(std::size_t block) const;
   std::size_t FirstBlock(std::size_t page) const;
   std::size_t BlocksOf(std::size_t page) const { return FirstBlock(page + 1) - FirstBlock(page); }
@@ -111,7 +111,13 @@ Status CheckLayer(const CacheImpl& cache, std::size_t layer);
 Status CheckOwnLayer(const CacheImpl* cache, std::size_t layer);
 Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
 // A view of rows has this many heads and this head_dim.
-Status CheckRows(const RowsView& rows, const char* name, std::size_t heads, std::size_t head_dim);
+Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
+                    std::size_t head_dim);
+inline Status CheckRows(const RowsView& rows, const char* name, std::size_t heads,
+                        std::size_t head_dim) {
+  if (rows.heads == heads && rows.head_dim == head_dim) return {};
+  return RowsMismatch(rows, name, heads, head_dim);
+}
 
 // Whether cells [first, first + count) of a layer can be written: there are pages, and no other
 // cache shares them.

@@ -11,48 +11,50 @@
 namespace kvmix::internal {
 namespace {
 
-kernels::Storage StorageOf(Storage storage) {
-  switch (storage) {
-    case Storage::kF16:
-      return kernels::Storage::kF16;
-    case Storage::kI6:
-      return kernels::Storage::kI6;
-    case Storage::kI4:
-      return kernels::Storage::kI4;
-    case Storage::kI3:
-      return kernels::Storage::kI3;
-    default:
-      return kernels::Storage::kI8;
-  }
-}
-
 kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat f;
   f.dim = dim;
-  f.storage = StorageOf(codec.kind.storage);
-  if (codec.kind.scale == Scale::kHead) f.constant = codec.head_scale;
-  if (codec.kind.scale == Scale::kToken) f.scale = kernels::ScaleStore::kF32;
-  if (codec.kind.scale == Scale::kTokenBF16) f.scale = kernels::ScaleStore::kBF16;
+  f.storage = codec.kind.storage;
+  switch (codec.kind.scale) {
+    case KVMIX_SCALE_NONE:
+      break;
+    case KVMIX_SCALE_HEAD:
+      f.constant = codec.head_scale;
+      break;
+    case KVMIX_SCALE_TOKEN:
+      f.scale = kernels::ScaleStore::kF32;
+      break;
+    case KVMIX_SCALE_TOKEN_BF16:
+      f.scale = kernels::ScaleStore::kBF16;
+      break;
+  }
   return f;
+}
+
+// Names what an encoder never makes, if the row holds it; nothing if not.
+std::string_view NoCode(const kernels::RowFormat& format, const std::uint8_t* row) {
+  bool bad = false;
+  switch (format.storage) {
+    case KVMIX_STORAGE_F16:
+      for (std::size_t c = 0; c < format.dim; ++c) bad |= (row[2 * c + 1] & 0x7C) == 0x7C;
+      return bad ? "NaN or infinity" : "";
+    case KVMIX_STORAGE_I8:
+      for (std::size_t c = 0; c < format.dim; ++c) bad |= row[c] == 0x80;
+      return bad ? "a code of -128" : "";
+    case KVMIX_STORAGE_I6:  // all bits are codes
+    case KVMIX_STORAGE_I4:
+    case KVMIX_STORAGE_I3:
+      break;
+  }
+  return {};
 }
 
 // A head's scale is a number of its own, so such heads are not alike.
 bool Alike(const HeadCodec& a, const HeadCodec& b) {
-  return a.kind == b.kind && a.kind.scale != Scale::kHead;
+  return a.kind == b.kind && a.kind.scale != KVMIX_SCALE_HEAD;
 }
 
 }  // namespace
-
-kernels::Dtype KernelDtype(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return kernels::Dtype::kF32;
-    case Dtype::kBF16:
-      return kernels::Dtype::kBF16;
-    default:
-      return kernels::Dtype::kF16;
-  }
-}
 
 Result<const kernels::Kernels*> KernelsFor(std::string_view target) {
   if (const kernels::Kernels* kernels = kernels::FindKernels(target)) return kernels;
@@ -62,12 +64,12 @@ Result<const kernels::Kernels*> KernelsFor(std::string_view target) {
 
 kernels::RowsIn TokenRows(const RowsView& view, std::size_t head, std::size_t first,
                           std::size_t count) {
-  return {view.row(first, head), KernelDtype(view.dtype), view.token_stride, count, view.head_dim};
+  return {view.row(first, head), view.dtype, view.token_stride, count, view.head_dim};
 }
 
 kernels::RowsIn HeadRows(const RowsView& view, std::size_t token, std::size_t head,
                          std::size_t count) {
-  return {view.row(token, head), KernelDtype(view.dtype), view.head_stride, count, view.head_dim};
+  return {view.row(token, head), view.dtype, view.head_stride, count, view.head_dim};
 }
 
 std::uint64_t CompiledCodec::Encode(const kernels::RowsIn& tokens, std::uint8_t* rows,
@@ -106,23 +108,10 @@ kernels::RowErrors CompiledCodec::Errors(const void* rows, const float* scales,
 }
 
 Status CompiledCodec::CheckCoded(const void* rows, const float* scales, std::size_t count) const {
-  const std::size_t dim = format_.dim;
   for (std::size_t r = 0; r < count; ++r) {
     const std::uint8_t* const row = static_cast<const std::uint8_t*>(rows) + r * row_bytes();
-    bool bad = false;
-    for (std::size_t c = 0; c < dim; ++c) {
-      if (format_.storage == kernels::Storage::kI8) {
-        bad |= row[c] == 0x80;
-      } else if (format_.storage == kernels::Storage::kF16) {
-        bad |= (row[2 * c + 1] & 0x7C) == 0x7C;
-      }
-    }
-    if (bad) {
-      return {ErrorCode::kInvalidArgument,
-              fmt::format(
-                  "row {}: {}", r,
-                  format_.storage == kernels::Storage::kI8 ? "a code of -128" : "NaN or infinity")};
-    }
+    const std::string_view bad = NoCode(format_, row);
+    if (!bad.empty()) return {ErrorCode::kInvalidArgument, fmt::format("row {}: {}", r, bad)};
     if (scales != nullptr && !(scales[r] >= 0.0f && std::isfinite(scales[r]))) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("row {}: expected a finite scale >= 0, found {}", r, scales[r])};

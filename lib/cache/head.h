@@ -20,8 +20,6 @@ namespace kvmix::internal {
 // The kernels of a target, "" for the best; an error that lists the targets.
 Result<const kernels::Kernels*> KernelsFor(std::string_view target);
 
-kernels::Dtype KernelDtype(Dtype dtype);
-
 // The rows of one head: tokens. The rows of one token: its heads, from `head` on.
 kernels::RowsIn TokenRows(const RowsView& view, std::size_t head, std::size_t first,
                           std::size_t count);

@@ -78,7 +78,7 @@ struct Mirror::Impl {
 void Mirror::Impl::StorePending() {
   Pending &k = pending[0], &v = pending[1];
   const bool together = k.cells == v.cells;
-  const std::size_t k_row = Channels(Tensor::kK), v_row = Channels(Tensor::kV);
+  const std::size_t k_row = Channels(KVMIX_K), v_row = Channels(KVMIX_V);
   for (std::size_t i = 0, n; together && i < k.cells.size(); i += n) {
     const std::size_t stream = static_cast<std::size_t>(k.cells[i]) / cells;
     const std::int64_t first = static_cast<std::int64_t>(stream * cells);
@@ -90,8 +90,8 @@ void Mirror::Impl::StorePending() {
     Stream& to = streams[stream];
     const std::span<const std::int64_t> at(k.cells.data() + i, n);
     // A pool that is full: those who see the cells read them, and are told.
-    const Status status = to.cache.Store(0, at, View(Tensor::kK, k.rows.data() + i * k_row, n),
-                                         View(Tensor::kV, v.rows.data() + i * v_row, n));
+    const Status status = to.cache.Store(0, at, View(KVMIX_K, k.rows.data() + i * k_row, n),
+                                         View(KVMIX_V, v.rows.data() + i * v_row, n));
     const bool stored = status.ok();
     if (!stored && alone) lost = status;
     for (const std::int64_t cell : at) {
@@ -198,7 +198,7 @@ void Mirror::Impl::FindChanged(const MirrorRequest& r, Stream& s) {
 
 // The changed cells, from the engine's rows.
 Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
-  const std::size_t k_row = Channels(Tensor::kK), v_row = Channels(Tensor::kV);
+  const std::size_t k_row = Channels(KVMIX_K), v_row = Channels(KVMIX_V);
   for (const std::int64_t c : changed) {  // what is stored is not this, until it is
     s.state[static_cast<std::size_t>(c)] = Stream::State::kNever;
   }
@@ -218,8 +218,8 @@ Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
       s.k_hash[c] = HashOf(r.k, c);
       s.v_hash[c] = HashOf(r.v, c);
     }
-    const Status status = s.cache.Store(0, now, View(Tensor::kK, k_rows.data(), n),
-                                        View(Tensor::kV, v_rows.data(), n));
+    const Status status =
+        s.cache.Store(0, now, View(KVMIX_K, k_rows.data(), n), View(KVMIX_V, v_rows.data(), n));
     if (!status.ok()) return status;
     for (const std::int64_t c : now) {
       s.state[static_cast<std::size_t>(c)] = Stream::State::kHashed;
@@ -252,11 +252,11 @@ void SeenCells(const MaskView& mask, std::uint8_t* cells) {
     }
   };
   switch (mask.dtype) {  // -inf
-    case Dtype::kF32:
+    case KVMIX_F32:
       return add(static_cast<const std::uint32_t*>(mask.data), std::uint32_t{0xFF800000});
-    case Dtype::kBF16:
+    case KVMIX_BF16:
       return add(static_cast<const std::uint16_t*>(mask.data), std::uint16_t{0xFF80});
-    default:
+    case KVMIX_F16:
       return add(static_cast<const std::uint16_t*>(mask.data), std::uint16_t{0xFC00});
   }
 }
@@ -304,13 +304,13 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
     return {ErrorCode::kInvalidArgument,
             fmt::format("a mirror's write: expected cells from 0 to below {}", all)};
   }
-  Pending& p = impl_->pending[tensor == Tensor::kV];
+  Pending& p = impl_->pending[tensor == KVMIX_V];
   // Nobody attends: pairs are stored now, others are read when they are seen.
   if (!p.cells.empty() && p.cells.size() + cells.size() > kMostPending) impl_->StorePending();
   p.cells.insert(p.cells.end(), cells.begin(), cells.end());
   for (std::size_t t = 0; t < rows.tokens; ++t) {
     for (std::size_t h = 0; h < rows.heads; ++h) {
-      if (rows.dtype == Dtype::kF32) {
+      if (rows.dtype == KVMIX_F32) {
         const float* const row = static_cast<const float*>(rows.row(t, h));
         p.rows.insert(p.rows.end(), row, row + dim);
       } else {
@@ -322,7 +322,7 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
 }
 
 Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
-                      int num_threads) {
+                      const Runner& runner) {
   impl_->StorePending();
   if (!impl_->lost.ok()) return impl_->lost;
   impl_->requests.clear();
@@ -341,7 +341,7 @@ Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptio
   }
   AttendOptions by_mask = options;
   by_mask.causal = false;
-  return kvmix::Attend(impl_->requests, 0, by_mask, num_threads);
+  return kvmix::Attend(impl_->requests, 0, by_mask, runner);
 }
 
 bool Mirror::Holds(std::size_t cell) {
@@ -362,7 +362,7 @@ void Mirror::Decode(Tensor tensor, std::size_t first, std::size_t count, float* 
     for (std::size_t h = 0; h < heads; ++h) {
       internal::LoadRows(cache, 0, tensor, h, first % impl_->cells + done, n, codes.data(),
                          scales.data());
-      (tensor == Tensor::kK ? layer.k : layer.v)[h].Decode(
+      (tensor == KVMIX_K ? layer.k : layer.v)[h].Decode(
           codes.data(), scales.data(), n, rows + (done * heads + h) * dim, heads * dim);
     }
   }

@@ -90,8 +90,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
       continue;
     }
     PoolLayer layer{.shape = shape,
-                    .k = Compile(plan, i, Tensor::kK, **kernels),
-                    .v = Compile(plan, i, Tensor::kV, **kernels)};
+                    .k = Compile(plan, i, KVMIX_K, **kernels),
+                    .v = Compile(plan, i, KVMIX_V, **kernels)};
     if (plan.exact_first != 0) {
       const HeadCodec f16;
       const std::vector<const HeadCodec*> all(shape.kv_heads, &f16);

@@ -9,7 +9,9 @@
 #include <cstdio>
 #include <fstream>
 #include <functional>
+#include <ios>
 #include <istream>
+#include <new>
 #include <ostream>
 #include <vector>
 
@@ -47,6 +49,27 @@ class Hash {
 
  private:
   XXH3_state_t state_;
+};
+
+// Keeps a stream from throwing for as long as this object lives: what fails is a Status, whatever
+// exceptions the caller asked the stream for.
+class Quiet {
+ public:
+  explicit Quiet(std::ios& stream) : stream_(stream), asked_(stream.exceptions()) {
+    stream.exceptions(std::ios::goodbit);
+  }
+  Quiet(const Quiet&) = delete;
+  Quiet& operator=(const Quiet&) = delete;
+  ~Quiet() {
+    try {
+      stream_.exceptions(asked_);  // is taken over, and throws if the stream has failed
+    } catch (...) {                // NOLINT(bugprone-empty-catch)
+    }
+  }
+
+ private:
+  std::ios& stream_;
+  const std::ios::iostate asked_;
 };
 
 // Takes bytes; false where they are not taken.
@@ -113,7 +136,7 @@ std::string Named(const std::string& model, std::uint64_t fingerprint) {
 template <class F>
 Status ForTensors(const PoolLayer& layer, const F& f) {
   for (std::size_t h = 0; h < layer.formats.size(); ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       if (Status s = f(t, h); !s.ok()) return s;
     }
   }
@@ -165,7 +188,8 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   // A window alone never forgets what the next query sees.
   const bool by_window = shape.window != 0 && internal::HasPast(shape.window, forgotten, 0, tokens);
   held.dropped = by_window ? 0 : forgotten;
-  if (tokens != 0) {
+  if (tokens != 0) {  // also where all of them are forgotten, and nothing made room
+    held.exact.resize(internal::ExactPlace(*c.pool, shape.shape, Tensor::kK, shape.shape.kv_heads));
     const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
     const bool finite =
         std::ranges::none_of(held.exact, [](Half x) { return (x & 0x7C00) == 0x7C00; });
@@ -234,7 +258,7 @@ bool Save(const CacheImpl& c, const Sink& sink) {
 
 // whole: nothing may follow. What is loaded takes the place of what is there once all of it is
 // good.
-Status Load(CacheImpl& c, std::istream& stream, bool whole) {
+Status Load(CacheImpl& c, std::istream& stream, bool whole) try {
   Reader in(stream);
   if (Status s = LoadHeader(c, in); !s.ok()) return s;
   CacheImpl loaded(c.pool, c.capacity);
@@ -247,6 +271,8 @@ Status Load(CacheImpl& c, std::istream& stream, bool whole) {
   }
   std::swap(c.layers, loaded.layers);
   return {};
+} catch (const std::bad_alloc&) {
+  return {ErrorCode::kOutOfMemory, "session: expected one that fits into memory"};
 }
 
 }  // namespace
@@ -254,6 +280,7 @@ Status Load(CacheImpl& c, std::istream& stream, bool whole) {
 Status SaveSession(const Cache& cache, std::ostream& stream) {
   const CacheImpl* const c = Access::Of(cache);
   if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  const Quiet quiet(stream);
   const bool saved = Save(*c, [&](const char* data, std::size_t bytes) {
     return stream.write(data, static_cast<std::streamsize>(bytes)).good();
   });
@@ -264,6 +291,7 @@ Status SaveSession(const Cache& cache, std::ostream& stream) {
 Status LoadSession(Cache& cache, std::istream& stream) {
   CacheImpl* const c = Access::Of(cache);
   if (Status s = internal::CheckAlive(c); !s.ok()) return s;
+  const Quiet quiet(stream);
   return Load(*c, stream, false);
 }
 

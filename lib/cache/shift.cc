@@ -93,16 +93,16 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
     for (std::size_t t = first; t < c.layers[layer].tokens; t += kRowsAtATime) {
       const std::size_t n = std::min(kRowsAtATime, c.layers[layer].tokens - t);
       const CompiledCodec& codec = shape.k[h];
-      internal::LoadRows(c, layer, Tensor::kK, h, t, n, rows.data(), scales.data());
+      internal::LoadRows(c, layer, KVMIX_K, h, t, n, rows.data(), scales.data());
       codec.Decode(rows.data(), scales.data(), n, keys.data(), dim);
       for (std::size_t r = 0; r < n; ++r) turn.Apply(keys.data() + r * dim);
       const RowsView view = RowsView::F32(keys.data(), n, 1, dim);
-      internal::KeepExact(c, layer, Tensor::kK, h, t - drop, internal::TokenRows(view, 0, 0, n));
+      internal::KeepExact(c, layer, KVMIX_K, h, t - drop, internal::TokenRows(view, 0, 0, n));
       clamped += codec.Encode(internal::TokenRows(view, 0, 0, n), rows.data(), scales.data());
-      internal::StoreRows(c, layer, Tensor::kK, h, t - drop, n, rows.data(), scales.data());
-      internal::LoadRows(c, layer, Tensor::kV, h, t, n, rows.data(), scales.data());
-      internal::StoreRows(c, layer, Tensor::kV, h, t - drop, n, rows.data(), scales.data());
-      internal::KeepExactOf(c, layer, Tensor::kV, h, t - drop, n, rows.data(), scales.data());
+      internal::StoreRows(c, layer, KVMIX_K, h, t - drop, n, rows.data(), scales.data());
+      internal::LoadRows(c, layer, KVMIX_V, h, t, n, rows.data(), scales.data());
+      internal::StoreRows(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
+      internal::KeepExactOf(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
     }
   }
   return clamped;

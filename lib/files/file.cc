@@ -1,7 +1,6 @@
 #include "lib/files/file.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -34,15 +33,39 @@ bool WriteAndClose(std::FILE* file, const FileWriter& write) {
   return std::fclose(file) == 0 && written;
 }
 
+// Waits until the disk has it. File systems that cannot say so are believed.
+bool Flush(int descriptor) {
+  return fsync(descriptor) == 0 || errno == EINVAL || errno == ENOTSUP || errno == ENOSYS;
+}
+
+// A rename is on the disk once its folder is.
+void FlushFolderOf(const std::string& path) {
+  const fs::path folder = fs::path(path).parent_path();
+  const int descriptor =
+      open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) return;  // the file is there all the same
+  Flush(descriptor);
+  close(descriptor);
+}
+
 // Creates a file of a name that nothing has yet.
 std::FILE* CreateBeside(const std::string& path, std::string* name) {
   static std::atomic<unsigned> counter{0};
   std::FILE* file = nullptr;
   do {
-    *name = fmt::format("{}.{}-{}.tmp", path, getpid(), counter++);
+    *name = NameBeside(path, fmt::format(".{}-{}.tmp", getpid(), counter++));
     file = std::fopen(name->c_str(), "wxe");
   } while (file == nullptr && errno == EEXIST);
   return file;
+}
+
+// Gives a new file what the file that it replaces has: owner and group, as far as this process may,
+// and its mode.
+void CopyOwnerAndMode(const struct stat& from, int to) {
+  if (fchown(to, from.st_uid, from.st_gid) != 0 &&
+      fchown(to, static_cast<uid_t>(-1), from.st_gid) != 0)
+    errno = 0;  // it stays this process's
+  fchmod(to, from.st_mode & 07777);
 }
 
 }  // namespace
@@ -63,40 +86,84 @@ std::string FileName(const std::string& path) {
   return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
 }
 
-Result<MappedFile> MappedFile::Open(const std::string& path) {
-  struct Descriptor {
-    int fd;
-    ~Descriptor() { close(fd); }
-  };
+Result<File> File::Open(const std::string& path) {
   // O_NONBLOCK: do not wait for a pipe's writer.
-  const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (descriptor < 0) return SystemError(path, "a readable file", errno);
+  File file;
+  file.path_ = path;
+  file.descriptor_ = std::shared_ptr<const int>(new int(descriptor), [](const int* owned) {
+    close(*owned);
+    delete owned;
+  });
   struct stat info {};
-  if (file.fd < 0 || fstat(file.fd, &info) != 0) return SystemError(path, "a readable file", errno);
-  if (!S_ISREG(info.st_mode))
+  if (fstat(descriptor, &info) != 0) return SystemError(path, "a readable file", errno);
+  if (!S_ISREG(info.st_mode)) {
     return FileError(ErrorCode::kIo, path, "", "a regular file",
                      S_ISDIR(info.st_mode) ? "a folder" : "something else");
-  MappedFile mapped;
-  if (info.st_size == 0) return mapped;
-  // Touching a mapping past the real end would kill the process: see that the last byte is there.
-  const auto size = static_cast<std::size_t>(info.st_size);
-  char last = 0;
-  if (pread(file.fd, &last, 1, info.st_size - 1) != 1)
-    return FileError(ErrorCode::kIo, path, "",
-                     fmt::format("{} bytes, as the file system says", size), "fewer when read");
-  void* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
-  if (data == MAP_FAILED)  // NOLINT(performance-no-int-to-ptr): the system's own macro
-    return SystemError(path, "a file that can be mapped into memory", errno);
-  mapped.mapping_ = std::shared_ptr<void>(data, [size](void* pages) { munmap(pages, size); });
-  mapped.bytes_ = {static_cast<const char*>(data), size};
-  return mapped;
+  }
+  file.size_ = static_cast<std::uint64_t>(info.st_size);
+  file.changed_[0] = info.st_mtim.tv_sec;
+  file.changed_[1] = info.st_mtim.tv_nsec;
+  return file;
 }
 
-void ReleasePages(std::string_view bytes) {
-  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto first = reinterpret_cast<std::uintptr_t>(bytes.data());
-  const auto begin = (first + page - 1) / page * page, end = (first + bytes.size()) / page * page;
-  if (begin >= end) return;
-  madvise(const_cast<char*>(bytes.data()) + (begin - first), end - begin, MADV_DONTNEED);
+Status File::Read(std::uint64_t first, std::span<char> to) const {
+  while (!to.empty()) {
+    const ssize_t n = pread(*descriptor_, to.data(), to.size(), static_cast<off_t>(first));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return SystemError(path_, "a file that can be read", errno);
+    if (n == 0) {
+      return FileError(ErrorCode::kIo, path_, "",
+                       fmt::format("{} bytes, as when it was opened", size_),
+                       fmt::format("its end at byte {}", first));
+    }
+    first += static_cast<std::uint64_t>(n);
+    to = to.subspan(static_cast<std::size_t>(n));
+  }
+  struct stat info {};
+  if (fstat(*descriptor_, &info) != 0) return SystemError(path_, "a readable file", errno);
+  if (static_cast<std::uint64_t>(info.st_size) == size_ && info.st_mtim.tv_sec == changed_[0] &&
+      info.st_mtim.tv_nsec == changed_[1])
+    return {};
+  return FileError(
+      ErrorCode::kIo, path_, "", "a file that stays as it is while it is read",
+      fmt::format("that another program changed it ({} bytes, {} before)", info.st_size, size_));
+}
+
+Result<std::string> ReadFile(const std::string& path, std::uint64_t most) {
+  const Result<File> file = File::Open(path);
+  if (!file.ok()) return file.status();
+  if (file->size() > most) {
+    return FileError(ErrorCode::kCorrupt, path, "", fmt::format("at most {} bytes", most),
+                     file->size());
+  }
+  std::string bytes(file->size(), '\0');
+  if (Status s = file->Read(0, bytes); !s.ok()) return s;
+  return bytes;
+}
+
+std::string RealPath(const std::string& path) {
+  constexpr int kMostLinks = 40;  // as many as Linux follows
+  fs::path real = path;
+  std::error_code error;
+  for (int links = 0; links < kMostLinks && fs::is_symlink(fs::symlink_status(real, error));
+       ++links)
+    real = real.parent_path() / fs::read_symlink(real, error);  // an absolute one stands alone
+  return real.string();
+}
+
+std::string NameBeside(const std::string& path, std::string_view end) {
+  const fs::path whole(path);
+  const std::string begin = whole.filename().string().substr(0, kNameBesideBytes);
+  return (whole.parent_path() / (begin + std::string(end))).string();
+}
+
+bool IsNullDevice(const std::string& path) {
+  struct stat device {
+  }, null{};
+  return stat(path.c_str(), &device) == 0 && stat("/dev/null", &null) == 0 &&
+         S_ISCHR(device.st_mode) && S_ISCHR(null.st_mode) && device.st_rdev == null.st_rdev;
 }
 
 Status WriteFileAtomically(const std::string& path, std::string_view expected,
@@ -110,18 +177,22 @@ Status WriteFileAtomically(const std::string& path, std::string_view expected,
     if (file != nullptr && WriteAndClose(file, write)) return {};
     return SystemError(path, "a file that can be written", errno);
   }
-  std::string target = path;
-  if (fs::exists(now)) target = fs::canonical(path, error).string();  // a link stays a link
-  if (target.empty()) return SystemError(path, "a file that can be written", error.value());
-
+  const std::string target = RealPath(path);
   std::string temporary;
   std::FILE* file = CreateBeside(target, &temporary);
   if (file == nullptr) return SystemError(path, "a folder that a file can be created in", errno);
-  if (!WriteAndClose(file, write) || std::rename(temporary.c_str(), target.c_str()) != 0) {
+  struct stat before {};
+  if (stat(target.c_str(), &before) == 0) CopyOwnerAndMode(before, fileno(file));
+  const auto write_and_flush = [&](std::FILE* to) {
+    return write(to) && std::fflush(to) == 0 && Flush(fileno(to));
+  };
+  if (!WriteAndClose(file, write_and_flush) ||
+      std::rename(temporary.c_str(), target.c_str()) != 0) {
     const int failure = errno;
     unlink(temporary.c_str());
     return SystemError(path, std::string(expected), failure);
   }
+  FlushFolderOf(target);
   return {};
 }
 

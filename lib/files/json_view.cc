@@ -67,12 +67,9 @@ Result<json> ParseJson(std::string_view text, const std::string& path, std::stri
 }
 
 Result<json> LoadJson(const std::string& path) {
-  const Result<MappedFile> file = MappedFile::Open(path);
-  if (!file.ok()) return file.status();
-  const std::string_view text = file->bytes();
-  if (text.size() <= kMaxFileBytes) return ParseJson(text, path, "");
-  return FileError(ErrorCode::kCorrupt, path, "",
-                   fmt::format("at most {} bytes of JSON", kMaxFileBytes), text.size());
+  const Result<std::string> text = ReadFile(path, kMaxFileBytes);
+  if (!text.ok()) return text.status();
+  return ParseJson(*text, path, "");
 }
 
 std::string JsonText(std::string_view text) {

@@ -1,7 +1,10 @@
 #include "lib/files/machine.h"
 
-#include <omp.h>
+#include <sched.h>
 #include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -74,8 +77,16 @@ std::uint64_t LeastLimit(const std::string& root, const std::string& controller,
   return least;
 }
 
-// Not sched_getaffinity: a thread that OpenMP has bound to a place has one CPU, the process more.
-int AllowedCpus() { return std::max(1, omp_get_num_procs()); }
+// A thread that OpenMP has bound to a place has one CPU, the process more: there OpenMP knows best.
+int AllowedCpus() {
+#ifdef _OPENMP
+  return std::max(1, omp_get_num_procs());
+#else
+  cpu_set_t cpus;
+  const bool is_known = sched_getaffinity(0, sizeof cpus, &cpus) == 0;
+  return std::max(1, is_known ? CPU_COUNT(&cpus) : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
+#endif
+}
 
 int Quota(const std::string& root) {
   return static_cast<int>(std::min<std::uint64_t>(LeastLimit(root, "cpu", CpuLimit), kMaxThreads));
@@ -137,12 +148,6 @@ CacheSizes Caches(const std::string& root) {
                    CacheBytes(root, 3, std::size_t{32} << 20)};
   sizes.last = std::max(sizes.last, sizes.l2);
   return sizes;
-}
-
-int Threads(int num_threads) {
-  if (num_threads > 0) return num_threads;
-  static const int quota = Quota("");  // read once: this is asked for every token and layer
-  return std::min({omp_get_max_threads(), AllowedCpus(), quota});
 }
 
 }  // namespace kvmix::internal

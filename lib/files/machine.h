@@ -25,10 +25,6 @@ struct CacheSizes {
 };
 CacheSizes Caches(const std::string& root = "");
 
-// What num_threads means wherever it is a parameter. 0: OpenMP's default (OMP_NUM_THREADS, say),
-// but no more than UsableThreads(): OpenMP knows nothing of quotas.
-int Threads(int num_threads);
-
 }  // namespace kvmix::internal
 
 #endif  // KVMIX_LIB_FILES_MACHINE_H_

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include <fmt/format.h>
@@ -41,8 +42,13 @@ std::optional<std::uint64_t> Bits(std::uint64_t bits, const std::vector<std::uin
   return bits;
 }
 
+// The part of a file after its header.
+struct Buffer {
+  std::uint64_t first, bytes;
+};
+
 // A tensor that agrees with itself, within the buffer; else an error in the status of the view.
-SafetensorsEntry ReadEntry(const JsonView& tensor, std::string_view buffer) {
+SafetensorsEntry ReadEntry(const JsonView& tensor, const Buffer& buffer) {
   const auto fail = [&](std::string_view expected, std::string_view found) {
     tensor.Fail(ErrorCode::kCorrupt, expected, found);
     return SafetensorsEntry();
@@ -51,15 +57,15 @@ SafetensorsEntry ReadEntry(const JsonView& tensor, std::string_view buffer) {
     if (field != "dtype" && field != "shape" && field != "data_offsets")
       return fail("dtype, shape and data_offsets", Quoted(field));
   }
-  SafetensorsEntry entry{tensor["dtype"].Text(), tensor["shape"].Counts(), {}};
+  SafetensorsEntry entry{tensor["dtype"].Text(), tensor["shape"].Counts()};
   if (!tensor["data_offsets"].HasSize(2, "numbers, begin and end")) return {};
   const std::size_t begin = tensor["data_offsets"][0].Count();
   const std::size_t end = tensor["data_offsets"][1].Count();
   const auto* dtype =
       std::ranges::find(kDtypeBits, entry.dtype, [](const auto& d) { return d.first; });
   if (dtype == std::end(kDtypeBits)) return fail("a dtype of the format", Quoted(entry.dtype));
-  if (begin > end || end > buffer.size()) {
-    return fail(fmt::format("data_offsets in order within the buffer of {} bytes", buffer.size()),
+  if (begin > end || end > buffer.bytes) {
+    return fail(fmt::format("data_offsets in order within the buffer of {} bytes", buffer.bytes),
                 fmt::format("[{}, {}]", begin, end));
   }
   const std::optional<std::uint64_t> bits = Bits(dtype->second, entry.shape);
@@ -67,63 +73,69 @@ SafetensorsEntry ReadEntry(const JsonView& tensor, std::string_view buffer) {
   if (*bits % 8 != 0) return fail("whole bytes", fmt::format("{} bits", *bits));
   if (end - begin != *bits / 8)
     return fail(fmt::format("{} bytes (dtype x shape)", *bits / 8), fmt::format("{}", end - begin));
-  entry.data = buffer.substr(begin, end - begin);
+  entry.first = buffer.first + begin;
+  entry.bytes = end - begin;
   return entry;
 }
 
 // Every byte of the buffer belongs to exactly one tensor.
-Status CheckCover(const std::string& path, const Safetensors& file, std::string_view buffer) {
-  std::vector<std::pair<std::string_view, std::string_view>> order;  // data and name
-  for (const auto& [name, tensor] : file.tensors) order.emplace_back(tensor.data, name);
-  std::ranges::sort(order, {},
-                    [](const auto& o) { return std::pair(o.first.data(), o.first.size()); });
-  std::size_t covered = 0;
-  for (const auto& [data, name] : order) {
-    const auto begin = static_cast<std::size_t>(data.data() - buffer.data());
+Status CheckCover(const std::string& path, const Safetensors& file, const Buffer& buffer) {
+  std::vector<std::tuple<std::uint64_t, std::uint64_t, std::string_view>> order;
+  for (const auto& [name, tensor] : file.tensors) {
+    order.emplace_back(tensor.first - buffer.first, tensor.bytes, name);
+  }
+  std::ranges::sort(order);
+  std::uint64_t covered = 0;
+  for (const auto& [begin, bytes, name] : order) {
     if (begin != covered) {
       return FileError(ErrorCode::kCorrupt, path, OneLine(name),
                        fmt::format("to begin at byte {} of the buffer, without {}", covered,
                                    begin > covered ? "a hole" : "an overlap"),
                        begin);
     }
-    covered += data.size();
+    covered += bytes;
   }
-  if (covered == buffer.size()) return {};
+  if (covered == buffer.bytes) return {};
   return FileError(ErrorCode::kCorrupt, path, "buffer",
-                   fmt::format("the {} bytes that the header lists", covered), buffer.size());
+                   fmt::format("the {} bytes that the header lists", covered), buffer.bytes);
 }
 
-// The header's text, whole and within the file.
-Result<std::string_view> HeaderText(std::string_view file, const std::string& path) {
-  const auto fail = [&](std::string_view what, std::string_view expected, const auto& found) {
-    return FileError(ErrorCode::kCorrupt, path, what, expected, found);
-  };
-  if (file.size() < kLengthBytes)
-    return fail("", "a safetensors file of 8 bytes or more", file.size());
+std::uint64_t HeaderBytes(std::string_view file) {
   std::uint64_t length = 0;
   for (std::size_t i = kLengthBytes; i-- > 0;)
     length = length << 8 | static_cast<unsigned char>(file[i]);
-  const std::string_view rest = file.substr(kLengthBytes);
-  if (length > kMaxHeaderBytes)
-    return fail("header length", fmt::format("at most {}", kMaxHeaderBytes), length);
-  if (length > rest.size()) {
-    return fail("", fmt::format("a header of {} bytes", length),
-                fmt::format("{} bytes up to the end of the file", rest.size()));
-  }
-  if (!rest.substr(0, length).starts_with('{'))
-    return fail("header", "{ as its first byte", Quoted(rest.substr(0, length).substr(0, 1)));
-  return rest.substr(0, length);
+  return length;
 }
 
-}  // namespace
+// The header's text, whole and within a file of `size` bytes that begins with `file`.
+Result<std::string_view> HeaderText(std::string_view file, std::uint64_t size,
+                                    const std::string& path) {
+  const auto fail = [&](std::string_view what, std::string_view expected, const auto& found) {
+    return FileError(ErrorCode::kCorrupt, path, what, expected, found);
+  };
+  if (size < kLengthBytes) return fail("", "a safetensors file of 8 bytes or more", size);
+  const std::uint64_t length = HeaderBytes(file), rest = size - kLengthBytes;
+  if (length > kMaxHeaderBytes)
+    return fail("header length", fmt::format("at most {}", kMaxHeaderBytes), length);
+  if (length > rest) {
+    return fail("", fmt::format("a header of {} bytes", length),
+                fmt::format("{} bytes up to the end of the file", rest));
+  }
+  const std::string_view text = file.substr(kLengthBytes, length);
+  if (!text.starts_with('{'))
+    return fail("header", "{ as its first byte", Quoted(text.substr(0, 1)));
+  return text;
+}
 
-Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path) {
-  const Result<std::string_view> text = HeaderText(file, path);
+// `file`: all of it, or its first bytes with the whole header.
+Result<Safetensors> Parse(std::string_view file, std::uint64_t size, const std::string& path) {
+  const Result<std::string_view> text = HeaderText(file, size, path);
   if (!text.ok()) return text.status();
   const Result<nlohmann::json> header = ParseJson(*text, path, "header");
   if (!header.ok()) return header.status();
 
-  const std::string_view buffer = file.substr(kLengthBytes + text->size());
+  const std::uint64_t first = kLengthBytes + text->size();
+  const Buffer buffer{first, size - first};
   Status status;
   const JsonView root(*header, path, &status);
   Safetensors result;
@@ -140,14 +152,31 @@ Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& p
   return result;
 }
 
-Result<std::string_view> TensorData(const Safetensors& content, const std::string& path,
-                                    const std::string& name, std::string_view dtype,
-                                    const std::vector<std::uint64_t>& shape,
+}  // namespace
+
+Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path) {
+  return Parse(file, file.size(), path);
+}
+
+Result<Safetensors> ReadSafetensors(const File& file) {
+  std::string begin(std::min<std::uint64_t>(file.size(), kLengthBytes), '\0');
+  if (Status s = file.Read(0, begin); !s.ok()) return s;
+  if (begin.size() == kLengthBytes) {
+    const std::uint64_t length = std::min(HeaderBytes(begin), kMaxHeaderBytes);
+    begin.resize(kLengthBytes + std::min(length, file.size() - kLengthBytes));
+    if (Status s = file.Read(0, begin); !s.ok()) return s;
+  }
+  return Parse(begin, file.size(), file.path());
+}
+
+Result<std::string_view> TensorData(std::string_view file, const Safetensors& content,
+                                    const std::string& path, const std::string& name,
+                                    std::string_view dtype, const std::vector<std::uint64_t>& shape,
                                     std::string_view what) {
   const auto at = content.tensors.find(name);
   if (at == content.tensors.end()) return FileError(ErrorCode::kCorrupt, path, name, what, "none");
   const SafetensorsEntry& tensor = at->second;
-  if (tensor.dtype == dtype && tensor.shape == shape) return tensor.data;
+  if (tensor.dtype == dtype && tensor.shape == shape) return tensor.In(file);
   const auto text = [](std::string_view type, const std::vector<std::uint64_t>& of) {
     return fmt::format("{} [{}]", type, fmt::join(of, ", "));
   };
@@ -155,23 +184,33 @@ Result<std::string_view> TensorData(const Safetensors& content, const std::strin
                    text(tensor.dtype, tensor.shape));
 }
 
-Status WriteSafetensors(const std::string& path, const std::map<std::string, std::string>& metadata,
-                        const std::vector<SafetensorsTensor>& tensors) {
+std::string SafetensorsHeader(const std::map<std::string, std::string>& metadata,
+                              const std::vector<SafetensorsSize>& tensors) {
   nlohmann::ordered_json header = {{"__metadata__", metadata}};
-  std::uint64_t bytes = 0;
-  const auto add = [&](const std::string& name, const std::string& dtype,
-                       const std::vector<std::uint64_t>& shape, std::uint64_t size) {
-    header[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {bytes, bytes + size}}};
-    bytes += size;
-  };
-  for (const SafetensorsTensor& t : tensors) add(t.name, t.dtype, t.shape, t.data.size());
-  add("checksum", "U64", {1}, kChecksumBytes);
+  std::uint64_t at = 0;
+  for (const SafetensorsSize& t : tensors) {
+    header[t.name] = {{"dtype", t.dtype}, {"shape", t.shape}, {"data_offsets", {at, at + t.bytes}}};
+    at += t.bytes;
+  }
   std::string text = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors lie on whole words
   const std::uint64_t length = text.size();
+  return std::string(reinterpret_cast<const char*>(&length), sizeof length) + text;
+}
+
+Status WriteSafetensors(const std::string& path, const std::map<std::string, std::string>& metadata,
+                        const std::vector<SafetensorsTensor>& tensors) {
+  std::vector<SafetensorsSize> sizes;
+  std::uint64_t bytes = kChecksumBytes;
+  for (const SafetensorsTensor& t : tensors) {
+    sizes.push_back({t.name, t.dtype, t.shape, t.data.size()});
+    bytes += t.data.size();
+  }
+  sizes.push_back({"checksum", "U64", {1}, kChecksumBytes});
+  const std::string header = SafetensorsHeader(metadata, sizes);
 
   return WriteFileAtomically(
-      path, fmt::format("room for {} bytes and the right to write them", 8 + length + bytes),
+      path, fmt::format("room for {} bytes and the right to write them", header.size() + bytes),
       [&](std::FILE* file) {
         XXH3_state_t hash;
         XXH3_64bits_reset(&hash);
@@ -179,7 +218,7 @@ Status WriteSafetensors(const std::string& path, const std::map<std::string, std
           XXH3_64bits_update(&hash, data, size);
           return std::fwrite(data, 1, size, file) == size;
         };
-        bool good = write(&length, sizeof length) && write(text.data(), text.size());
+        bool good = write(header.data(), header.size());
         for (const SafetensorsTensor& t : tensors)
           good = good && write(t.data.data(), t.data.size());
         const std::uint64_t checksum = XXH3_64bits_digest(&hash);

@@ -12,13 +12,16 @@
 #include <vector>
 
 #include "kvmix/status.h"
+#include "lib/files/file.h"
 
 namespace kvmix::internal {
 
 struct SafetensorsEntry {
-  std::string dtype;                 // "F16"
-  std::vector<std::uint64_t> shape;  // its product times the dtype's size is data.size()
-  std::string_view data;             // into the file; any alignment
+  std::string dtype;                   // "F16"
+  std::vector<std::uint64_t> shape;    // its product times the dtype's size is `bytes`
+  std::uint64_t first = 0, bytes = 0;  // its data in the file; any alignment
+
+  std::string_view In(std::string_view file) const { return file.substr(first, bytes); }
 };
 
 struct Safetensors {
@@ -32,12 +35,15 @@ struct Safetensors {
 // dtype; a length that is not dtype x shape (or overflows); a buffer that the tensors do not cover
 // exactly once.
 Result<Safetensors> ParseSafetensors(std::string_view file, const std::string& path);
+// The same for a file of which only the header is read.
+Result<Safetensors> ReadSafetensors(const File& file);
 
-// The data of a tensor of this type and shape. kCorrupt: it is missing (`what` says what was hoped
-// for) or another one.
-Result<std::string_view> TensorData(const Safetensors& content, const std::string& path,
-                                    const std::string& name, std::string_view dtype,
-                                    const std::vector<std::uint64_t>& shape, std::string_view what);
+// The data of a tensor of this type and shape in `file`, which `content` was parsed from. kCorrupt:
+// it is missing (`what` says what was hoped for) or another one.
+Result<std::string_view> TensorData(std::string_view file, const Safetensors& content,
+                                    const std::string& path, const std::string& name,
+                                    std::string_view dtype, const std::vector<std::uint64_t>& shape,
+                                    std::string_view what);
 
 // A tensor to be written. `data`: its numbers in C order, little-endian.
 struct SafetensorsTensor {
@@ -45,6 +51,17 @@ struct SafetensorsTensor {
   std::vector<std::uint64_t> shape;
   std::string_view data;
 };
+
+// A tensor whose numbers are written by somebody else. `bytes`: its dtype x shape.
+struct SafetensorsSize {
+  std::string name, dtype;
+  std::vector<std::uint64_t> shape;
+  std::uint64_t bytes;
+};
+
+// The begin of a file whose tensors follow in this order: length and JSON, a multiple of 8 bytes.
+std::string SafetensorsHeader(const std::map<std::string, std::string>& metadata,
+                              const std::vector<SafetensorsSize>& tensors);
 
 // Writes the tensors in this order, atomically, and behind them "checksum" (U64, [1]): XXH3 (64
 // bits) of all that stands before its 8 bytes, which are the last of the file.

@@ -1,55 +1,91 @@
-// Kinds and their names, from one table a field; sizes; checks.
+// Names of kinds, sizes, checks.
 #include "kvmix/codec.h"
+
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <numeric>
+#include <ranges>
 #include <utility>
+#include <vector>
 
 #include "lib/files/file.h"
 
 namespace kvmix {
 namespace {
 
-template <class T>
-struct Row {
-  T value;
-  std::string_view name;
-  std::size_t size;
-};
-constexpr Row<Storage> kStorages[] = {{Storage::kF16, "f16", 16},  // bits
-                                      {Storage::kI8, "i8", 8},
-                                      {Storage::kI6, "i6", 6},
-                                      {Storage::kI4, "i4", 4},
-                                      {Storage::kI3, "i3", 3}};
-constexpr Row<Scale> kScales[] = {{Scale::kNone, "", 0},  // bytes beside every token's codes
-                                  {Scale::kHead, "-head", 0},
-                                  {Scale::kToken, "-token", 4},
-                                  {Scale::kTokenBF16, "-token-bf16", 2}};
-constexpr Row<bool CodecKind::*> kSteps[] = {{&CodecKind::centre, "+centre", 0},
-                                             {&CodecKind::fold, "+fold", 0},
-                                             {&CodecKind::hadamard, "+hadamard", 0},
-                                             {&CodecKind::shape, "+shape", 0}};
+constexpr std::pair<bool CodecKind::*, std::string_view> kSteps[] = {
+    {&CodecKind::centre, "+centre"},
+    {&CodecKind::fold, "+fold"},
+    {&CodecKind::hadamard, "+hadamard"},
+    {&CodecKind::shape, "+shape"}};
+
+// A part of a kind's name; null for a number that is none of its enum's.
+constexpr const char* NameOf(Storage storage) {
+  switch (storage) {
+    case KVMIX_STORAGE_F16:
+      return "f16";
+    case KVMIX_STORAGE_I8:
+      return "i8";
+    case KVMIX_STORAGE_I6:
+      return "i6";
+    case KVMIX_STORAGE_I4:
+      return "i4";
+    case KVMIX_STORAGE_I3:
+      return "i3";
+  }
+  return nullptr;
+}
+constexpr const char* NameOf(Scale scale) {
+  switch (scale) {
+    case KVMIX_SCALE_NONE:
+      return "";
+    case KVMIX_SCALE_HEAD:
+      return "-head";
+    case KVMIX_SCALE_TOKEN:
+      return "-token";
+    case KVMIX_SCALE_TOKEN_BF16:
+      return "-token-bf16";
+  }
+  return nullptr;
+}
 
 constexpr float kLargestFactor = 0x1p32f, kLargestShaping = 0x1p16f;
 
-// The row of a value; null for a value that is none of its enum's.
-template <class Table, class T>
-const Row<T>* Find(const Table& table, T value) {
-  const auto* row = std::ranges::find(table, value, &Row<T>::value);
-  return row == std::end(table) ? nullptr : row;
+// Bytes beside every token's codes.
+std::size_t BytesOf(Scale scale) {
+  switch (scale) {
+    case KVMIX_SCALE_NONE:
+    case KVMIX_SCALE_HEAD:
+      break;
+    case KVMIX_SCALE_TOKEN:
+      return 4;
+    case KVMIX_SCALE_TOKEN_BF16:
+      return 2;
+  }
+  return 0;
+}
+
+// All values of an enum, in the order of their numbers.
+template <class T>
+std::vector<T> All() {
+  std::vector<T> values;
+  for (int i = 0; NameOf(static_cast<T>(i)) != nullptr; ++i) values.push_back(static_cast<T>(i));
+  return values;
+}
+
+bool IsKnown(const CodecKind& kind) {
+  return NameOf(kind.storage) != nullptr && NameOf(kind.scale) != nullptr;
 }
 
 // Codes have a scale and maybe steps before it; numbers (f16) have neither. A scale of the head is
 // for plain int8.
 bool Exists(const CodecKind& kind) {
-  if (Find(kStorages, kind.storage) == nullptr || Find(kScales, kind.scale) == nullptr ||
-      kind.rounding != Rounding::kNearest)
-    return false;
-  if (kind.storage == Storage::kF16) return kind == CodecKind();
-  if (kind.scale == Scale::kHead) return kind.storage == Storage::kI8 && !kind.shape;
-  return kind.scale != Scale::kNone;
+  if (!IsKnown(kind)) return false;
+  if (kind.storage == KVMIX_STORAGE_F16) return kind == CodecKind();
+  if (kind.scale == KVMIX_SCALE_HEAD) return kind.storage == KVMIX_STORAGE_I8 && !kind.shape;
+  return kind.scale != KVMIX_SCALE_NONE;
 }
 
 // head_dim must be a multiple of it: planes of a power of two of bits are whole bytes each.
@@ -88,12 +124,13 @@ Status CheckShaping(std::span<const float> matrix, bool wanted, std::size_t head
   return {};
 }
 
-// All names of a table, for an error.
-template <class Table>
-std::string Names(const Table& table) {
+// Names for an error.
+template <class T>
+std::string Names() {
   std::string names;
-  for (const auto& row : table) {
-    if (!row.name.empty()) names += (names.empty() ? "" : ", ") + std::string(row.name);
+  for (const T value : All<T>()) {
+    const std::string name = NameOf(value);
+    if (!name.empty()) names += (names.empty() ? "" : ", ") + name;
   }
   return names;
 }
@@ -102,29 +139,23 @@ std::string Names(const Table& table) {
 
 std::string ToString(const CodecKind& kind) {
   if (!Exists(kind)) return "invalid";
-  std::string name(Find(kStorages, kind.storage)->name);
-  name += Find(kScales, kind.scale)->name;
-  for (const auto& step : kSteps) name += kind.*step.value ? step.name : "";
+  std::string name = std::string(NameOf(kind.storage)) + NameOf(kind.scale);
+  for (const auto& [step, suffix] : kSteps) name += kind.*step ? suffix : "";
   return name;
 }
 
 Result<CodecKind> ParseCodecKind(std::string_view name) {
-  for (const auto& storage : kStorages) {
-    for (const auto& scale : kScales) {
-      CodecKind kind{.storage = storage.value, .scale = scale.value};
-      for (const auto& step : kSteps) kind.*step.value = name.find(step.name) != name.npos;
+  for (const Storage storage : All<Storage>()) {
+    for (const Scale scale : All<Scale>()) {
+      CodecKind kind{.storage = storage, .scale = scale};
+      for (const auto& [step, suffix] : kSteps) kind.*step = name.find(suffix) != name.npos;
       if (Exists(kind) && ToString(kind) == name) return kind;
     }
   }
   return Invalid(
       "codec: expected a storage ({}), but for f16 a scale ({}; -head for i8 without +shape) "
       "and, in this order, any of {}; found \"{}\"",
-      Names(kStorages), Names(kScales), Names(kSteps), name);
-}
-
-std::size_t BitsOf(Storage storage) {
-  const Row<Storage>* row = Find(kStorages, storage);
-  return row != nullptr ? row->size : 0;
+      Names<Storage>(), Names<Scale>(), fmt::join(kSteps | std::views::values, ", "), name);
 }
 
 bool Fits(const CodecKind& kind, std::size_t head_dim) {
@@ -132,10 +163,8 @@ bool Fits(const CodecKind& kind, std::size_t head_dim) {
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
-  const Row<Storage>* storage = Find(kStorages, kind.storage);
-  const Row<Scale>* scale = Find(kScales, kind.scale);
-  if (storage == nullptr || scale == nullptr) return 0;
-  return (storage->size * head_dim + 7) / 8 + scale->size;
+  if (!IsKnown(kind)) return 0;
+  return (BitsOf(kind.storage) * head_dim + 7) / 8 + BytesOf(kind.scale);
 }
 
 std::span<const float> HeadCodec::mean() const {
@@ -169,7 +198,7 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
     return Invalid("{}: expected a head_dim that is a multiple of {}, found {}",
                    ToString(codec.kind), ChannelStep(codec.kind.storage), head_dim);
   const float scale = codec.head_scale;
-  if (codec.kind.scale == Scale::kHead && !(scale > 0.0f && std::isfinite(scale)))
+  if (codec.kind.scale == KVMIX_SCALE_HEAD && !(scale > 0.0f && std::isfinite(scale)))
     return Invalid("expected a scale above 0, found {}", scale);
   Status mean = CheckVector(codec.mean(), codec.kind.centre, head_dim, "mean",
                             [](float x) { return std::isfinite(x); });

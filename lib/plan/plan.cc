@@ -86,7 +86,7 @@ Room RoomOf(const Plan& plan, std::size_t context, Tensor t) {
 }  // namespace
 
 std::size_t ContextBytes(const Plan& plan, std::size_t context) {
-  return RoomOf(plan, context, Tensor::kK).bytes + RoomOf(plan, context, Tensor::kV).bytes;
+  return RoomOf(plan, context, KVMIX_K).bytes + RoomOf(plan, context, KVMIX_V).bytes;
 }
 
 std::size_t Fp16ContextBytes(const Model& model, std::size_t context) {
@@ -99,7 +99,7 @@ double SavedFraction(const Plan& plan, std::size_t context) {
 }
 
 EffectiveBits BitsPerNumber(const Plan& plan, std::size_t context) {
-  const Room k = RoomOf(plan, context, Tensor::kK), v = RoomOf(plan, context, Tensor::kV);
+  const Room k = RoomOf(plan, context, KVMIX_K), v = RoomOf(plan, context, KVMIX_V);
   const auto bits = [](std::size_t bytes, std::size_t numbers) {
     return 8.0 * static_cast<double>(bytes) / static_cast<double>(numbers);
   };

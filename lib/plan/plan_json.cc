@@ -50,7 +50,7 @@ std::string VectorText(std::span<const float> vector, std::string_view key, std:
 
 std::string CodecText(const HeadCodec& codec, std::string_view key) {
   std::string text = fmt::format("\"{}\": \"{}\"", key, ToString(codec.kind));
-  if (codec.kind.scale == Scale::kHead)
+  if (codec.kind.scale == KVMIX_SCALE_HEAD)
     text += fmt::format(", \"{}_scale\": {:.9g}", key, codec.head_scale);
   return text + VectorText(codec.mean(), key, "mean") + VectorText(codec.factor(), key, "factor");
 }
@@ -93,14 +93,27 @@ std::string AccuracyText(const Provenance& p) {
   return fmt::format("{{{}{}}}", fmt::join(measured, ","), measured.empty() ? "" : "\n  ");
 }
 
+// The oldest minor version that has a storage.
+std::size_t MinorOf(Storage storage) {
+  switch (storage) {
+    case KVMIX_STORAGE_F16:
+    case KVMIX_STORAGE_I8:
+      break;
+    case KVMIX_STORAGE_I4:
+      return kMinorOfI4;
+    case KVMIX_STORAGE_I6:
+    case KVMIX_STORAGE_I3:
+      return kMinorOfShaping;
+  }
+  return kMinor;
+}
+
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
   std::size_t minor = plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
   for (const HeadCodec& codec : plan.codecs) {
-    const CodecKind& kind = codec.kind;
-    if (kind.storage == Storage::kI4) minor = std::max(minor, kMinorOfI4);
-    if (kind.storage == Storage::kI6 || kind.storage == Storage::kI3 || kind.shape)
-      minor = std::max(minor, kMinorOfShaping);
+    minor = std::max(minor, MinorOf(codec.kind.storage));
+    if (codec.kind.shape) minor = std::max(minor, kMinorOfShaping);
   }
   return minor;
 }
@@ -148,7 +161,7 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
     return {};
   }
   HeadCodec codec{*kind};
-  if (kind->scale == Scale::kHead) codec.head_scale = head[key + "_scale"].Float();
+  if (kind->scale == KVMIX_SCALE_HEAD) codec.head_scale = head[key + "_scale"].Float();
   CodecVectors vectors;
   if (kind->centre) vectors.mean = head[key + "_mean"].Floats();
   if (kind->fold) vectors.factor = head[key + "_factor"].Floats();
@@ -185,9 +198,17 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model) {
   return codecs;
 }
 
-// A file in the plan's own folder.
-std::string Beside(const std::string& plan_path, const std::string& file) {
-  return (std::filesystem::path(plan_path).parent_path() / file).string();
+std::string Beside(const std::string& path, const std::string& file) {
+  return (std::filesystem::path(path).parent_path() / file).string();
+}
+
+// Where the matrices of a plan are: in the folder of `plan_path`, or, if that is a link, in the
+// folder of the real file.
+std::string FindMatrices(const std::string& plan_path, const std::string& file) {
+  const std::string beside = Beside(plan_path, file);
+  std::error_code ignored;
+  if (std::filesystem::exists(beside, ignored)) return beside;
+  return Beside(internal::RealPath(plan_path), file);
 }
 
 Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* plan) {
@@ -198,7 +219,7 @@ Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* pla
   if (std::filesystem::path(file).filename().string() != file)
     return FileError(ErrorCode::kCorrupt, plan_path, "shaping.file", "the name of a file beside it",
                      internal::Quoted(file));
-  return internal::LoadShaping(Beside(plan_path, file), hash, plan);
+  return internal::LoadShaping(FindMatrices(plan_path, file), hash, plan);
 }
 
 Fidelity ReadFidelity(const JsonView& accuracy, const std::string& key) {
@@ -238,11 +259,18 @@ Status SavePlan(const Plan& plan, const std::string& path) {
   }
   if (!internal::HasShaping(plan)) return internal::WriteFileAtomically(path, PlanText(plan, ""));
   const std::string hash = internal::ShapingHash(plan), file = internal::ShapingFileName(hash),
-                    matrices = Beside(path, file);
+                    text = PlanText(plan, ShapingText(file, hash)),
+                    matrices = Beside(internal::RealPath(path), file);
+  if (internal::IsNullDevice(path)) return internal::WriteFileAtomically(path, text);
   std::error_code ignored;
+  if (std::filesystem::is_other(std::filesystem::status(path, ignored))) {
+    return FileError(ErrorCode::kInvalidArgument, path, "",
+                     "a file, as a plan with +shape has a second file beside it",
+                     "a device or a pipe");
+  }
   const bool had = std::filesystem::exists(matrices, ignored);
   if (Status s = internal::SaveShaping(plan, matrices); !s.ok()) return s;
-  Status s = internal::WriteFileAtomically(path, PlanText(plan, ShapingText(file, hash)));
+  Status s = internal::WriteFileAtomically(path, text);
   if (!s.ok() && !had) std::filesystem::remove(matrices, ignored);
   return s;
 }

@@ -25,7 +25,7 @@ void ForShaped(P& plan, const Visit& visit) {
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
     for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
-      auto& codec = plan.codec(layer, head, Tensor::kK);
+      auto& codec = plan.codec(layer, head, KVMIX_K);
       if (codec.kind.shape)
         visit(fmt::format("layers.{}.heads.{}.k", layer, head), layers[layer].k_dim, codec);
     }
@@ -65,15 +65,15 @@ Status SaveShaping(const Plan& plan, const std::string& path) {
 }
 
 Status LoadShaping(const std::string& path, const std::string& hash, Plan* plan) {
-  const Result<MappedFile> file = MappedFile::Open(path);
+  const Result<std::string> file = ReadFile(path);
   if (!file.ok()) return file.status();
-  const Result<Safetensors> matrices = ParseSafetensors(file->bytes(), path);
+  const Result<Safetensors> matrices = ParseSafetensors(*file, path);
   if (!matrices.ok()) return matrices.status();
   Status status;
   ForShaped(*plan, [&](const std::string& name, std::size_t dim, HeadCodec& codec) {
     if (!status.ok()) return;
-    const Result<std::string_view> data =
-        TensorData(*matrices, path, name, "F32", {dim, dim}, "a matrix, as the plan has the step");
+    const Result<std::string_view> data = TensorData(
+        *file, *matrices, path, name, "F32", {dim, dim}, "a matrix, as the plan has the step");
     if (!data.ok()) {
       status = data.status();
       return;

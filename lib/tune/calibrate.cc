@@ -7,7 +7,10 @@
 #include "lib/files/file.h"
 #include "lib/tune/shaping.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
+
+using internal::Error;
+
 namespace {
 
 // A channel that hardly moves would else get a factor that lets it alone decide every scale.
@@ -16,7 +19,7 @@ constexpr float kLargestRatio = 64.0f;
 }  // namespace
 
 Status CheckCalibrated(const CodecKind& kind) {
-  if (kind.scale != Scale::kHead || !(kind.fold || kind.hadamard)) return {};
+  if (kind.scale != KVMIX_SCALE_HEAD || !(kind.fold || kind.hadamard)) return {};
   return Error(ErrorCode::kInvalidArgument,
                "candidate {}: expected a scale per head without fold and rotation, or a scale per "
                "token: calibration knows the range of each channel alone",
@@ -69,7 +72,7 @@ std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(const CodecKind& ki
 
 HeadCodec HeadCalibration::Codec(const CodecKind& kind) {
   HeadCodec codec{kind, 0.0f, Vectors(kind)};
-  if (kind.scale != Scale::kHead) return codec;
+  if (kind.scale != KVMIX_SCALE_HEAD) return codec;
   const std::vector<float> mean(codec.mean().begin(), codec.mean().end());
   // As HeadScale() has it, and 1 where there are only zeros: any scale stores them.
   const float largest = std::ranges::max(Range(mean));
@@ -77,4 +80,4 @@ HeadCodec HeadCalibration::Codec(const CodecKind& kind) {
   return codec;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -7,9 +7,9 @@
 
 #include "kvmix/codec.h"
 #include "kvmix/status.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // What HeadCalibration can make: a scale per head needs each channel's range alone, which a fold
 // and a rotation mix.
@@ -39,6 +39,6 @@ class HeadCalibration {
   std::shared_ptr<const CodecVectors> vectors_[2][2][3];
 };
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_CALIBRATE_H_

@@ -11,20 +11,14 @@
 
 #include <fmt/format.h>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "lib/files/file.h"
 #include "lib/tune/explain.h"
 #include "lib/tune/menu.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
-using internal::Allowed;
 using internal::Error;
-using internal::Menu;
-using internal::Pair;
-using internal::Picks;
-using internal::Saved;
-using internal::Total;
 
 namespace {
 
@@ -113,7 +107,7 @@ class Chooser {
   }
 
   // What the picks of Choose() were held to.
-  internal::Verdict Limits(const Picks& picks) const {
+  Verdict Limits(const Picks& picks) const {
     const double least_sum = LeastTotal(&Pair::sum_nmse, Allows(worst_limit_));
     return {worst_limit_, constraints_.min_cosine.value_or(-kInf),
             Sum(picks) > least_sum * (1.0 + 1e-12)};
@@ -280,7 +274,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
                       const Constraints& constraints) {
   if (Status s = CheckTable(table); !s.ok()) return s;
   if (Status s = CheckConstraints(constraints); !s.ok()) return s;
-  Result<Menu> menu = internal::MakeMenu(table, wisdom, context);
+  Result<Menu> menu = MakeMenu(table, wisdom, context);
   if (!menu.ok()) return menu.status();
   const std::size_t fp16_bytes = Fp16ContextBytes(table.model, context);
   Chooser chooser(*menu, fp16_bytes, constraints);
@@ -292,7 +286,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   timeless.time_tolerance = 1.0;
   const Picks without_time = *Chooser(*menu, fp16_bytes, timeless).Choose();
 
-  const internal::Verdict limits = chooser.Limits(*picks);
+  const Verdict limits = chooser.Limits(*picks);
   Choice choice;
   choice.worst_limit = limits.worst_limit;
   choice.plan.model = table.model;
@@ -303,19 +297,19 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
     choice.plan.codecs.push_back(p.v->codec);
     choice.decided_by_time += (p.k != without_time[i].k) + (p.v != without_time[i].v);
     for (const HeadErrors* head : {&table.heads[2 * i], &table.heads[2 * i + 1]})
-      choice.reasons.push_back(internal::Explain(
-          *head, table.model.layers[head->layer].dim(head->tensor), p, without_time[i], limits));
+      choice.reasons.push_back(Explain(*head, table.model.layers[head->layer].dim(head->tensor), p,
+                                       without_time[i], limits));
   }
-  choice.predicted = internal::Predict(*picks, table.model);
+  choice.predicted = Predict(*picks, table.model);
   choice.decode_ns = Total(*picks, &Pair::decode_ns);
   for (std::size_t i = 0; i < table.heads.size(); i += 2) {
     const std::optional<double> ns =
-        internal::DecodeNs(table.model, table.heads[i].layer, wisdom, "f16", "f16", context);
+        DecodeNs(table.model, table.heads[i].layer, wisdom, "f16", "f16", context);
     choice.fp16_decode_ns = ns ? choice.fp16_decode_ns + *ns : 0.0;
     if (!ns) break;
   }
-  choice.without_times = internal::Describe(without_time, table.model, fp16_bytes);
-  choice.front = internal::Front(*menu, table.model, fp16_bytes);
+  choice.without_times = Describe(without_time, table.model, fp16_bytes);
+  choice.front = Front(*menu, table.model, fp16_bytes);
   Provenance& provenance = choice.plan.provenance;
   provenance.model = table.model_name;
   provenance.calibration = fmt::format("{}", fmt::join(table.dumps, ", "));
@@ -325,4 +319,4 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   return choice;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -1,5 +1,5 @@
 // Dumps: opening, checking, views.
-#include "kvmix/dump.h"
+#include "kvmix/tune/dump.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -9,9 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <sstream>
@@ -27,10 +30,10 @@
 #include "lib/files/safetensors.h"
 #include "lib/plan/model_json.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
+using internal::File;
 using internal::FileError;
-using internal::MappedFile;
 using internal::ParseNumber;
 using internal::Quoted;
 
@@ -63,8 +66,9 @@ std::string ShapeText(const std::vector<std::uint64_t>& shape) {
 
 // A tensor as it lies in a file.
 struct Found {
-  std::string_view data;
-  Dtype dtype;
+  const File* file = nullptr;
+  std::uint64_t first = 0, bytes = 0;  // in the file
+  Dtype dtype = KVMIX_F16;
   std::vector<std::uint64_t> shape;  // [tokens, heads, head_dim], or [1, heads, tokens, head_dim]
 
   bool heads_first() const { return shape.size() == 4 && shape[0] == 1; }
@@ -72,11 +76,19 @@ struct Found {
   std::uint64_t tokens() const { return shape[heads_first() ? 2 : 0]; }
   std::uint64_t heads() const { return shape[1]; }
   std::uint64_t head_dim() const { return shape.back(); }
+  // The tensor once it is read to `data`; without a gap, in either order of its axes.
+  RowsView Rows(const void* data) const {
+    RowsView rows = RowsView::Dense(data, dtype, tokens(), heads(), head_dim());
+    if (!heads_first()) return rows;
+    rows.token_stride = static_cast<std::ptrdiff_t>(rows.head_dim);
+    rows.head_stride = static_cast<std::ptrdiff_t>(rows.tokens * rows.head_dim);
+    return rows;
+  }
 };
 using FoundTensors = std::map<Place, Found>;
 
 constexpr std::pair<std::string_view, Dtype> kDtypes[] = {
-    {"F16", Dtype::kF16}, {"BF16", Dtype::kBF16}, {"F32", Dtype::kF32}};
+    {"F16", KVMIX_F16}, {"BF16", KVMIX_BF16}, {"F32", KVMIX_F32}};
 
 // The index of the first of `count` numbers whose exponent is all ones, NaN or Inf; or `count`.
 // Bits: signed, because every SIMD instruction set has that maximum.
@@ -93,6 +105,18 @@ std::size_t FindNonFinite(const void* numbers, std::size_t count, Bits infinity)
   return static_cast<std::size_t>(std::find_if(x, x + count, is_bad) - x);
 }
 
+// A layer's own tensors in memory.
+struct LayerMemory {
+  std::vector<std::uint32_t> numbers[3];  // aligned for floats
+  RowsView rows[3];                       // without data where there is no such tensor
+};
+
+// Where a layer is while somebody has it.
+struct Slot {
+  std::mutex mutex;
+  std::weak_ptr<const LayerMemory> memory;
+};
+
 }  // namespace
 
 struct Dump::Impl {
@@ -105,18 +129,9 @@ struct Dump::Impl {
   std::size_t tokens = 0;
   std::vector<std::size_t> prompt_tokens;
 
-  std::vector<MappedFile> files;
-  std::vector<std::vector<float>> copies;  // of the tensors that are misaligned in the file
-  struct Stored {
-    RowsView rows;             // without data: no Q
-    std::string_view in_file;  // nothing where `rows` is a copy
-  };
-  std::vector<std::array<Stored, 3>> layers;  // K, V and Q
-
-  const RowsView& rows(std::size_t layer, std::size_t kind) const {
-    KVMIX_CHECK(layer, <, layers.size());
-    return layers[kind == kQueries ? layer : shapes.kv_layer(layer)][kind].rows;
-  }
+  std::deque<File> files;
+  std::vector<std::array<Found, 3>> layers;  // K, V and Q; without a file: no such tensor
+  std::unique_ptr<Slot[]> slots;             // [layers]
 
   Status Fail(ErrorCode code, std::string_view what, std::string_view expected,
               const auto& found) const {
@@ -129,9 +144,9 @@ struct Dump::Impl {
   }
 
   Status OpenSafetensors() {
-    Result<MappedFile> file = MappedFile::Open(path);
+    Result<File> file = File::Open(path);
     if (!file.ok()) return file.status();
-    const auto content = internal::ParseSafetensors(file->bytes(), path);
+    const auto content = internal::ReadSafetensors(*file);
     if (!content.ok()) return content.status();
     files.push_back(std::move(*file));
 
@@ -149,7 +164,7 @@ struct Dump::Impl {
           std::ranges::find(kDtypes, tensor.dtype, [](const auto& d) { return d.first; });
       if (dtype == std::end(kDtypes))
         return Fail(ErrorCode::kMismatch, "tensor " + name, "dtype F16, BF16 or F32", tensor.dtype);
-      found[*place] = {tensor.data, dtype->second, tensor.shape};
+      found[*place] = {&files[0], tensor.first, tensor.bytes, dtype->second, tensor.shape};
     }
     if (Status s = ReadShapes(metadata, found); !s.ok()) return s;
     if (Status s = Assemble(found); !s.ok()) return s;
@@ -180,18 +195,19 @@ struct Dump::Impl {
       const std::string name = entry->path().filename().string();
       const std::optional<Place> place = ParseTensorName(raw, name);
       if (!place || (place->second == kQueries && format.query_heads == 0)) continue;
-      Result<MappedFile> file = MappedFile::Open(entry->path().string());
+      Result<File> file = File::Open(entry->path().string());
       if (!file.ok()) return file.status();
-      const std::string_view bytes = file->bytes();
+      const std::uint64_t bytes = file->size();
       const std::size_t heads = place->second == kQueries ? query_heads : format.kv_heads;
       const std::size_t token_bytes = heads * format.head_dim * sizeof(Half);
-      if (bytes.size() % token_bytes != 0) {
+      if (bytes % token_bytes != 0) {
         return Fail(ErrorCode::kMismatch, name,
                     fmt::format("whole tokens of {} heads x {} x 2 bytes", heads, format.head_dim),
-                    fmt::format("{} bytes", bytes.size()));
+                    fmt::format("{} bytes", bytes));
       }
-      found[*place] = {bytes, Dtype::kF16, {bytes.size() / token_bytes, heads, format.head_dim}};
       files.push_back(std::move(*file));
+      found[*place] = {
+          &files.back(), 0, bytes, KVMIX_F16, {bytes / token_bytes, heads, format.head_dim}};
     }
     if (error) return Fail(ErrorCode::kIo, "", "a folder that can be read", error.message());
     if (Status s = CheckPresent(found); !s.ok()) return s;
@@ -216,6 +232,7 @@ struct Dump::Impl {
     if (Status s = CheckShapes(shapes); !s.ok()) return s;
     has_q = HasQ(found);
     layers.resize(shapes.layers.size());
+    slots = std::make_unique<Slot[]>(layers.size());
     for (const auto& [place, tensor] : found) {
       if (place.first >= layers.size()) {
         return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, place.second),
@@ -247,7 +264,7 @@ struct Dump::Impl {
           return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
                       "shape " + ShapeText(expected), ShapeText(tensor.shape));
         if (tokens == 0) return Fail(ErrorCode::kMismatch, "", "at least 1 token", "an empty dump");
-        layers[layer][kind] = View(tensor);
+        layers[layer][kind] = tensor;
       }
     }
     if (prompt_tokens.empty()) prompt_tokens = {tokens};
@@ -307,22 +324,6 @@ struct Dump::Impl {
       }
     }
     return {};
-  }
-
-  Stored View(const Found& tensor) {
-    RowsView view = RowsView::Dense(tensor.data.data(), tensor.dtype, tensor.tokens(),
-                                    tensor.heads(), tensor.head_dim());
-    if (tensor.heads_first()) {
-      view.token_stride = static_cast<std::ptrdiff_t>(view.head_dim);
-      view.head_stride = static_cast<std::ptrdiff_t>(view.tokens * view.head_dim);
-    }
-    if (reinterpret_cast<std::uintptr_t>(view.data) % view.element_bytes() == 0)
-      return {view, tensor.data};
-    const std::size_t bytes = tensor.data.size();
-    std::vector<float>& copy = copies.emplace_back((bytes + sizeof(float) - 1) / sizeof(float));
-    std::memcpy(copy.data(), tensor.data.data(), bytes);
-    view.data = copy.data();
-    return {view, {}};
   }
 
   Status ReadMetadata(const std::map<std::string, std::string>& metadata) {
@@ -408,7 +409,61 @@ struct Dump::Impl {
     if (sum != tokens) return Fail(ErrorCode::kMismatch, "prompt_tokens", expected, sum);
     return {};
   }
+
+  // Reads a layer's own tensors.
+  Status Read(std::size_t layer, LayerMemory* memory) const {
+    for (std::size_t kind = 0; kind < 3; ++kind) {
+      const Found& tensor = layers[layer][kind];
+      if (tensor.file == nullptr) continue;
+      std::vector<std::uint32_t>& numbers = memory->numbers[kind];
+      numbers.resize((tensor.bytes + sizeof(std::uint32_t) - 1) / sizeof(std::uint32_t));
+      char* const bytes = reinterpret_cast<char*>(numbers.data());
+      if (Status s = tensor.file->Read(tensor.first, {bytes, tensor.bytes}); !s.ok()) return s;
+      memory->rows[kind] = tensor.Rows(bytes);
+    }
+    return {};
+  }
+
+  Status CheckFinite(std::size_t layer, std::size_t kind, const RowsView& x) const {
+    const std::size_t count = x.tokens * x.heads * x.head_dim;  // 0: no such tensor
+    const std::size_t at =
+        x.dtype == KVMIX_F32
+            ? FindNonFinite<std::int32_t>(x.data, count, 0x7F800000)
+            : FindNonFinite<std::int16_t>(x.data, count, x.dtype == KVMIX_F16 ? 0x7C00 : 0x7F80);
+    if (at == count) return {};
+    const std::size_t channel = at % x.head_dim, row = at / x.head_dim;
+    const bool heads_first = x.token_stride < x.head_stride;
+    const std::size_t head = heads_first ? row / x.tokens : row % x.heads;
+    const std::size_t token = heads_first ? row % x.tokens : row / x.heads;
+    return Fail(ErrorCode::kNonFinite, TensorName(raw, layer, kind), "finite numbers",
+                fmt::format("{} at layer {}, {} head {}, token {}, channel {}",
+                            std::isnan(x.At(token, head, channel)) ? "NaN" : "Inf", layer,
+                            kind == kQueries ? "query" : "KV", head, token, channel));
+  }
+
+  // A layer's own tensors, read unless somebody has them.
+  Result<std::shared_ptr<const LayerMemory>> Memory(std::size_t layer) const {
+    const std::lock_guard lock(slots[layer].mutex);
+    if (auto known = slots[layer].memory.lock(); known != nullptr) return known;
+    const auto memory = std::make_shared<LayerMemory>();
+    if (Status s = Read(layer, memory.get()); !s.ok()) return s;
+    for (std::size_t kind = 0; kind < 3; ++kind) {
+      if (Status s = CheckFinite(layer, kind, memory->rows[kind]); !s.ok()) return s;
+    }
+    slots[layer].memory = memory;
+    return std::shared_ptr<const LayerMemory>(memory);
+  }
+
+  Status OutOfMemory() const {
+    return Fail(ErrorCode::kOutOfMemory, "", "a dump that fits into memory", "one that does not");
+  }
 };
+
+RowsView DumpLayer::head(std::size_t kv_head, Tensor t) const {
+  const RowsView& rows = t == KVMIX_K ? k : v;
+  KVMIX_CHECK(kv_head, <, rows.heads);
+  return rows.Head(kv_head);
+}
 
 Result<Dump> Dump::Open(const std::string& path, const RawFormat* raw) try {
   std::error_code error;
@@ -445,53 +500,32 @@ bool Dump::has_q() const { return impl_->has_q; }
 std::size_t Dump::tokens() const { return impl_->tokens; }
 const std::vector<std::size_t>& Dump::prompt_tokens() const { return impl_->prompt_tokens; }
 
-RowsView Dump::k(std::size_t layer) const { return impl_->rows(layer, kKeys); }
-RowsView Dump::v(std::size_t layer) const { return impl_->rows(layer, kValues); }
-RowsView Dump::q(std::size_t layer) const { return impl_->rows(layer, kQueries); }
-RowsView Dump::head(std::size_t layer, std::size_t kv_head, Tensor t) const {
-  const RowsView rows = t == Tensor::kK ? k(layer) : v(layer);
-  KVMIX_CHECK(kv_head, <, rows.heads);
-  return rows.Head(kv_head);
-}
 std::string Dump::k_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kKeys); }
 std::string Dump::v_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kValues); }
 
-Status Dump::CheckFinite(std::size_t layer) const {
+Result<DumpLayer> Dump::Load(std::size_t layer) const try {
   KVMIX_CHECK(layer, <, impl_->layers.size());
-  for (std::size_t kind = 0; kind < 3; ++kind) {
-    const RowsView& x = impl_->layers[layer][kind].rows;
-    const std::size_t count = x.tokens * x.heads * x.head_dim;  // 0: no such tensor
-    const std::size_t at =
-        x.dtype == Dtype::kF32
-            ? FindNonFinite<std::int32_t>(x.data, count, 0x7F800000)
-            : FindNonFinite<std::int16_t>(x.data, count, x.dtype == Dtype::kF16 ? 0x7C00 : 0x7F80);
-    if (at == count) continue;
-    const std::size_t channel = at % x.head_dim, row = at / x.head_dim;
-    const bool heads_first = x.token_stride < x.head_stride;
-    const std::size_t head = heads_first ? row / x.tokens : row % x.heads;
-    const std::size_t token = heads_first ? row % x.tokens : row / x.heads;
-    return impl_->Fail(ErrorCode::kNonFinite, TensorName(impl_->raw, layer, kind), "finite numbers",
-                       fmt::format("{} at layer {}, {} head {}, token {}, channel {}",
-                                   std::isnan(x.At(token, head, channel)) ? "NaN" : "Inf", layer,
-                                   kind == kQueries ? "query" : "KV", head, token, channel));
-  }
-  return {};
+  const auto own = impl_->Memory(layer);
+  if (!own.ok()) return own.status();
+  const std::size_t kv_layer = impl_->shapes.kv_layer(layer);
+  const auto kv = kv_layer == layer ? own : impl_->Memory(kv_layer);
+  if (!kv.ok()) return kv.status();
+  return DumpLayer{(*kv)->rows[kKeys], (*kv)->rows[kValues], (*own)->rows[kQueries], {*own, *kv}};
+} catch (const std::bad_alloc&) {
+  return impl_->OutOfMemory();
 }
 
-std::uint64_t Dump::LayerHash(std::size_t layer) const {
+Result<std::uint64_t> Dump::LayerHash(std::size_t layer) const try {
   KVMIX_CHECK(layer, <, impl_->layers.size());
+  LayerMemory memory;
+  if (Status s = impl_->Read(layer, &memory); !s.ok()) return s;
   XXH3_state_t hash;
   XXH3_64bits_reset(&hash);
-  for (const Impl::Stored& tensor : impl_->layers[layer]) {
-    const RowsView& x = tensor.rows;  // without a gap, in either order of its axes
-    XXH3_64bits_update(&hash, x.data, x.tokens * x.heads * x.head_dim * x.element_bytes());
-  }
+  for (std::size_t kind = 0; kind < 3; ++kind)
+    XXH3_64bits_update(&hash, memory.numbers[kind].data(), impl_->layers[layer][kind].bytes);
   return XXH3_64bits_digest(&hash);
+} catch (const std::bad_alloc&) {
+  return impl_->OutOfMemory();
 }
 
-void Dump::Release(std::size_t layer) const {
-  KVMIX_CHECK(layer, <, impl_->layers.size());
-  for (const Impl::Stored& tensor : impl_->layers[layer]) internal::ReleasePages(tensor.in_file);
-}
-
-}  // namespace kvmix
+}  // namespace kvmix::tune

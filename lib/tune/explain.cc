@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // The NMSE and 1 - cosine of the query heads that read a K and a V.
@@ -27,7 +27,7 @@ Damage DamageOf(const CandidateError& k, const CandidateError& v) {
 
 Reason Explain(const HeadErrors& head, std::size_t dim, const Pair& pick, const Pair& timeless,
                const Verdict& verdict) {
-  const bool is_k = head.tensor == Tensor::kK;
+  const bool is_k = head.tensor == KVMIX_K;
   const auto bytes = [&](const CandidateError& c) { return BytesPerToken(c.codec.kind, dim); };
   const auto damage = [&](const CandidateError& c) {
     return is_k ? DamageOf(c, *pick.v) : DamageOf(*pick.k, c);
@@ -68,4 +68,4 @@ Reason Explain(const HeadErrors& head, std::size_t dim, const Pair& pick, const 
   return reason;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -4,10 +4,10 @@
 
 #include <cstddef>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "lib/tune/menu.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // The limits that a choice was held to.
 struct Verdict {
@@ -21,6 +21,6 @@ struct Verdict {
 Reason Explain(const HeadErrors& head, std::size_t dim, const Pair& pick, const Pair& timeless,
                const Verdict& verdict);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_EXPLAIN_H_

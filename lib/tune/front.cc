@@ -6,7 +6,7 @@
 
 #include "lib/tune/menu.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // At most kFrontPoints of the front's levels of the worst NMSE, evenly spaced along the curve
@@ -72,7 +72,7 @@ ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_by
                     Total(picks, &Pair::decode_ns)};
   for (const Pair& p : picks) {
     for (const CandidateError* candidate : {p.k, p.v})
-      point.fp16_tensors += candidate->codec.kind.storage == Storage::kF16;
+      point.fp16_tensors += candidate->codec.kind.storage == KVMIX_STORAGE_F16;
   }
   return point;
 }
@@ -87,4 +87,4 @@ std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t
   return front;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

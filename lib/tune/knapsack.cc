@@ -8,7 +8,7 @@
 #include <tuple>
 #include <utility>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -222,4 +222,4 @@ std::optional<std::vector<std::size_t>> SolveKnapsack(
   return Solver(groups, budget_bytes, enough).Solve(most_states);
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

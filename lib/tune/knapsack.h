@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 struct KnapsackOption {
   std::size_t bytes = 0;
@@ -38,6 +38,6 @@ std::optional<std::vector<std::size_t>> SolveKnapsack(
     double enough = -std::numeric_limits<double>::infinity(),
     std::size_t most_states = kMostKnapsackStates);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_KNAPSACK_H_

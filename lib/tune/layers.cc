@@ -4,10 +4,12 @@
 #include <atomic>
 #include <mutex>
 
-#include "lib/cache/parallel.h"
 #include "lib/files/file.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
+
+using internal::Error;
+
 namespace {
 
 // Of the outputs that layers side by side hold.
@@ -43,7 +45,7 @@ Result<std::vector<std::size_t>> OwnLayers(const Dump& dump, std::size_t first, 
 Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const Dump*>& dumps,
                  const MeasureOptions& options,
                  const std::function<Status(std::size_t, const MeasureOptions&)>& work) {
-  if (Status s = CheckThreads(options.num_threads); !s.ok()) return s;
+  if (Status s = options.runner.Check(); !s.ok()) return s;
   std::size_t layer_bytes = 1;  // of an exact and an approximate output
   for (const Dump* dump : dumps) {
     for (const LayerShape& shape : dump->model().layers) {
@@ -53,26 +55,33 @@ Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const
   }
   const std::size_t most =
       std::max<std::size_t>(1, std::min(kOutputBytes / layer_bytes, layers.size()));
-  const int side_by_side = ThreadsFor(options.num_threads, most);
+  const std::size_t side_by_side = std::min(options.runner.threads(), most);
   MeasureOptions within = options;
-  if (side_by_side > 1) within.num_threads = 1;
+  if (side_by_side > 1) within.runner = Runner::Here();
   std::vector<Status> results(layers.size());
   std::mutex progress_mutex;
   std::size_t done = 0;
   std::atomic<bool> failed = false;
-  RunParts(layers.size(), side_by_side, 1, [&](std::size_t i) {
+  const auto run_layer = [&](std::size_t i) {
     if (failed) return;
+    std::vector<DumpLayer> held;
     for (const Dump* dump : dumps) {
-      if (results[i].ok()) results[i] = dump->CheckFinite(layers[i]);
+      Result<DumpLayer> layer = dump->Load(layers[i]);
+      if (layer.ok()) held.push_back(std::move(*layer));
+      if (results[i].ok()) results[i] = layer.status();
     }
     if (results[i].ok()) results[i] = work(layers[i], within);
-    for (const Dump* dump : dumps) dump->Release(layers[i]);
     if (!results[i].ok()) failed = true;
     const std::lock_guard lock(progress_mutex);
     if (options.progress) options.progress(++done, layers.size());
+  };
+  // Parts that take layers, so that no more layers are in memory, whatever the runner does.
+  std::atomic<std::size_t> next = 0;
+  options.runner.Run(side_by_side, [&](std::size_t) {
+    for (std::size_t i = next++; i < layers.size(); i = next++) run_layer(i);
   });
   const auto bad = std::ranges::find_if_not(results, &Status::ok);
   return bad == results.end() ? Status() : *bad;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -6,11 +6,11 @@
 #include <functional>
 #include <vector>
 
-#include "kvmix/dump.h"
 #include "kvmix/status.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // At least one, each with Q, all of one model.
 Status CheckDumps(const std::vector<const Dump*>& dumps);
@@ -18,13 +18,13 @@ Status CheckDumps(const std::vector<const Dump*>& dumps);
 // Those of the layers [first, last) that own K and V. `dump`, which they are of, must have them.
 Result<std::vector<std::size_t>> OwnLayers(const Dump& dump, std::size_t first, std::size_t last);
 
-// Calls work(layer, threads for it) for every layer, once its numbers are known to be finite, and
-// returns the first layer's error. Layers run side by side, which costs the least waiting, as long
-// as the outputs that they hold stay small; else one after the other with all threads.
+// Calls work(layer, threads for it) for every layer, which is loaded meanwhile, and returns the
+// first layer's error. Layers run side by side, which costs the least waiting, as long as the
+// outputs that they hold stay small; else one after the other with all threads.
 Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const Dump*>& dumps,
                  const MeasureOptions& options,
                  const std::function<Status(std::size_t, const MeasureOptions&)>& work);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_LAYERS_H_

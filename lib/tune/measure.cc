@@ -12,14 +12,13 @@
 
 #include "kvmix/attention.h"
 #include "kvmix/cache.h"
-#include "kvmix/tune.h"
-#include "lib/cache/parallel.h"
+#include "kvmix/tune/steps.h"
 #include "lib/files/file.h"
 #include "lib/tune/calibrate.h"
 #include "lib/tune/layers.h"
 #include "lib/tune/parts.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using internal::Error;
 
@@ -35,8 +34,7 @@ std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
   const std::size_t heads = shape.query_heads, stride = heads * shape.v_dim,
                     tokens = exact.size() / stride, chunks = (tokens + kChunk - 1) / kChunk;
   std::vector<AttentionError> parts(chunks * heads);
-  const int threads = internal::ThreadsFor(options.num_threads, chunks);
-  internal::RunParts(chunks, threads, 1, [&](std::size_t chunk) {
+  options.runner.Run(chunks, [&](std::size_t chunk) {
     for (std::size_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
       for (std::size_t h = 0; h < heads; ++h) {
         const std::size_t at = t * stride + h * shape.v_dim;
@@ -55,12 +53,14 @@ Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
                                            const std::vector<std::vector<HeadCodec>>& codecs) {
   const Model& model = dump.model();
   const std::size_t queries = model.queries(layer, 0).size();
+  const Result<DumpLayer> rows = dump.Load(layer);
+  if (!rows.ok()) return rows.status();
   std::vector<HeadErrors> heads;
   for (std::size_t i = 0; i < codecs.size(); ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
     for (const HeadCodec& codec : codecs[i]) {
-      const auto values = EncodingError(dump.head(layer, i / 2, tensor), codec);
+      const auto values = EncodingError(rows->head(i / 2, tensor), codec);
       if (!values.ok()) return values.status();
       head.candidates.push_back({codec, std::vector<AttentionError>(queries), *values});
       head.max_abs = values->max_abs;
@@ -105,6 +105,8 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
                   std::uint64_t* saturated) {
   if (!dump.has_q())
     return Error(ErrorCode::kInvalidArgument, "{}: has no Q, which attention needs", dump.path());
+  const Result<DumpLayer> rows = dump.Load(layer);
+  if (!rows.ok()) return rows.status();
   LayerShape shape = dump.model().layers[layer];
   shape.kv_layer.reset();  // its rows are those of that layer
   const Model one_layer(std::vector{shape});
@@ -119,11 +121,11 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
   for (const std::size_t tokens : prompts) {
     Status s = cache->Truncate(0);
     if (s.ok())
-      s = cache->Append(0, dump.k(layer).Tokens(first, tokens), dump.v(layer).Tokens(first, tokens),
-                        options.num_threads);
+      s = cache->Append(0, rows->k.Tokens(first, tokens), rows->v.Tokens(first, tokens),
+                        options.runner);
     if (s.ok())
-      s = Attend(*cache, 0, dump.q(layer).Tokens(first, tokens), out->data() + first * out_row, {},
-                 options.num_threads);
+      s = Attend(*cache, 0, rows->q.Tokens(first, tokens), out->data() + first * out_row, {},
+                 options.runner);
     if (!s.ok()) return s;
     first += tokens;
   }
@@ -144,7 +146,7 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
     const LayerShape& shape = model.layers[layer];
     if (!shape.has_kv()) return Status();
     within.exact_first = plan.exact_first;
-    const HeadCodec* first = &plan.codec(layer, 0, Tensor::kK);
+    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const std::vector<HeadCodec> codecs(first, first + shape.kv_heads * 2),
         exact_codecs(codecs.size());
     std::vector<float> exact, approximate;
@@ -158,12 +160,13 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
   };
   std::vector<std::size_t> all(layers);
   std::iota(all.begin(), all.end(), std::size_t{0});
-  if (Status s = internal::ForLayers(all, {&dump}, options, measure); !s.ok()) return s;
+  if (Status s = ForLayers(all, {&dump}, options, measure); !s.ok()) return s;
   return errors;
 }
 
 Result<CandidateKinds> Candidates(const std::string& name) {
-  const CodecKind f16, head{Storage::kI8, Scale::kHead}, token{Storage::kI8, Scale::kToken};
+  const CodecKind f16, head{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD},
+      token{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN};
   if (name == "seed") return CandidateKinds{{f16, head, token}, {f16, head, token}};
   if (name != "int8" && name != "all")
     return Error(ErrorCode::kInvalidArgument, "candidates '{}': expected seed, int8 or all", name);
@@ -178,17 +181,18 @@ Result<CandidateKinds> Candidates(const std::string& name) {
       }
     }
   };
-  const std::vector<Scale> both = {Scale::kToken, Scale::kTokenBF16}, bf16 = {Scale::kTokenBF16};
-  add(&kinds.k, Storage::kI8, both, {{}, {.centre = true}});
-  add(&kinds.v, Storage::kI8, both, {{}});
+  const std::vector<Scale> both = {KVMIX_SCALE_TOKEN, KVMIX_SCALE_TOKEN_BF16},
+                           bf16 = {KVMIX_SCALE_TOKEN_BF16};
+  add(&kinds.k, KVMIX_STORAGE_I8, both, {{}, {.centre = true}});
+  add(&kinds.v, KVMIX_STORAGE_I8, both, {{}});
   if (name == "int8") return kinds;
   const CodecKind rotated{.hadamard = true}, centred{.centre = true, .hadamard = true},
       folded{.centre = true, .fold = true, .hadamard = true},
       shaped{.centre = true, .fold = true, .hadamard = true, .shape = true};
-  add(&kinds.k, Storage::kI8, both,
+  add(&kinds.k, KVMIX_STORAGE_I8, both,
       {rotated, centred, {.centre = true, .fold = true}, folded, shaped});
-  add(&kinds.v, Storage::kI8, both, {rotated});
-  for (const Storage storage : {Storage::kI6, Storage::kI4, Storage::kI3}) {
+  add(&kinds.v, KVMIX_STORAGE_I8, both, {rotated});
+  for (const Storage storage : {KVMIX_STORAGE_I6, KVMIX_STORAGE_I4, KVMIX_STORAGE_I3}) {
     add(&kinds.k, storage, bf16, {rotated, centred, folded, shaped});
     add(&kinds.v, storage, bf16, {rotated});
   }
@@ -214,12 +218,13 @@ Result<const DumpId*> Recognize(const Dump& dump, const Calibration& calibration
   std::vector<std::size_t> needed;
   for (const std::size_t layer : layers)
     std::ranges::copy(dump.model().readers(layer), std::back_inserter(needed));
-  const std::vector<std::string> hashes = internal::LayerHashes(dump, needed, options.num_threads);
+  const auto hashes = LayerHashes(dump, needed, options.runner);
+  if (!hashes.ok()) return hashes.status();
   std::vector<const DumpId*> alike;
   std::string why = "that was not";
   for (const DumpId& id : calibration.dumps) {
     std::size_t same = 0;
-    while (same < needed.size() && id.layers[needed[same]] == hashes[same]) ++same;
+    while (same < needed.size() && id.layers[needed[same]] == (*hashes)[same]) ++same;
     if (same == needed.size() && id.tokens == dump.tokens()) alike.push_back(&id);
     if (same < needed.size() && id.name == internal::FileName(dump.path()))
       why = fmt::format("with other numbers in layer {}", needed[same]);
@@ -231,7 +236,7 @@ Result<const DumpId*> Recognize(const Dump& dump, const Calibration& calibration
   }
   if (!alike.empty()) return alike[0];
   return Error(ErrorCode::kMismatch, "{}: expected a dump that was calibrated on, {}, found one {}",
-               dump.path(), internal::Names(calibration.dumps), why);
+               dump.path(), Names(calibration.dumps), why);
 }
 
 // What the candidates are on a layer, [kv_heads][K, V].
@@ -242,8 +247,8 @@ std::vector<std::vector<HeadCodec>> Codecs(const std::vector<HeadStatistics>& st
   for (const HeadStatistics& head : statistics) {
     const Tensor t = static_cast<Tensor>(codecs.size() % 2);
     std::vector<HeadCodec>& of_head = codecs.emplace_back();
-    internal::HeadCalibration calibration(head);
-    for (const CodecKind& kind : internal::KindsFor(candidates, shape, t))
+    HeadCalibration calibration(head);
+    for (const CodecKind& kind : KindsFor(candidates, shape, t))
       of_head.push_back(calibration.Codec(kind));
   }
   return codecs;
@@ -258,7 +263,7 @@ Result<Measurement> StartMeasurement(const Calibration& calibration,
     return Error(ErrorCode::kInvalidArgument, "measuring needs at least one candidate codec");
   for (const std::vector<CodecKind>* kinds : {&candidates.k, &candidates.v}) {
     for (const CodecKind& kind : *kinds)
-      if (Status s = internal::CheckCalibrated(kind); !s.ok()) return s;
+      if (Status s = CheckCalibrated(kind); !s.ok()) return s;
   }
   Measurement m{.model = calibration.model,
                 .dumps = calibration.dumps,
@@ -273,21 +278,21 @@ Result<Measurement> StartMeasurement(const Calibration& calibration,
 Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibration,
                std::size_t first_layer, std::size_t last_layer, const MeasureOptions& options,
                Measurement* measurement, const std::function<Status()>& finished) {
-  if (Status s = internal::CheckDumps(dumps); !s.ok()) return s;
+  if (Status s = CheckDumps(dumps); !s.ok()) return s;
   const Model& model = calibration.model;
   if (dumps[0]->model() != model)
     return Error(ErrorCode::kMismatch, "{}: {}, but what was calibrated has {}", dumps[0]->path(),
                  ToString(dumps[0]->model()), ToString(model));
-  const auto layers = internal::OwnLayers(*dumps[0], first_layer, last_layer);
+  const auto layers = OwnLayers(*dumps[0], first_layer, last_layer);
   if (!layers.ok()) return layers.status();
-  if (Status s = internal::CheckWhole(calibration.pieces, *layers, calibration.dumps); !s.ok())
+  if (Status s = CheckWhole(calibration.pieces, *layers, calibration.dumps); !s.ok())
     return Error(s.code(), "the calibration lacks {}", s.message());
   std::vector<const DumpId*> ids;
   for (const Dump* dump : dumps) {
     const auto id = Recognize(*dump, calibration, *layers, options);
     if (!id.ok()) return id.status();
     if (const auto twice = std::ranges::find(ids, *id); twice != ids.end())
-      return internal::GivenTwice(*dumps[static_cast<std::size_t>(twice - ids.begin())], *dump);
+      return GivenTwice(*dumps[static_cast<std::size_t>(twice - ids.begin())], *dump);
     ids.push_back(*id);
   }
   const auto is_done = [&](std::size_t layer, const DumpId* id) {
@@ -298,14 +303,14 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
   for (const std::size_t layer : *layers) {
     const auto known = measurement->statistics.find(layer);
     if (known != measurement->statistics.end() &&
-        known->second != internal::Sum(calibration.pieces.at(layer)))
-      return internal::OtherCalibration(layer);
+        known->second != Sum(calibration.pieces.at(layer)))
+      return OtherCalibration(layer);
     if (!std::ranges::all_of(ids, [&](const DumpId* id) { return is_done(layer, id); }))
       left.push_back(layer);
   }
   std::mutex mutex;  // of *measurement
   const auto measure = [&](std::size_t layer, const MeasureOptions& within) {
-    std::vector<HeadStatistics> statistics = internal::Sum(calibration.pieces.at(layer));
+    std::vector<HeadStatistics> statistics = Sum(calibration.pieces.at(layer));
     const auto codecs = Codecs(statistics, measurement->candidates, model.layers[layer]);
     std::map<std::string, std::vector<HeadErrors>> found;  // by the dump's hash
     for (std::size_t d = 0; d < dumps.size(); ++d) {
@@ -313,9 +318,9 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
       if (!heads.ok()) return heads.status();
       std::size_t first = 0;
       for (const std::size_t reader : model.readers(layer)) {
-        Status s = reader == layer ? Status() : dumps[d]->CheckFinite(reader);
-        if (s.ok()) s = AddAttentionErrors(*dumps[d], reader, first, within, &*heads);
-        if (reader != layer) dumps[d]->Release(reader);
+        const Result<DumpLayer> held = dumps[d]->Load(reader);  // for all candidates
+        if (!held.ok()) return held.status();
+        Status s = AddAttentionErrors(*dumps[d], reader, first, within, &*heads);
         if (!s.ok()) return s;
         first += model.layers[reader].group();
       }
@@ -328,7 +333,7 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
   };
   MeasureOptions how = options;
   how.exact_first = measurement->exact_first;
-  return internal::ForLayers(left, dumps, how, measure);
+  return ForLayers(left, dumps, how, measure);
 }
 
 namespace {
@@ -372,7 +377,7 @@ Result<ErrorTable> Table(const Measurement& measurement) {
   std::vector<std::size_t> own;
   for (std::size_t layer = 0; layer < measurement.model.layers.size(); ++layer)
     if (measurement.model.layers[layer].owns_kv()) own.push_back(layer);
-  if (Status s = internal::CheckWhole(measurement.pieces, own, measurement.dumps); !s.ok())
+  if (Status s = CheckWhole(measurement.pieces, own, measurement.dumps); !s.ok())
     return Error(s.code(), "the measurement lacks {}", s.message());
   return TableOf(measurement);
 }
@@ -391,4 +396,4 @@ Result<ErrorTable> Measure(const std::vector<const Dump*>& dumps, const Candidat
   return TableOf(*m);
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -9,7 +9,10 @@
 #include "lib/files/file.h"
 #include "lib/tune/knapsack.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
+
+using internal::Error;
+
 namespace {
 
 double LossOf(const AttentionError& e) { return 1.0 - e.cosine(); }
@@ -192,4 +195,4 @@ Fidelity Predict(const Picks& picks, const Model& model) {
   return Summarize(errors, model);
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // A K codec with a V codec, for one KV head.
 struct Pair {
@@ -79,6 +79,6 @@ ParetoPoint Describe(const Picks& picks, const Model& model, std::size_t fp16_by
 // At most 64 points of the Pareto front of bytes and worst NMSE, by falling saved fraction.
 std::vector<ParetoPoint> Front(const Menu& menu, const Model& model, std::size_t fp16_bytes);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_MENU_H_

@@ -1,5 +1,5 @@
 // Sums of squares and cosines of outputs, in double.
-#include "kvmix/metrics.h"
+#include "kvmix/tune/metrics.h"
 
 #include <algorithm>
 #include <array>
@@ -7,7 +7,7 @@
 #include <limits>
 #include <numeric>
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 // Independent sums, so that the compiler can use vectors without reordering a sum.
@@ -91,4 +91,4 @@ Fidelity Summarize(const std::vector<AttentionError>& errors, const Model& model
   return f;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

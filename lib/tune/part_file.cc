@@ -9,14 +9,14 @@
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "lib/files/file.h"
 #include "lib/files/json_view.h"
 #include "lib/files/safetensors.h"
 #include "lib/plan/model_json.h"
 #include "lib/tune/parts.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using internal::FileError;
 using internal::JsonView;
@@ -37,13 +37,13 @@ std::string NameOf(PartKind kind) { return std::string(kFormats[static_cast<std:
 template <class Archive, class Heads>
 void Statistics(const LayerShape& shape, const std::string& prefix, Archive* archive,
                 Heads* heads) {
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
     const std::size_t dim = shape.dim(t);
-    const std::string name = prefix + (t == Tensor::kK ? ".k." : ".v.");
+    const std::string name = prefix + (t == KVMIX_K ? ".k." : ".v.");
     archive->Field(name + "sum", {dim}, t, &HeadStatistics::sum, heads);
     archive->Field(name + "min", {dim}, t, &HeadStatistics::min, heads);
     archive->Field(name + "max", {dim}, t, &HeadStatistics::max, heads);
-    if (t == Tensor::kK)
+    if (t == KVMIX_K)
       archive->Field(name + "query_moment", {dim, dim}, t, &HeadStatistics::query_moment, heads);
   }
 }
@@ -58,10 +58,9 @@ template <class Archive, class Heads>
 void Errors(const Measurement& m, std::size_t layer, const std::string& prefix, Archive* archive,
             Heads* heads) {
   const std::size_t queries = m.model.queries(layer, 0).size();
-  for (const Tensor t : {Tensor::kK, Tensor::kV}) {
-    const std::size_t candidates =
-        internal::KindsFor(m.candidates, m.model.layers[layer], t).size();
-    const std::string name = prefix + (t == Tensor::kK ? ".k." : ".v.");
+  for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+    const std::size_t candidates = KindsFor(m.candidates, m.model.layers[layer], t).size();
+    const std::string name = prefix + (t == KVMIX_K ? ".k." : ".v.");
     archive->Field(name + "values", {candidates, 3}, t, &Numbers::values, heads);
     archive->Field(name + "attention", {candidates, queries, 3}, t, &Numbers::attention, heads);
   }
@@ -155,9 +154,9 @@ class Reader {
  public:
   // Nothing but the format's own rules, and the JSON text.
   static Result<Reader> Open(const std::string& path) {
-    Result<internal::MappedFile> file = internal::MappedFile::Open(path);
+    Result<std::string> file = internal::ReadFile(path);
     if (!file.ok()) return file.status();
-    Result<internal::Safetensors> content = internal::ParseSafetensors(file->bytes(), path);
+    Result<internal::Safetensors> content = internal::ParseSafetensors(*file, path);
     if (!content.ok()) return content.status();
     const auto text = content->metadata.find(kAbout);
     if (text == content->metadata.end())
@@ -178,7 +177,7 @@ class Reader {
   // Format and version first, then the checksum: a newer major version may have another.
   Status Check(PartKind kind) {
     internal::CheckVersion(root(), NameOf(kind), kMajor);
-    if (status_.ok()) status_ = internal::CheckChecksum(file_.bytes(), path_);
+    if (status_.ok()) status_ = internal::CheckChecksum(file_, path_);
     return status_;
   }
 
@@ -188,7 +187,7 @@ class Reader {
     std::vector<std::uint64_t> expected = {heads->size() / 2};
     expected.insert(expected.end(), shape.begin(), shape.end());
     const Result<std::string_view> data =
-        internal::TensorData(content_, path_, name, "F64", expected, "a tensor");
+        internal::TensorData(file_, content_, path_, name, "F64", expected, "a tensor");
     if (!data.ok()) {
       if (status_.ok()) status_ = data.status();
       return;
@@ -206,7 +205,7 @@ class Reader {
   }
 
  private:
-  Reader(const std::string& path, internal::MappedFile file, internal::Safetensors content,
+  Reader(const std::string& path, std::string file, internal::Safetensors content,
          nlohmann::json about)
       : path_(path),
         file_(std::move(file)),
@@ -214,7 +213,7 @@ class Reader {
         about_(std::move(about)) {}
 
   std::string path_;
-  internal::MappedFile file_;
+  std::string file_;
   internal::Safetensors content_;
   nlohmann::json about_;
   Status status_;
@@ -310,7 +309,7 @@ std::vector<HeadErrors> ReadErrors(const Measurement& m, std::size_t dump, std::
   std::vector<HeadErrors> heads;
   for (std::size_t i = 0; i < numbers.size() && reader->status().ok(); ++i) {
     const Tensor t = static_cast<Tensor>(i % 2);
-    const std::vector<CodecKind> kinds = internal::KindsFor(m.candidates, shape, t);
+    const std::vector<CodecKind> kinds = KindsFor(m.candidates, shape, t);
     const std::size_t tokens = m.dumps[dump].tokens,
                       queries = numbers[i].attention.size() / 3 / kinds.size();
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, t, 0.0, {}});
@@ -412,4 +411,4 @@ Result<Measurement> LoadMeasurement(const std::string& path) {
   return m;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -11,14 +11,12 @@
 
 #include <fmt/ranges.h>
 
-#include "lib/cache/parallel.h"
 #include "lib/plan/model_json.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using internal::Error;
 
-namespace internal {
 namespace {
 
 std::string HashText(std::uint64_t hash) { return fmt::format("{:016x}", hash); }
@@ -51,13 +49,17 @@ std::string IdsText(const std::vector<DumpId>& dumps) {
 
 }  // namespace
 
-std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
-                                     int num_threads) {
+Result<std::vector<std::string>> LayerHashes(const Dump& dump,
+                                             const std::vector<std::size_t>& layers,
+                                             const Runner& runner) {
   std::vector<std::string> hashes(layers.size());
-  RunParts(layers.size(), ThreadsFor(num_threads, layers.size()), 1, [&](std::size_t i) {
-    hashes[i] = HashText(dump.LayerHash(layers[i]));
-    dump.Release(layers[i]);
+  std::vector<Status> read(layers.size());
+  runner.Run(layers.size(), [&](std::size_t i) {
+    const Result<std::uint64_t> hash = dump.LayerHash(layers[i]);
+    if (hash.ok()) hashes[i] = HashText(*hash);
+    read[i] = hash.status();
   });
+  if (const auto bad = std::ranges::find_if_not(read, &Status::ok); bad != read.end()) return *bad;
   return hashes;
 }
 
@@ -80,7 +82,7 @@ Status OtherCalibration(std::size_t layer) {
 std::vector<CodecKind> KindsFor(const CandidateKinds& candidates, const LayerShape& shape,
                                 Tensor t) {
   std::vector<CodecKind> kinds;
-  std::ranges::copy_if(t == Tensor::kK ? candidates.k : candidates.v, std::back_inserter(kinds),
+  std::ranges::copy_if(t == KVMIX_K ? candidates.k : candidates.v, std::back_inserter(kinds),
                        [&](const CodecKind& kind) { return Fits(kind, shape.dim(t)); });
   return kinds;
 }
@@ -132,21 +134,21 @@ Status CheckSameOrigin(const Measurement& a, const Measurement& b) {
   return {};
 }
 
-}  // namespace internal
-
 Result<DumpId> Identify(const Dump& dump, const MeasureOptions& options) {
-  if (Status s = internal::CheckThreads(options.num_threads); !s.ok()) return s;
+  if (Status s = options.runner.Check(); !s.ok()) return s;
   std::vector<std::size_t> all(dump.model().layers.size());
   std::iota(all.begin(), all.end(), std::size_t{0});
+  const auto hashes = LayerHashes(dump, all, options.runner);
+  if (!hashes.ok()) return hashes.status();
   DumpId id{.name = internal::FileName(dump.path()),
             .model_name = dump.model_name(),
             .tokens = dump.tokens(),
             .longest_prompt = std::ranges::max(dump.prompt_tokens()),
-            .layers = internal::LayerHashes(dump, all, options.num_threads)};
+            .layers = *hashes};
   const std::string text =
       fmt::format("{}\n{}\n{}\n{}\n", dump.model_name(), fmt::join(dump.prompt_tokens(), ","),
                   internal::LayersText(dump.model()), fmt::join(id.layers, "\n"));
-  id.hash = internal::HashText(XXH3_64bits(text.data(), text.size()));
+  id.hash = HashText(XXH3_64bits(text.data(), text.size()));
   return id;
 }
 
@@ -163,20 +165,20 @@ Result<Calibration> Merge(const Calibration& a, const Calibration& b) {
       at->name = std::min(at->name, id.name);  // so that the order does not matter
     }
   }
-  if (Status s = internal::MergePieces(b.pieces, merged.dumps, &merged.pieces); !s.ok()) return s;
+  if (Status s = MergePieces(b.pieces, merged.dumps, &merged.pieces); !s.ok()) return s;
   return merged;
 }
 
 Result<Measurement> Merge(const Measurement& a, const Measurement& b) {
-  if (Status s = internal::CheckSameOrigin(a, b); !s.ok())
+  if (Status s = CheckSameOrigin(a, b); !s.ok())
     return Error(s.code(), "parts cannot be merged: {}", s.message());
   Measurement merged = a;
   for (const auto& [layer, statistics] : b.statistics) {
     const auto [known, is_new] = merged.statistics.emplace(layer, statistics);
-    if (!is_new && known->second != statistics) return internal::OtherCalibration(layer);
+    if (!is_new && known->second != statistics) return OtherCalibration(layer);
   }
-  if (Status s = internal::MergePieces(b.pieces, merged.dumps, &merged.pieces); !s.ok()) return s;
+  if (Status s = MergePieces(b.pieces, merged.dumps, &merged.pieces); !s.ok()) return s;
   return merged;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -11,16 +11,17 @@
 
 #include <fmt/format.h>
 
-#include "kvmix/dump.h"
 #include "kvmix/status.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 #include "lib/files/file.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // The DumpId::layers of these layers.
-std::vector<std::string> LayerHashes(const Dump& dump, const std::vector<std::size_t>& layers,
-                                     int num_threads);
+Result<std::vector<std::string>> LayerHashes(const Dump& dump,
+                                             const std::vector<std::size_t>& layers,
+                                             const Runner& runner);
 
 std::string Names(const std::vector<DumpId>& dumps);  // "a.safetensors, b.safetensors"
 
@@ -59,6 +60,6 @@ Status CheckWhole(const Pieces<T>& pieces, const std::vector<std::size_t>& layer
 // The same origin for a measurement: what must agree before pieces may come together.
 Status CheckSameOrigin(const Measurement& a, const Measurement& b);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_PARTS_H_

@@ -8,7 +8,7 @@
 
 #include "kvmix/half.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 inline std::vector<Half> RandomHalves(std::size_t n, unsigned seed = 1) {
   std::mt19937 random(seed);
@@ -20,6 +20,6 @@ inline std::vector<Half> RandomHalves(std::size_t n, unsigned seed = 1) {
 
 inline constexpr float kHeadScale = 5.0f / 127;  // as i8-head's scale it covers such data
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_RANDOM_HALVES_H_

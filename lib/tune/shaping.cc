@@ -3,7 +3,7 @@
 #include <cmath>
 #include <utility>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 constexpr double kFloor = 0.03;  // of the diagonal's mean
@@ -67,4 +67,4 @@ std::vector<float> ShapingMatrix(std::span<const double> moment, std::span<const
   return matrix;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

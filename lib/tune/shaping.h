@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // L of H = L D L^T, [dim][dim], unit lower triangular. H is the mean of q' q'^T, q' = R(factor * q)
 // (factor may be empty), and 3 % of its diagonal's mean on its diagonal, so that a direction in
@@ -15,6 +15,6 @@ namespace kvmix::internal {
 std::vector<float> ShapingMatrix(std::span<const double> moment, std::span<const float> factor,
                                  bool hadamard, std::size_t dim);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_SHAPING_H_

@@ -1,5 +1,5 @@
 // Decode times of codec pairs on this CPU, and their file.
-#include "kvmix/speed.h"
+#include "kvmix/tune/speed.h"
 
 #include <algorithm>
 #include <functional>
@@ -17,7 +17,7 @@
 #include "lib/tune/random_halves.h"
 #include "lib/tune/stopwatch.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 constexpr std::string_view kFormat = "kvmix-wisdom", kOldFormat = "kvmix-wisdom-1";
@@ -26,7 +26,7 @@ constexpr const char* kAdvice = "; delete this file or name another, and speeds 
 
 HeadCodec CodecFor(const CodecKind& kind) {
   return {{.storage = kind.storage, .scale = kind.scale},
-          kind.scale == Scale::kHead ? internal::kHeadScale : 0.0f};
+          kind.scale == KVMIX_SCALE_HEAD ? kHeadScale : 0.0f};
 }
 
 }  // namespace
@@ -130,8 +130,8 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
           Cache::Create(one_head, UniformPlan(one_head, kc, vc), tokens, {wisdom->target});
       if (!cache.ok()) return cache.status();
       if (k_rows.empty()) {
-        k_rows = internal::RandomHalves(tokens * layer.k_dim, 2);
-        v_rows = internal::RandomHalves(tokens * layer.v_dim, 3);
+        k_rows = RandomHalves(tokens * layer.k_dim, 2);
+        v_rows = RandomHalves(tokens * layer.v_dim, 3);
       }
       Status s = cache->Append(0, RowsView::F16(k_rows.data(), tokens, 1, layer.k_dim),
                                RowsView::F16(v_rows.data(), tokens, 1, layer.v_dim));
@@ -142,7 +142,7 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   }
   if (caches.empty()) return {};
   Status failed;
-  const std::vector<Half> q = internal::RandomHalves(group * layer.k_dim, 1);
+  const std::vector<Half> q = RandomHalves(group * layer.k_dim, 1);
   const RowsView queries = RowsView::F16(q.data(), 1, group, layer.k_dim);
   std::vector<float> out(group * layer.v_dim);
   std::vector<std::function<void()>> functions;
@@ -153,7 +153,7 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
       if (Status s = Attend(cache, 0, queries, out.data(), options); !s.ok()) failed = s;
     });
   }
-  const std::vector<double> medians = internal::MedianSeconds(functions, seconds);
+  const std::vector<double> medians = MedianSeconds(functions, seconds);
   if (!failed.ok()) return failed;
   for (std::size_t i = 0; i < caches.size(); ++i) {
     added.speeds[i].decode_ns = medians[i] * 1e9;
@@ -162,4 +162,4 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   return {};
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

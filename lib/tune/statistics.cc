@@ -8,12 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "lib/cache/parallel.h"
 #include "lib/cache/round.h"
 #include "lib/tune/layers.h"
 #include "lib/tune/parts.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 namespace {
 
 // The sum of x x^T over rows x that come one after the other: in batches, so that a batch stays in
@@ -21,7 +20,10 @@ namespace {
 class Moment {
  public:
   explicit Moment(std::size_t dim)
-      : dim_(dim), stride_(RoundUp(dim, kLanes)), batch_(kBatch * stride_), sum_(dim * dim) {}
+      : dim_(dim),
+        stride_(internal::RoundUp(dim, kLanes)),
+        batch_(kBatch * stride_),
+        sum_(dim * dim) {}
 
   void Add(const RowsView& rows, std::size_t token) {
     for (std::size_t c = 0; c < dim_; ++c) batch_[used_ * stride_ + c] = rows.At(token, 0, c);
@@ -60,8 +62,9 @@ class Moment {
 
 }  // namespace
 
-HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_head, Tensor tensor) {
-  const RowsView rows = dump.head(layer, kv_head, tensor);
+HeadStatistics Statistics(const std::vector<DumpLayer>& readers, std::size_t kv_head,
+                          Tensor tensor) {
+  const RowsView rows = readers[0].head(kv_head, tensor);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   HeadStatistics s{.tokens = rows.tokens,
                    .sum = std::vector(rows.head_dim, 0.0),
@@ -76,26 +79,26 @@ HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_he
       s.max[c] = std::max(s.max[c], x);
     }
   }
-  if (tensor == Tensor::kV || !dump.has_q()) return s;
+  if (tensor == KVMIX_V || readers[0].q.data == nullptr) return s;
   Moment moment(rows.head_dim);
-  for (const std::size_t reader : dump.model().readers(layer)) {
-    const std::size_t group = dump.model().layers[reader].group();
+  for (const DumpLayer& reader : readers) {
+    const std::size_t group = reader.q.heads / reader.k.heads;
     for (std::size_t q = kv_head * group; q < (kv_head + 1) * group; ++q)
-      for (std::size_t t = 0; t < rows.tokens; ++t) moment.Add(dump.q(reader).Head(q), t);
+      for (std::size_t t = 0; t < rows.tokens; ++t) moment.Add(reader.q.Head(q), t);
   }
   s.query_moment = moment.Take();
   return s;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
-namespace kvmix {
+namespace kvmix::tune {
 
 Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t first_layer,
                               std::size_t last_layer, const MeasureOptions& options) {
-  if (Status s = internal::CheckDumps(dumps); !s.ok()) return s;
+  if (Status s = CheckDumps(dumps); !s.ok()) return s;
   const Model& model = dumps[0]->model();
-  const auto layers = internal::OwnLayers(*dumps[0], first_layer, last_layer);
+  const auto layers = OwnLayers(*dumps[0], first_layer, last_layer);
   if (!layers.ok()) return layers.status();
   Calibration calibration{.model = model};
   std::vector<std::string> hashes;  // of `dumps`
@@ -103,7 +106,7 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
     Result<DumpId> id = Identify(*dump, options);
     if (!id.ok()) return id.status();
     if (const auto twice = std::ranges::find(hashes, id->hash); twice != hashes.end())
-      return internal::GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
+      return GivenTwice(*dumps[static_cast<std::size_t>(twice - hashes.begin())], *dump);
     hashes.push_back(id->hash);
     calibration.dumps.push_back(std::move(*id));
   }
@@ -111,21 +114,22 @@ Result<Calibration> Calibrate(const std::vector<const Dump*>& dumps, std::size_t
   std::mutex mutex;  // of the calibration
   const auto calibrate = [&](std::size_t layer, const MeasureOptions& within) {
     for (std::size_t d = 0; d < dumps.size(); ++d) {
-      const std::vector<std::size_t> readers = model.readers(layer);
-      for (const std::size_t reader : readers)
-        if (Status s = dumps[d]->CheckFinite(reader); !s.ok()) return s;
+      std::vector<DumpLayer> readers;
+      for (const std::size_t reader : model.readers(layer)) {
+        Result<DumpLayer> loaded = dumps[d]->Load(reader);
+        if (!loaded.ok()) return loaded.status();
+        readers.push_back(std::move(*loaded));
+      }
       std::vector<HeadStatistics> heads(2 * model.layers[layer].kv_heads);
-      const int threads = internal::ThreadsFor(within.num_threads, heads.size());
-      internal::RunParts(heads.size(), threads, 1, [&](std::size_t i) {
-        heads[i] = internal::Statistics(*dumps[d], layer, i / 2, static_cast<Tensor>(i % 2));
+      within.runner.Run(heads.size(), [&](std::size_t i) {
+        heads[i] = Statistics(readers, i / 2, static_cast<Tensor>(i % 2));
       });
-      for (const std::size_t reader : readers) dumps[d]->Release(reader);
       const std::lock_guard lock(mutex);
       calibration.pieces[layer].emplace(hashes[d], std::move(heads));
     }
     return Status();
   };
-  if (Status s = internal::ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
+  if (Status s = ForLayers(*layers, dumps, options, calibrate); !s.ok()) return s;
   return calibration;
 }
 
@@ -141,4 +145,4 @@ HeadStatistics& HeadStatistics::operator+=(const HeadStatistics& o) {
   return *this;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

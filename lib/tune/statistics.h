@@ -3,16 +3,19 @@
 #define KVMIX_LIB_TUNE_STATISTICS_H_
 
 #include <cstddef>
+#include <vector>
 
-#include "kvmix/dump.h"
-#include "kvmix/tune.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/steps.h"
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
-// Of one KV head's K or V in one dump, whose numbers are finite. K's query moment stays empty where
-// the dump has no Q. The sums run in an order that depends on the shapes alone.
-HeadStatistics Statistics(const Dump& dump, std::size_t layer, std::size_t kv_head, Tensor tensor);
+// The sums over one KV head's K or V in one dump. `readers`: the layer that owns K and V, then
+// those that read them. K's query moment stays empty where the dump has no Q. The sums run in an
+// order that depends on the shapes alone.
+HeadStatistics Statistics(const std::vector<DumpLayer>& readers, std::size_t kv_head,
+                          Tensor tensor);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_STATISTICS_H_

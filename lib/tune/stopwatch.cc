@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& functions,
                                   double seconds, std::size_t min_rounds) {
@@ -30,4 +30,4 @@ std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& func
   return medians;
 }
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune

@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-namespace kvmix::internal {
+namespace kvmix::tune {
 
 // Medians of interleaved rounds: calls every function once a round, after one round to warm up,
 // until `seconds` have passed and at least `min_rounds` rounds were made; returns each one's median
@@ -14,6 +14,6 @@ namespace kvmix::internal {
 std::vector<double> MedianSeconds(const std::vector<std::function<void()>>& functions,
                                   double seconds, std::size_t min_rounds = 5);
 
-}  // namespace kvmix::internal
+}  // namespace kvmix::tune
 
 #endif  // KVMIX_LIB_TUNE_STOPWATCH_H_

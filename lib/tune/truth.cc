@@ -4,11 +4,11 @@
 #include <iterator>
 #include <vector>
 
-#include "kvmix/tune.h"
+#include "kvmix/tune/steps.h"
 #include "lib/files/check.h"
 #include "lib/tune/menu.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 namespace {
 
 // The candidate that the plan took.
@@ -37,11 +37,11 @@ std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& tr
   std::size_t raised = 0;
   for (std::size_t i = 0; i < table->heads.size(); i += 2) {
     HeadErrors &k = table->heads[i], &v = table->heads[i + 1];
-    const internal::Pair taken{.k = &Taken(k, plan.codecs[i]), .v = &Taken(v, plan.codecs[i + 1])};
+    const Pair taken{.k = &Taken(k, plan.codecs[i]), .v = &Taken(v, plan.codecs[i + 1])};
     double ratio = 1.0;
     std::size_t q = 0;
     for (const std::size_t place : model.queries(k.layer, k.kv_head)) {
-      const double predicted = internal::Nmse(taken, q++), found = truth[place].nmse();
+      const double predicted = Nmse(taken, q++), found = truth[place].nmse();
       if (!(found > factor * predicted) || predicted == 0.0) continue;
       ratio = std::max(ratio, found / predicted);
       ++raised;
@@ -53,4 +53,4 @@ std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& tr
   return raised;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::tune

@@ -25,10 +25,10 @@ void Run(std::string_view bytes) {
   if (!parsed.ok()) return RequireGoodError(parsed.status(), "file");
   std::size_t covered = 0;
   for (const auto& [name, tensor] : parsed->tensors) {
-    Require(tensor.data.data() >= bytes.data() + 8 &&
-                tensor.data.data() + tensor.data.size() <= bytes.data() + bytes.size(),
+    Require(tensor.first >= 8 && tensor.first <= bytes.size() &&
+                tensor.bytes <= bytes.size() - tensor.first,
             "a tensor inside the file");
-    covered += tensor.data.size();
+    covered += tensor.bytes;
   }
   std::uint64_t header = 0;
   for (int i = 8; i-- > 0;) header = header << 8 | static_cast<unsigned char>(bytes[i]);

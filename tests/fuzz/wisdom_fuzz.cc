@@ -2,23 +2,23 @@
 #include <cstdint>
 #include <string_view>
 
-#include "kvmix/speed.h"
+#include "kvmix/tune/speed.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace kvmix::fuzz {
 
 std::vector<std::string> Seeds() {
   TemporaryFile file;
-  Wisdom wisdom = ThisMachine();
+  tune::Wisdom wisdom = tune::ThisMachine();
   std::vector<std::string> seeds;
   for (const char* codec : {"i8-token", "f16"}) {
-    const Status saved = SaveWisdom(wisdom, file.path());
+    const Status saved = tune::SaveWisdom(wisdom, file.path());
     Require(saved.ok(), "wisdom that can be saved", saved);
     seeds.push_back(file.Read());
     wisdom.speeds.push_back({codec, "i8-head", 6, 128, 96, 4096, 12.5});
   }
   wisdom.cpu = "another";
-  Require(SaveWisdom(wisdom, file.path()).ok(), "wisdom that can be saved");
+  Require(tune::SaveWisdom(wisdom, file.path()).ok(), "wisdom that can be saved");
   seeds.push_back(file.Read());
   return seeds;
 }
@@ -28,11 +28,11 @@ namespace {
 void Run(std::string_view bytes) {
   static TemporaryFile file;
   file.Write(bytes);
-  const Result<Wisdom> wisdom = LoadWisdom(file.path());
+  const Result<tune::Wisdom> wisdom = tune::LoadWisdom(file.path());
   if (!wisdom.ok()) return RequireGoodError(wisdom.status(), file.path());
-  const Wisdom here = ThisMachine();
+  const tune::Wisdom here = tune::ThisMachine();
   Require(wisdom->cpu == here.cpu && wisdom->target == here.target, "wisdom of this machine");
-  for (const HeadSpeed& s : wisdom->speeds)
+  for (const tune::HeadSpeed& s : wisdom->speeds)
     Require(s.decode_ns > 0.0 && s.decode_ns < 1e300, "a time above 0");
 }
 

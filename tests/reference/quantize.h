@@ -97,12 +97,12 @@ struct Below8 {
 };
 
 inline Below8 Below8Of(Storage storage) {
-  if (storage == Storage::kI4) {
+  if (storage == KVMIX_STORAGE_I4) {
     return {4,
             {6, 18, 31, 44, 58, 75, 96, 127, -127, -96, -75, -58, -44, -31, -18, -6},
             {16, 15, 14, 13, 12}};
   }
-  if (storage == Storage::kI3)
+  if (storage == KVMIX_STORAGE_I3)
     return {3, {14, 45, 79, 127, -127, -79, -45, -14}, {15, 13, 12, 11, 10}};
   Below8 i6{6, {}, {31, 34, 38, 43}};
   for (int code = 0; code < 64; ++code)  // -32 is never written
@@ -216,7 +216,7 @@ inline std::vector<int> Shaped(const std::vector<float>& y, std::span<const floa
 inline Coded Encode(const RowsView& rows, const HeadCodec& codec) {
   Coded out;
   for (std::size_t t = 0; t < rows.tokens; ++t) {
-    if (codec.kind.storage == Storage::kF16) {
+    if (codec.kind.storage == KVMIX_STORAGE_F16) {
       for (std::size_t c = 0; c < rows.head_dim; ++c) {
         const float x = Finite(rows.At(t, 0, c));
         out.clamped += std::fabs(x) >= 65520.0f;  // rounds to infinity
@@ -231,17 +231,17 @@ inline Coded Encode(const RowsView& rows, const HeadCodec& codec) {
       const std::vector<std::uint8_t> row = Planes(codes, bits);
       out.rows.insert(out.rows.end(), row.begin(), row.end());
     };
-    if (codec.kind.storage != Storage::kI8) {
+    if (codec.kind.storage != KVMIX_STORAGE_I8) {
       const Below8 storage = Below8Of(codec.kind.storage);
-      LevelRow row = EncodeBelow8(y, storage, codec.kind.scale == Scale::kTokenBF16);
+      LevelRow row = EncodeBelow8(y, storage, codec.kind.scale == KVMIX_SCALE_TOKEN_BF16);
       if (codec.kind.shape) row.codes = Shaped(y, codec.shaping(), storage.levels, row.scale);
       out.scales.push_back(row.scale);
       append(row.codes, storage.bits);
       continue;
     }
     float scale = codec.head_scale;
-    if (codec.kind.scale != Scale::kHead) {
-      scale = ScaleOf(AbsMax(y), codec.kind.scale == Scale::kTokenBF16);
+    if (codec.kind.scale != KVMIX_SCALE_HEAD) {
+      scale = ScaleOf(AbsMax(y), codec.kind.scale == KVMIX_SCALE_TOKEN_BF16);
       out.scales.push_back(scale);
     }
     if (codec.kind.shape) {
@@ -275,9 +275,9 @@ inline std::vector<float> Decode(const void* rows, const float* scales, std::siz
     std::vector<float> x(head_dim);
     for (std::size_t c = 0; c < head_dim; ++c) {
       const std::size_t at = t * head_dim + c;
-      if (codec.kind.storage == Storage::kF16) {
+      if (codec.kind.storage == KVMIX_STORAGE_F16) {
         x[c] = HalfToFloat(static_cast<Half>(bytes[2 * at] | bytes[2 * at + 1] << 8));
-      } else if (codec.kind.storage != Storage::kI8) {
+      } else if (codec.kind.storage != KVMIX_STORAGE_I8) {
         const Below8 storage = Below8Of(codec.kind.storage);
         const std::size_t row_bytes = head_dim * static_cast<std::size_t>(storage.bits) / 8;
         const int code = CodeAt(bytes + t * row_bytes, head_dim, c, storage.bits);

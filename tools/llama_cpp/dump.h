@@ -2,7 +2,6 @@
 #ifndef KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
 #define KVMIX_TOOLS_LLAMA_CPP_DUMP_H_
 
-#include <array>
 #include <cstddef>
 #include <map>
 #include <string>
@@ -12,16 +11,14 @@
 #include <kvmix/model.h>
 #include <kvmix/rows.h>
 #include <kvmix/status.h>
+#include <kvmix/tune/dump.h>
 
 namespace kvmix::llama {
 
-// Rows stream into one file for every tensor and stream of the engine's cache, in a folder beside
-// the dump; Finish makes the dump of them. Whatever ends before leaves no dump, and what was there
-// untouched.
+// Finds the prompts in what attention sees, and gives their rows to a DumpWriter.
 class Dump {
  public:
-  explicit Dump(std::string path);
-  ~Dump();
+  explicit Dump(const std::string& path) : path_(path), writer_(path) {}
 
   // Q of one call, and K and V of its tokens, [tokens, heads, channels] of f32, all of one stream.
   // The mask tells where prompts begin: a token that sees only itself is a first one. Tokens that
@@ -42,16 +39,10 @@ class Dump {
     std::size_t most = 0;  // seen by any token
     std::map<std::size_t, Stream> streams;
   };
-  struct Tensor {
-    const char* name;
-    std::size_t heads, dim;
-  };
-  static std::array<Tensor, 3> Tensors(const LayerShape& shape);
-  std::string Part(std::size_t layer, std::size_t stream, const char* tensor) const;
-  void RemoveStale() const;
   Status DropShortPrompt(std::size_t layer, std::size_t stream);
 
-  std::string path_, folder_;
+  std::string path_;
+  tune::DumpWriter writer_;
   std::map<std::size_t, Layer> layers_;
   std::size_t left_out_ = 0;
 };

@@ -53,7 +53,7 @@ ggml_tensor* Base(const ggml_tensor* t) {
 // "cache_k_l12" -> 12; nothing for other tensors.
 std::optional<std::size_t> LayerOf(const ggml_tensor* t, Tensor tensor) {
   const std::string_view name = Base(t)->name;
-  const std::string_view prefix = tensor == Tensor::kK ? "cache_k_l" : "cache_v_l";
+  const std::string_view prefix = tensor == KVMIX_K ? "cache_k_l" : "cache_v_l";
   if (!name.starts_with(prefix)) return {};
   const char *const digits = name.data() + prefix.size(), *const end = name.data() + name.size();
   std::size_t layer = 0;
@@ -85,7 +85,7 @@ struct Attention {
 
 std::optional<Attention> Read(const ggml_tensor* op) {
   const ggml_tensor *q = op->src[0], *k = CacheOf(op, 1), *v = CacheOf(op, 2);
-  const auto k_layer = LayerOf(k, Tensor::kK), v_layer = LayerOf(v, Tensor::kV);
+  const auto k_layer = LayerOf(k, KVMIX_K), v_layer = LayerOf(v, KVMIX_V);
   if (!k_layer || k_layer != v_layer) return {};
   const auto size = [](std::int64_t n) { return static_cast<std::size_t>(n); };
   Attention a{*k_layer,
@@ -149,7 +149,7 @@ Plan PlanOf(const Settings& settings, const Attention& a) {
   if (!settings.plan) return one;
   one.exact_first = settings.plan->exact_first;
   for (std::size_t h = 0; h < a.shape.kv_heads; ++h) {
-    for (const Tensor t : {Tensor::kK, Tensor::kV}) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       one.codec(0, h, t) = settings.plan->codec(a.layer, h, t);
     }
   }
@@ -163,7 +163,7 @@ bool IsView(ggml_op op) {
 
 // A part of the engine's cache.
 bool IsCache(const ggml_tensor* t) {
-  return t != nullptr && (LayerOf(t, Tensor::kK) || LayerOf(t, Tensor::kV));
+  return t != nullptr && (LayerOf(t, KVMIX_K) || LayerOf(t, KVMIX_V));
 }
 
 // Attention, and writes to the cache, that are computed here.
@@ -221,12 +221,12 @@ Result<Mirror*> MirrorOf(Context& c, const ggml_tensor* k, const ggml_tensor* v,
 Status SetRows(Context& c, const ggml_tensor* op) {
   const ggml_tensor *from = op->src[0], *cells = op->src[1], *to = op->src[2];
   const std::int64_t *const at = static_cast<const std::int64_t*>(cells->data), n = from->ne[0];
-  const Tensor tensor = LayerOf(to, Tensor::kK) ? Tensor::kK : Tensor::kV;
+  const Tensor tensor = LayerOf(to, KVMIX_K) ? KVMIX_K : KVMIX_V;
   // V's rows belong to the K that was written before them.
-  if (tensor == Tensor::kK) c.last_k = Base(to)->data;
+  if (tensor == KVMIX_K) c.last_k = Base(to)->data;
   const auto mirror = c.mirrors.find(c.last_k);
   const bool alone = mirror != c.mirrors.end() && TheSettings().memory;
-  NewRows& kept = tensor == Tensor::kK ? c.new_k : c.new_v;
+  NewRows& kept = tensor == KVMIX_K ? c.new_k : c.new_v;
   kept.clear();
   for (std::int64_t i = 0; i < from->ne[1]; ++i) {
     const float* const row = reinterpret_cast<const float*>(
@@ -303,7 +303,7 @@ Status Attend(Context& c, const ggml_tensor* op) {
     const std::size_t number = f32 ? sizeof(float) : sizeof(Half);
     r.stream = first_stream + s;
     r.q = {static_cast<const char*>(q->data) + s * q->nb[3],
-           Dtype::kF32,
+           KVMIX_F32,
            queries,
            a->shape.query_heads,
            a->shape.k_dim,
@@ -312,7 +312,7 @@ Status Attend(Context& c, const ggml_tensor* op) {
     r.out = reinterpret_cast<float*>(static_cast<char*>(op->data) + s * op->nb[3]);
     r.mask = {static_cast<const char*>(mask->data) +
                   s % static_cast<std::size_t>(mask->ne[3]) * mask->nb[3],
-              f32 ? Dtype::kF32 : Dtype::kF16,
+              f32 ? KVMIX_F32 : KVMIX_F16,
               queries,
               cells,
               static_cast<std::ptrdiff_t>(mask->nb[1] / number),
@@ -426,7 +426,7 @@ void SetThreads(ggml_backend_t backend, int threads) {
 
 bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* op) {
   if (IsView(op->op) || IsTaken(op)) return true;
-  if (op->op == GGML_OP_MUL_MAT && LayerOf(op->src[0], Tensor::kK)) {
+  if (op->op == GGML_OP_MUL_MAT && LayerOf(op->src[0], KVMIX_K)) {
     SayOnce("flash",
             "not taken, and left to the CPU: attention that is no flash attention (-fa on)");
   }

@@ -27,7 +27,7 @@ std::string SetPlan(const std::string& value) {
 std::string SetCodec(const std::string& value) {
   const Result<CodecKind> kind = ParseCodecKind(value);
   if (!kind.ok()) return kind.status().message();
-  if (kind->centre || kind->fold || kind->scale == Scale::kHead) {
+  if (kind->centre || kind->fold || kind->scale == KVMIX_SCALE_HEAD) {
     return "expected a codec without numbers of its own (no +centre, +fold, i8-head), found " +
            value;
   }

@@ -43,7 +43,7 @@ std::map<ggml_backend_buffer_t, ggml_backend_buffer_i> buffers;  // as they were
 // What part of a layer's tensor some bytes are.
 struct Place {
   Layer* layer = nullptr;
-  Tensor tensor = Tensor::kK;
+  Tensor tensor = KVMIX_K;
   std::size_t first = 0, count = 0;  // cells that cover the bytes
   std::size_t skip = 0;              // bytes of the first cell before them
 };
@@ -51,8 +51,8 @@ struct Place {
 Place Find(const void* data, std::size_t bytes) {
   const char* const at = static_cast<const char*>(data);
   for (Layer& layer : layers) {
-    for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
-      const ggml_tensor* const t = layer.tensors[tensor == Tensor::kV];
+    for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
+      const ggml_tensor* const t = layer.tensors[tensor == KVMIX_V];
       const char* const begin = static_cast<const char*>(t->data);
       if (at < begin || at >= begin + layer.cells() * t->nb[1]) continue;
       const std::size_t offset = static_cast<std::size_t>(at - begin);
@@ -69,7 +69,7 @@ constexpr std::size_t kCellsAtATime = 64;
 // The rows of those of some cells that the mirror holds.
 void DecodeRows(const Layer& layer, Tensor tensor, std::size_t first, std::size_t count,
                 char* rows) {
-  const ggml_tensor* const t = layer.tensors[tensor == Tensor::kV];
+  const ggml_tensor* const t = layer.tensors[tensor == KVMIX_V];
   const std::size_t row = static_cast<std::size_t>(t->ne[0]);
   std::vector<float> numbers(std::min(count, kCellsAtATime) * row);
   for (std::size_t c = 0; c < count; ++c) {
@@ -89,7 +89,7 @@ void DecodeRows(const Layer& layer, Tensor tensor, std::size_t first, std::size_
 
 // Rows of cells as the engine would have them.
 std::vector<char> ReadRows(const Place& at) {
-  const ggml_tensor* const t = at.layer->tensors[at.tensor == Tensor::kV];
+  const ggml_tensor* const t = at.layer->tensors[at.tensor == KVMIX_V];
   const char* const own = RowOf(t, at.first);
   std::vector<char> rows(own, own + at.count * t->nb[1]);
   DecodeRows(*at.layer, at.tensor, at.first, at.count, rows.data());
@@ -98,9 +98,9 @@ std::vector<char> ReadRows(const Place& at) {
 
 // The engine's rows of some cells hold again, and it may write them.
 void HandOver(Layer& layer, std::size_t first, std::size_t count) {
-  for (const Tensor tensor : {Tensor::kK, Tensor::kV}) {
+  for (const Tensor tensor : {KVMIX_K, KVMIX_V}) {
     if (!layer.alone) break;
-    DecodeRows(layer, tensor, first, count, RowOf(layer.tensors[tensor == Tensor::kV], first));
+    DecodeRows(layer, tensor, first, count, RowOf(layer.tensors[tensor == KVMIX_V], first));
   }
   for (std::size_t s = layer.StreamOf(first); s <= layer.StreamOf(first + count - 1); ++s) {
     layer.empty[s] = false;

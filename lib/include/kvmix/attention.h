@@ -5,12 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 
 #include "kvmix/cache.h"
 #include "kvmix/export.h"
 #include "kvmix/rows.h"
+#include "kvmix/runner.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
@@ -41,7 +41,7 @@ struct AttendOptions {
 // causality and window: with cells in any order, switch those off.
 struct MaskView {
   const void* data = nullptr;  // query i, cell c: element i * stride + c; null: no mask
-  Dtype dtype = Dtype::kF16;
+  Dtype dtype = KVMIX_F16;
   std::size_t queries = 0;  // those of q
   std::size_t cells = 0;    // at most the capacity; a cell from here on is not seen
   std::ptrdiff_t stride = 0;
@@ -60,8 +60,8 @@ struct AttendRequest {
 // Query i of n stands at token p = tokens - n + i of the layer: append K and V of the prompt (or of
 // the new token) first, then attend. The query sees the tokens [0, p], with a window only the last
 // sliding_window of them; without `causal` all tokens after p as well. If p < bidirectional_prefix,
-// it also sees all tokens [0, bidirectional_prefix), whatever the window is (PrefixLM, the images of
-// Gemma 3). A mask hides some of these tokens.
+// it also sees all tokens [0, bidirectional_prefix), whatever the window is (PrefixLM, Gemma 3's
+// images). A mask hides some of these tokens.
 //
 // The layer must hold a whole prefix before a query in it is asked: append the prefix first. (A
 // layer whose window is shorter than the prefix keeps all of it only if one call appends it.) Later
@@ -72,10 +72,9 @@ struct AttendRequest {
 // attend over each chunk before you append the next one. Tokens that Forget or Shift dropped are
 // not seen, and that is no error.
 //
-// q: [queries,
-// query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not overlap q. A
-// query that sees no token gets zeros; a query row with NaN or Inf gets NaN. num_threads: OpenMP
-// threads, 0 for as many as this process may use. The result does not depend on it.
+// q: [queries, query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not
+// overlap q. A query that sees no token gets zeros; a query row with NaN or Inf gets NaN. runner: a
+// number of OpenMP's threads, or any other (kvmix/runner.h). The result does not depend on it.
 //
 // log_sum_exp: the natural logarithm of what the row's weights sum to, a sink's included; -inf
 // where it sees nothing. With it outputs over two caches can be merged (MergeOutputs).
@@ -85,10 +84,10 @@ struct AttendRequest {
 // order of sums, and with it the last bits. An error names the request, and nothing is written.
 //
 // Errors: a layer without K and V; q of another shape; a mask of another shape, with NaN or +inf,
-// or that sees forgotten tokens or cells that the layer does not have; a query that sees tokens that
-// the layer's window has let go, through its own window or a longer one of the call; a query in a
-// prefix that the layer does not hold whole. The last two are kInvalidArgument and name the query
-// and the tokens.
+// or that sees forgotten tokens or cells that the layer does not have; a query that sees tokens
+// which the layer's window has let go, through its own window or a longer one of the call; a query
+// in a prefix that the layer does not hold whole. The last two are kInvalidArgument and name the
+// query and the tokens.
 //
 // The arithmetic: int8 heads multiply exact codes by 15-bit or wider fixed-point q and softmax
 // weights, fp16 heads are f32 throughout. The output is within NMSE 1e-6 of a double-precision
@@ -104,42 +103,17 @@ struct AttendRequest {
 // Memory: a thread allocates on its first call, and when a call is larger than all before it on
 // that thread; it keeps that memory until it ends.
 //
-// Threads: one thread, and jobs, never touch OpenMP. OpenMP's threads do not survive a fork(): in
-// the child of a fork every call runs on one thread, whatever num_threads says.
+// Threads: neighbouring parts of a decode read neighbouring memory, and Runner::threads says into
+// how many runs of them one sequence's decode is cut.
 KVMIX_API Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-                        const AttendOptions& options = {}, int num_threads = 1);
+                        const AttendOptions& options = {}, const Runner& runner = Runner::Here());
 KVMIX_API Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
-                        const AttendOptions& options = {}, int num_threads = 1);
+                        const AttendOptions& options = {}, const Runner& runner = Runner::Here());
 
 // Two outputs of the same queries over disjoint tokens become that over all of them: out, lse <-
 // merged with the others. rows of dim numbers.
 KVMIX_API void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
                             const float* other_log_sum_exp, std::size_t rows, std::size_t dim);
-
-// The same, part by part, for an engine with a thread pool of its own (no OpenMP inside):
-//   AttendJob job;                                   // keep it: its memory is reused
-//   job.Start(cache, layer, q, out, options);
-//   for each p in [0, job.parts()): on any thread, in any order, each once: job.RunPart(p);
-// When all calls have returned, `out` is complete. Neighbouring parts read neighbouring memory:
-// give a thread a run of them. The caches may not be written until then.
-class KVMIX_API AttendJob {
- public:
-  AttendJob();
-  AttendJob(AttendJob&&) noexcept;
-  AttendJob& operator=(AttendJob&&) noexcept;
-  ~AttendJob();
-
-  Status Start(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-               const AttendOptions& options = {});
-  Status Start(std::span<const AttendRequest> requests, std::size_t layer,
-               const AttendOptions& options = {});
-  std::size_t parts() const;
-  void RunPart(std::size_t part);
-
- private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
-};
 
 }  // namespace kvmix
 

@@ -17,12 +17,10 @@
 #include "kvmix/plan.h"
 #include "kvmix/rope.h"
 #include "kvmix/rows.h"
+#include "kvmix/runner.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
-
-class AppendJob;
-class AttendJob;
 
 namespace internal {
 struct CacheImpl;
@@ -93,11 +91,11 @@ class KVMIX_API Cache {
 
   // Appends k.tokens tokens to a layer. k: [tokens, kv_heads, k_dim], v: [tokens, kv_heads, v_dim];
   // what becomes of NaN, infinities and huge values: kvmix/quantize.h. Past the capacity, or where
-  // the pool is full: kOutOfMemory, and nothing is appended. num_threads: OpenMP threads, 0 for as
-  // many as this process may use; the bytes do not depend on it. An engine with threads of its own
-  // takes an AppendJob. A layer with a window forgets what no query of these tokens sees: attend
-  // over them before the next Append.
-  Status Append(std::size_t layer, const RowsView& k, const RowsView& v, int num_threads = 1);
+  // the pool is full: kOutOfMemory, and nothing is appended. runner: a number of OpenMP's threads,
+  // or any other (kvmix/runner.h); the bytes do not depend on it. A layer with a window forgets
+  // what no query of these tokens sees: attend over them before the next Append.
+  Status Append(std::size_t layer, const RowsView& k, const RowsView& v,
+                const Runner& runner = Runner::Here());
   // Writes rows into cells, token t of k and v into cells[t], below the capacity: for engines that
   // place tokens themselves and say with a mask (kvmix/attention.h) who sees what. Cells may be
   // written again; what a never written cell holds is finite and means nothing. tokens() becomes
@@ -111,8 +109,8 @@ class KVMIX_API Cache {
   // whole window; attention of the last token that is left may be refused, because its window
   // begins one token earlier.)
   Status Truncate(std::size_t tokens);
-  // No query sees a layer's tokens before `first` again, which is no error, and pages that hold only
-  // such tokens go back.
+  // No query sees a layer's tokens before `first` again, which is no error. Pages that hold no
+  // other tokens go back.
   Status Forget(std::size_t layer, std::size_t first);
   // Forgets tokens [keep, keep + drop) of every layer, and moves those after them `drop` positions
   // back: V's rows as they are, K's decoded, turned and encoded again. ropes: one for all layers,
@@ -165,29 +163,7 @@ struct AppendRequest {
 // Appends to one layer of many caches, each named once; an error names the request, and nothing is
 // appended then.
 KVMIX_API Status Append(std::span<const AppendRequest> requests, std::size_t layer,
-                        int num_threads = 1);
-
-// Append, part by part, for an engine with a thread pool of its own (no OpenMP inside):
-//   AppendJob job;                                   // keep it: its memory is reused
-//   job.Start(cache, layer, k, v);
-//   for each p in [0, job.parts()): on any thread, in any order, each once: job.RunPart(p);
-// The layer holds the new tokens when all calls have returned. Between Start and then nobody else
-// may write or read the layer.
-class KVMIX_API AppendJob {
- public:
-  AppendJob();
-  AppendJob(AppendJob&&) noexcept;
-  AppendJob& operator=(AppendJob&&) noexcept;
-  ~AppendJob();
-
-  Status Start(Cache& cache, std::size_t layer, const RowsView& k, const RowsView& v);
-  std::size_t parts() const;
-  void RunPart(std::size_t part);
-
- private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
-};
+                        const Runner& runner = Runner::Here());
 
 }  // namespace kvmix
 

@@ -25,7 +25,6 @@
 #define KVMIX_CODEC_H_
 
 #include <cstddef>
-#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -34,37 +33,20 @@
 
 #include "kvmix/export.h"
 #include "kvmix/status.h"
+#include "kvmix/types.h"
 
 namespace kvmix {
 
-// Upper bound of head_dim: i32 sums of 16-bit by 8-bit products stay exact up to here.
-inline constexpr std::size_t kMaxHeadDim = 512;
-
-enum class Tensor : std::uint8_t { kK, kV };
-
-enum class Storage : std::uint8_t {
-  kF16,
-  kI8,
-  kI6,  // below i8: with a scale per token only; head_dim must be a multiple of 4
-  kI4,  // of 2
-  kI3,  // of 8
-};
-enum class Scale : std::uint8_t {
-  kNone,   // f16
-  kHead,   // one per KV head, fixed by the plan ("global" in the study); values beyond it saturate
-  kToken,  // one per token and KV head, f32, stored beside the codes
-  kTokenBF16,  // the same as bf16, i8's rounded up, i4's to nearest
-};
-enum class Rounding : std::uint8_t { kNearest };
+// Upper bound of head_dim.
+inline constexpr std::size_t kMaxHeadDim = KVMIX_MAX_HEAD_DIM;
 
 struct CodecKind {
-  Storage storage = Storage::kF16;
-  Scale scale = Scale::kNone;
+  Storage storage = KVMIX_STORAGE_F16;
+  Scale scale = KVMIX_SCALE_NONE;
   bool centre = false;
   bool fold = false;
   bool hadamard = false;
   bool shape = false;
-  Rounding rounding = Rounding::kNearest;
 
   bool operator==(const CodecKind&) const = default;
 };
@@ -75,8 +57,8 @@ KVMIX_API std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
 KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
 
-// Of a code, or of f16's number: 16, 8, 6, 4 or 3.
-KVMIX_API std::size_t BitsOf(Storage storage);
+// Bits of a code, or of f16's number: 16, 8, 6, 4 or 3.
+inline std::size_t BitsOf(Storage storage) { return kvmix_storage_bits(storage); }
 
 // head_dim is such that a canonical row is whole bytes.
 KVMIX_API bool Fits(const CodecKind& kind, std::size_t head_dim);
@@ -97,7 +79,7 @@ struct CodecVectors {
 // A kind with its numbers. Copies share the vectors.
 struct HeadCodec {
   CodecKind kind;
-  float head_scale = 0.0f;  // Scale::kHead: the scale itself (absmax of the calibration / 127)
+  float head_scale = 0.0f;  // KVMIX_SCALE_HEAD: the scale itself (absmax of the calibration / 127)
   std::shared_ptr<const CodecVectors> vectors = nullptr;
 
   std::span<const float> mean() const;            // empty if there is none

@@ -3,7 +3,7 @@
 #ifndef KVMIX_EXPORT_H_
 #define KVMIX_EXPORT_H_
 
-#if __cplusplus < 202002L
+#if defined(__cplusplus) && __cplusplus < 202002L
 #error kvmix needs C++20: compile with -std=c++20
 // This file is nowhere: compilers stop here, before the errors that follow from the first.
 #include "kvmix/needs C++20"

@@ -79,7 +79,7 @@ class KVMIX_API Mirror {
   // Attention of all requests, after the cells that they see are as the engine has them. A mirror
   // that is alone reads rows of all of the streams' cells. kOutOfMemory: a pool that is full.
   Status Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
-                int num_threads);
+                const Runner& runner);
 
   // The engine's rows of these cells, counted over all streams, are now what the cells hold: for
   // writes that are told late, and without numbers. All cells: the codes' memory goes back.

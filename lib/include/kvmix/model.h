@@ -17,7 +17,7 @@ namespace kvmix {
 
 // Upper bound of layers and of heads, far beyond any model: products of a model's numbers stay far
 // below 2^64.
-inline constexpr std::size_t kMaxCount = 65536;
+inline constexpr std::size_t kMaxCount = KVMIX_MAX_COUNT;
 
 // One layer. Its place in Model::layers is the model's own number of it.
 struct LayerShape {
@@ -35,7 +35,7 @@ struct LayerShape {
   bool has_kv() const { return kv_heads != 0; }
   bool owns_kv() const { return has_kv() && !kv_layer.has_value(); }
   std::size_t group() const { return query_heads / kv_heads; }
-  std::size_t dim(Tensor t) const { return t == Tensor::kK ? k_dim : v_dim; }
+  std::size_t dim(Tensor t) const { return t == KVMIX_K ? k_dim : v_dim; }
   // How many of a context's tokens a query sees.
   std::size_t seen(std::size_t context) const {
     return window == 0 ? context : std::min(context, window);

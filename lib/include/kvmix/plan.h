@@ -1,5 +1,5 @@
-// A plan: which codec every KV head's K and V is stored with. Made by the tuner (kvmix/tune.h) or
-// by hand, portable between machines, saved as JSON.
+// A plan: which codec every KV head's K and V is stored with. Made by the tuner
+// (kvmix/tune/steps.h) or by hand, portable between machines, saved as JSON.
 #ifndef KVMIX_PLAN_H_
 #define KVMIX_PLAN_H_
 
@@ -38,7 +38,7 @@ struct Provenance {
   Fidelity on_holdout;
 };
 
-inline constexpr std::size_t kMostExactFirst = 64;
+inline constexpr std::size_t kMostExactFirst = KVMIX_MOST_EXACT_FIRST;
 
 struct Plan {
   Model model;
@@ -94,10 +94,12 @@ inline constexpr std::size_t kFarBeyondCalibration = 4;
 KVMIX_API std::string LengthWarning(const Plan& plan, std::size_t context);
 
 // JSON, and where K has the step +shape a safetensors file of matrices in the same folder, which
-// the JSON names with its hash: move and copy both. Save writes a temporary file beside `path` and
-// renames it, so that `path` is whole or untouched; the matrices of a plan that was there before
-// stay. Load refuses a newer major version, unknown codecs, a matrix file that is missing or
-// another one, and anything that CheckPlan refuses, naming the file.
+// the JSON names with its hash: move and copy both. If `path` is a symbolic link, Save writes both
+// where it leads to, and Load looks for the matrices beside the link and then there. Save writes a
+// temporary file and renames it, so that the plan is whole or untouched; the matrices of a plan
+// that was there before stay. kInvalidArgument: a plan with +shape for a device or a pipe, which
+// has no file beside it; /dev/null takes it. Load refuses a newer major version, unknown codecs, a
+// matrix file that is missing or another one, and anything that CheckPlan refuses, naming the file.
 KVMIX_API Status SavePlan(const Plan& plan, const std::string& path);
 KVMIX_API Result<Plan> LoadPlan(const std::string& path);
 // The plan fits this model; else an error naming both.

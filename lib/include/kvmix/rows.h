@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "kvmix/half.h"
+#include "kvmix/types.h"
 
 namespace kvmix {
-
-enum class Dtype : std::uint8_t { kF16, kBF16, kF32 };
 
 // [tokens, heads, head_dim]: channel c of head h of token t is element
 // t * token_stride + h * head_stride + c of `data`. Strides are in elements and may be negative;
@@ -17,7 +16,7 @@ enum class Dtype : std::uint8_t { kF16, kBF16, kF32 };
 // Face's [heads, tokens, head_dim] has token_stride head_dim and head_stride tokens * head_dim.)
 struct RowsView {
   const void* data = nullptr;
-  Dtype dtype = Dtype::kF16;
+  Dtype dtype = KVMIX_F16;
   std::size_t tokens = 0;
   std::size_t heads = 0;
   std::size_t head_dim = 0;
@@ -26,14 +25,14 @@ struct RowsView {
 
   // In C order, without gaps. bf16 numbers are 16 raw bits.
   static RowsView F16(const Half* x, std::size_t tokens, std::size_t heads, std::size_t head_dim) {
-    return Dense(x, Dtype::kF16, tokens, heads, head_dim);
+    return Dense(x, KVMIX_F16, tokens, heads, head_dim);
   }
   static RowsView BF16(const std::uint16_t* x, std::size_t tokens, std::size_t heads,
                        std::size_t head_dim) {
-    return Dense(x, Dtype::kBF16, tokens, heads, head_dim);
+    return Dense(x, KVMIX_BF16, tokens, heads, head_dim);
   }
   static RowsView F32(const float* x, std::size_t tokens, std::size_t heads, std::size_t head_dim) {
-    return Dense(x, Dtype::kF32, tokens, heads, head_dim);
+    return Dense(x, KVMIX_F32, tokens, heads, head_dim);
   }
   static RowsView Dense(const void* x, Dtype dtype, std::size_t tokens, std::size_t heads,
                         std::size_t head_dim) {
@@ -46,7 +45,7 @@ struct RowsView {
             static_cast<std::ptrdiff_t>(head_dim)};
   }
 
-  std::size_t element_bytes() const { return dtype == Dtype::kF32 ? 4 : 2; }
+  std::size_t element_bytes() const { return kvmix_dtype_bytes(dtype); }
   const void* row(std::size_t token, std::size_t head) const {
     const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * token_stride +
                               static_cast<std::ptrdiff_t>(head) * head_stride;
@@ -62,9 +61,9 @@ struct RowsView {
   // One number as f32. Meant for tests and single numbers; the kernels convert whole rows.
   float At(std::size_t token, std::size_t head, std::size_t channel) const {
     const void* x = row(token, head);
-    if (dtype == Dtype::kF32) return static_cast<const float*>(x)[channel];
+    if (dtype == KVMIX_F32) return static_cast<const float*>(x)[channel];
     const std::uint16_t bits = static_cast<const std::uint16_t*>(x)[channel];
-    return dtype == Dtype::kF16 ? HalfToFloat(bits) : BFloatToFloat(bits);
+    return dtype == KVMIX_F16 ? HalfToFloat(bits) : BFloatToFloat(bits);
   }
 };
 

@@ -15,6 +15,8 @@
 
 namespace kvmix {
 
+// A stream that throws when it fails does not throw here; it keeps its exception mask and its state.
+
 // Writes all that the cache holds. The file form writes a temporary file beside `path` and renames
 // it, so that `path` is whole or untouched.
 KVMIX_API Status SaveSession(const Cache& cache, std::ostream& out);

@@ -3,14 +3,11 @@
   kvmix-report --sample                               tunes and measures the built-in sample
   kvmix-report --dump DUMP [--holdout DUMP]           the same for a dump
   kvmix-report quant_s1.csv plan.json -o plan.html    from files
-  kvmix-report tune.json --llama-cpp DUMP             llama.cpp's cache types beside the front
 
 Files are known by what is in them: CSVs of kvmix-eval quant, attention and size, kvmix-tune --json,
-plans, and the JSON of kvmix-bench and --llama-cpp. Names that end in s1, s2, s3 or plan label the
-lines. Pictures also go to --images FOLDER as PNG and SVG.
+plans, and the JSON of kvmix-bench. Names that end in s1, s2, s3 or plan label the lines. Pictures also go to --images FOLDER as PNG and SVG.
 """
 import argparse
-import json
 import pathlib
 import sys
 import tempfile
@@ -26,11 +23,8 @@ def arguments():
                    help='the page (default: %(default)s)')
     p.add_argument('--images', metavar='FOLDER', help='write every chart as PNG and SVG too')
     p.add_argument('--title', default='kvmix report')
-    p.add_argument('--llama-cpp', metavar='DUMP',
-                   help="draw llama.cpp's q8_0, q5_0 and q4_0 beside the Pareto front, simulated "
-                   'on the dump that the front is of (safetensors)')
     p.add_argument('--keep', metavar='FOLDER',
-                   help='keep what the programs wrote, and llama_cpp.json, to name as a FILE')
+                   help='keep what the programs wrote, to name as a FILE')
     run = p.add_argument_group('running the programs')
     run.add_argument('--sample', action='store_true', help='on the built-in sample')
     run.add_argument('--dump', help='on this dump (safetensors; a raw folder, its shape below)')
@@ -53,7 +47,7 @@ def arguments():
 
 def report(args):
     try:
-        from . import charts, collect, inputs, llama_cpp, page
+        from . import charts, collect, inputs, page
     except ImportError as error:
         raise InputError(f'needs matplotlib ({error}): install it with "apt-get install '
                          'python3-matplotlib" or "pip install matplotlib"') from None
@@ -64,9 +58,6 @@ def report(args):
         folder.mkdir(parents=True, exist_ok=True)
         if args.sample or args.dump:
             files += collect.collect(args, folder)
-        if args.llama_cpp:
-            files.append(folder / 'llama_cpp.json')
-            files[-1].write_text(json.dumps(llama_cpp.simulate(args.llama_cpp), indent=1))
         found = inputs.read(files)
     drawn = charts.draw_all(found)
     with written_whole(args.output) as file:

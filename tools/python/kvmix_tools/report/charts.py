@@ -227,49 +227,6 @@ def pareto(tune):
          ['K and V in fp16', *(point['fp16_tensors'] for point in front)]])
 
 
-def past_half(tune, cache_types):
-    """The front past half of the bytes, and llama.cpp's types beside it."""
-    keys = ('saved_fraction', 'worst_nmse', 'mean_nmse', 'worst_cosine')
-    points = [('kvmix', p['saved_fraction'], *(p['predicted'][key] for key in keys[1:]))
-              for p in tune['front'] if 0.45 <= p['saved_fraction'] <= 0.8]
-    types = [(t['type'], *(t[key] for key in keys)) for t in cache_types['types']]
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.5))
-    ours, theirs = ({'color': theme.LIGHT[f'series{i}']} for i in (0, 1))
-    below = {'textcoords': 'offset points', 'xytext': (5, -5), 'va': 'top', **ours}
-    if points:
-        x, y = zip(*((100 * saved, nmse) for _, saved, nmse, *_ in points))
-        ax.plot(x, y, linewidth=2, **ours)
-        at = np.abs(np.array(x) - 70).argmin()
-        ax.annotate('kvmix', (x[at], y[at]), weight='bold', **below)
-    plan = 100 * tune['saved_fraction'], tune['predicted']['worst_nmse']
-    if 45 <= plan[0] <= 80:
-        ax.plot(*plan, '*', markersize=14, **ours)
-        ax.annotate('the plan', plan, **below)
-    for i, (name, saved, nmse, *_) in enumerate(types, 1):
-        ax.plot(100 * saved, nmse, 'D', **theirs)
-        ax.annotate(f'llama.cpp\n{name}' if i == len(types) else name, (100 * saved, nmse),
-                    textcoords='offset points', xytext=(-3, 7), ha='center', va='bottom',
-                    weight='bold', **theirs)
-    ax.set(yscale='log', xlim=(44, 81), xlabel='KV bytes saved, %',
-           ylabel='NMSE of the worst query head')
-    ax.margins(y=0.2)
-    log_axis(ax.yaxis)
-    ax.grid(True)
-    names, saved, *errors = zip(*points, *types)
-    text = ', '.join(f'{name} {100 * saved:.1f} % at {nmse:.1e}' for name, saved, nmse, *_ in types)
-    return Chart(
-        'past_half', 'Past half of the bytes',
-        'Lower is better. The line: the best plans, as the tuner predicts. The points: llama.cpp’s '
-        'cache types for K and V, rotated and rounded as it does, on '
-        f'{cache_types["dump"]} ({cache_types["tokens"]} tokens).',
-        f'Line chart of {len(points)} plans that save 45 to 80 % of the bytes, against the NMSE of '
-        f'the worst query head, and points for llama.cpp’s cache types: {text}.',
-        figure,
-        [['stored as', *names], column('saved', '{:.2f} %', [100 * x for x in saved]),
-         *(column(title, form, cells) for title, form, cells in zip(
-             ('worst NMSE', 'mean NMSE', 'worst cosine'), ('{:.2e}', '{:.2e}', '{:.6f}'), errors))])
-
-
 def plan_grid(plan):
     cells = plan['cells']
     by_layer = plan['by_layer']['KV heads']
@@ -348,10 +305,7 @@ def draw_all(inputs):
     charts = ((pareto, inputs.tune), (plan_grid, inputs.plan or inputs.tune),
               (attention_per_layer, inputs.attention), (mse_per_layer, inputs.quant),
               (heatmap, inputs.quant if rounded else None), (kernel_speeds, inputs.bench))
-    drawn = [draw(of) for draw, of in charts if of]
-    if inputs.cache_types:
-        drawn.insert(1, past_half(inputs.tune, inputs.cache_types))
-    return drawn
+    return [draw(of) for draw, of in charts if of]
 
 
 def svg(chart):

@@ -22,7 +22,6 @@ QUANT_COLUMNS = ('file', 'layer', 'k|v', 'tokens', 'head', 'head_dim', 'strategy
                  'sum of squared error', 'MSE')
 PLAN_FORMAT, PLAN_MAJOR = 'kvmix-plan', 1
 TUNE_FORMAT = 'kvmix-tune-1'
-CACHE_TYPES_FORMAT = 'kvmix-cache-types-1'
 
 # Known by the end of a file's name (quant_c4_s1.csv, attention_plan.csv), and drawn in this order.
 LABELS = {
@@ -62,7 +61,6 @@ class Inputs:
     size: list = field(default_factory=list)       # rows of cells, the first one the header
     tune: dict = None
     plan: dict = None
-    cache_types: dict = None                       # llama.cpp's, on a dump (llama_cpp.simulate)
     bench: list = None                             # the runs of kvmix-bench
 
 
@@ -207,14 +205,6 @@ def read_plan(value):
     return {**value, 'cells': cells}
 
 
-def read_cache_types(value):
-    expect(value['format'] == CACHE_TYPES_FORMAT, f'format {CACHE_TYPES_FORMAT}', value['format'])
-    need([value], 'dump', 'tokens', 'query_heads')
-    expect(value['types'], 'cache types', 'none')
-    need(value['types'], 'type', 'saved_fraction', 'worst_nmse', 'worst_cosine', 'mean_nmse')
-    return value
-
-
 def read_bench(value):
     runs = [b for b in value['benchmarks']
             if 'limit_fraction' in b and b.get('aggregate_name', 'median') == 'median']
@@ -230,13 +220,11 @@ def read_json(path, text, inputs):
         inputs.bench = read_bench(value)
     elif str(known.get('format')).startswith('kvmix-tune'):
         inputs.tune = {**read_tune(value), 'path': path}
-    elif str(known.get('format')).startswith('kvmix-cache-types'):
-        inputs.cache_types = {**read_cache_types(value), 'path': path}
     elif known.get('format') == PLAN_FORMAT:
         inputs.plan = {**read_plan(value), 'path': path}
     else:
-        raise InputError('expected a report of kvmix-tune --json, a plan, the JSON of kvmix-bench '
-                         'or of --llama-cpp, found other JSON')
+        raise InputError('expected a report of kvmix-tune --json, a plan or the JSON of kvmix-bench, '
+                         'found other JSON')
 
 
 def read_csv(path, text, inputs):
@@ -262,12 +250,6 @@ def check_shapes(inputs):
         expect([plan.get(key) for key in ('geometry', 'layers')] ==
                [known.get(key) for key in ('geometry', 'layers')],
                f'a plan for {shape(known)}, as {known["path"]} has', shape(plan), plan['path'])
-    if inputs.cache_types:
-        path, heads = (inputs.cache_types[key] for key in ('path', 'query_heads'))
-        expect(inputs.tune, 'a report of kvmix-tune --json, to stand beside', 'none', path)
-        expect(heads == known['by_layer']['query heads'],
-               f'a dump of {shape(known)}, as {known["path"]} has',
-               f'{len(heads)} layers, {sum(heads)} query heads', path)
     for tables, what in ((inputs.quant, 'KV heads'), (inputs.attention, 'query heads')):
         for table in tables:
             layers, heads, path = tables[0].layers, tables[0].heads, tables[0].path

@@ -1,6 +1,6 @@
 // How far an attention output is from another: the errors that the tuner sums up and people read.
-#ifndef KVMIX_METRICS_H_
-#define KVMIX_METRICS_H_
+#ifndef KVMIX_TUNE_METRICS_H_
+#define KVMIX_TUNE_METRICS_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include "kvmix/export.h"
 #include "kvmix/plan.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 // Attention outputs of one query head against those of exact K and V, as sums over token rows:
 // additive over prompts and dumps.
@@ -32,6 +32,6 @@ KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approxi
 // The worst and the mean of all query heads. errors: [layers with K and V][query_heads].
 KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Model& model);
 
-}  // namespace kvmix
+}  // namespace kvmix::tune
 
-#endif  // KVMIX_METRICS_H_
+#endif  // KVMIX_TUNE_METRICS_H_

@@ -6,8 +6,8 @@
 // What comes out does not depend on how the work was split (by layers, by dumps), on the order of
 // parts or dumps, nor on threads: what is known of each dump stays apart up to the end, where sums
 // run over the dumps by their hash. (Instruction sets do round differently.)
-#ifndef KVMIX_TUNE_H_
-#define KVMIX_TUNE_H_
+#ifndef KVMIX_TUNE_STEPS_H_
+#define KVMIX_TUNE_STEPS_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -17,21 +17,22 @@
 #include <string>
 #include <vector>
 
-#include "kvmix/dump.h"
 #include "kvmix/export.h"
-#include "kvmix/metrics.h"
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
-#include "kvmix/speed.h"
+#include "kvmix/runner.h"
 #include "kvmix/status.h"
+#include "kvmix/tune/dump.h"
+#include "kvmix/tune/metrics.h"
+#include "kvmix/tune/speed.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 using Progress = std::function<void(std::size_t done, std::size_t total)>;
 
 // How to measure. The results do not depend on the threads.
 struct MeasureOptions {
-  int num_threads = 0;          // OpenMP threads; 0: as many as this process may use
+  Runner runner = 0;            // OpenMP's threads: as many as this process may use
   std::string target = {};      // the instruction set, a name of Targets(); "": the best
   Progress progress = {};       // if given, called after each layer, by one thread at a time
   std::size_t exact_first = 0;  // as Plan::exact_first
@@ -134,7 +135,7 @@ struct CandidateError {
 struct HeadErrors {
   std::size_t layer = 0;
   std::size_t kv_head = 0;
-  Tensor tensor = Tensor::kK;
+  Tensor tensor = KVMIX_K;
   double max_abs = 0.0;
   std::vector<CandidateError> candidates;  // in the order of CandidateKinds
 };
@@ -292,6 +293,6 @@ KVMIX_API Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, s
 KVMIX_API std::size_t RaiseToTruth(const Plan& plan, const std::vector<AttentionError>& truth,
                                    double factor, ErrorTable* table);
 
-}  // namespace kvmix
+}  // namespace kvmix::tune
 
-#endif  // KVMIX_TUNE_H_
+#endif  // KVMIX_TUNE_STEPS_H_

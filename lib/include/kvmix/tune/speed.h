@@ -1,7 +1,7 @@
 // How fast attention runs on this machine, and the record ("wisdom") that saves measuring again.
 // Wisdom belongs to a CPU, a target and a library version, and never to a plan.
-#ifndef KVMIX_SPEED_H_
-#define KVMIX_SPEED_H_
+#ifndef KVMIX_TUNE_SPEED_H_
+#define KVMIX_TUNE_SPEED_H_
 
 #include <cstddef>
 #include <string>
@@ -13,7 +13,7 @@
 #include "kvmix/model.h"
 #include "kvmix/status.h"
 
-namespace kvmix {
+namespace kvmix::tune {
 
 // What times tell apart: storage and scale. The steps before and after the codes are a few percent.
 KVMIX_API std::string SpeedName(const CodecKind& kind);
@@ -55,6 +55,6 @@ KVMIX_API Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::v
                                    const LayerShape& layer, std::size_t context, double seconds,
                                    Wisdom* wisdom);
 
-}  // namespace kvmix
+}  // namespace kvmix::tune
 
-#endif  // KVMIX_SPEED_H_
+#endif  // KVMIX_TUNE_SPEED_H_
