@@ -185,7 +185,7 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
   held.forgotten = forgotten;
   held.tokens = tokens;
-  // A window alone never forgets what the next query sees.
+  // The file does not say why tokens are gone. A window alone never takes what the next query sees.
   const bool by_window = shape.window != 0 && internal::HasPast(shape.window, forgotten, 0, tokens);
   held.dropped = by_window ? 0 : forgotten;
   if (tokens != 0) {  // also where all of them are forgotten, and nothing made room
