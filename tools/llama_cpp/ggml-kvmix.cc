@@ -278,8 +278,12 @@ Status AddToDump(Context& c, const Attention& a, std::span<const MirrorRequest> 
 
 void WarnOfLength(std::size_t cells) {
   const std::optional<Plan>& plan = TheSettings().plan;
-  const std::string warning = plan ? LengthWarning(*plan, cells) : "";
-  if (!warning.empty()) SayOnce("length", "warning: " + warning);
+  if (!plan || !IsFarBeyond(*plan, cells)) return;
+  SayOnce("length", "warning: a context of " + std::to_string(cells) +
+                        " tokens, but the plan was calibrated on prompts of at most " +
+                        std::to_string(plan->provenance.longest_prompt) +
+                        ": it may be less accurate there. Calibrate on prompts as long as those "
+                        "that are served.");
 }
 
 Status Attend(Context& c, const ggml_tensor* op) {
