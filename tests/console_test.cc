@@ -42,6 +42,25 @@ TEST(ProgressBar, SaysHowManyLayersAreDone) {
   EXPECT_EQ(GetCapturedStderr(), "measuring: 12 of 28 layers, 3 min\n");
 }
 
+TEST(StepBar, HasALineForEveryStep) {
+  CaptureStderr();
+  {
+    StepBar bar;
+    bar.Update("one", 0, 1);
+    bar.Update("one", 1, 2);
+    bar.Update("two", 0, 1);
+  }
+  EXPECT_EQ(GetCapturedStderr(), "");  // no minute has passed
+}
+
+TEST(ParsePair, TwoNumbersAndNothingElse) {
+  EXPECT_EQ(ParsePair("0:8"), std::pair(std::size_t{0}, std::size_t{8}));
+  for (const char* bad : {"", ":", "1", "1:", ":2", "1:2:3", "1:2 ", " 1:2", "-1:2", "1:-2", "a:b",
+                          "99999999999999999999:1"}) {
+    EXPECT_FALSE(ParsePair(bad).has_value()) << bad;
+  }
+}
+
 // The exit code of a program with an option --number, and what it said on stderr.
 std::pair<int, std::string> RunWith(std::vector<const char*> arguments,
                                     const std::function<void(int)>& run) {

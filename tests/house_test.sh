@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# house_test.sh SOURCE [LIBRARY]: the rules of the house that a command can check.
+# house_test.sh SOURCE [LIBRARY TUNER]: the rules of the house that a command can check.
 #   1. Who includes whom: kernels/ know nothing else but kvmix/types.h and keep Highway and their
-#      -inl.h files to themselves; lib/ knows no program; lib/files knows no other part of lib/, and
-#      only lib/tune knows lib/tune; engines/ know the public headers, engines/common no engine.
+#      -inl.h files to themselves; lib/ knows no program; lib/files knows no other part of lib/;
+#      lib/tune stands on public headers, lib/files and lib/plan/model_json.h, and only bench/ and
+#      tests know it; programs in tools/ stand on public headers,
+#      and so do engines/; engines/common knows no engine.
 #   2. Every public header is installed.
 #   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
-#   4. LIBRARY, libkvmix.so, exports names of kvmix:: and kvmix_* only.
+#   4. LIBRARY, libkvmix.so, exports names of kvmix:: and kvmix_* only; TUNER, libkvmix-tune.so,
+#      names of kvmix::tune:: only, and no private ones (`Impl`).
 set -euo pipefail
 export LC_ALL=C.UTF-8
-source=$1 library=${2:+$(realpath "$2")}
+source=$1 library=${2:+$(realpath "$2")} tuner=${3:+$(realpath "$3")}
 failed=0
 complain() { printf 'house_test: %s\n' "$*" >&2; failed=1; }
 
@@ -29,6 +32,9 @@ forbid "lib/ includes a program or a test" '(engines|tools|bench|tests)/' lib
 forbid "lib/ and kernels/ name what they include from the root" '[^/>]*"|\.+/' lib kernels
 forbid "only lib/tune includes lib/tune" 'lib/tune/' lib/files lib/plan lib/cache lib/include
 forbid "lib/files includes another part of lib/" 'lib/(plan|cache)/' lib/files
+forbid "lib/tune includes another part of lib/" 'kernels/|lib/(cache|run|plan/(?!model_json\.h"))' \
+  lib/tune
+forbid "a program in tools/ includes a private header" '(lib|kernels)/' tools/*.cc tools/*.h
 forbid "a public header includes a private one" '(lib|kernels)/' lib/include
 forbid "engines/ include a private header, or a program's" \
   '(lib|kernels|tools|bench|tests|\.+)/' engines
@@ -59,5 +65,14 @@ if [ -n "$library" ]; then
     complain "$library exports hardly anything of kvmix::"
   others=$(grep -v '^kvmix\(::\|_\)' <<<"$exported" || true)
   [ -z "$others" ] || complain "$library exports other names: $others"
+fi
+if [ -n "$tuner" ]; then
+  exported=$(nm -DC --defined-only "$tuner" | cut -d' ' -f3-)
+  [ "$(grep -c '^kvmix::tune::' <<<"$exported")" -ge 40 ] ||
+    complain "$tuner exports hardly anything of kvmix::tune::"
+  others=$(grep -v '^kvmix::tune::' <<<"$exported" || true)
+  [ -z "$others" ] || complain "$tuner exports other names: $others"
+  private=$(grep '::Impl::' <<<"$exported" || true)
+  [ -z "$private" ] || complain "$tuner exports private names: $private"
 fi
 exit $failed

@@ -2,7 +2,9 @@
 # install_test.sh BUILD README COMPILER...: installs the build into a temporary root, then does what
 # the README tells a user to do: compiles the README's C++ program with what pkg-config says and
 # with CMake, against the shared and against the static library, and runs all four. As C++17 it is
-# refused in plain words. The programs in Python start.
+# refused in plain words. The same with examples/tune.cc and the tuner's library, whose plan must be
+# that of the installed kvmix-tune. The programs of tools/ compile against what was installed. The
+# programs in Python start.
 set -euo pipefail
 build=$1 readme=$2
 shift 2
@@ -21,14 +23,15 @@ pc=$(find "$root/staged" -name kvmix.pc)
 libraries=$(dirname "$(dirname "$pc")")
 export PKG_CONFIG_PATH=${pc%/*} PKG_CONFIG_SYSROOT_DIR=$root/staged
 
-compile() { # NAME FLAGS
+compile() { # NAME FLAGS SOURCE...
   local flags
   read -ra flags <<<"$2"
-  "${compiler[@]}" -std=c++20 -Wall -Wextra -Werror "$root/program.cc" -o "$root/$1" "${flags[@]}"
+  "${compiler[@]}" -std=c++20 -Wall -Wextra -Werror "${@:3}" -o "$root/$1" "${flags[@]}"
 }
-compile shared "$(pkg-config --cflags --libs kvmix)"
+compile shared "$(pkg-config --cflags --libs kvmix)" "$root/program.cc"
 # The linker prefers libkvmix.so, so the archive is named.
-compile static "$(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')"
+compile static "$(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')" \
+  "$root/program.cc"
 
 export LD_LIBRARY_PATH=$libraries
 ldd "$root/shared" | grep "libkvmix.so.* => $libraries/" >/dev/null ||
@@ -61,7 +64,12 @@ foreach(target kvmix static)
   add_executable(with_${target} program.cc)
   target_link_libraries(with_${target} kvmix::${target})
 endforeach()
+foreach(target tune tune_static)
+  add_executable(with_${target} tune.cc)
+  target_link_libraries(with_${target} kvmix::${target})
+endforeach()
 END
+  cp "$(dirname "$readme")/examples/tune.cc" "$root"
   {
     cmake -S "$root" -B "$root/cmake" -DCMAKE_CXX_COMPILER="${compiler[-1]}" \
       -DCMAKE_PREFIX_PATH="$(find "$root/staged" -path '*/cmake/kvmix')" &&
@@ -72,7 +80,39 @@ else
   printf 'install_test: SKIPPED the part with CMake: there is no cmake here\n' >&2
 fi
 
+# The tuner from a program, and the tool's own plan.
 programs=$(dirname "$(find "$root/staged" -name kvmix-tune)")
+source=$(dirname "$readme")
+sample=("$source"/data/sample/*.{calibration,holdout}.safetensors)
+plan() { # NAME PROGRAM...
+  mkdir "$root/$1"
+  "${@:2}" "${sample[@]}" 0.45 "$root/$1/plan" 2>/dev/null || die "$1: tuning fails"
+  diff -r "$root/tool" "$root/$1" || die "$1: another plan than the one of kvmix-tune"
+}
+mkdir "$root/tool"
+"$programs/kvmix-tune" "${sample[0]}" --holdout "${sample[1]}" --budget 0.45 -o "$root/tool/plan" \
+  >/dev/null
+compile tune_shared "$(pkg-config --cflags --libs kvmix-tune)" "$source/examples/tune.cc"
+compile tune_static "$(pkg-config --static --cflags --libs kvmix-tune |
+  sed 's/-lkvmix\(-tune\)\?/-l:libkvmix\1.a/g')" "$source/examples/tune.cc"
+plan by_shared "$root/tune_shared"
+plan by_static env -u LD_LIBRARY_PATH "$root/tune_static"
+if [ -d "$root/cmake" ]; then
+  for target in tune tune_static; do plan "by_cmake_$target" "$root/cmake/with_$target"; done
+fi
+
+# The programs of tools/ need no private header and no private name.
+libraries_of_tools=$(env -u PKG_CONFIG_PATH -u PKG_CONFIG_SYSROOT_DIR \
+  pkg-config --cflags CLI11 nlohmann_json fmt 2>/dev/null || true)
+tool() { # NAME SOURCE...
+  (cd "$source/tools" && compile "own-$1" "-O0 -w -DFMT_HEADER_ONLY=1 -DKVMIX_SOURCE_DATA=\"x\" \
+    $libraries_of_tools $(pkg-config --cflags --libs kvmix-tune)" "${@:2}" console.cc dumps.cc) ||
+    die "$1 does not compile against what was installed"
+  [ "$("$root/own-$1" --help)" = "$("$programs/$1" --help)" ] || die "own-$1 does not run"
+}
+tool kvmix-tune kvmix_tune.cc plan_export.cc tune_options.cc tune_report.cc tune_report_json.cc
+tool kvmix-eval kvmix_eval.cc study.cc
+
 for name in kvmix-report kvmix-dump; do
   (cd / && "$programs/$name" --help) | grep -q "usage: $name" ||
     die "the installed $name does not start"

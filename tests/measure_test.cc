@@ -482,10 +482,22 @@ TEST_F(MeasureTest, ReportsProgressLayerByLayer) {
   std::vector<std::pair<std::size_t, std::size_t>> calls;
   ASSERT_TRUE(Measure({&a_}, *Candidates("seed"), 1, 3,
                       {.runner = 2,
-                       .progress = [&](std::size_t done,
-                                       std::size_t total) { calls.emplace_back(done, total); }})
+                       .progress =
+                           [&](std::size_t done, std::size_t total) {
+                             calls.emplace_back(done, total);
+                             return true;
+                           }})
                   .ok());
   EXPECT_EQ(calls, (std::vector<std::pair<std::size_t, std::size_t>>{{1, 2}, {2, 2}}));
+}
+
+TEST_F(MeasureTest, ProgressMayStopTheWork) {
+  const MeasureOptions options{.runner = 1,
+                               .progress = [&](std::size_t done, std::size_t) { return done < 2; }};
+  ExpectError(Measure({&a_}, *Candidates("seed"), 0, 3, options).status(), ErrorCode::kCancelled,
+              {"stopped"});
+  ExpectError(MeasurePlan(a_, UniformPlan(kGeometry, {}, {}), options).status(),
+              ErrorCode::kCancelled, {"stopped"});
 }
 
 TEST_F(MeasureTest, CandidateLists) {
@@ -528,19 +540,21 @@ TEST_F(MeasureTest, CandidateLists) {
               {"int2", "seed", "int8", "all"});
 }
 
-TEST_F(MeasureTest, EncodingErrorOfOneHead) {
-  const DumpLayer loaded = *a_.Load(0);
-  const RowsView rows = loaded.head(1, KVMIX_K);
-  const HeadCodec token{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
-  const Result<ErrorSums> errors = EncodingError(rows, token);
-  ASSERT_TRUE(errors.ok()) << errors.status().message();
-  const ErrorSums expected = reference::Errors(rows, reference::Encode(rows, token), token);
-  EXPECT_EQ(errors->count, expected.count);
-  EXPECT_NEAR(errors->sum_squared_error, expected.sum_squared_error,
-              1e-5 * expected.sum_squared_error);
-  EXPECT_EQ(errors->max_abs, expected.max_abs);
-  ExpectError(EncodingError(rows, {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}}).status(),
-              ErrorCode::kInvalidArgument, {"scale above 0"});
+TEST_F(MeasureTest, ErrorsOfTheValuesThemselves) {
+  const CodecKind token{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN};
+  const ErrorTable table = Measure({&a_}, {{token}, {token}}, 0, 1, {.runner = 1}).value();
+  for (const HeadErrors& head : table.heads) {
+    const DumpLayer loaded = *a_.Load(head.layer);
+    const RowsView rows = loaded.head(head.kv_head, head.tensor);
+    const HeadCodec codec{token};
+    const ErrorSums expected = reference::Errors(rows, reference::Encode(rows, codec), codec),
+                    &found = head.candidates[0].values;
+    EXPECT_EQ(found.count, expected.count);
+    EXPECT_NEAR(found.sum_squared_error, expected.sum_squared_error,
+                1e-5 * expected.sum_squared_error);
+    EXPECT_EQ(found.max_abs, expected.max_abs);
+    EXPECT_EQ(head.max_abs, expected.max_abs);
+  }
 }
 
 TEST_F(MeasureTest, CountsWhatAPlanClamps) {

@@ -148,7 +148,10 @@ TEST_F(PartsTest, MeasuringGoesOnWhereItStopped) {
   std::vector<std::pair<std::size_t, std::size_t>> progress;
   MeasureOptions options;
   options.runner = 1;
-  options.progress = [&](std::size_t done, std::size_t of) { progress.emplace_back(done, of); };
+  options.progress = [&](std::size_t done, std::size_t of) {
+    progress.emplace_back(done, of);
+    return true;
+  };
   ASSERT_TRUE(Measure({&a_, &b_}, calibration, 0, 4, options, &m).ok());
   EXPECT_EQ(progress, (std::vector<std::pair<std::size_t, std::size_t>>{{1, 3}, {2, 3}, {3, 3}}));
   EXPECT_EQ(Bytes(m), whole);

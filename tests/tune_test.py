@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The whole kvmix-tune run on the built-in sample: figures, files, refusals.
-tune_test.py KVMIX-TUNE KVMIX-EVAL"""
+tune_test.py KVMIX-TUNE KVMIX-EVAL EXAMPLE-TUNE"""
 import json
 import os
 import pathlib
@@ -14,10 +14,12 @@ import unittest
 
 import numpy as np
 
+EXAMPLE = pathlib.Path(sys.argv.pop()).resolve()
 EVAL = pathlib.Path(sys.argv.pop()).resolve()
 TUNE = pathlib.Path(sys.argv.pop()).resolve()
 
-PACKAGE = pathlib.Path(__file__).resolve().parent.parent / 'tools' / 'python'
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / 'tools' / 'python'
 sys.path.insert(0, str(PACKAGE))
 from kvmix_tools.dump import header  # noqa: E402
 
@@ -238,7 +240,6 @@ class Files(Tune):
         self.assertNotEqual(done.returncode, 0)
         self.assertIn('standard output', done.stderr)
 
-
     def test_devices_and_pipes(self):
         """A plan's matrices are a file beside it: none is left beside a device or a pipe."""
         before = set(os.listdir('/dev'))
@@ -250,6 +251,23 @@ class Files(Tune):
                            'no_such_dump')
         self.assertEqual(set(os.listdir('/dev')), before)
         self.assertEqual([p.name for p in self.folder.iterdir()], ['pipe'])
+
+
+class Programs(Tune):
+    def test_a_program_gets_the_plan_of_the_tool_byte_for_byte(self):
+        sample = [ROOT / 'data' / 'sample' / f'qwen2.5-coder-1.5b.{part}.safetensors'
+                  for part in ('calibration', 'holdout')]
+        for name in ('tool', 'program'):
+            (self.folder / name).mkdir()
+        self.succeed('--budget', '0.45', '-o', 'tool/plan')
+        done = self.run_program(EXAMPLE, *sample, 0.45, 'program/plan')
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r'\Asaves 45\.\d % of the bytes; on qwen.*holdout.* 0\.999')
+        self.assertIn('calibrating: done\n', done.stderr)
+        written = [{file.name: file.read_bytes() for file in (self.folder / name).iterdir()}
+                   for name in ('tool', 'program')]
+        self.assertIn('plan', written[0])
+        self.assertEqual(*written)
 
 
 class UnlikeLayers(Tune):

@@ -4,9 +4,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <fstream>
+#include <system_error>
 
 #include <CLI/CLI.hpp>
 
@@ -49,6 +53,22 @@ void Print(const std::string& text) {
     Refuse("writing to the standard output failed");
 }
 
+void WriteFile(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary);
+  if (!(file << text << std::flush))
+    Refuse("{}: expected a file that can be written, found: {}", path, std::strerror(errno));
+}
+
+std::optional<std::pair<std::size_t, std::size_t>> ParsePair(std::string_view text) {
+  std::pair<std::size_t, std::size_t> pair;
+  const char* end = text.data() + text.size();
+  const auto first = std::from_chars(text.data(), end, pair.first);
+  if (first.ec != std::errc() || first.ptr == end || *first.ptr != ':') return std::nullopt;
+  const auto second = std::from_chars(first.ptr + 1, end, pair.second);
+  if (second.ec != std::errc() || second.ptr != end) return std::nullopt;
+  return pair;
+}
+
 StatusLine::StatusLine(Clock::time_point start)
     : on_terminal_(isatty(STDERR_FILENO) == 1), start_(start), shown_(start) {}
 
@@ -76,6 +96,14 @@ void ProgressBar::Update(std::size_t done, std::size_t total, StatusLine::Clock:
   const std::size_t filled = kWidth * done / total;
   line_.Show(fmt::format("{} [{:#<{}}{:.<{}}] {:3} %", label_, "", filled, "", kWidth - filled,
                          100 * done / total));
+}
+
+void StepBar::Update(const std::string& step, std::size_t done, std::size_t total) {
+  if (!bar_ || step != step_) {
+    bar_.reset();  // the line that it wrote goes first
+    bar_.emplace(step_ = step);
+  }
+  bar_->Update(done, total);
 }
 
 std::string Table::Text() const {

@@ -5,8 +5,10 @@
 #include <chrono>
 #include <cstddef>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -43,8 +45,12 @@ int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>
 // One line on stderr, "PROGRAM: warning: MESSAGE", of what people should know; the work goes on.
 void Warn(const std::string& message);
 
-// Writes a program's result to stdout, all of it.
+// Writes a program's result to stdout, or to a file, all of it.
 void Print(const std::string& text);
+void WriteFile(const std::string& path, const std::string& text);
+
+// "3:14" as {3, 14}; nothing where the text is anything else.
+std::optional<std::pair<std::size_t, std::size_t>> ParsePair(std::string_view text);
 
 // One line on stderr that says what is under way. On a terminal each takes the place of the one
 // before, and the last one goes; elsewhere one a minute is written, with the minutes since the
@@ -71,10 +77,27 @@ class ProgressBar {
   explicit ProgressBar(std::string label);
   void Update(std::size_t done, std::size_t total,
               StatusLine::Clock::time_point now = StatusLine::Clock::now());
+  // Update() as the callback that measuring takes; true: the work goes on.
+  std::function<bool(std::size_t done, std::size_t total)> Callback() {
+    return [this](std::size_t done, std::size_t total) {
+      Update(done, total);
+      return true;
+    };
+  }
 
  private:
   std::string label_;
   StatusLine line_;
+};
+
+// A bar for every step of a piece of work that names its steps, one after the other.
+class StepBar {
+ public:
+  void Update(const std::string& step, std::size_t done, std::size_t total);
+
+ private:
+  std::string step_;
+  std::optional<ProgressBar> bar_;
 };
 
 // Columns as wide as they need: the first `left` aligned to the left, the others to the right. Tabs

@@ -38,8 +38,12 @@ tune::Dump OpenDump(const std::string& path, const tune::RawFormat& raw) {
 }
 
 void WarnOfLength(const tune::Dump& dump, const Plan& plan) {
-  const std::string warning = LengthWarning(plan, std::ranges::max(dump.prompt_tokens()));
-  if (!warning.empty()) Warn(fmt::format("{}: {}", dump.path(), warning));
+  const std::size_t longest = std::ranges::max(dump.prompt_tokens());
+  if (!IsFarBeyond(plan, longest)) return;
+  Warn(fmt::format(
+      "{}: a context of {} tokens, but the plan was calibrated on prompts of at most {}: it may be "
+      "less accurate there. Calibrate on prompts as long as those that are served.",
+      dump.path(), longest, plan.provenance.longest_prompt));
 }
 
 std::string SamplePath(const std::string& part) {

@@ -93,9 +93,8 @@ std::string Quant(const Options& o) {
       const RowsView rows = loaded.head(head, t);
       ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
       if (codec.kind.storage != KVMIX_STORAGE_F16) {
-        // A plan that was loaded is valid.
-        errors = o.rounding == "truncate" ? TruncationError(rows, codec)
-                                          : tune::EncodingError(rows, codec).value();
+        errors =
+            o.rounding == "truncate" ? TruncationError(rows, codec) : EncodingError(rows, codec);
       }
       lines[i] = fmt::format("{},{},{},{},{},{},{},{:.6f},{},{:.6f}\n",
                              is_k ? dump.k_name(layer) : dump.v_name(layer), layer,
@@ -131,17 +130,6 @@ std::string AttentionLines(std::size_t layer, std::span<const tune::AttentionErr
   return csv;
 }
 
-std::vector<tune::AttentionError> CompareHeads(const std::vector<float>& exact,
-                                               const std::vector<float>& approximate,
-                                               const LayerShape& shape) {
-  const std::size_t stride = shape.query_heads * shape.v_dim;
-  std::vector<tune::AttentionError> errors;
-  for (std::size_t at = 0; at < stride; at += shape.v_dim)
-    errors.push_back(tune::CompareOutputs(&exact[at], &approximate[at], exact.size() / stride,
-                                          stride, shape.v_dim));
-  return errors;
-}
-
 // In double precision over exact rows and over the codes; and the library's kernels over the codes,
 // against the latter.
 std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int threads) {
@@ -159,8 +147,8 @@ std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int thr
     std::vector<float> kernel;
     Require(
         AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.runner = threads}, &kernel));
-    csv += AttentionLines(layer, CompareHeads(exact, decoded, shape),
-                          CompareHeads(decoded, kernel, shape));
+    csv += AttentionLines(layer, tune::CompareLayer(exact, decoded, shape, threads),
+                          tune::CompareLayer(decoded, kernel, shape, threads));
     bar.Update(layer + 1, layers.size());
   }
   return csv;
@@ -176,10 +164,8 @@ std::string Attention(const Options& o) {
   WarnOfLength(dump, plan);
   if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
-  const std::vector<tune::AttentionError> errors = Require(tune::MeasurePlan(
-      dump, plan, {.runner = o.threads, .progress = [&](std::size_t done, std::size_t total) {
-                     bar.Update(done, total);
-                   }}));
+  const std::vector<tune::AttentionError> errors =
+      Require(tune::MeasurePlan(dump, plan, {.runner = o.threads, .progress = bar.Callback()}));
   std::string csv = "layer,head,nmse,cos_sim\n";
   const Model& model = dump.model();
   for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {

@@ -1,12 +1,11 @@
-// kvmix-tune: from dumps to a plan. Measures what every codec costs every head, chooses, measures
-// the plan as a whole, reports. In one go, or in four steps that leave files to each other.
+// kvmix-tune: from dumps to a plan (kvmix/tune/tune.h), in one go, or in four steps that leave
+// files to each other. The command line, and what people are told.
 #include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <functional>
 #include <iterator>
-#include <map>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -18,10 +17,7 @@
 
 #include "console.h"
 #include "dumps.h"
-#include "kvmix/tune/speed.h"
-#include "kvmix/tune/steps.h"
-#include "lib/files/file.h"
-#include "lib/tune/parts.h"
+#include "kvmix/tune/tune.h"
 #include "plan_export.h"
 #include "tune_options.h"
 #include "tune_report.h"
@@ -29,10 +25,16 @@
 namespace kvmix::tools {
 namespace {
 
-constexpr double kSpeedSeconds = 0.5;
-// A query head of the plan as a whole beyond so many times its predicted NMSE has the plan chosen
-// again, at most so often.
-constexpr std::size_t kRepairs = 3;
+// Where symbolic links lead to; the last one may lead to nothing yet.
+std::filesystem::path RealPath(std::filesystem::path path) {
+  namespace fs = std::filesystem;
+  constexpr int kMostLinks = 40;  // as many as Linux follows
+  std::error_code error;
+  for (int i = 0; i < kMostLinks && fs::is_symlink(fs::symlink_status(path, error)); ++i) {
+    path = path.parent_path() / fs::read_symlink(path, error);  // an absolute one stands alone
+  }
+  return path;
+}
 
 // Tells early that a file cannot be written, before minutes of work.
 void CheckWritable(const std::string& path) {
@@ -41,8 +43,7 @@ void CheckWritable(const std::string& path) {
   if (fs::is_directory(path, error))
     Refuse("{}: expected a file to write to, found a folder", path);
   if (fs::is_other(fs::status(path, error))) return;  // a device or a pipe is written to as it is
-  const fs::path parent = fs::path(internal::RealPath(path)).parent_path(),
-                 folder = parent.empty() ? "." : parent;
+  const fs::path parent = RealPath(path).parent_path(), folder = parent.empty() ? "." : parent;
   if (!fs::is_directory(folder, error))
     Refuse("{}: expected the folder {}, found none", path, folder.string());
   if (access(folder.c_str(), W_OK | X_OK) != 0)
@@ -70,188 +71,62 @@ std::vector<const tune::Dump*> Pointers(const std::vector<tune::Dump>& dumps) {
   return pointers;
 }
 
-tune::Wisdom Speeds(const TuneOptions& o, const Model& model,
-                    const tune::CandidateKinds& candidates) {
-  tune::Wisdom wisdom = tune::ThisMachine();
-  if (!o.wisdom.empty()) {
-    Result<tune::Wisdom> known = tune::LoadWisdom(o.wisdom);
-    if (known.status().code() != ErrorCode::kNotFound) wisdom = Require(std::move(known));
-  }
-  const std::size_t before = wisdom.speeds.size();
-  ProgressBar bar("timing the kernels");
-  for (const LayerShape& layer : model.layers) {
-    if (layer.has_kv())
-      Require(tune::MeasureHeadSpeeds(candidates.k, candidates.v, layer, o.context, kSpeedSeconds,
-                                      &wisdom));
-  }
-  if (!o.wisdom.empty() && wisdom.speeds.size() > before)
-    Require(tune::SaveWisdom(wisdom, o.wisdom));
-  return wisdom;
+// What run(options) gives, with a bar as long as it works.
+template <class Run>
+auto WithBar(const tune::TuneOptions& o, const std::string& step, const Run& run) {
+  ProgressBar bar(step);
+  return Require(run(tune::MeasureOptions{o.runner, o.target, bar.Callback(), o.exact_first}));
 }
 
-tune::MeasureOptions WithBar(const TuneOptions& o, ProgressBar* bar) {
-  return {o.threads, o.target, [bar](std::size_t done, std::size_t all) { bar->Update(done, all); },
-          o.exact_first};
-}
-
-// The errors of the plan as a whole over several dumps.
-std::vector<tune::AttentionError> MeasureWhole(const std::vector<const tune::Dump*>& dumps,
-                                               const Plan& plan, const TuneOptions& o,
-                                               const std::string& label) {
-  ProgressBar bar(label);
-  std::vector<tune::AttentionError> total(plan.model.query_heads_before(plan.model.layers.size()));
-  for (const tune::Dump* dump : dumps) {
-    const auto errors = Require(tune::MeasurePlan(*dump, plan, WithBar(o, &bar)));
-    for (std::size_t i = 0; i < total.size(); ++i) total[i] += errors[i];
-  }
-  return total;
-}
-
-// ---- the steps
-
-tune::Calibration RunCalibrate(const TuneOptions& o, const std::vector<tune::Dump>& dumps) {
-  ProgressBar bar("calibrating");
-  const auto [first, last] = o.LayerRange(dumps[0].model());
-  return Require(tune::Calibrate(Pointers(dumps), first, last, WithBar(o, &bar)));
-}
-
-// Adds what `path` holds already, if there is such a file.
-void Resume(const std::string& path, tune::Measurement* measurement) {
-  Result<tune::Measurement> known = tune::LoadMeasurement(path);
-  if (known.status().code() == ErrorCode::kNotFound) return;
-  Result<tune::Measurement> both = tune::Merge(*measurement, Require(std::move(known)));
-  if (!both.ok()) Refuse("{}: {}; name another file to begin anew", path, both.status().message());
-  *measurement = std::move(*both);
-}
-
-// `path`, if it is not empty, is kept up to date, and read if it is there.
-tune::Measurement RunMeasure(const TuneOptions& o, const std::vector<tune::Dump>& dumps,
-                             const tune::Calibration& calibration, const std::string& path) {
-  ProgressBar bar("measuring every head and codec");
-  const tune::MeasureOptions how = WithBar(o, &bar);
-  tune::Measurement m =
-      Require(tune::StartMeasurement(calibration, Require(tune::Candidates(o.candidates)), how));
-  m.candidate_set = o.candidates;
-  if (!path.empty()) Resume(path, &m);
-  const auto save = [&] { return path.empty() ? Status() : tune::SavePart(m, path); };
-  const auto [first, last] = o.LayerRange(calibration.model);
-  Require(tune::Measure(Pointers(dumps), calibration, first, last, how, &m, save));
-  Require(save());
-  return m;
-}
-
-// The dumps by their hash, as the measurement has them.
-std::vector<const tune::Dump*> InOrder(const std::vector<tune::Dump>& dumps,
-                                       const tune::Measurement& m) {
-  std::map<std::string, const tune::Dump*> by_hash;
-  for (const tune::Dump& dump : dumps) {
-    const tune::DumpId id = Require(tune::Identify(dump));
-    if (std::ranges::find(m.dumps, id.hash, &tune::DumpId::hash) == m.dumps.end())
-      Refuse("{}: expected one of the dumps that were measured, {}, found another", dump.path(),
-             tune::Names(m.dumps));
-    if (!by_hash.emplace(id.hash, &dump).second) Refuse("{}: expected each dump once", dump.path());
-  }
-  if (!by_hash.empty() && by_hash.size() != m.dumps.size())
-    Refuse("expected every dump that was measured, {}, or none, found {} of {}",
-           tune::Names(m.dumps), by_hash.size(), m.dumps.size());
-  std::vector<const tune::Dump*> ordered;
-  for (const auto& [hash, dump] : by_hash) ordered.push_back(dump);
-  return ordered;
-}
-
-struct HeldOut {
-  tune::Dump dump;
-  tune::DumpId id;
-};
-
-// Each fits `expected`, and none is there twice.
-std::vector<HeldOut> OpenHoldouts(const TuneOptions& o, const Model& expected) {
-  std::vector<HeldOut> holdouts;
-  for (const std::string& path : o.holdouts) {
-    tune::Dump dump = OpenDump(path, o.raw);
-    if (!dump.has_q()) Refuse("{}: has no Q, which attention errors need", path);
-    if (dump.tokens() == 0) Refuse("{}: has no tokens", path);
-    if (dump.model() != expected)
-      Refuse("{}: expected {}, found {}", path, ToString(expected), ToString(dump.model()));
-    tune::DumpId id = Require(tune::Identify(dump));
-    for (const HeldOut& other : holdouts)
-      if (other.id.hash == id.hash) Require(tune::GivenTwice(other.dump, dump));
-    holdouts.push_back({std::move(dump), std::move(id)});
-  }
-  return holdouts;
-}
-
-// `table`: what was measured; `dumps`: those that it was measured on, or none.
-TuneReport RunChoose(TuneOptions o, const tune::Measurement& m, tune::ErrorTable table,
-                     const std::vector<tune::Dump>& dumps, const std::vector<HeldOut>& holdouts) {
-  const std::vector<const tune::Dump*> calibration = InOrder(dumps, m);
-  o.target = m.target;
-  TuneReport report;
-  report.candidates = m.candidate_set;
-  report.context = o.context;
-  report.constraints = o.constraints;
-  report.times_are_kept = !o.wisdom.empty();
-  report.explain = o.explain;
-  report.table = std::move(table);
-  report.wisdom = Speeds(o, m.model, m.candidates);
-  const auto choose = [&] {
-    report.choice = Require(tune::Choose(report.table, report.wisdom, o.context, o.constraints));
-  };
-  choose();
-
-  const Plan& plan = report.choice.plan;
-  for (bool again = !calibration.empty(); again;) {
-    const std::vector<tune::AttentionError> truth =
-        MeasureWhole(calibration, plan, o, "measuring the plan on the calibration");
-    report.calibration = tune::Summarize(truth, m.model);
-    const std::size_t worse = tune::RaiseToTruth(plan, truth, kWorseThanPredicted, &report.table);
-    report.worse_than_predicted.push_back(worse);
-    again = worse > 0 && report.worse_than_predicted.size() <= kRepairs;
-    if (again) choose();
-  }
-  Provenance& provenance = report.choice.plan.provenance;
-  if (report.calibration) provenance.on_calibration = *report.calibration;
-  for (const HeldOut& holdout : holdouts) {
-    if (std::ranges::find(m.dumps, holdout.id.hash, &tune::DumpId::hash) != m.dumps.end())
+// What people should know of holdouts before they believe the figures.
+void WarnOfHoldouts(const std::vector<tune::Dump>& dumps, const tune::Tuned& tuned) {
+  for (std::size_t i = 0; i < dumps.size(); ++i) {
+    if (tuned.holdouts[i].is_calibration) {
       Warn(fmt::format("{}: this holdout is a dump of the calibration: take another text",
-                       holdout.dump.path()));
-    WarnOfLength(holdout.dump, plan);
-    const std::vector<tune::AttentionError> errors =
-        MeasureWhole({&holdout.dump}, plan, o, "measuring the plan on " + holdout.id.name);
-    report.holdouts.push_back({holdout.id.name, holdout.id.tokens, holdout.id.longest_prompt,
-                               tune::Summarize(errors, m.model)});
+                       dumps[i].path()));
+    }
+    WarnOfLength(dumps[i], tuned.choice.plan);
   }
-  if (const Holdout* worst = WorstHoldout(report)) {
-    provenance.holdout = worst->name;
-    provenance.holdout_tokens = worst->tokens;
-    provenance.on_holdout = worst->found;
+}
+
+// Tunes, with `how`(holdouts, options) as the way to do it, and hands the plan and the report out.
+template <class How>
+void RunTune(const CommandLine& o, const How& how) {
+  const std::vector<tune::Dump> holdouts = OpenDumps(o.holdouts, o.raw);
+  TuneReport report;
+  {
+    StepBar bar;
+    tune::TuneOptions options = o.how;
+    options.progress = [&](const std::string& step, std::size_t done, std::size_t total) {
+      bar.Update(step, done, total);
+      return true;
+    };
+    static_cast<tune::Tuned&>(report) = Require(how(Pointers(holdouts), options));
   }
-  return report;
+  report.times_are_kept = !o.how.wisdom.empty();
+  report.explain = o.explain;
+  WarnOfHoldouts(holdouts, report);
+  if (!o.output.empty()) Require(SavePlan(report.choice.plan, o.output));
+  Print(o.json ? ReportJson(report)
+               : ReportText(report) + fmt::format("\nplan written to {}\n", o.output));
 }
 
 // ---- the command line of each
 
 // What can be said before the work begins.
-void CheckChoosing(TuneOptions* o) {
-  if (!o->constraints.budget && !o->constraints.min_cosine)
+void CheckChoosing(CommandLine* o) {
+  tune::Constraints& constraints = o->how.constraints;
+  if (!constraints.budget && !constraints.min_cosine)
     Refuse("nothing to aim at: give --budget (0.45 saves 45 % of the bytes) or --min-cosine");
-  if (o->max_ms) o->constraints.max_decode_ns = *o->max_ms * 1e6;
-  // Times that are measured in every run anew must not make every run's plan another.
-  if (o->wisdom.empty()) o->constraints.time_tolerance = 1.0;
+  if (o->max_ms) constraints.max_decode_ns = *o->max_ms * 1e6;
   if (o->output.empty() && !o->json) {
     o->output = kDefaultPlan;
     std::error_code error;
     if (std::filesystem::exists(std::filesystem::symlink_status(kDefaultPlan, error)))
       Refuse("{} exists already: name the plan's file with -o", kDefaultPlan);
   }
-  for (const std::string& path : {o->output, o->wisdom, o->work})
+  for (const std::string& path : {o->output, o->how.wisdom, o->how.work})
     if (!path.empty()) CheckWritable(path);
-}
-
-void Finish(const TuneReport& report, const TuneOptions& o) {
-  if (!o.output.empty()) Require(SavePlan(report.choice.plan, o.output));
-  Print(o.json ? ReportJson(report)
-               : ReportText(report) + fmt::format("\nplan written to {}\n", o.output));
 }
 
 // What a part holds, and what it lacks of the model and of the dumps that it knows.
@@ -273,7 +148,7 @@ void PrintContents(const Part& part, const std::string& path) {
   Print(fmt::format("{}\n", path) + line("holds", there) + line("lacks", missing));
 }
 
-std::vector<std::string> DumpPaths(const TuneOptions& o) {
+std::vector<std::string> DumpPaths(const CommandLine& o) {
   return o.dumps.empty() ? std::vector{SamplePath("calibration")} : o.dumps;
 }
 
@@ -291,22 +166,26 @@ Part MergeFiles(const std::vector<std::string>& paths, Result<Part> load(const s
 constexpr const char* kCalibrated = "dumps of one model; without any, the built-in sample";
 
 // A step adds its options to `app` and returns what runs it.
-using Step = std::function<void()> (*)(CLI::App* app, TuneOptions* o);
+using Step = std::function<void()> (*)(CLI::App* app, CommandLine* o);
 
-std::function<void()> CalibrateStep(CLI::App* app, TuneOptions* o) {
+std::function<void()> CalibrateStep(CLI::App* app, CommandLine* o) {
   app->description("The first step: adds up what is known of every head's K, V and queries.");
   AddDumps(app, o, kCalibrated);
   AddLayers(app, o);
   AddPartOutput(app, o, "the file to write");
   return [o] {
     CheckPart(o->output);
-    const tune::Calibration calibration = RunCalibrate(*o, OpenDumps(DumpPaths(*o), o->raw));
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const auto range = o->LayerRange(dumps[0].model());
+    const auto calibration = WithBar(o->how, "calibrating", [&](const auto& options) {
+      return tune::Calibrate(Pointers(dumps), range.first, range.second, options);
+    });
     Require(tune::SavePart(calibration, o->output));
     PrintContents(calibration, o->output);
   };
 }
 
-std::function<void()> MeasureStep(CLI::App* app, TuneOptions* o) {
+std::function<void()> MeasureStep(CLI::App* app, CommandLine* o) {
   app->description("The second step: the errors of every candidate codec on every head.");
   AddDumps(app, o, kCalibrated);
   app->add_option("--calibration", o->parts, "files of the first step that are whole together")
@@ -319,11 +198,16 @@ std::function<void()> MeasureStep(CLI::App* app, TuneOptions* o) {
     const tune::Calibration calibration =
         MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration);
     const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
-    PrintContents(RunMeasure(*o, dumps, calibration, o->output), o->output);
+    const auto range = o->LayerRange(calibration.model);
+    const auto m = WithBar(o->how, "measuring every head and codec", [&](const auto& options) {
+      return tune::MeasureInto(o->output, Pointers(dumps), calibration, o->how.candidates,
+                               range.first, range.second, options);
+    });
+    PrintContents(m, o->output);
   };
 }
 
-std::function<void()> MergeStep(CLI::App* app, TuneOptions* o) {
+std::function<void()> MergeStep(CLI::App* app, CommandLine* o) {
   app->description("Puts files of the first step together, or of the second.");
   app->add_option("PART", o->parts, "files of one kind")->required();
   AddPartOutput(app, o, "the file to write");
@@ -340,7 +224,7 @@ std::function<void()> MergeStep(CLI::App* app, TuneOptions* o) {
   };
 }
 
-std::function<void()> ChooseStep(CLI::App* app, TuneOptions* o) {
+std::function<void()> ChooseStep(CLI::App* app, CommandLine* o) {
   app->description("The last step: a plan within a budget, from what was measured.");
   app->add_option("FILE", o->measurement, "a file of the second step that is whole")->required();
   AddDumps(app, o, "all dumps that were measured, to measure the plan as a whole; or none");
@@ -348,21 +232,23 @@ std::function<void()> ChooseStep(CLI::App* app, TuneOptions* o) {
   return [o] {
     CheckChoosing(o);
     const tune::Measurement m = Require(tune::LoadMeasurement(o->measurement));
-    Result<tune::ErrorTable> table = tune::Table(m);
-    if (!table.ok()) Refuse("{}: {}", o->measurement, table.status().message());
-    const std::vector<HeldOut> holdouts = OpenHoldouts(*o, m.model);
-    Finish(RunChoose(*o, m, std::move(*table), OpenDumps(o->dumps, o->raw), holdouts), *o);
+    const Status whole = tune::CheckWhole(m);
+    if (!whole.ok()) Refuse("{}: {}", o->measurement, whole.message());
+    const std::vector<tune::Dump> dumps = OpenDumps(o->dumps, o->raw);
+    RunTune(*o, [&](const auto& holdouts, const tune::TuneOptions& options) {
+      return tune::Tune(m, Pointers(dumps), holdouts, options);
+    });
   };
 }
 
-std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
+std::function<void()> AllSteps(CLI::App* app, CommandLine* o) {
   app->description(
       "Chooses how every KV head's K and V is stored: the least damage to attention within a "
       "budget of bytes.");
   AddDumps(app, o, kCalibrated);
   AddMeasuring(app, o);
   AddChoosing(app, o);
-  app->add_option("--work", o->work,
+  app->add_option("--work", o->how.work,
                   "file to keep what was measured in, after every layer: another run goes on with "
                   "it, and choose takes it");
   app->footer(
@@ -378,7 +264,7 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
   return [o] {
     CheckChoosing(o);
     std::error_code error;
-    if (o->candidates == "all" && !internal::IsNullDevice(o->output) &&
+    if (o->how.candidates == "all" && !std::filesystem::equivalent(o->output, "/dev/null", error) &&
         std::filesystem::is_other(std::filesystem::status(o->output, error))) {
       Refuse(
           "{}: expected a file, as a plan with +shape has a second file beside it, found a "
@@ -387,13 +273,13 @@ std::function<void()> AllSteps(CLI::App* app, TuneOptions* o) {
     }
     if (o->dumps.empty() && o->holdouts.empty()) o->holdouts = {SamplePath("holdout")};
     const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
-    const std::vector<HeldOut> holdouts = OpenHoldouts(*o, dumps[0].model());
-    const tune::Measurement m = RunMeasure(*o, dumps, RunCalibrate(*o, dumps), o->work);
-    Finish(RunChoose(*o, m, Require(tune::Table(m)), dumps, holdouts), *o);
+    RunTune(*o, [&](const auto& holdouts, const tune::TuneOptions& options) {
+      return tune::Tune(Pointers(dumps), holdouts, options);
+    });
   };
 }
 
-std::function<void()> ExportStep(CLI::App* app, TuneOptions* o) {
+std::function<void()> ExportStep(CLI::App* app, CommandLine* o) {
   app->description(
       "A plan in the words of another engine, as near as it comes to it, and what is lost.");
   app->add_option("PLAN", o->plan, "a plan of kvmix-tune")->required();
@@ -403,7 +289,7 @@ std::function<void()> ExportStep(CLI::App* app, TuneOptions* o) {
   return [o] {
     const Plan plan = Require(LoadPlan(o->plan));
     const PlanExport found = ExportPlan(plan, o->engine);
-    if (!o->output.empty()) Require(internal::WriteFileAtomically(o->output, found.text));
+    if (!o->output.empty()) WriteFile(o->output, found.text);
     Print(o->json ? ToJson(found, plan, o->engine)
                   : (o->output.empty() ? found.text + "\n" : "") + NotesText(found, o->engine));
   };
@@ -421,10 +307,13 @@ int Main(int argc, char** argv) {
                               : std::ranges::find(kSteps, std::string_view(argv[1]),
                                                   [](const auto& s) { return s.first; });
   const bool is_step = step != std::end(kSteps);
-  TuneOptions o;
+  CommandLine o;
   CLI::App app("", is_step ? fmt::format("kvmix-tune {}", step->first) : "kvmix-tune");
   const std::function<void()> run = (is_step ? step->second : AllSteps)(&app, &o);
-  return RunProgram(&app, argc - is_step, argv + is_step, run);
+  return RunProgram(&app, argc - is_step, argv + is_step, [&] {
+    o.how.runner = o.threads;
+    run();
+  });
 }
 
 }  // namespace

@@ -8,20 +8,30 @@
 #include <sstream>
 
 #include "console.h"
-#include "lib/files/parse_number.h"
 
 namespace kvmix::tools {
 namespace {
 
 constexpr const char* kStudyHeads = "0:0,0:1,1:1,2:0,2:1,8:0";
 
-// A head's rows as the codec stores them, the very codes of a cache. [tokens, head_dim]
+// One head's rows in the very codes of a cache.
+struct Encoded {
+  Encoded(const RowsView& rows, const HeadCodec& codec)
+      : row_codec(Require(RowCodec::Create(codec, rows.head_dim))),
+        codes(rows.tokens * row_codec.row_bytes()),
+        scales(rows.tokens) {
+    row_codec.Encode(rows, codes.data(), scales.data());
+  }
+  RowCodec row_codec;
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales;
+};
+
+// What the codes stand for, [tokens, head_dim].
 std::vector<double> Decoded(const RowsView& rows, const HeadCodec& codec) {
-  const RowCodec row_codec = Require(RowCodec::Create(codec, rows.head_dim));
-  std::vector<std::uint8_t> codes(rows.tokens * row_codec.row_bytes());
-  std::vector<float> scales(rows.tokens), decoded(rows.tokens * rows.head_dim);
-  row_codec.Encode(rows, codes.data(), scales.data());
-  row_codec.Decode(codes.data(), scales.data(), rows.tokens, decoded.data(), rows.head_dim);
+  const Encoded e(rows, codec);
+  std::vector<float> decoded(rows.tokens * rows.head_dim);
+  e.row_codec.Decode(e.codes.data(), e.scales.data(), rows.tokens, decoded.data(), rows.head_dim);
   return {decoded.begin(), decoded.end()};
 }
 
@@ -75,16 +85,13 @@ Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_head
         ToString(model));
   std::istringstream items(fp16_heads.empty() ? kStudyHeads : fp16_heads);
   for (std::string item; fp16_heads != "none" && std::getline(items, item, ',');) {
-    std::istringstream numbers(item);
-    std::string layer_text, head_text;
-    std::getline(std::getline(numbers, layer_text, ':'), head_text);
-    const auto layer = internal::ParseNumber<std::size_t>(layer_text),
-               head = internal::ParseNumber<std::size_t>(head_text);
-    if (!layer || !head) Refuse("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item);
+    const auto place = ParsePair(item);
+    if (!place) Refuse("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item);
+    const auto [layer, head] = *place;
     if (strategy != 3) continue;
-    if (*layer >= model.layers.size() || *head >= model.layers[*layer].kv_heads)
-      Refuse("--fp16-heads: no head {}:{} in {}", *layer, *head, ToString(model));
-    plan.codec(*layer, *head, KVMIX_K) = {};
+    if (layer >= model.layers.size() || head >= model.layers[layer].kv_heads)
+      Refuse("--fp16-heads: no head {}:{} in {}", layer, head, ToString(model));
+    plan.codec(layer, head, KVMIX_K) = {};
   }
   return plan;
 }
@@ -103,6 +110,11 @@ void SetHeadScales(const tune::Dump& dump, Plan* plan) {
       }
     }
   }
+}
+
+ErrorSums EncodingError(const RowsView& rows, const HeadCodec& codec) {
+  const Encoded e(rows, codec);
+  return e.row_codec.Errors(rows, e.codes.data(), e.scales.data());
 }
 
 ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {

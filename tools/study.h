@@ -26,9 +26,13 @@ Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_head
 // Every per-head scale becomes the one that just covers this dump.
 void SetHeadScales(const tune::Dump& dump, Plan* plan);
 
-// `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of many a
-// program. In the study's own arithmetic, and not the kernels', since the largest value of a row
-// lies on an integer and a last bit decides on which side of it. codec: of one of its strategies.
+// Rows of one head encoded and decoded again. The codec must be whole.
+ErrorSums EncodingError(const RowsView& rows, const HeadCodec& codec);
+
+// The same with `(int8_t)(x * inv_scale)` where it should round: the cast bug of the study, and of
+// many a program. In the study's own arithmetic, and not the kernels', since the largest value of a
+// row lies on an integer and a last bit decides on which side of it. codec: of one of its
+// strategies.
 ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec);
 
 // AttendDump() of kvmix/tune.h in double precision, over the very codes that a cache stores: shows

@@ -4,7 +4,6 @@
 
 #include "console.h"
 #include "dumps.h"
-#include "lib/files/parse_number.h"
 
 namespace kvmix::tools {
 namespace {
@@ -24,21 +23,15 @@ CLI::Validator Between(double low, double high, bool closed) {
 
 }  // namespace
 
-std::pair<std::size_t, std::size_t> TuneOptions::LayerRange(const Model& model) const {
+std::pair<std::size_t, std::size_t> CommandLine::LayerRange(const Model& model) const {
   if (layers.empty()) return {0, model.layers.size()};
-  const std::size_t colon = layers.find(':');
-  const auto number = [&](std::size_t begin, std::size_t end) {
-    return internal::ParseNumber<std::size_t>(
-        std::string_view(layers).substr(begin, end == layers.npos ? end : end - begin));
-  };
-  const auto first = number(0, colon);
-  const auto last = colon == layers.npos ? std::nullopt : number(colon + 1, layers.npos);
-  if (!first || !last)
+  const auto range = ParsePair(layers);
+  if (!range)
     Refuse("--layers: expected FIRST:LAST, as 0:8 for the layers 0 to 7, found '{}'", layers);
-  return {*first, *last};
+  return *range;
 }
 
-void AddDumps(CLI::App* app, TuneOptions* o, const std::string& what) {
+void AddDumps(CLI::App* app, CommandLine* o, const std::string& what) {
   app->add_option("DUMP", o->dumps, what + ": safetensors files or raw folders");
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
@@ -46,30 +39,30 @@ void AddDumps(CLI::App* app, TuneOptions* o, const std::string& what) {
   AddRawOptions(app, &o->raw);
 }
 
-void AddLayers(CLI::App* app, TuneOptions* o) {
+void AddLayers(CLI::App* app, CommandLine* o) {
   app->add_option("--layers", o->layers,
                   "FIRST:LAST, as 0:8 for the layers 0 to 7; without it: all");
 }
 
-void AddMeasuring(CLI::App* app, TuneOptions* o) {
-  app->add_option("--candidates", o->candidates, "codecs to choose from")
+void AddMeasuring(CLI::App* app, CommandLine* o) {
+  app->add_option("--candidates", o->how.candidates, "codecs to choose from")
       ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
-  app->add_option("--exact-first", o->exact_first,
+  app->add_option("--exact-first", o->how.exact_first,
                   "keep so many first tokens of every layer in f16 beside their codes")
       ->check(CLI::Range(std::size_t{0}, kMostExactFirst))
       ->capture_default_str();
-  app->add_option("--target", o->target,
+  app->add_option("--target", o->how.target,
                   "instruction set to measure with; without it: the best of this CPU. Parts that "
                   "are measured on CPUs of several kinds need one that all have");
 }
 
-void AddChoosing(CLI::App* app, TuneOptions* o) {
-  app->add_option("--budget", o->constraints.budget,
+void AddChoosing(CLI::App* app, CommandLine* o) {
+  app->add_option("--budget", o->how.constraints.budget,
                   "save at least this fraction of the fp16 bytes of a context of --context tokens")
       ->check(Between(0.0, 1.0, false));
   app->add_option(
-         "--min-cosine", o->constraints.min_cosine,
+         "--min-cosine", o->how.constraints.min_cosine,
          "of the predicted worst query head; without --budget: save the most that holds it")
       ->check(Between(0.0, 1.0, true));
   app->add_option("--max-time", o->max_ms,
@@ -79,12 +72,12 @@ void AddChoosing(CLI::App* app, TuneOptions* o) {
                   "dump to measure the finished plan on; may be given several times, for other "
                   "texts and lengths")
       ->allow_extra_args(false);  // what follows its dump is another argument
-  app->add_option("--context", o->context,
+  app->add_option("--context", o->how.context,
                   "tokens in the cache, for decode times, and for bytes where layers have a window")
       ->check(CLI::Range(1u, 1u << 20))
       ->capture_default_str();
   app->add_option(
-      "--wisdom", o->wisdom,
+      "--wisdom", o->how.wisdom,
       "file of kernel speeds of this CPU: read if it exists, completed, written; they then "
       "decide where codecs are about equally accurate");
   app->add_option(
@@ -96,7 +89,7 @@ void AddChoosing(CLI::App* app, TuneOptions* o) {
                 "every candidate costs each query head");
 }
 
-void AddPartOutput(CLI::App* app, TuneOptions* o, const std::string& what) {
+void AddPartOutput(CLI::App* app, CommandLine* o, const std::string& what) {
   app->add_option("-o,--output", o->output, what)->required();
 }
 

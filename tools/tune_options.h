@@ -11,27 +11,21 @@
 #include <CLI/CLI.hpp>
 
 #include "kvmix/tune/dump.h"
-#include "kvmix/tune/steps.h"
+#include "kvmix/tune/tune.h"
 
 namespace kvmix::tools {
 
-struct TuneOptions {
+struct CommandLine {
   std::vector<std::string> dumps;
   tune::RawFormat raw;
   std::vector<std::string> parts;  // of `merge`; of `measure` the calibration
   std::string measurement;         // of `choose`
   std::string plan, engine;        // of `export`
   std::string layers;              // "FIRST:LAST"
-  std::string candidates = "all";
-  std::string target;
-  std::size_t exact_first = 0;
-  tune::Constraints constraints;
+  tune::TuneOptions how;           // how to measure and to choose
+  int threads = 0;                 // of how.runner
   std::optional<double> max_ms;
   std::vector<std::string> holdouts;
-  std::size_t context = 4096;
-  std::string wisdom;
-  int threads = 0;
-  std::string work;  // the file that the short form keeps its measurement in
   std::string output;
   bool json = false;
   bool explain = false;
@@ -43,14 +37,14 @@ struct TuneOptions {
 inline constexpr const char* kDefaultPlan = "plan.json";
 
 // DUMP, --threads, and what raw folders need.
-void AddDumps(CLI::App* app, TuneOptions* o, const std::string& what);
-void AddLayers(CLI::App* app, TuneOptions* o);
+void AddDumps(CLI::App* app, CommandLine* o, const std::string& what);
+void AddLayers(CLI::App* app, CommandLine* o);
 // --candidates, --exact-first, --target
-void AddMeasuring(CLI::App* app, TuneOptions* o);
+void AddMeasuring(CLI::App* app, CommandLine* o);
 // --budget and all else that the choice depends on, and where the plan goes
-void AddChoosing(CLI::App* app, TuneOptions* o);
+void AddChoosing(CLI::App* app, CommandLine* o);
 // -o, which must be there
-void AddPartOutput(CLI::App* app, TuneOptions* o, const std::string& what);
+void AddPartOutput(CLI::App* app, CommandLine* o, const std::string& what);
 
 }  // namespace kvmix::tools
 

@@ -10,18 +10,14 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <nlohmann/json.hpp>
 
 #include "console.h"
-#include "lib/plan/model_json.h"
 
 namespace kvmix::tools {
 namespace {
 
 // A holdout's mean NMSE over the calibration's from which on the report speaks of it.
 constexpr double kFarFrom = 2.0;
-
-using Json = nlohmann::ordered_json;
 
 // A head is an outlier if int8 with a scale per token costs it this many times what it costs the
 // median head of the same tensor.
@@ -34,7 +30,6 @@ constexpr std::size_t kFrontLines = 12;
 const CodecKind kPlain{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN};
 
 char Letter(Tensor t) { return t == KVMIX_K ? 'K' : 'V'; }
-const char* JsonName(Tensor t) { return t == KVMIX_K ? "k" : "v"; }
 
 const tune::CandidateError* Find(const tune::HeadErrors& head, const CodecKind& kind) {
   for (const tune::CandidateError& c : head.candidates)
@@ -42,11 +37,12 @@ const tune::CandidateError* Find(const tune::HeadErrors& head, const CodecKind& 
   return nullptr;
 }
 
+}  // namespace
+
 Fidelity OfHead(const tune::CandidateError& candidate) {
   return tune::Summarize(candidate.queries, Geometry{1, 1, candidate.queries.size(), 1});
 }
 
-// Heads that plain int8 hurts, the worst first.
 std::vector<const tune::HeadErrors*> Outliers(const tune::ErrorTable& table) {
   const auto cost = [](const tune::HeadErrors& h) {
     const tune::CandidateError* plain = Find(h, kPlain);
@@ -67,14 +63,36 @@ std::vector<const tune::HeadErrors*> Outliers(const tune::ErrorTable& table) {
   return outliers;
 }
 
-// Whether a context takes another number of bytes than its tokens alone would: less by windows,
-// more by tokens that are kept twice.
 bool ContextMatters(const TuneReport& r) {
   return r.table.exact_first != 0 ||
          Fp16ContextBytes(r.table.model, r.context) < r.context * Fp16BytesPerToken(r.table.model);
 }
 
+const char* LimitName(tune::Limit limit) {
+  switch (limit) {
+    case tune::Limit::kNone:
+      return "none";
+    case tune::Limit::kWorst:
+      return "worst";
+    case tune::Limit::kCosine:
+      return "cosine";
+    case tune::Limit::kTime:
+      return "time";
+    case tune::Limit::kBudget:
+      return "budget";
+    case tune::Limit::kSum:
+      return "sum";
+  }
+  return "";
+}
+
+std::size_t TensorBytes(const TuneReport& r, const tune::HeadErrors& head, const CodecKind& kind) {
+  return BytesPerToken(kind, r.table.model.layers[head.layer].dim(head.tensor));
+}
+
 // ---- text
+
+namespace {
 
 std::string OutlierText(const TuneReport& r) {
   const std::vector<const tune::HeadErrors*> outliers = Outliers(r.table);
@@ -138,10 +156,10 @@ std::string TruthNote(const TuneReport& r) {
     text += fmt::format(
         "  Query heads over {} x their predicted NMSE, plan by plan: {}. Each time they were held "
         "for\n  as bad as they were, and the plan was chosen again.\n",
-        kWorseThanPredicted, fmt::join(worse, ", "));
+        tune::kWorseThanPredicted, fmt::join(worse, ", "));
   }
   double most = 0.0;
-  for (const Holdout& holdout : r.holdouts) most = std::max(most, holdout.found.mean_nmse);
+  for (const tune::Holdout& holdout : r.holdouts) most = std::max(most, holdout.found.mean_nmse);
   if (r.calibration && most > kFarFrom * r.calibration->mean_nmse) {
     text += fmt::format(
         "  {} holdout's mean NMSE is {:.1f} x the calibration's: calibrate on more text, and on "
@@ -152,7 +170,7 @@ std::string TruthNote(const TuneReport& r) {
 }
 
 // "64 tokens", of several prompts "96 tokens, prompts of up to 64".
-std::string LengthText(const Holdout& h) {
+std::string LengthText(const tune::Holdout& h) {
   return fmt::format(
       "{} tokens{}", h.tokens,
       h.longest_prompt == h.tokens ? "" : fmt::format(", prompts of up to {}", h.longest_prompt));
@@ -271,28 +289,6 @@ std::string ShortName(const CodecKind& kind) {
   return text;
 }
 
-const char* LimitName(tune::Limit limit) {
-  switch (limit) {
-    case tune::Limit::kNone:
-      return "none";
-    case tune::Limit::kWorst:
-      return "worst";
-    case tune::Limit::kCosine:
-      return "cosine";
-    case tune::Limit::kTime:
-      return "time";
-    case tune::Limit::kBudget:
-      return "budget";
-    case tune::Limit::kSum:
-      return "sum";
-  }
-  return "";
-}
-
-std::size_t TensorBytes(const TuneReport& r, const tune::HeadErrors& head, const CodecKind& kind) {
-  return BytesPerToken(kind, r.table.model.layers[head.layer].dim(head.tensor));
-}
-
 std::string ExplainText(const TuneReport& r) {
   Table table("layer\tKV head\t\tstored as\tbytes\tNMSE\tnext smaller\tbytes\tNMSE\tlimit", 0);
   for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
@@ -326,45 +322,7 @@ std::string ExplainText(const TuneReport& r) {
          "  none    no candidate is smaller\n";
 }
 
-// ---- JSON
-
-Json ToJson(const Fidelity& f) {
-  return {{"worst_cosine", f.worst_cosine},
-          {"mean_cosine", f.mean_cosine},
-          {"worst_nmse", f.worst_nmse},
-          {"mean_nmse", f.mean_nmse},
-          {"worst_head", {{"layer", f.worst_layer}, {"query_head", f.worst_query_head}}}};
-}
-
-Json HeadJson(const tune::HeadErrors& h) {
-  return {{"layer", h.layer},
-          {"kv_head", h.kv_head},
-          {"tensor", JsonName(h.tensor)},
-          {"max_abs", h.max_abs}};
-}
-
-Json ExplainJson(const tune::HeadErrors& head, const tune::Reason& reason) {
-  Json json = {{"limit", LimitName(reason.limit)}, {"worst_nmse", reason.worst_nmse}};
-  if (reason.smaller)
-    json["smaller"] = {{"codec", ToString(head.candidates[*reason.smaller].codec.kind)},
-                       {"worst_nmse", reason.smaller_worst_nmse},
-                       {"sum_nmse_added", reason.sum_nmse_added}};
-  return json;
-}
-
-Json ToJson(const Holdout& h) {
-  Json json = {{"dump", h.name}, {"tokens", h.tokens}, {"longest_prompt", h.longest_prompt}};
-  json.update(ToJson(h.found));
-  return json;
-}
-
 }  // namespace
-
-const Holdout* WorstHoldout(const TuneReport& r) {
-  const auto worst = std::ranges::min_element(
-      r.holdouts, {}, [](const Holdout& h) { return h.found.worst_cosine; });
-  return worst == r.holdouts.end() ? nullptr : &*worst;
-}
 
 std::string ReportText(const TuneReport& r) {
   const Plan& plan = r.choice.plan;
@@ -372,7 +330,7 @@ std::string ReportText(const TuneReport& r) {
   std::string text = fmt::format("{}\n{}\ncalibrated on {} ({} tokens)\n",
                                  p.model.empty() ? "unknown model" : p.model, ToString(plan.model),
                                  p.calibration, p.calibration_tokens);
-  for (const Holdout& h : r.holdouts)
+  for (const tune::Holdout& h : r.holdouts)
     text += fmt::format("held out {} ({})\n", h.name, LengthText(h));
   const std::size_t tokens = ContextMatters(r) ? r.context : 1;
   const EffectiveBits bits = BitsPerNumber(plan, tokens == 1 ? 0 : tokens);
@@ -391,83 +349,6 @@ std::string ReportText(const TuneReport& r) {
         "as long.\n",
         p.longest_prompt, r.context);
   return text;
-}
-
-std::string ReportJson(const TuneReport& r) {
-  const Plan& plan = r.choice.plan;
-  const Provenance& p = plan.provenance;
-  const EffectiveBits bits = BitsPerNumber(plan, r.context);
-  const Holdout* holdout = WorstHoldout(r);
-  Json json = {{"format", "kvmix-tune-1"}, {"model", p.model}};
-  if (const std::optional<Geometry> g = plan.model.geometry()) {
-    json["geometry"] = {{"layers", g->layers},
-                        {"kv_heads", g->kv_heads},
-                        {"query_heads", g->query_heads},
-                        {"head_dim", g->head_dim}};
-  } else {
-    json["layers"] = Json::parse(internal::LayersText(plan.model));
-  }
-  json.update({{"candidates", r.candidates},
-               {"calibration_dumps", p.calibration},
-               {"calibration_tokens", p.calibration_tokens},
-               {"longest_prompt", p.longest_prompt},
-               {"holdout_dump", p.holdout},
-               {"holdout_tokens", p.holdout_tokens},
-               {"bytes_per_token", BytesPerToken(plan)},
-               {"fp16_bytes_per_token", Fp16BytesPerToken(plan.model)},
-               {"saved_fraction", SavedFraction(plan, r.context)},
-               {"effective_bits", {{"all", bits.all}, {"k", bits.k}, {"v", bits.v}}},
-               {"worst_limit", r.choice.worst_limit},
-               {"predicted", ToJson(r.choice.predicted)},
-               {"calibration", r.calibration ? ToJson(*r.calibration) : Json()},
-               {"holdout", holdout ? ToJson(holdout->found) : Json()},
-               {"worse_than_predicted", r.worse_than_predicted},
-               {"decode_ns_per_token",
-                {{"plan", r.choice.decode_ns},
-                 {"without_times", r.choice.without_times.decode_ns},
-                 {"fp16", r.choice.fp16_decode_ns},
-                 {"tensors_decided", r.choice.decided_by_time},
-                 {"context", r.context},
-                 {"cpu", r.wisdom.cpu},
-                 {"target", r.wisdom.target}}}});
-  if (ContextMatters(r)) {
-    json["context_bytes"] = ContextBytes(plan, r.context);
-    json["fp16_context_bytes"] = Fp16ContextBytes(plan.model, r.context);
-  }
-  for (const char* list : {"holdouts", "fp16_heads", "outliers", "heads", "front"})
-    json[list] = Json::array();
-  for (const Holdout& h : r.holdouts) json["holdouts"].push_back(ToJson(h));
-  for (const tune::HeadErrors* h : Outliers(r.table)) json["outliers"].push_back(HeadJson(*h));
-  for (std::size_t i = 0; i < r.table.heads.size(); ++i) {
-    const tune::HeadErrors& h = r.table.heads[i];
-    const CodecKind& kind = plan.codecs[i].kind;
-    if (kind.storage == KVMIX_STORAGE_F16)
-      json["fp16_heads"].push_back(
-          {{"layer", h.layer}, {"kv_head", h.kv_head}, {"tensor", JsonName(h.tensor)}});
-    Json head = HeadJson(h);
-    head["codec"] = ToString(kind);
-    if (r.explain) head["explain"] = ExplainJson(h, r.choice.reasons[i]);
-    for (const tune::CandidateError& c : h.candidates) {
-      const Fidelity f = OfHead(c);
-      Json candidate = {{"codec", ToString(c.codec.kind)},
-                        {"worst_nmse", f.worst_nmse},
-                        {"worst_cosine", f.worst_cosine},
-                        {"mse", c.values.mse()},
-                        {"max_error", c.values.max_error}};
-      if (r.explain) {
-        candidate["bytes_per_token"] = TensorBytes(r, h, c.codec.kind);
-        for (const tune::AttentionError& e : c.queries) candidate["nmse"].push_back(e.nmse());
-      }
-      head["candidates"].push_back(candidate);
-    }
-    json["heads"].push_back(head);
-  }
-  for (const tune::ParetoPoint& point : r.choice.front)
-    json["front"].push_back({{"saved_fraction", point.saved_fraction},
-                             {"predicted", ToJson(point.predicted)},
-                             {"decode_ns", point.decode_ns},
-                             {"fp16_tensors", point.fp16_tensors}});
-  return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace kvmix::tools

@@ -117,7 +117,12 @@ Plan Plans::OfLayer(std::size_t layer, const LayerShape& shape) const {
 std::string Plans::LengthWarning(std::size_t layer, const LayerShape& shape,
                                  std::size_t context) const {
   const Named* const of = Find(layer, shape);
-  return of != nullptr ? kvmix::LengthWarning(of->plan, context) : "";
+  if (of == nullptr || !IsFarBeyond(of->plan, context)) return "";
+  return fmt::format(
+      "a context of {} tokens, but the plan was calibrated on prompts of at most {}: it may be "
+      "less "
+      "accurate there. Calibrate on prompts as long as the ones that are served.",
+      context, of->plan.provenance.longest_prompt);
 }
 
 std::string Plans::Summary() const {

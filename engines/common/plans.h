@@ -30,7 +30,7 @@ class Plans {
   Status Check(std::size_t layer, const LayerShape& shape) const;
   // A plan of this layer alone, which Check accepts.
   Plan OfLayer(std::size_t layer, const LayerShape& shape) const;
-  // kvmix::LengthWarning of the layer's plan; empty where there is none.
+  // One line where the context is far beyond the calibration of the layer's plan; else empty.
   std::string LengthWarning(std::size_t layer, const LayerShape& shape, std::size_t context) const;
   // "plan.json (Qwen2.5-1.5B)", or "f16 in all heads".
   std::string Summary() const;

@@ -138,15 +138,6 @@ std::uint64_t Fingerprint(const Plan& plan) {
   return XXH3_64bits_digest(&hash);
 }
 
-std::string LengthWarning(const Plan& plan, std::size_t context) {
-  const std::size_t longest = plan.provenance.longest_prompt;
-  if (longest == 0 || context <= kFarBeyondCalibration * longest) return "";
-  return fmt::format(
-      "a context of {} tokens, but the plan was calibrated on prompts of at most {}: it may be "
-      "less accurate there. Calibrate on prompts as long as those that are served.",
-      context, longest);
-}
-
 Status CheckModelMatches(const Plan& plan, const Model& model) {
   if (plan.model == model) return {};
   return Error(ErrorCode::kMismatch, "plan: expected {}, found {}", ToString(model),

@@ -49,21 +49,6 @@ Status CheckTable(const ErrorTable& table) {
   return {};
 }
 
-Status CheckConstraints(const Constraints& c) {
-  const std::tuple<const char*, double, double, double> ranges[] = {
-      {"budget", c.budget.value_or(0.0), 0.0, 1.0},
-      {"min_cosine", c.min_cosine.value_or(0.0), -1.0, 1.0},
-      {"max_decode_ns", c.max_decode_ns.value_or(0.0), 0.0, kInf},
-      {"worst_tolerance", c.worst_tolerance, 1.0, kInf},
-      {"time_tolerance", c.time_tolerance, 1.0, kInf}};
-  for (const auto& [name, value, low, high] : ranges) {
-    if (!(value >= low && value <= high))
-      return Error(ErrorCode::kInvalidArgument, "{} {}: expected a number from {} to {}", name,
-                   value, low, high);
-  }
-  return {};
-}
-
 // The most bytes that save at least the fraction `budget`.
 std::size_t BytesWithin(double budget, std::size_t fp16_bytes) {
   auto bytes = static_cast<std::size_t>((1.0 - budget) * static_cast<double>(fp16_bytes)) + 1;
@@ -269,6 +254,21 @@ class Chooser {
 };
 
 }  // namespace
+
+Status CheckConstraints(const Constraints& c) {
+  const std::tuple<const char*, double, double, double> ranges[] = {
+      {"budget", c.budget.value_or(0.0), 0.0, 1.0},
+      {"min_cosine", c.min_cosine.value_or(0.0), -1.0, 1.0},
+      {"max_decode_ns", c.max_decode_ns.value_or(0.0), 0.0, kInf},
+      {"worst_tolerance", c.worst_tolerance, 1.0, kInf},
+      {"time_tolerance", c.time_tolerance, 1.0, kInf}};
+  for (const auto& [name, value, low, high] : ranges) {
+    if (!(value >= low && value <= high))
+      return Error(ErrorCode::kInvalidArgument, "{} {}: expected a number from {} to {}", name,
+                   value, low, high);
+  }
+  return {};
+}
 
 Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t context,
                       const Constraints& constraints) {

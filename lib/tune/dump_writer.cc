@@ -85,6 +85,8 @@ bool IsOfDeadProcess(std::string_view end) {
 
 }  // namespace
 
+std::string LayerShapesText(const Model& model) { return internal::LayersText(model); }
+
 struct DumpWriter::Impl {
   std::string path, folder;
   std::map<Place, Part> parts;

@@ -17,6 +17,8 @@ constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
 
 }  // namespace
 
+Status Cancelled() { return Error(ErrorCode::kCancelled, "stopped by the caller"); }
+
 Status CheckDumps(const std::vector<const Dump*>& dumps) {
   if (dumps.empty()) return Error(ErrorCode::kInvalidArgument, "measuring needs at least one dump");
   const Dump& first = *dumps[0];
@@ -71,9 +73,10 @@ Status ForLayers(const std::vector<std::size_t>& layers, const std::vector<const
       if (results[i].ok()) results[i] = layer.status();
     }
     if (results[i].ok()) results[i] = work(layers[i], within);
-    if (!results[i].ok()) failed = true;
     const std::lock_guard lock(progress_mutex);
-    if (options.progress) options.progress(++done, layers.size());
+    const bool goes_on = !options.progress || options.progress(++done, layers.size());
+    if (results[i].ok() && !goes_on) results[i] = Cancelled();
+    if (!results[i].ok()) failed = true;
   };
   // Parts that take layers, so that no more layers are in memory, whatever the runner does.
   std::atomic<std::size_t> next = 0;

@@ -18,6 +18,9 @@ Status CheckDumps(const std::vector<const Dump*>& dumps);
 // Those of the layers [first, last) that own K and V. `dump`, which they are of, must have them.
 Result<std::vector<std::size_t>> OwnLayers(const Dump& dump, std::size_t first, std::size_t last);
 
+// The error of work that the caller's progress callback stopped.
+Status Cancelled();
+
 // Calls work(layer, threads for it) for every layer, which is loaded meanwhile, and returns the
 // first layer's error. Layers run side by side, which costs the least waiting, as long as the
 // outputs that they hold stay small; else one after the other with all threads.

@@ -24,28 +24,14 @@ using internal::Error;
 
 namespace {
 
-// [query_heads] errors of a layer's outputs, [tokens, query_heads, v_dim]. Row after row with
-// all heads, as they lie in memory; in chunks that do not depend on the threads, so that neither do
-// the sums.
-std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
-                                         const std::vector<float>& approximate,
-                                         const LayerShape& shape, const MeasureOptions& options) {
-  constexpr std::size_t kChunk = 256;  // tokens
-  const std::size_t heads = shape.query_heads, stride = heads * shape.v_dim,
-                    tokens = exact.size() / stride, chunks = (tokens + kChunk - 1) / kChunk;
-  std::vector<AttentionError> parts(chunks * heads);
-  options.runner.Run(chunks, [&](std::size_t chunk) {
-    for (std::size_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
-      for (std::size_t h = 0; h < heads; ++h) {
-        const std::size_t at = t * stride + h * shape.v_dim;
-        parts[chunk * heads + h] +=
-            CompareOutputs(&exact[at], &approximate[at], 1, stride, shape.v_dim);
-      }
-    }
-  });
-  std::vector<AttentionError> errors(heads);
-  for (std::size_t i = 0; i < parts.size(); ++i) errors[i % heads] += parts[i];
-  return errors;
+// Errors of the values themselves: rows of one head encoded and decoded again.
+Result<ErrorSums> ValueErrors(const RowsView& rows, const HeadCodec& codec) {
+  const Result<RowCodec> row_codec = RowCodec::Create(codec, rows.head_dim);
+  if (!row_codec.ok()) return row_codec.status();
+  std::vector<std::uint8_t> codes(rows.tokens * row_codec->row_bytes());
+  std::vector<float> scales(rows.tokens);
+  row_codec->Encode(rows, codes.data(), scales.data());
+  return row_codec->Errors(rows, codes.data(), scales.data());
 }
 
 // One dump's entries of one layer, [kv_heads][K, V], attention errors still empty.
@@ -60,7 +46,7 @@ Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
     for (const HeadCodec& codec : codecs[i]) {
-      const auto values = EncodingError(rows->head(i / 2, tensor), codec);
+      const auto values = ValueErrors(rows->head(i / 2, tensor), codec);
       if (!values.ok()) return values.status();
       head.candidates.push_back({codec, std::vector<AttentionError>(queries), *values});
       head.max_abs = values->max_abs;
@@ -88,7 +74,7 @@ Status AddAttentionErrors(const Dump& dump, std::size_t reader, std::size_t firs
         if (Status s = AttendDump(dump, reader, codecs, options, &approximate); !s.ok()) return s;
       }
       const std::vector<AttentionError> errors =
-          CompareLayer(exact, is_exact ? exact : approximate, shape, options);
+          CompareLayer(exact, is_exact ? exact : approximate, shape, options.runner);
       for (std::size_t q = 0; q < shape.query_heads; ++q) {
         HeadErrors& head = (*heads)[q / shape.group() * 2 + tensor];
         head.candidates[i].queries[first + q % shape.group()] += errors[q];
@@ -154,7 +140,7 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
     if (s.ok()) s = AttendDump(dump, layer, codecs, within, &approximate);
     if (!s.ok()) return s;
     std::ranges::copy(
-        CompareLayer(exact, approximate, shape, within),
+        CompareLayer(exact, approximate, shape, within.runner),
         errors.begin() + static_cast<std::ptrdiff_t>(model.query_heads_before(layer)));
     return s;
   };
@@ -197,15 +183,6 @@ Result<CandidateKinds> Candidates(const std::string& name) {
     add(&kinds.v, storage, bf16, {rotated});
   }
   return kinds;
-}
-
-Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec) {
-  const Result<RowCodec> row_codec = RowCodec::Create(codec, rows.head_dim);
-  if (!row_codec.ok()) return row_codec.status();
-  std::vector<std::uint8_t> codes(rows.tokens * row_codec->row_bytes());
-  std::vector<float> scales(rows.tokens);
-  row_codec->Encode(rows, codes.data(), scales.data());
-  return row_codec->Errors(rows, codes.data(), scales.data());
 }
 
 namespace {
@@ -373,12 +350,17 @@ ErrorTable TableOf(const Measurement& m) {
 
 }  // namespace
 
-Result<ErrorTable> Table(const Measurement& measurement) {
+Status CheckWhole(const Measurement& measurement) {
   std::vector<std::size_t> own;
-  for (std::size_t layer = 0; layer < measurement.model.layers.size(); ++layer)
+  for (std::size_t layer = 0; layer < measurement.model.layers.size(); ++layer) {
     if (measurement.model.layers[layer].owns_kv()) own.push_back(layer);
-  if (Status s = CheckWhole(measurement.pieces, own, measurement.dumps); !s.ok())
-    return Error(s.code(), "the measurement lacks {}", s.message());
+  }
+  const Status s = CheckWhole(measurement.pieces, own, measurement.dumps);
+  return s.ok() ? s : Error(s.code(), "the measurement lacks {}", s.message());
+}
+
+Result<ErrorTable> Table(const Measurement& measurement) {
+  if (Status s = CheckWhole(measurement); !s.ok()) return s;
   return TableOf(measurement);
 }
 

@@ -45,6 +45,9 @@ std::optional<double> DecodeNs(const Model& model, std::size_t layer, const Wisd
 // the pairs of one head.
 Result<Menu> MakeMenu(const ErrorTable& table, const Wisdom& wisdom, std::size_t context);
 
+// Every number is in its range.
+Status CheckConstraints(const Constraints& constraints);
+
 using Allowed = std::function<bool(const Pair&)>;
 
 // Every head's smallest pair of those allowed, of equals the one of least sum; nothing if a head

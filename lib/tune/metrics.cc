@@ -68,6 +68,29 @@ AttentionError CompareOutputs(const float* exact, const float* approximate, std:
   return error;
 }
 
+// Row after row with all heads, as they lie in memory; in chunks that do not depend on the threads,
+// so that neither do the sums.
+std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
+                                         const std::vector<float>& approximate,
+                                         const LayerShape& shape, const Runner& runner) {
+  constexpr std::size_t kChunk = 256;  // tokens
+  const std::size_t heads = shape.query_heads, stride = heads * shape.v_dim,
+                    tokens = exact.size() / stride, chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<AttentionError> parts(chunks * heads);
+  runner.Run(chunks, [&](std::size_t chunk) {
+    for (std::size_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
+      for (std::size_t h = 0; h < heads; ++h) {
+        const std::size_t at = t * stride + h * shape.v_dim;
+        parts[chunk * heads + h] +=
+            CompareOutputs(&exact[at], &approximate[at], 1, stride, shape.v_dim);
+      }
+    }
+  });
+  std::vector<AttentionError> errors(heads);
+  for (std::size_t i = 0; i < parts.size(); ++i) errors[i % heads] += parts[i];
+  return errors;
+}
+
 Fidelity Summarize(const std::vector<AttentionError>& errors, const Model& model) {
   Fidelity f;
   if (errors.empty()) return f;

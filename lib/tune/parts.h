@@ -35,11 +35,6 @@ std::vector<CodecKind> KindsFor(const CandidateKinds& candidates, const LayerSha
 // Of one layer, [kv_heads][K, V], over the dumps by their hash.
 std::vector<HeadStatistics> Sum(const std::map<std::string, std::vector<HeadStatistics>>& dumps);
 
-// A layer of the dump of this hash.
-using Place = std::pair<std::string, std::size_t>;
-// "layers 3 to 5 and 9 of c4.safetensors, layer 2 of wiki.safetensors"
-std::string PlacesText(std::vector<Place> places, const std::vector<DumpId>& dumps);
-
 // Every dump has a piece in every one of these layers; else an error that lists those that are
 // missing.
 template <class T>

@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "lib/cache/round.h"
 #include "lib/tune/layers.h"
 #include "lib/tune/parts.h"
 
@@ -21,7 +20,7 @@ class Moment {
  public:
   explicit Moment(std::size_t dim)
       : dim_(dim),
-        stride_(internal::RoundUp(dim, kLanes)),
+        stride_((dim + kLanes - 1) / kLanes * kLanes),
         batch_(kBatch * stride_),
         sum_(dim * dim) {}
 

@@ -82,10 +82,11 @@ struct HeadCodec {
   float head_scale = 0.0f;  // KVMIX_SCALE_HEAD: the scale itself (absmax of the calibration / 127)
   std::shared_ptr<const CodecVectors> vectors = nullptr;
 
-  std::span<const float> mean() const;            // empty if there is none
-  std::span<const float> factor() const;          // empty if there is none
-  std::span<const float> shaping() const;         // empty if there is none
-  bool operator==(const HeadCodec& other) const;  // by the numbers, not by who shares them
+  KVMIX_API std::span<const float> mean() const;     // empty if there is none
+  KVMIX_API std::span<const float> factor() const;   // empty if there is none
+  KVMIX_API std::span<const float> shaping() const;  // empty if there is none
+  // Compares the numbers, not who shares them.
+  KVMIX_API bool operator==(const HeadCodec& other) const;
 };
 
 // The kind exists and fits head_dim, and its numbers are there: head_scale above 0 and finite,

@@ -41,7 +41,7 @@ struct LayerShape {
     return window == 0 ? context : std::min(context, window);
   }
   // attention_scale, or what 0 stands for.
-  float scale() const;
+  KVMIX_API float scale() const;
   bool operator==(const LayerShape&) const = default;
 };
 

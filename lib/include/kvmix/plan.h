@@ -1,5 +1,5 @@
 // A plan: which codec every KV head's K and V is stored with. Made by the tuner
-// (kvmix/tune/steps.h) or by hand, portable between machines, saved as JSON.
+// (kvmix/tune/tune.h) or by hand, portable between machines, saved as JSON.
 #ifndef KVMIX_PLAN_H_
 #define KVMIX_PLAN_H_
 
@@ -87,11 +87,13 @@ KVMIX_API std::size_t BytesPerToken(const Plan& plan);
 KVMIX_API std::size_t Fp16BytesPerToken(const Model& model);
 
 // Means, folds and queries of short prompts are not those of long ones: RoPE slowly turns channels.
-// A context of more than so many times the longest prompt of the calibration deserves a warning.
+// A context of more than kFarBeyondCalibration times the calibration's longest prompt deserves a
+// warning. False if the plan does not say what it was calibrated on.
 inline constexpr std::size_t kFarBeyondCalibration = 4;
-// The warning for a context of so many tokens, one line; empty where none is due, or where the plan
-// does not say what it was calibrated on.
-KVMIX_API std::string LengthWarning(const Plan& plan, std::size_t context);
+inline bool IsFarBeyond(const Plan& plan, std::size_t context) {
+  const std::size_t longest = plan.provenance.longest_prompt;
+  return longest != 0 && context > kFarBeyondCalibration * longest;
+}
 
 // JSON, and where K has the step +shape a safetensors file of matrices in the same folder, which
 // the JSON names with its hash: move and copy both. If `path` is a symbolic link, Save writes both

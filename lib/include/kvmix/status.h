@@ -23,6 +23,7 @@ enum class ErrorCode {
   kNonFinite,        // NaN or Inf in the data
   kOutOfMemory,      // more memory asked for than there is, or past a cache's capacity
   kInfeasible,       // no plan holds the constraints
+  kCancelled,        // the caller's progress callback stopped the work
 };
 
 class [[nodiscard]] Status {

@@ -31,6 +31,10 @@
 
 namespace kvmix::tune {
 
+// The metadata `layer_shapes` of a dump of this model: JSON, a list of its layers, in the form that
+// plans have as well (docs/formats.md).
+KVMIX_API std::string LayerShapesText(const Model& model);
+
 // What the files of a raw folder do not say. query_heads 0: q files, if there are any, are ignored.
 struct RawFormat {
   std::size_t kv_heads = 0;
@@ -82,7 +86,7 @@ class KVMIX_API Dump {
   Result<std::uint64_t> LayerHash(std::size_t layer) const;
 
  private:
-  struct Impl;
+  struct KVMIX_HIDDEN Impl;
   explicit Dump(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
@@ -118,7 +122,7 @@ class KVMIX_API DumpWriter {
   Status Finish(const DumpInfo& info);
 
  private:
-  struct Impl;
+  struct KVMIX_HIDDEN Impl;
   std::unique_ptr<Impl> impl_;
 };
 

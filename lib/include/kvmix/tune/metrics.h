@@ -8,6 +8,7 @@
 
 #include "kvmix/export.h"
 #include "kvmix/plan.h"
+#include "kvmix/runner.h"
 
 namespace kvmix::tune {
 
@@ -28,6 +29,13 @@ struct KVMIX_API AttentionError {
 // Compares rows [rows, head_dim] (each `stride` floats apart) of one query head.
 KVMIX_API AttentionError CompareOutputs(const float* exact, const float* approximate,
                                         std::size_t rows, std::size_t stride, std::size_t head_dim);
+
+// The same of a layer's outputs, [tokens, query_heads, v_dim]: [query_heads]. The sums do not
+// depend on the runner.
+KVMIX_API std::vector<AttentionError> CompareLayer(const std::vector<float>& exact,
+                                                   const std::vector<float>& approximate,
+                                                   const LayerShape& shape,
+                                                   const Runner& runner = 0);
 
 // The worst and the mean of all query heads. errors: [layers with K and V][query_heads].
 KVMIX_API Fidelity Summarize(const std::vector<AttentionError>& errors, const Model& model);

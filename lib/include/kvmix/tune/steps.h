@@ -15,6 +15,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvmix/export.h"
@@ -28,7 +29,8 @@
 
 namespace kvmix::tune {
 
-using Progress = std::function<void(std::size_t done, std::size_t total)>;
+// Returns false to stop the work, which then ends with kCancelled.
+using Progress = std::function<bool(std::size_t done, std::size_t total)>;
 
 // How to measure. The results do not depend on the threads.
 struct MeasureOptions {
@@ -40,8 +42,7 @@ struct MeasureOptions {
 
 // The causal attention of one layer of a dump, with its window, scale, cap and sinks, prompt by
 // prompt, through a cache of `codecs` ([kv_heads][K, V]). out: [tokens, query_heads, v_dim].
-// saturated, if not null, is increased by
-// the values that were clamped.
+// saturated, if not null, is increased by the number of values that were clamped.
 KVMIX_API Status AttendDump(const Dump& dump, std::size_t layer,
                             const std::vector<HeadCodec>& codecs, const MeasureOptions& options,
                             std::vector<float>* out, std::uint64_t* saturated = nullptr);
@@ -71,6 +72,12 @@ KVMIX_API Result<DumpId> Identify(const Dump& dump, const MeasureOptions& option
 // By layer that owns K and V, then by the hash of the dump.
 template <class T>
 using Pieces = std::map<std::size_t, std::map<std::string, T>>;
+
+// A layer of the dump of this hash.
+using Place = std::pair<std::string, std::size_t>;
+// Places for people: "layers 3 to 5 and 9 of c4.safetensors, layer 2 of wiki.safetensors". `dumps`
+// has the hashes of all places.
+KVMIX_API std::string PlacesText(std::vector<Place> places, const std::vector<DumpId>& dumps);
 
 // ---- calibrate
 
@@ -121,9 +128,6 @@ struct CandidateKinds {
 //         centring makes its codes large.)
 // A kind that does not fit the heads' dimension is left out.
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
-
-// Errors of the values themselves: rows of one head encoded and decoded again.
-KVMIX_API Result<ErrorSums> EncodingError(const RowsView& rows, const HeadCodec& codec);
 
 // What one candidate does to one KV head's K or V: this tensor encoded, the rest exact.
 struct CandidateError {
@@ -187,8 +191,19 @@ KVMIX_API Status Measure(const std::vector<const Dump*>& dumps, const Calibratio
 // error.
 KVMIX_API Result<Measurement> Merge(const Measurement& a, const Measurement& b);
 
-// The errors over all dumps, and the codecs that make them. What of the layers and dumps is missing
-// is an error that names it.
+// Measure() of candidates that Candidates() knows by name, kept in a file: what `path` holds
+// already is not measured again, and the file is written after every layer. path "": no file.
+KVMIX_API Result<Measurement> MeasureInto(const std::string& path,
+                                          const std::vector<const Dump*>& dumps,
+                                          const Calibration& calibration,
+                                          const std::string& candidates, std::size_t first_layer,
+                                          std::size_t last_layer,
+                                          const MeasureOptions& options = {});
+
+// Every layer that owns K and V was measured on every dump; else an error that names those missing.
+KVMIX_API Status CheckWhole(const Measurement& measurement);
+
+// The errors over all dumps, and the codecs that make them. The measurement must be whole.
 KVMIX_API Result<ErrorTable> Table(const Measurement& measurement);
 
 // Calibration and measuring at once, of these layers alone.
