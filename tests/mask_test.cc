@@ -1,5 +1,5 @@
-// Masks: the kernel that reads them, against a plain loop; and attention with them, against double
-// precision over the rows that a cache holds.
+// Masks: the kernel that reads them, against a plain loop; and attention with them and with
+// bidirectional prefixes, against double precision over the rows that a cache holds.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -154,6 +154,12 @@ struct Case {
   }
 };
 
+MaskData NoMask() {
+  MaskData none({}, 0, KVMIX_F32);
+  none.view = {};
+  return none;
+}
+
 struct Output {
   std::vector<float> out, log_sum_exp;
 };
@@ -171,7 +177,11 @@ Output Attended(const Cache& cache, const std::vector<Half>& q, const AttendOpti
 // Attention on every target within the bound of double precision.
 void ExpectAttention(const Case& c, const MaskData& mask, const AttendOptions& options) {
   const Cache cache = c.Fill();
-  const std::vector<double> k = Decoded(cache, 0, KVMIX_K), v = Decoded(cache, 0, KVMIX_V);
+  std::vector<double> k = Decoded(cache, 0, KVMIX_K), v = Decoded(cache, 0, KVMIX_V);
+  for (std::size_t i = 0; i < c.plan.exact_first * c.g.kv_heads * c.g.head_dim; ++i) {
+    k[i] = HalfToFloat(c.rows.k[i]);
+    v[i] = HalfToFloat(c.rows.v[i]);
+  }
   reference::MaskNumbers numbers = mask.numbers;
   if (mask.view.slopes != nullptr) {
     numbers.slopes.assign(mask.view.slopes, mask.view.slopes + c.g.query_heads);
@@ -348,9 +358,7 @@ TEST(MaskedAttention, NotCausal) {
       AttendOptions options;
       options.causal = false;
       options.sliding_window = window;
-      MaskData none({}, 0, KVMIX_F32);
-      none.view = {};
-      ExpectAttention(c, none, options);
+      ExpectAttention(c, NoMask(), options);
     }
   }
 }
@@ -400,6 +408,149 @@ TEST(MaskedAttention, RowsThatSeeNothing) {
     o = Attended(cache, c.q, {}, {none.bytes.data(), KVMIX_F16, 5, 0, 0});
     EXPECT_EQ(o.out, std::vector<float>(c.q.size(), 0.0f));
   });
+}
+
+TEST(BidirectionalPrefix, InAnyPlaceOfAPrompt) {
+  struct Shape {
+    std::size_t tokens, queries, group;
+  };
+  for (const Shape& s : {Shape{1, 1, 1}, {40, 40, 3}, {300, 270, 1}, {700, 1, 2}}) {
+    const Case c(64, s.group, s.tokens, s.queries, 31);
+    for (const std::size_t prefix : {1, 39, 256, 290, 700}) {
+      if (prefix > s.tokens) continue;
+      for (const std::size_t window : {0, 20}) {
+        SCOPED_TRACE(::testing::Message() << s.tokens << " tokens, " << s.queries << " queries, "
+                                          << "prefix " << prefix << ", window " << window);
+        AttendOptions options;
+        options.bidirectional_prefix = prefix;
+        options.sliding_window = window;
+        ExpectAttention(c, NoMask(), options);
+      }
+    }
+  }
+}
+
+// Long enough that the context of one query is read in several spans.
+TEST(BidirectionalPrefix, OverSeveralSpans) {
+  const Case c(64, 1, 6000, 4, 32);
+  for (const std::size_t prefix : {5000, 5998}) {
+    for (const std::size_t window : {0, 700}) {
+      SCOPED_TRACE(::testing::Message() << "prefix " << prefix << ", window " << window);
+      AttendOptions options;
+      options.bidirectional_prefix = prefix;
+      options.sliding_window = window;
+      ExpectAttention(c, NoMask(), options);
+    }
+  }
+}
+
+// Queries before the first token are in no prefix; nor does a prefix change what is seen without
+// causality, but for a window.
+TEST(BidirectionalPrefix, WithEverythingElseThatHides) {
+  for (const std::size_t exact : {0, 4}) {
+    for (const std::size_t tokens : {70, 300}) {
+      Case c(96, 2, tokens, 100, 33);
+      c.plan.exact_first = exact;
+      std::mt19937 rng(34);
+      constexpr float kNumbers[] = {0.0f, -kInf, -3.0f, 1.0f};
+      const MaskData mask(
+          c.Numbers([&](std::size_t, std::size_t) { return kNumbers[rng() % 4]; }, tokens), 100,
+          KVMIX_F16);
+      const std::vector<float> sinks(c.g.query_heads, 1.0f);
+      for (const bool causal : {true, false}) {
+        for (const std::size_t window : {0, 20}) {
+          SCOPED_TRACE(::testing::Message() << tokens << " tokens, causal " << causal << ", window "
+                                            << window << ", exact " << exact);
+          AttendOptions options;
+          options.bidirectional_prefix = 60;
+          options.causal = causal;
+          options.sliding_window = window;
+          ExpectAttention(c, NoMask(), options);
+          options.soft_cap = 2.0f;
+          options.sinks = sinks.data();
+          ExpectAttention(c, mask, options);
+        }
+      }
+    }
+  }
+}
+
+// A prompt in chunks has the outputs of one call, once the first chunk holds the whole prefix.
+TEST(BidirectionalPrefix, PromptsInChunks) {
+  constexpr std::size_t kTokens = 300, kPrefix = 130;
+  for (const std::size_t window : {0, 100}) {
+    for (const std::size_t exact : {0, 3}) {
+      SCOPED_TRACE(::testing::Message() << "window " << window << ", exact " << exact);
+      Case c(64, 1, kTokens, kTokens, 35);
+      c.plan.exact_first = exact;
+      c.plan.model.layers[0].window = window;
+      AttendOptions options;
+      options.bidirectional_prefix = kPrefix;
+      options.sliding_window = window;
+      ExpectAttention(c, NoMask(), options);
+      ForAllTargets([&](std::string_view target) {
+        const Output whole = Attended(c.Fill(target), c.q, options, {});
+        Cache cache = Filled(c.plan, {}, kTokens, target);
+        std::vector<float> out;
+        const std::size_t row = c.g.query_heads * c.g.head_dim;
+        for (std::size_t first = 0, n; first < kTokens; first += n) {
+          n = first == 0 ? 150 : std::min<std::size_t>(kTokens - first, 1 + first % 90);
+          ASSERT_TRUE(AppendTokens(cache, 0, c.rows, first, n).ok());
+          const auto begin = c.q.begin() + static_cast<std::ptrdiff_t>(first * row);
+          const std::vector<Half> q(begin, begin + static_cast<std::ptrdiff_t>(n * row));
+          const Output chunk = Attended(cache, q, options, {});
+          out.insert(out.end(), chunk.out.begin(), chunk.out.end());
+        }
+        const std::vector<double> expected(whole.out.begin(), whole.out.end());
+        EXPECT_LE(WorstNmse(c.g, out, expected), kBound);
+      });
+    }
+  }
+}
+
+// Forks that share a prefix read it together; queries in it see all of it.
+TEST(BidirectionalPrefix, Batches) {
+  const Case c(64, 2, 1100, 3, 36);
+  for (const std::size_t prefix : {600, 1099, 1100}) {
+    for (const std::size_t window : {0, 900, 5000}) {
+      SCOPED_TRACE(::testing::Message() << "prefix " << prefix << ", window " << window);
+      AttendOptions options;
+      options.bidirectional_prefix = prefix;
+      options.sliding_window = window;
+      ExpectAttention(c, NoMask(), options);
+      ForAllTargets([&](std::string_view target) {
+        const Cache cache = c.Fill(target), fork = std::move(*cache.Fork());
+        const std::vector<float> alone = Attended(cache, c.q, options, {}).out;
+        std::vector<float> a(c.q.size()), b(c.q.size());
+        const AttendRequest both[] = {{&cache, QView(c.g, c.q), a.data()},
+                                      {&fork, QView(c.g, c.q), b.data()}};
+        ASSERT_TRUE(Attend(both, 0, options).ok());
+        const std::vector<double> expected(alone.begin(), alone.end());
+        EXPECT_LE(WorstNmse(c.g, a, expected), kBound);
+        EXPECT_LE(WorstNmse(c.g, b, expected), kBound);
+      });
+    }
+  }
+}
+
+TEST(BidirectionalPrefix, MustBeHeldAsAWhole) {
+  const Case c(16, 1, 300, 3, 37);
+  Cache cache = Filled(c.plan, {}, 1000);
+  AttendOptions options;
+  options.bidirectional_prefix = 200;
+  const auto refused = [&](const std::vector<std::string>& parts) {
+    std::vector<float> out(c.q.size(), kUntouched);
+    ExpectError(Attend(cache, 0, QView(c.g, c.q), out.data(), options), ErrorCode::kInvalidArgument,
+                parts);
+    EXPECT_EQ(out, std::vector<float>(c.q.size(), kUntouched));
+  };
+  Attended(cache, c.q, options, {});  // no token, and so no query in the prefix
+  ASSERT_TRUE(AppendTokens(cache, 0, c.rows, 0, 199).ok());
+  refused({"bidirectional_prefix 200", "found 199"});
+  ASSERT_TRUE(AppendTokens(cache, 0, c.rows, 199, 1).ok());
+  Attended(cache, c.q, options, {});
+  options.bidirectional_prefix = SIZE_MAX;
+  refused({"bidirectional_prefix", "found 200"});
 }
 
 void ExpectRefused(const Cache& cache, const std::vector<Half>& q, const MaskView& mask,

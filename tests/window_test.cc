@@ -161,5 +161,180 @@ TEST(Window, RollsBack) {
   ExpectSameAttention(cache, whole, 3, kWindow);
 }
 
+// ---- queries whose tokens are gone
+
+Status AttendTo(const Cache& cache, const std::vector<Half>& q, std::vector<float>& out,
+                const AttendOptions& options = {}) {
+  out.assign(q.size(), kUntouched);
+  return Attend(cache, 0, QView(GeometryOf(cache.model()), q), out.data(), options);
+}
+
+// Whatever is appended and asked: the bits of a cache that keeps everything where all tokens are
+// there, and else an error that names the first query and the tokens that it lacks.
+TEST(Window, GivesRightRowsOrAnError) {
+  const Case c(1500);
+  std::mt19937 rng(41);
+  std::size_t right = 0, refused = 0;
+  for (int round = 0; round < 60; ++round) {
+    const std::size_t kept = 1 + rng() % 300, rollback = round % 3 == 0 ? rng() % 300 : 0;
+    Cache cache = c.Windowed(kept, {}, rollback), whole = Filled(c.plan, {}, 8000);
+    for (std::size_t tokens = 0; tokens < 1200;) {
+      const std::size_t n = std::min<std::size_t>(1200 - tokens, 1 + rng() % (round % 2 ? 5 : 400));
+      AppendToAll(cache, c.rows, tokens, n);
+      AppendToAll(whole, c.rows, tokens, n);
+      tokens += n;
+      if (round % 2 != 0 && rng() % 20 != 0) continue;
+      const std::size_t queries = 1 + rng() % (rng() % 2 ? n : tokens + 3);
+      AttendOptions options;
+      options.sliding_window = rng() % 3 == 0 ? 1 + rng() % 400 : kept;
+      // The first query at a token that sees another one before those that are held.
+      std::size_t lacking = SIZE_MAX, first = 0;
+      for (std::size_t q = 0; q < queries && lacking == SIZE_MAX; ++q) {
+        if (tokens + q < queries) continue;
+        const std::size_t end = tokens + q + 1 - queries;
+        first = end > options.sliding_window ? end - options.sliding_window : 0;
+        if (first < std::min(end, cache.forgotten(0))) lacking = q;
+      }
+      const std::vector<Half> q = RandomQueries(c.g, queries, 3);
+      std::vector<float> found, expected;
+      const Status s = AttendTo(cache, q, found, options);
+      ASSERT_TRUE(AttendTo(whole, q, expected, options).ok());
+      if (lacking == SIZE_MAX) {
+        ASSERT_TRUE(s.ok()) << s.message();
+        ASSERT_TRUE(SameBits(found, expected));
+        ++right;
+      } else {
+        ExpectError(s, ErrorCode::kInvalidArgument,
+                    {"query " + std::to_string(lacking) + " of " + std::to_string(queries),
+                     "tokens " + std::to_string(first) + " to ",
+                     "before " + std::to_string(cache.forgotten(0))});
+        ASSERT_EQ(found, std::vector<float>(q.size(), kUntouched));
+        ++refused;
+      }
+    }
+  }
+  EXPECT_GT(right, 100u);
+  EXPECT_GT(refused, 100u);
+}
+
+TEST(Window, OfABatchTheRequestIsNamed) {
+  const Case c(600);
+  Plan plan = c.plan;
+  plan.model.layers[0].window = 64;
+  const Pool pool = Pool::Create(plan).value();
+  Cache good = Cache::Create(pool, 1000), bad = Cache::Create(pool, 1000);
+  AppendToAll(good, c.rows, 0, 512);
+  for (std::size_t t = 0; t < 512; t += 128) AppendToAll(bad, c.rows, t, 128);
+  const std::vector<Half> q = RandomQueries(c.g, 512, 3);
+  std::vector<float> a(q.size(), kUntouched), b = a;
+  const AttendRequest both[] = {{&good, QView(c.g, q), a.data()}, {&bad, QView(c.g, q), b.data()}};
+  ExpectError(Attend(both, 0), ErrorCode::kInvalidArgument,
+              {"request 1 of 2", "query 0 of 512", "tokens 0 to 1", "before 321"});
+  EXPECT_EQ(a, std::vector<float>(q.size(), kUntouched));
+}
+
+// After one token is taken back the next one has its whole window; the query of the last token that
+// is left has not, unless it was kept for a rollback.
+TEST(Window, TheLastTokenAgainAfterATruncate) {
+  const Case c(600);
+  for (const std::size_t rollback : {0, 1}) {
+    Cache cache = c.Windowed(100, {}, rollback), whole = Filled(c.plan, {}, 8000);
+    for (std::size_t t = 0; t < 500; ++t) {
+      AppendToAll(cache, c.rows, t, 1);
+      AppendToAll(whole, c.rows, t, 1);
+    }
+    ASSERT_TRUE(cache.Truncate(499).ok());
+    ASSERT_TRUE(whole.Truncate(499).ok());
+    if (rollback != 0) {
+      ExpectSameAttention(cache, whole, 1, 100);
+    } else {
+      std::vector<float> out;
+      ExpectError(AttendTo(cache, RandomQueries(c.g, 1, 3), out), ErrorCode::kInvalidArgument,
+                  {"query 0 of 1", "tokens 399 to 400"});
+    }
+    for (Cache* each : {&cache, &whole}) AppendToAll(*each, c.rows, 550, 1);
+    ExpectSameAttention(cache, whole, 1, 100);
+  }
+}
+
+// Tokens that were dropped on purpose are not seen, which is no error; those that left with the
+// window still are one.
+TEST(Window, ForgetIsNoError) {
+  const Case c(1000);
+  for (const std::size_t first : {150, 420, 500, 590, 600}) {
+    SCOPED_TRACE(first);
+    Cache cache = c.Windowed(100), whole = Filled(c.plan, {}, 8000);
+    for (std::size_t t = 0; t < 600; t += 100) {  // the last chunk forgets those before 401
+      AppendToAll(cache, c.rows, t, 100);
+      AppendToAll(whole, c.rows, t, 100);
+    }
+    for (Cache* each : {&cache, &whole}) ASSERT_TRUE(each->Forget(0, first).ok());
+    std::stringstream stream;
+    ASSERT_TRUE(SaveSession(cache, stream).ok());
+    Cache loaded = c.Windowed(100);
+    ASSERT_TRUE(LoadSession(loaded, stream).ok());
+    ExpectSameAttention(cache, whole, 100, 100);
+    ExpectSameAttention(loaded, whole, 1, 100);
+    if (first < 401) {
+      std::vector<float> out;
+      ExpectError(AttendTo(cache, RandomQueries(c.g, 200, 3), out), ErrorCode::kInvalidArgument,
+                  {"query 0 of 200", "tokens 301 to 401"});
+    } else {
+      ExpectSameAttention(cache, whole, 200, 100);
+    }
+    if (first > 500) ExpectSameAttention(loaded, whole, 200, 100);
+    // Dropped tokens do not keep Truncate from going back to them.
+    EXPECT_EQ(cache.Truncate(510).ok(), first <= 510);
+    for (Cache* each : {&loaded, &whole}) AppendToAll(*each, c.rows, 600, 50);
+    ExpectSameAttention(loaded, whole, 50, 100);
+  }
+}
+
+// A shift brings queries nearer to the first tokens; those that had left the window stay unseen.
+TEST(Window, ShiftBringsNoTokenBack) {
+  const Case c(1000);
+  Cache cache = c.Windowed(300), whole = Filled(c.plan, {}, 8000);
+  for (std::size_t t = 0; t < 400; t += 1) {
+    AppendToAll(cache, c.rows, t, 1);
+    AppendToAll(whole, c.rows, t, 1);
+  }
+  const Rope rope;
+  for (Cache* each : {&cache, &whole}) ASSERT_TRUE(each->Shift(10, 200, {&rope, 1}).ok());
+  ASSERT_EQ(cache.forgotten(0), 10u);
+  ASSERT_TRUE(whole.Forget(0, 10).ok());
+  ExpectSameAttention(cache, whole, 1, 300);
+  // Moved tokens that had left the window are still an error.
+  Cache far = c.Windowed(300);
+  for (std::size_t t = 0; t < 900; t += 1) AppendToAll(far, c.rows, t, 1);
+  ASSERT_TRUE(far.Shift(10, 200, {&rope, 1}).ok());
+  ASSERT_EQ(far.forgotten(0), 400u);
+  std::vector<float> out;
+  ASSERT_TRUE(AttendTo(far, RandomQueries(c.g, 1, 3), out).ok());
+  ExpectError(AttendTo(far, RandomQueries(c.g, 50, 3), out), ErrorCode::kInvalidArgument,
+              {"query 0 of 50", "tokens 351 to 400"});
+}
+
+// A prefix that sees itself both ways is held as long as no window lets its first token go.
+TEST(Window, PrefixesAreForgottenAsWell) {
+  const Case c(600);
+  Cache cache = c.Windowed(64), whole = Filled(c.plan, {}, 8000);
+  AttendOptions options;
+  options.bidirectional_prefix = 200;
+  options.sliding_window = 64;
+  for (Cache* each : {&cache, &whole}) AppendToAll(*each, c.rows, 0, 210);
+  const std::vector<Half> q = RandomQueries(c.g, 210, 3);
+  std::vector<float> found, expected;
+  ASSERT_TRUE(AttendTo(cache, q, found, options).ok());
+  ASSERT_TRUE(AttendTo(whole, q, expected, options).ok());
+  EXPECT_TRUE(SameBits(found, expected));
+  for (Cache* each : {&cache, &whole}) AppendToAll(*each, c.rows, 210, 20);
+  ExpectError(AttendTo(cache, RandomQueries(c.g, 31, 3), found, options),
+              ErrorCode::kInvalidArgument, {"query 0 of 31", "tokens 0 to 147"});
+  const std::vector<Half> after = RandomQueries(c.g, 20, 3);
+  ASSERT_TRUE(AttendTo(cache, after, found, options).ok());
+  ASSERT_TRUE(AttendTo(whole, after, expected, options).ok());
+  EXPECT_TRUE(SameBits(found, expected));
+}
+
 }  // namespace
 }  // namespace kvmix::testing

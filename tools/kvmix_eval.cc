@@ -82,7 +82,7 @@ std::string Quant(const Options& o) {
   std::string csv;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
-    const DumpLayer loaded = Require(dump.Load(layer));
+    const tune::DumpLayer loaded = Require(dump.Load(layer));
     const std::size_t kv_heads = layers[layer].kv_heads;
     std::vector<std::string> lines(2 * kv_heads);  // [K, V][kv_heads]
     Runner(o.threads).Run(lines.size(), [&](std::size_t i) {
@@ -151,7 +151,7 @@ std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int thr
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const LayerShape& shape = layers[layer];
     if (!shape.has_kv()) continue;
-    const DumpLayer held = Require(dump.Load(layer));
+    const tune::DumpLayer held = Require(dump.Load(layer));
     const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
     const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),

@@ -93,7 +93,7 @@ void SetHeadScales(const tune::Dump& dump, Plan* plan) {
   const std::vector<LayerShape>& layers = plan->model.layers;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     if (!layers[layer].owns_kv()) continue;
-    const DumpLayer loaded = Require(dump.Load(layer));
+    const tune::DumpLayer loaded = Require(dump.Load(layer));
     for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
       for (const Tensor t : {KVMIX_K, KVMIX_V}) {
         HeadCodec& codec = plan->codec(layer, head, t);
@@ -127,7 +127,7 @@ ErrorSums TruncationError(const RowsView& rows, const HeadCodec& codec) {
 std::vector<float> AttendExactly(const tune::Dump& dump, std::size_t layer, const HeadCodec* codecs,
                                  const Runner& runner) {
   const LayerShape& shape = dump.model().layers[layer];
-  const DumpLayer loaded = Require(dump.Load(layer));
+  const tune::DumpLayer loaded = Require(dump.Load(layer));
   std::vector<std::vector<double>> decoded;  // [kv_heads][K, V]
   for (std::size_t head = 0; head < shape.kv_heads; ++head)
     for (const Tensor t : {KVMIX_K, KVMIX_V})

@@ -1,5 +1,5 @@
-// A call of attention is checked, takes the layer's numbers, finds prefixes that are shared, and
-// has itself cut into parts (schedule.cc).
+// Checks a call of attention, fills in the layer's numbers, finds prefixes that sequences share,
+// and cuts the call into parts (schedule.cc).
 #include "lib/cache/attend_call.h"
 
 #include <algorithm>
@@ -37,7 +37,7 @@ Status CheckOptions(const AttendOptions& o) {
 
 }  // namespace
 
-// The options are those of the layer where they say nothing.
+// Options that are 0 or null take the numbers of the layer.
 Status AttendCall::Start(std::span<const AttendRequest> asked, std::size_t at_layer,
                          const AttendOptions& o) {
   schedule.parts.clear();

@@ -27,7 +27,7 @@ class Scratch {
   std::vector<std::uint8_t> memory_;
 };
 
-// What a part yields for its rows; see kernels::AttendTask.
+// The outputs of a part for its rows; see kernels::AttendTask.
 struct Outputs {
   float* out;  // [rows, padded]
   float* max;

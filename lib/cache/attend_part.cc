@@ -1,5 +1,5 @@
-// A part of a call of attention: its queries go through the kernels, and whoever finishes the last
-// part of a row merges all of them.
+// Runs a part of a call of attention through the kernels. The thread that finishes the last part of
+// a row merges all parts of the row.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -29,8 +29,7 @@ const std::uint8_t* AttendCall::BlockAfter(std::size_t part) const {
       next.kv_head)[next.first_token / kernels::kBlockTokens];
 }
 
-// What a part asks of the kernels, but for its queries and its memory. mask: in which the task's
-// own is put.
+// The task of a part, without its queries and its memory. A mask of the task is put in `mask`.
 kernels::AttendTask AttendCall::TaskOf(const Part& part, std::span<const std::uint32_t> units,
                                        kernels::Mask& mask) const {
   const Unit& first = schedule.units[units[0]];

@@ -25,11 +25,12 @@ std::size_t SpanOf(std::size_t tokens, std::size_t parts) {
   return std::max(kShortestSpan, RoundUp(CeilDiv(tokens * parts, kPartsWanted), kBlockTokens));
 }
 
-// The tokens that queries [query, query + count) of a sequence are cut from: what they see, from
-// the start of a block on.
+// The tokens that queries [query, query + count) of a sequence read: what they see, from the start
+// of a block on (which is there, because they see a token of it).
 Tokens SeenBy(const Sequence& s, std::size_t query, std::size_t count) {
   Tokens seen = s.OfRun(query, count);
-  seen.first = std::max({seen.first / kBlockTokens * kBlockTokens, s.shared, s.exact});
+  if (seen.first < seen.last) seen.first = seen.first / kBlockTokens * kBlockTokens;
+  seen.first = std::max({seen.first, s.shared, s.exact});
   if (s.mask == nullptr) return seen;
   std::size_t first = s.mask->blocks, last = 0;
   for (std::size_t q = query; q < query + count; ++q) {

@@ -185,11 +185,11 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
   held.forgotten = forgotten;
   held.tokens = tokens;
-  // A window alone never forgets what the next query sees.
+  // The file does not say why tokens are gone. A window alone never takes what the next query sees.
   const bool by_window = shape.window != 0 && internal::HasPast(shape.window, forgotten, 0, tokens);
   held.dropped = by_window ? 0 : forgotten;
   if (tokens != 0) {  // also where all of them are forgotten, and nothing made room
-    held.exact.resize(internal::ExactPlace(*c.pool, shape.shape, Tensor::kK, shape.shape.kv_heads));
+    held.exact.resize(internal::ExactPlace(*c.pool, shape.shape, KVMIX_K, shape.shape.kv_heads));
     const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
     const bool finite =
         std::ranges::none_of(held.exact, [](Half x) { return (x & 0x7C00) == 0x7C00; });

@@ -1,6 +1,6 @@
-// Who sees what of a sequence in a layer: its queries, the tokens that the layer holds, and the
-// tokens that are gone. Everything that cuts, hides, forgets or refuses by this asks here. (The
-// rule itself: kernels/sight.h, which kernels read as well.)
+// Sight says for a sequence which tokens its queries see: from its queries, the tokens that the
+// layer holds, and the tokens that are gone. Schedule, exact tokens, forgetting and refusals ask
+// it. The rule itself is in kernels/sight.h, because kernels read it as well.
 #ifndef KVMIX_LIB_CACHE_SIGHT_H_
 #define KVMIX_LIB_CACHE_SIGHT_H_
 
@@ -29,7 +29,7 @@ struct Sight {
   // The rule for the queries from `query` on, as kernels want it.
   kernels::Sight From(std::size_t query) const;
   Tokens Of(std::size_t query) const { return From(query).Of(0); }
-  // What any of the queries [first, first + count) sees, and what every query sees.
+  // The tokens that some query of [first, first + count) sees, and the tokens that all queries see.
   Tokens OfRun(std::size_t first, std::size_t count) const;
   Tokens OfAll() const;
   // A bound of the tokens that `count` neighbouring queries see, in blocks that are read whole.
@@ -57,7 +57,7 @@ inline std::size_t FirstSeen(std::size_t next, std::size_t window) {
       .first;
 }
 
-// Whether a layer that is cut to `tokens` tokens still has all that its next query sees.
+// True if a layer that is cut to `tokens` tokens still has all that its next query sees.
 bool HasPast(std::size_t window, std::size_t forgotten, std::size_t dropped, std::size_t tokens);
 
 }  // namespace kvmix::internal

@@ -73,11 +73,14 @@ bool Copy(const std::string& from, std::FILE* to) {
   return good;
 }
 
-// Whether a name begins with the number of a process that has ended.
-bool IsOfDeadProcess(std::string_view name) {
+// Whether a name ends as those of a process that has ended: "123.parts", or "123-4.tmp" for a file
+// that was not renamed any more.
+bool IsOfDeadProcess(std::string_view end) {
   pid_t process = 0;
-  std::from_chars(name.data(), name.data() + name.size(), process);
-  return process > 0 && kill(process, 0) != 0 && errno == ESRCH;
+  const auto [rest, error] = std::from_chars(end.data(), end.data() + end.size(), process);
+  end.remove_prefix(static_cast<std::size_t>(rest - end.data()));
+  const bool is_ours = end == kParts || (end.starts_with('-') && end.ends_with(".tmp"));
+  return is_ours && process > 0 && kill(process, 0) != 0 && errno == ESRCH;
 }
 
 }  // namespace
@@ -105,12 +108,12 @@ struct DumpWriter::Impl {
     std::error_code error;
     for (fs::directory_iterator at(parent, error), end; !error && at != end; at.increment(error)) {
       const std::string name = at->path().filename().string();
-      if (!name.starts_with(begin) || !(name.ends_with(kParts) || name.ends_with(".tmp"))) continue;
       std::error_code ignored;
-      if (IsOfDeadProcess(std::string_view(name).substr(begin.size())))
+      if (name.starts_with(begin) && IsOfDeadProcess(std::string_view(name).substr(begin.size())))
         fs::remove_all(at->path(), ignored);
     }
     folder = internal::NameBeside(whole.string(), fmt::format(".{}{}", getpid(), kParts));
+    fs::remove_all(folder, error);  // of an earlier process that had this number
     return fs::create_directories(folder, error) || !error ? Status() : Fail(error.value());
   }
 

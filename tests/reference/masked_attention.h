@@ -1,5 +1,5 @@
-// Attention with all that decides who sees whom (causality or not, a window, a mask, forgotten
-// tokens), in double precision, with the logarithm of every row's sum.
+// Attention with all that decides who sees whom (causality or not, a window, a bidirectional
+// prefix, a mask, forgotten tokens), in double precision, with the logarithm of every row's sum.
 #ifndef KVMIX_TESTS_REFERENCE_MASKED_ATTENTION_H_
 #define KVMIX_TESTS_REFERENCE_MASKED_ATTENTION_H_
 
@@ -40,15 +40,20 @@ inline Attended MaskedAttention(const Geometry& g, const std::vector<float>& q,
   std::vector<double> scores(tokens);
   for (std::size_t i = 0; i < queries * g.query_heads; ++i) {
     const std::size_t query = i / g.query_heads, h = i % g.query_heads;
-    const auto sees = [&](std::size_t t) {
+    const auto by_place = [&](std::size_t t) {
       const std::size_t place = t + queries;  // a query stands at tokens + query
-      if (options.causal && place > tokens + query) return false;
-      if (options.sliding_window != 0 &&
-          static_cast<double>(place) + static_cast<double>(options.sliding_window) <=
-              static_cast<double>(tokens + query)) {
-        return false;
+      const bool in_prefix =
+          tokens + query >= queries && tokens + query < queries + options.bidirectional_prefix;
+      if (in_prefix && t < options.bidirectional_prefix) {
+        return true;
       }
-      if (t < forgotten) return false;
+      if (options.causal && place > tokens + query) return false;
+      return options.sliding_window == 0 ||
+             static_cast<double>(place) + static_cast<double>(options.sliding_window) >
+                 static_cast<double>(tokens + query);
+    };
+    const auto sees = [&](std::size_t t) {
+      if (t < forgotten || !by_place(t)) return false;
       return mask.numbers.empty() ||
              (t < mask.cells && mask.numbers[query * mask.cells + t] != -kInfinity);
     };

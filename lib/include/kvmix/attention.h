@@ -32,9 +32,7 @@ struct AttendOptions {
   float soft_cap = 0.0f;           // s -> soft_cap * tanh(s / soft_cap) (Gemma 2)
   const float* sinks = nullptr;    // [query_heads] logits that take weight but have no V (gpt-oss)
   bool causal = true;              // false: a query also sees the tokens after it
-  // The first tokens of the sequence, as many as this, see each other both ways (PrefixLM, the
-  // images of Gemma 3); later tokens are causal. 0: none.
-  std::size_t bidirectional_prefix = 0;
+  std::size_t bidirectional_prefix = 0;  // these first tokens see each other both ways; 0: none
   Residence residence = Residence::kAuto;
 };
 
@@ -59,11 +57,24 @@ struct AttendRequest {
   MaskView mask = {};
 };
 
-// Query i of n stands at the place of the layer's token tokens - n + i, and sees it and those
-// before it: append K and V of the prompt (or of the new token) first, then attend. q: [queries,
-// query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not overlap q. A
-// query that sees no token gets zeros; a query row with NaN or Inf gets NaN. runner: a number
-// of OpenMP's threads, or any other (kvmix/runner.h). The result does not depend on it.
+// Query i of n stands at token p = tokens - n + i of the layer: append K and V of the prompt (or of
+// the new token) first, then attend. The query sees the tokens [0, p], with a window only the last
+// sliding_window of them; without `causal` all tokens after p as well. If p < bidirectional_prefix,
+// it also sees all tokens [0, bidirectional_prefix), whatever the window is (PrefixLM, Gemma 3's
+// images). A mask hides some of these tokens.
+//
+// The layer must hold a whole prefix before a query in it is asked: append the prefix first. (A
+// layer whose window is shorter than the prefix keeps all of it only if one call appends it.) Later
+// chunks of the prompt are appended and attended over as without a prefix.
+//
+// A layer with a window keeps the tokens that the queries of the last Append see, and those of
+// CacheOptions::rollback. A query that would see a token that has left with the window is an error:
+// attend over each chunk before you append the next one. Tokens that Forget or Shift dropped are
+// not seen, and that is no error.
+//
+// q: [queries, query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not
+// overlap q. A query that sees no token gets zeros; a query row with NaN or Inf gets NaN. runner: a
+// number of OpenMP's threads, or any other (kvmix/runner.h). The result does not depend on it.
 //
 // log_sum_exp: the natural logarithm of what the row's weights sum to, a sink's included; -inf
 // where it sees nothing. With it outputs over two caches can be merged (MergeOutputs).
@@ -73,7 +84,10 @@ struct AttendRequest {
 // order of sums, and with it the last bits. An error names the request, and nothing is written.
 //
 // Errors: a layer without K and V; q of another shape; a mask of another shape, with NaN or +inf,
-// or that sees forgotten tokens or cells that the layer does not have.
+// or that sees forgotten tokens or cells that the layer does not have; a query that sees tokens
+// which the layer's window has let go, through its own window or a longer one of the call; a query
+// in a prefix that the layer does not hold whole. The last two are kInvalidArgument and name the
+// query and the tokens.
 //
 // The arithmetic: int8 heads multiply exact codes by 15-bit or wider fixed-point q and softmax
 // weights, fp16 heads are f32 throughout. The output is within NMSE 1e-6 of a double-precision

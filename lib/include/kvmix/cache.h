@@ -93,7 +93,7 @@ class KVMIX_API Cache {
   // what becomes of NaN, infinities and huge values: kvmix/quantize.h. Past the capacity, or where
   // the pool is full: kOutOfMemory, and nothing is appended. runner: a number of OpenMP's threads,
   // or any other (kvmix/runner.h); the bytes do not depend on it. A layer with a window forgets
-  // what its next query does not see.
+  // what no query of these tokens sees: attend over them before the next Append.
   Status Append(std::size_t layer, const RowsView& k, const RowsView& v,
                 const Runner& runner = Runner::Here());
   // Writes rows into cells, token t of k and v into cells[t], below the capacity: for engines that
@@ -104,17 +104,20 @@ class KVMIX_API Cache {
   Status Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
                const RowsView& v);
   // Drops all but the first `tokens` tokens of every layer, and gives back pages that hold nothing
-  // else. More than a layer holds, or so few that the next query would see forgotten tokens:
-  // kInvalidArgument, and nothing is dropped.
+  // else. More than a layer holds, or so few that the next query would see tokens that left with
+  // the window: kInvalidArgument, and nothing is dropped. (The next token that is appended has its
+  // whole window; attention of the last token that is left may be refused, because its window
+  // begins one token earlier.)
   Status Truncate(std::size_t tokens);
-  // No query sees a layer's tokens before `first` again, and pages that hold only such go back.
+  // No query sees a layer's tokens before `first` again, which is no error. Pages that hold no
+  // other tokens go back.
   Status Forget(std::size_t layer, std::size_t first);
   // Forgets tokens [keep, keep + drop) of every layer, and moves those after them `drop` positions
   // back: V's rows as they are, K's decoded, turned and encoded again. ropes: one for all layers,
   // or one for each of the model. The error of K becomes about that of two encodings
   // (docs/numerics.md has it measured); a codec's mean does not turn, so a centred head loses more,
-  // the further its tokens move. Fewer tokens in a layer than keep + drop: kInvalidArgument, and
-  // nothing moves.
+  // the further its tokens move. Kept tokens that a layer's window had let go stay unseen, as
+  // dropped ones do. Fewer tokens in a layer than keep + drop: kInvalidArgument, and nothing moves.
   Status Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes);
 
   // The canonical rows of one KV head's K or V, tokens [first, first + count): codes
