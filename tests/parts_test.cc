@@ -332,7 +332,7 @@ TEST_F(PartFiles, NewerVersions) {
   about["version"] = {1, 9};
   about["of_later"] = "times";
   file.metadata["kvmix"] = about.dump();
-  file.tensors["later"] = {"U8", {3}, "abc"};
+  file.tensors["later"] = {"later", "U8", {3}, "abc"};
   file.Write(path);
   EXPECT_EQ(Bytes(LoadMeasurement(path).value()), measured_);  // what is unknown is not looked at
   about["version"] = {2, 0};

@@ -47,7 +47,7 @@ struct SyntheticDump {
   double query_norm = 1.0;
   // K heads (layer, KV head) with an offset on some channels that is the same for all tokens: what
   // the bias of Qwen's K projection does.
-  std::set<std::pair<std::size_t, std::size_t>> outliers;
+  std::set<std::pair<std::size_t, std::size_t>> outliers = {};
   double offset = 60.0;
 
   std::size_t tokens() const {
