@@ -170,6 +170,8 @@ Status WriteFileAtomically(const std::string& path, std::string_view expected,
                            const FileWriter& write) {
   std::error_code error;
   const fs::file_status now = fs::status(path, error);
+  if (now.type() == fs::file_type::none)  // links in a circle, say
+    return SystemError(path, "a file that can be written", error.value());
   if (fs::is_directory(now))
     return FileError(ErrorCode::kIo, path, "", "a file to write to", "a folder");
   if (fs::is_other(now)) {
