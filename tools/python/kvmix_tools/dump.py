@@ -12,9 +12,9 @@ not hold for long ones. For a holdout, take another text, or the same one with -
 
 The file is a safetensors file: tensors layers.N.k|v|q, F16, [tokens, heads, head_dim], prompts one
 after the other; the metadata name the model, the corpus and the shapes of the layers
-(lib/include/kvmix/tune/dump.h). Layers may differ: windows, soft caps, sinks, widths of K and V; layers
-that share K and V are written once, those without any are left out. Layers are written as they
-come, to a file in OUTPUT.*.part; it becomes OUTPUT when it is whole. Needs: pip install torch
+(lib/include/kvmix/tune/dump.h). Layers may differ: windows, soft caps, sinks, widths of K and V;
+layers that share K and V are written once, those without any are left out. Layers are written as
+they come, to a file in OUTPUT.*.part; it becomes OUTPUT when it is whole. Needs: pip install torch
 transformers (for GGUF files: gguf accelerate).
 """
 import argparse
