@@ -80,7 +80,7 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
                                        const char* target) {
   constexpr std::size_t kTokens = 256;
   const Plan plan = PlanOf(c, layers);
-  Cache cache = Require(Cache::Create(plan.model, plan, c.context.tokens, {target}));
+  Cache cache = Require(Cache::Create(plan, c.context.tokens, {.target = target}));
   const std::size_t row = c.shape.kv_heads * c.shape.head_dim;
   const std::vector<Half> rows = RandomHalves(2 * kTokens * row);
   const RowsView k = RowsView::F16(rows.data(), kTokens, c.shape.kv_heads, c.shape.head_dim);
@@ -124,15 +124,17 @@ Workload Prepare(const AttendCase& c, Bench& bench) {
       fmt::format("k={},v={}/{}/{}", c.codecs.k, c.codecs.v, c.shape.name(), c.context.name);
   const auto set =
       bench.Data<CacheSet>(key, [&] { return FilledCaches(c, layers, bench.kernels.target); });
-  AttendOptions options;
+  Residence residence = KVMIX_RESIDENCE_AUTO;
   if (c.queries == 1) {
     const bool in_l2 = !c.context.cold && layer_bytes <= machine.caches.l2;
-    options.residence = in_l2 ? Residence::kL2 : Residence::kMemory;
+    residence = in_l2 ? KVMIX_RESIDENCE_L2 : KVMIX_RESIDENCE_MEMORY;
   }
   const Shape& shape = c.shape;
-  w.call = [set, options, shape, queries = c.queries, threads = c.threads, layers] {
+  w.call = [set, residence, shape, queries = c.queries, threads = c.threads, layers] {
     const RowsView q = RowsView::F16(set->q.data(), queries, shape.query_heads, shape.head_dim);
-    Require(Attend(set->cache, set->next, q, set->out.data(), options, threads));
+    Sight sight = set->cache.sight(set->next);
+    sight.residence = residence;
+    Require(Attend(set->cache, set->next, q, set->out.data(), sight, threads));
     set->next = (set->next + 1) % layers;
   };
   return w;

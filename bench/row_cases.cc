@@ -207,7 +207,7 @@ Workload PrepareAppend(const AppendKind& kind, const Shape& shape, std::size_t a
   const HeadCodec k = kind.shape ? ShapedCodec(v, shape.head_dim) : v;
   const Plan plan =
       UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, k, v);
-  Result<Cache> cache = Cache::Create(plan.model, plan, kAppendCapacity, {bench.kernels.target});
+  Result<Cache> cache = Cache::Create(plan, kAppendCapacity, {.target = bench.kernels.target});
   Workload w;
   if (!cache.ok()) {
     w.skip = cache.status().message();

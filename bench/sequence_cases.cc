@@ -78,7 +78,7 @@ Sequences MakeSequences(const Shape& shape, const Batch& b, bool share, const Po
   Sequences made;
   for (std::size_t i = 0; i < b.sequences; ++i) {
     if (i == 0 || !share || b.shared == 0) {
-      made.caches.push_back(Cache::Create(pool, b.shared + b.own));
+      made.caches.push_back(Require(Cache::Create(pool, b.shared + b.own)));
       rows.Fill(made.caches.back(), b.shared);
     } else {
       made.caches.push_back(Require(made.caches[0].Fork()));
@@ -138,8 +138,10 @@ struct CacheData {
 
 std::shared_ptr<CacheData> FullCaches(const Shape& shape, const char* target) {
   const Pool pool = MakePool(shape, target);
-  auto made = std::make_shared<CacheData>(CacheData{
-      Cache::Create(pool, kTokens + 1), Cache::Create(pool, kTokens + 1), Rows(shape), {}});
+  auto made = std::make_shared<CacheData>(CacheData{Require(Cache::Create(pool, kTokens + 1)),
+                                                    Require(Cache::Create(pool, kTokens + 1)),
+                                                    Rows(shape),
+                                                    {}});
   made->rows.Fill(made->cache, kTokens);
   made->rows.Fill(made->other, kTokens);
   made->cells.resize(kTokens);

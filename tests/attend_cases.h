@@ -26,6 +26,7 @@
 #include "kvmix/plan.h"
 #include "kvmix/quantize.h"
 #include "kvmix/version.h"
+#include "tests/attend_options.h"
 #include "tests/reference/attention.h"
 
 namespace kvmix::testing {
@@ -201,8 +202,7 @@ inline Plan MakePlan(const Geometry& g, const Rows& rows, const Names& k_codecs,
 // A cache with `rows` in every layer, for a target, "" for the best.
 inline Cache Filled(const Plan& plan, const Rows& rows, std::size_t capacity,
                     std::string_view target = {}) {
-  Result<Cache> cache =
-      Cache::Create(plan.model, plan, capacity, CacheOptions{std::string(target)});
+  Result<Cache> cache = Cache::Create(plan, capacity, {.target = std::string(target)});
   if (!cache.ok()) ADD_FAILURE() << cache.status().message();
   for (std::size_t layer = 0; layer < GeometryOf(plan.model).layers; ++layer) {
     const Status s = cache->Append(layer, KvView(GeometryOf(plan.model), rows.k),

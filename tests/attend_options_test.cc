@@ -533,7 +533,7 @@ TEST(AttendOptions, CallsOfAllShapesOneAfterTheOther) {
       OrderRunner runner;
       runner.before = [] { ADD_FAILURE(); };
       std::vector<float> out(m.q.size() + 1);
-      EXPECT_EQ(Attend(cache, 1, QView(m.g, m.q), out.data(), {}, runner).code(),
+      EXPECT_EQ(Attend(cache, 1, QView(m.g, m.q), out.data(), runner).code(),
                 ErrorCode::kInvalidArgument);
     }
   });
@@ -584,7 +584,7 @@ TEST(AttendOptions, BadArguments) {
     options.attention_scale = bad;
     EXPECT_EQ(attend(0, options), ErrorCode::kInvalidArgument) << "attention_scale " << bad;
   }
-  EXPECT_EQ(Attend(cache, 0, q, out.data(), {}, -1).code(), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(Attend(cache, 0, q, out.data(), -1).code(), ErrorCode::kInvalidArgument);
   const auto refused = [&](const RowsView& view, const std::string& text) {
     const Status s = Attend(cache, 0, view, out.data());
     EXPECT_EQ(s.code(), ErrorCode::kMismatch);
@@ -620,7 +620,7 @@ TEST(AttendOptions, NoAllocationAfterTheFirstCall) {
     const auto all = [&] {
       for (const std::size_t queries : {1, 50}) {
         ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data(), options).ok());
-        ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data(), {}, in_order).ok());
+        ASSERT_TRUE(Attend(cache, 0, q.Tokens(0, queries), out.data(), in_order).ok());
       }
     };
     all();

@@ -89,7 +89,7 @@ TEST(AttendBatch, HasTheBitsOfSingleCalls) {
       const Pool pool = c.MakePool(target);
       std::vector<Cache> caches;
       for (const std::size_t tokens : {2500, 1, 0, 300, 2049, 30}) {
-        caches.push_back(Cache::Create(pool, 2600));
+        caches.push_back(Cache::Create(pool, 2600).value());
         AppendToAll(caches.back(), tokens % 2 == 0 ? c.rows : c.others, 0, tokens);
       }
       ASSERT_TRUE(caches[3].Forget(0, 100).ok());
@@ -138,14 +138,14 @@ TEST(AttendBatch, SharedPrefixes) {
       const Pool pool = c.MakePool(target);
       std::vector<Cache> caches;
       for (std::size_t i = 0; i < 2; ++i) {  // a second group
-        caches.push_back(Cache::Create(pool, 4000));
+        caches.push_back(Cache::Create(pool, 4000).value());
         AppendToAll(caches.back(), i == 0 ? c.rows : c.others, 0, s.shared);
       }
       for (std::size_t i = 0; i < s.forks; ++i) {
         caches.push_back(std::move(*caches[i % 8 == 7].Fork()));
         AppendToAll(caches.back(), c.others, i, 1 + 37 * i % 290);
       }
-      caches.push_back(Cache::Create(pool, 4000));  // one that shares nothing
+      caches.push_back(Cache::Create(pool, 4000).value());  // one that shares nothing
       AppendToAll(caches.back(), c.rows, 0, 900);
       std::vector<Query> queries;
       for (std::size_t i = 0; i < caches.size(); ++i) {
@@ -178,7 +178,7 @@ TEST(AttendBatch, SharedPrefixes) {
 TEST(AttendBatch, ReadsASharedPrefixOnce) {
   const Case c(1000, 1);
   const Pool pool = c.MakePool();
-  Cache origin = Cache::Create(pool, 2000);
+  Cache origin = Cache::Create(pool, 2000).value();
   AppendToAll(origin, c.rows, 0, 768);
   std::vector<Cache> forks;
   std::vector<Query> queries;
@@ -189,14 +189,15 @@ TEST(AttendBatch, ReadsASharedPrefixOnce) {
     queries.emplace_back(forks.back(), 1, 1);
   }
   OrderRunner runner;
-  ASSERT_TRUE(Attend(Requests(queries), 0, {}, runner).ok());
+  ASSERT_TRUE(Attend(Requests(queries), 0, runner).ok());
   EXPECT_EQ(runner.parts, c.g.kv_heads * (1 + 20));
 }
 
 TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
   const Case c(300, 2);
   const Pool pool = c.MakePool(), other = c.MakePool();
-  Cache a = Cache::Create(pool, 400), b = Cache::Create(pool, 400), d = Cache::Create(other, 400);
+  Cache a = Cache::Create(pool, 400).value(), b = Cache::Create(pool, 400).value(),
+        d = Cache::Create(other, 400).value();
   AppendToAll(a, c.rows, 0, 300);
   AppendToAll(b, c.rows, 0, 200);
   std::vector<Query> queries = {{a, 1, 1}, {b, 1, 2}, {a, 2, 3}};
@@ -204,7 +205,7 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
                            const std::vector<std::string>& parts) {
     OrderRunner runner;
     runner.before = [] { ADD_FAILURE(); };
-    ExpectError(Attend(requests, 0, {}, runner), code, parts);
+    ExpectError(Attend(requests, 0, runner), code, parts);
     for (const Query& q : queries) EXPECT_EQ(q.out, std::vector<float>(q.out.size(), -7.0f));
   };
   std::vector<AttendRequest> requests = Requests(queries);
@@ -217,10 +218,10 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
   requests[1].cache = nullptr;
   refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3"});
   requests = Requests(queries);
-  b.Release();
+  Release(b);
   refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3", "released"});
   EXPECT_TRUE(Attend(std::span<const AttendRequest>(), 0).ok());
-  ExpectError(Attend(requests, 0, {}, -1), ErrorCode::kInvalidArgument, {"-1"});
+  ExpectError(Attend(requests, 0, -1), ErrorCode::kInvalidArgument, {"-1"});
 }
 
 TEST(AppendBatch, HasTheBytesOfSingleCalls) {
@@ -230,7 +231,7 @@ TEST(AppendBatch, HasTheBytesOfSingleCalls) {
     std::vector<Cache> caches, expected;
     constexpr std::size_t kHeld[] = {0, 255, 256, 300, 1100, 300}, kNew[] = {1, 1, 5, 1, 300, 0};
     for (std::size_t i = 0; i < 6; ++i) {
-      caches.push_back(Cache::Create(pool, 2000));
+      caches.push_back(Cache::Create(pool, 2000).value());
       AppendToAll(caches.back(), c.rows, 0, kHeld[i]);
       expected.push_back(Filled(c.plan, {}, 1500));
       AppendToAll(expected.back(), c.rows, 0, kHeld[i]);
@@ -273,7 +274,7 @@ TEST(AppendBatch, CutsALongRequestIntoParts) {
     std::vector<Cache> caches;
     std::vector<AppendRequest> requests;
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      caches.push_back(Cache::Create(pool, 2000));
+      caches.push_back(Cache::Create(pool, 2000).value());
       AppendToAll(caches.back(), c.rows, 0, 300);
     }
     for (std::size_t i = 0; i < expected.size(); ++i) {
@@ -304,7 +305,7 @@ TEST(MergeOutputs, OfTwoCachesIsThatOfOne) {
     for (const std::size_t first : {1, 256, 700, 1399}) {
       for (const bool with_sinks : {false, true}) {
         const Pool pool = c.MakePool(target);
-        Cache a = Cache::Create(pool, 1400), b = Cache::Create(pool, 1400);
+        Cache a = Cache::Create(pool, 1400).value(), b = Cache::Create(pool, 1400).value();
         AppendToAll(a, c.rows, 0, first);
         AppendToAll(b, c.rows, first, 1400 - first);
         const Cache whole = Filled(c.plan, c.rows, 1400, target);

@@ -20,6 +20,7 @@
 #include "kvmix/tune/dump.h"
 #include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
+#include "tests/attend_options.h"
 
 namespace kvmix {
 namespace {
@@ -118,7 +119,7 @@ Plan MixedPlan(std::span<const char* const> names, std::size_t group, std::size_
 // In pieces: one token, some, many.
 Cache Filled(const Plan& plan, std::size_t tokens, std::string_view target) {
   const Geometry g = plan.model.geometry().value();
-  Cache cache = std::move(Cache::Create(g, plan, tokens, {std::string(target)}).value());
+  Cache cache = std::move(Cache::Create(plan, tokens, {.target = std::string(target)}).value());
   const std::vector<Half> k = Rows(tokens, g.kv_heads, g.head_dim, 1),
                           v = Rows(tokens, g.kv_heads, g.head_dim, 2);
   const RowsView all_k = RowsView::F16(k.data(), tokens, g.kv_heads, g.head_dim),

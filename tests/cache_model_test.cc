@@ -107,7 +107,7 @@ class Machine {
   }
 
   void Renew(Slot& slot) {
-    slot.cache.emplace(Cache::Create(pool_, s_.capacity));
+    slot.cache.emplace(Cache::Create(pool_, s_.capacity).value());
     LayerModel empty;
     empty.written.resize(s_.capacity);
     for (const HeadRows& head : coded_) {
@@ -147,7 +147,7 @@ class Machine {
   // explain.
   bool Done(const Status& s, std::size_t tokens = 1 << 20) {
     if (s.ok()) return true;
-    EXPECT_EQ(s.code(), ErrorCode::kOutOfMemory) << s.message();
+    EXPECT_EQ(s.code(), ErrorCode::kPoolFull) << s.message();
     EXPECT_NE(s.message().find("no page"), std::string::npos) << s.message();
     const std::size_t most_pages = tokens / 256 + 2;
     EXPECT_GT(pool_.bytes() + most_pages * run_bytes_, pool_.most_bytes())
@@ -203,7 +203,7 @@ class Machine {
     const std::vector<std::size_t> from = FromBank(Some());
     const Status s = AppendTokens(*slot.cache, layer, Gather(from), 0, from.size());
     if (from.size() > s_.capacity - model.tokens) {
-      EXPECT_EQ(s.code(), ErrorCode::kOutOfMemory);
+      EXPECT_EQ(s.code(), ErrorCode::kPastCapacity);
     } else if (Done(s, from.size())) {
       for (const std::size_t t : from) Write(model, model.tokens, t);
     }
@@ -366,7 +366,7 @@ class Machine {
 
   // A cache of its own that holds the model's rows, and zeros where nothing was written.
   Cache Fresh(const LayerModel& model, std::size_t layer) const {
-    Cache cache = std::move(*Cache::Create(s_.g, plan_, s_.capacity));
+    Cache cache = std::move(*Cache::Create(plan_, s_.capacity));
     LayerRows rows = model.rows;
     for (std::size_t i = 0; i < rows.size(); ++i) {
       const std::size_t bytes = RowBytes(coded_[i]);

@@ -127,23 +127,21 @@ void Damage(std::vector<Half>& x) {
 // ---- Create
 
 TEST(CacheCreate, RefusesPlansThatAreInvalidOrOfAnotherModel) {
-  const Geometry g{2, 2, 4, 16}, other{3, 2, 4, 16};
+  const Geometry g{2, 2, 4, 16};
   const Plan good = UniformPlan(g, {}, {});
   Plan plan = good;
   plan.codecs.pop_back();
-  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Cache::Create(plan, 8).status(), ErrorCode::kInvalidArgument,
               {"expected 8", "found 7"});
   plan = good;
   plan.codec(1, 0, KVMIX_V) = {{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}};  // without its scale
-  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Cache::Create(plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 1, KV head 0, V"});
   plan = good;
   plan.codec(0, 1, KVMIX_K).vectors = std::make_shared<const CodecVectors>(
       CodecVectors{std::vector<float>(16, 1.0f), {}});  // fp16 is not centred
-  ExpectError(Cache::Create(g, plan, 8).status(), ErrorCode::kInvalidArgument,
+  ExpectError(Cache::Create(plan, 8).status(), ErrorCode::kInvalidArgument,
               {"layer 0, KV head 1, K", "mean"});
-  ExpectError(Cache::Create(other, good, 8).status(), ErrorCode::kMismatch,
-              {ToString(g), ToString(other)});
 }
 
 TEST(CacheCreate, ForATargetByItsName) {
@@ -158,7 +156,8 @@ TEST(CacheCreate, ForATargetByItsName) {
   for (const std::string unknown : {"AVX9", "avx2", "AVX2 "}) {
     std::vector<std::string> parts = names;
     parts.push_back("\"" + unknown + "\"");
-    ExpectError(Cache::Create(g, plan, 8, {unknown}).status(), ErrorCode::kInvalidArgument, parts);
+    ExpectError(Cache::Create(plan, 8, {.target = unknown}).status(), ErrorCode::kInvalidArgument,
+                parts);
   }
 }
 
@@ -169,8 +168,8 @@ TEST(CacheCreate, RefusesMoreThanThereIsMemory) {
         std::numeric_limits<std::size_t>::max() - 1, std::numeric_limits<std::size_t>::max()}) {
     for (const char* codec : {"f16", "i8-token"}) {
       const HeadCodec c = MakeCodec(codec, g, {}, 0);
-      ExpectError(Cache::Create(g, UniformPlan(g, c, c), capacity).status(),
-                  ErrorCode::kOutOfMemory, {std::to_string(capacity), ToString(g), "GiB"});
+      ExpectError(Cache::Create(UniformPlan(g, c, c), capacity).status(), ErrorCode::kOutOfMemory,
+                  {std::to_string(capacity), ToString(g), "GiB"});
     }
   }
 }
@@ -183,7 +182,7 @@ TEST(CacheCreate, CapacityZeroHoldsNothing) {
   const Rows rows = RandomRows(g, 1, 1);
   const RowsView nothing = RowsView::F16(nullptr, 0, g.kv_heads, g.head_dim);
   EXPECT_TRUE(cache.Append(0, nothing, nothing).ok());
-  ExpectError(AppendTokens(cache, 0, rows, 0, 1), ErrorCode::kOutOfMemory, {"0 of 0"});
+  ExpectError(AppendTokens(cache, 0, rows, 0, 1), ErrorCode::kPastCapacity, {"0 of 0"});
   EXPECT_TRUE(cache.Truncate(0).ok());
   EXPECT_EQ(Attended(cache, 0, RandomQueries(g, 2, 2)),
             std::vector<float>(2 * g.query_heads * g.head_dim, 0.0f));
@@ -493,7 +492,7 @@ TEST(CacheAppend, RefusedCallsRunNoParts) {
   ExpectError(append(1, prompt.k(), prompt.v()), ErrorCode::kInvalidArgument,
               {"layer 1", "1 layers"});
   const RowsView all = KvView(prompt.g, prompt.rows.k);
-  ExpectError(append(0, all, all), ErrorCode::kOutOfMemory, {"100 of 2200", "2200 more"});
+  ExpectError(append(0, all, all), ErrorCode::kPastCapacity, {"100 of 2200", "2200 more"});
   ExpectError(append(0, prompt.k(), prompt.v().Tokens(0, 2099)), ErrorCode::kMismatch,
               {"V", "2100", "2099"});
   EXPECT_EQ(cache.tokens(0), prompt.held);
@@ -513,18 +512,17 @@ TEST(CacheRefuses, ToGrowPastItsCapacity) {
     const std::vector<float> attended = Attended(cache, 0, q);
     const std::uint64_t saturated = cache.saturated();
     for (const std::size_t tokens :
-         {std::size_t{51}, std::size_t{60}, std::numeric_limits<std::size_t>::max(),
-          std::numeric_limits<std::size_t>::max() - 99}) {
+         {std::size_t{51}, std::size_t{60}, std::size_t{1} << 40, std::size_t{1} << 50}) {
       for (const int threads : {1, 2}) {
         ExpectError(
             cache.Append(0, RowsView::F16(more.k.data(), tokens, g.kv_heads, g.head_dim),
                          RowsView::F16(more.v.data(), tokens, g.kv_heads, g.head_dim), threads),
-            ErrorCode::kOutOfMemory, {"100 of 150", std::to_string(tokens)});
+            ErrorCode::kPastCapacity, {"100 of 150", std::to_string(tokens)});
       }
     }
     ExpectError(AppendTokens(cache, 2, more, 0, 1), ErrorCode::kInvalidArgument,
                 {"layer 2", "2 layers"});
-    ExpectError(Import(cache, 0, Reference(plan, more)), ErrorCode::kOutOfMemory,
+    ExpectError(Import(cache, 0, Reference(plan, more)), ErrorCode::kPastCapacity,
                 {"100 of 150", "60"});
     ExpectError(Import(cache, 7, Reference(plan, more)), ErrorCode::kInvalidArgument, {"layer 7"});
     EXPECT_EQ(cache.tokens(0), 100u);
@@ -716,9 +714,9 @@ void ExpectSameFromAnywhere(const Geometry& g, const Rows& rows, const Names& k,
   ForAllTargets([&](std::string_view target) {
     const Cache cache = Filled(plan, rows, 800, target);
     for (const float cap : {0.0f, 30.0f}) {
-      AttendOptions options{.soft_cap = cap, .residence = Residence::kL2};
+      AttendOptions options{.soft_cap = cap, .residence = KVMIX_RESIDENCE_L2};
       const std::vector<float> from_l2 = Attended(cache, 0, q, options);
-      for (const Residence residence : {Residence::kMemory, Residence::kAuto}) {
+      for (const Residence residence : {KVMIX_RESIDENCE_MEMORY, KVMIX_RESIDENCE_AUTO}) {
         options.residence = residence;
         EXPECT_EQ(Attended(cache, 0, q, options), from_l2)
             << ToString(g) << ", " << queries << " queries, cap " << cap;

@@ -622,7 +622,7 @@ TEST(Mask, HidesBelowMinus4e29) {
         const HeadCodec codec{ParseCodecKind(name).value()};
         Plan plan = UniformPlan(g, codec, codec);
         plan.exact_first = exact;
-        Cache cache = std::move(*Cache::Create(plan.model, plan, 600, {std::string(target)}));
+        Cache cache = std::move(*Cache::Create(plan, 600, {.target = std::string(target)}));
         ASSERT_TRUE(cache.Append(0, View(x, 1, 64), View(x, 1, 64)).ok());
         for (const float number : {-1e8f, -1e9f, -1e29f, -4e29f, -4.01e29f, -4.2e29f, -1e30f}) {
           const std::vector<float> mask(600, number);

@@ -224,11 +224,11 @@ struct Engine {
       const AttendRequest same{&cache, r.q, o.expected[i].data(), nullptr, r.mask};
       EXPECT_TRUE(kvmix::Attend({&same, 1}, 0, options).ok());
     }
-    o.status = mirror.Attend(requests, {}, 1);
+    o.status = mirror.Attend(requests, mirror.sight(), 1);
     return o;
   }
   Cache Expected(std::size_t stream) {
-    Cache cache = Cache::Create(Pool::Create(ThePlan()).value(), cells);
+    Cache cache = Cache::Create(Pool::Create(ThePlan()).value(), cells).value();
     for (std::size_t c = 0; c < cells; ++c) {
       const std::size_t at = stream * cells + c;
       if (!held[at]) continue;

@@ -270,7 +270,7 @@ TEST(Mirror, Refusals) {
                   out.data(),  {zeros.data(), KVMIX_F16, 1, 65, 65},
                   seen.data(), rows,
                   rows};
-  const auto attend = [&] { return e.mirror.Attend({&r, 1}, {}, 1); };
+  const auto attend = [&] { return e.mirror.Attend({&r, 1}, e.mirror.sight(), 1); };
   ExpectError(attend(), ErrorCode::kInvalidArgument, {"65", "64"});
   r.stream = 2;
   r.mask.cells = 1;
@@ -293,10 +293,10 @@ TEST(Mirror, FullPool) {
   e.Write({4999, 3});
   e.ExpectOwn({3});
   for (int i = 0; i < 3; ++i) {
-    EXPECT_EQ(e.Attend({{0, {{3, 4999}}}}).status.code(), ErrorCode::kOutOfMemory);
+    EXPECT_EQ(e.Attend({{0, {{3, 4999}}}}).status.code(), ErrorCode::kPoolFull);
   }
   e.Change({5});
-  EXPECT_EQ(e.Attend({{0, {{5, 4999}}}}).status.code(), ErrorCode::kOutOfMemory);
+  EXPECT_EQ(e.Attend({{0, {{5, 4999}}}}).status.code(), ErrorCode::kPoolFull);
   e.Expect({{0, {Iota(0, 20)}}});
 }
 
@@ -369,7 +369,7 @@ TEST(MirrorAlone, LostRows) {
   Engine e(Type::kF16, 1, 5000, {.pool = {.bytes = most.mirror.bytes()}, .alone = true});
   e.Write({0, 4999});
   for (int i = 0; i < 2; ++i) {
-    EXPECT_EQ(e.Attend({{0, {{0}}}}).status.code(), ErrorCode::kOutOfMemory);
+    EXPECT_EQ(e.Attend({{0, {{0}}}}).status.code(), ErrorCode::kPoolFull);
   }
   e.Empty(0);
   e.mirror.Changed(0, 5000);

@@ -47,7 +47,7 @@ TEST(Fork, BothGoOnAsIfAlone) {
     for (const std::size_t more : {1, 2, 300}) {
       SCOPED_TRACE(::testing::Message() << common << " tokens in common, " << more << " more");
       const Pool pool = c.MakePool();
-      Cache a = Cache::Create(pool, 4000), alone = c.Fresh(), other = c.Fresh();
+      Cache a = Cache::Create(pool, 4000).value(), alone = c.Fresh(), other = c.Fresh();
       AppendToAll(a, c.rows, 0, common);
       const std::size_t bytes = pool.bytes();
       Cache b = std::move(*a.Fork());
@@ -72,7 +72,7 @@ TEST(Fork, WritesStayOnOneSide) {
     for (const std::size_t kept : {1500, 1100, 300, 100}) {
       SCOPED_TRACE(::testing::Message() << "origin writes: " << origin_writes << ", " << kept);
       const Pool pool = c.MakePool();
-      Cache a = Cache::Create(pool, 2000), untouched = c.Fresh(), written = c.Fresh();
+      Cache a = Cache::Create(pool, 2000).value(), untouched = c.Fresh(), written = c.Fresh();
       AppendToAll(a, c.rows, 0, 1500);
       AppendToAll(untouched, c.rows, 0, 1500);
       Cache b = std::move(*a.Fork());
@@ -84,7 +84,7 @@ TEST(Fork, WritesStayOnOneSide) {
       ExpectSame(origin_writes ? b : a, untouched);
       ExpectSame(writer, written);
       // And what is left is whole after the other has gone.
-      (origin_writes ? b : a).Release();
+      Release(origin_writes ? b : a);
       ExpectSame(writer, written);
     }
   }
@@ -93,7 +93,7 @@ TEST(Fork, WritesStayOnOneSide) {
 TEST(Fork, CostsAPageOfEachLayerWhenWritten) {
   const Case c(600);
   const Pool pool = c.MakePool();
-  Cache a = Cache::Create(pool, 1000);
+  Cache a = Cache::Create(pool, 1000).value();
   AppendToAll(a, c.rows, 0, 1);
   const std::size_t page = pool.bytes() / c.g.layers;
   AppendToAll(a, c.rows, 1, 599);  // three pages of each layer
@@ -108,7 +108,7 @@ TEST(Fork, CostsAPageOfEachLayerWhenWritten) {
     ASSERT_TRUE(AppendTokens(forks[i], 0, c.rows, i, 1).ok());
     EXPECT_EQ(pool.bytes(), full + (i + 1) * page) << "copied again";
   }
-  a.Release();
+  Release(a);
   EXPECT_EQ(pool.bytes(), full + 4 * page) << "a page that only the origin had";
   forks.clear();
   EXPECT_EQ(pool.bytes(), 0u);
@@ -117,10 +117,10 @@ TEST(Fork, CostsAPageOfEachLayerWhenWritten) {
 TEST(Release, RefusesEveryCallAfterwards) {
   const Case c(10);
   const Pool pool = c.MakePool();
-  Cache a = Cache::Create(pool, 100);
+  Cache a = Cache::Create(pool, 100).value();
   AppendToAll(a, c.rows, 0, 10);
   const Cache other = std::move(*a.Fork());
-  a.Release();
+  Release(a);
   EXPECT_GT(pool.bytes(), 0u);
   const auto refused = [](const Status& s) {
     ExpectError(s, ErrorCode::kInvalidArgument, {"released"});
@@ -146,7 +146,7 @@ TEST(Release, RefusesEveryCallAfterwards) {
   ExpectError(Append({&request, 1}, 0), ErrorCode::kInvalidArgument,
               {"request 0 of 1", "released"});
   EXPECT_EQ(out, std::vector<float>(q.size(), -7.0f));
-  a.Release();
+  Release(a);
   a = std::move(*other.Fork());  // a handle can be used again
   ExpectSame(a, other);
 }
@@ -158,20 +158,21 @@ TEST(FullPool, RefusesAndLeavesEverythingAsItWas) {
   std::size_t page = 0;
   {
     const Pool probe = c.MakePool();
-    Cache one = Cache::Create(probe, 1);
+    Cache one = Cache::Create(probe, 1).value();
     ASSERT_TRUE(AppendTokens(one, 0, c.rows, 0, 1).ok());
     page = probe.bytes();
   }
   const Pool pool = c.MakePool(6 * page);
   EXPECT_EQ(pool.most_bytes(), 6 * page);
-  Cache a = Cache::Create(pool, 4000), b = Cache::Create(pool, 4000), expected = c.Fresh();
+  Cache a = Cache::Create(pool, 4000).value(), b = Cache::Create(pool, 4000).value(),
+        expected = c.Fresh();
   AppendToAll(a, c.rows, 0, 500);  // four pages
   AppendToAll(b, c.rows, 0, 100);  // two
   AppendToAll(expected, c.rows, 0, 500);
   EXPECT_EQ(pool.bytes(), 6 * page);
   const Cache fork = std::move(*a.Fork());  // for which no page is needed
   const auto full = [&](const Status& s) {
-    ExpectError(s, ErrorCode::kOutOfMemory, {"layer 0", std::to_string(6 * page)});
+    ExpectError(s, ErrorCode::kPoolFull, {"layer 0", std::to_string(6 * page)});
     EXPECT_EQ(pool.bytes(), 6 * page);
     ExpectSame(a, expected);
     ExpectSame(fork, expected);
@@ -185,24 +186,24 @@ TEST(FullPool, RefusesAndLeavesEverythingAsItWas) {
   const Rope rope;
   full(a.Shift(100, 50, {&rope, 1}));
   // A batch whose first part there would be room for.
-  b.Release();
-  b = Cache::Create(pool, 4000);
-  Cache d = Cache::Create(pool, 4000);
+  Release(b);
+  b = Cache::Create(pool, 4000).value();
+  Cache d = Cache::Create(pool, 4000).value();
   EXPECT_EQ(pool.bytes(), 4 * page);
   const RowsView k = KvView(c.g, c.rows.k), v = KvView(c.g, c.rows.v);
   const AppendRequest batch[] = {{&b, k.Tokens(0, 300), v.Tokens(0, 300)},
                                  {&d, k.Tokens(0, 1), v.Tokens(0, 1)}};
-  ExpectError(Append(batch, 0), ErrorCode::kOutOfMemory, {"request 1 of 2", "layer 0"});
+  ExpectError(Append(batch, 0), ErrorCode::kPoolFull, {"request 1 of 2", "layer 0"});
   const AppendRequest twice[] = {batch[1], {&b, k.Tokens(0, 1), v.Tokens(0, 1)}, batch[1]};
   ExpectError(Append(twice, 0), ErrorCode::kInvalidArgument, {"request 2 of 3", "request 0"});
   EXPECT_EQ(d.tokens(0), 0u);
   EXPECT_EQ(b.tokens(0), 0u);
   EXPECT_EQ(pool.bytes(), 4 * page) << "what the first request got goes back";
   // There is room again once somebody has left.
-  a.Release();
+  Release(a);
   EXPECT_EQ(pool.bytes(), 4 * page) << "the fork has the pages";
   EXPECT_TRUE(AppendTokens(b, 0, c.rows, 0, 300).ok());
-  b.Release();
+  Release(b);
   Cache e = std::move(*fork.Fork());
   AppendToAll(e, c.rows, 500, 12);
   AppendToAll(expected, c.rows, 500, 12);
@@ -217,12 +218,12 @@ TEST(Pool, Beside) {
   ASSERT_TRUE(first.ok());
   Pool second = Pool::Create(other, {.beside = &*first}).value();
   EXPECT_EQ(second.most_bytes(), first->most_bytes());
-  Cache a = Cache::Create(*first, 600);
+  Cache a = Cache::Create(*first, 600).value();
   const Cache expected = Filled(c.plan, c.rows, 600);
   AppendToAll(a, c.rows, 0, 600);
   const std::size_t bytes = first->bytes();
   EXPECT_EQ(second.bytes(), bytes);
-  Cache b = Cache::Create(second, std::size_t{1} << 30);
+  Cache b = Cache::Create(second, std::size_t{1} << 30).value();
   const std::vector<float> rows(64 * 256, 1.0f);
   const RowsView view = RowsView::F32(rows.data(), 256, 1, 64);
   ASSERT_TRUE(b.Append(0, view, view).ok());
@@ -230,9 +231,9 @@ TEST(Pool, Beside) {
   first = Status(ErrorCode::kNotFound, "");  // the memory stays as long as anybody has some
   Status s;
   while (s.ok()) s = b.Append(0, view, view);
-  EXPECT_EQ(s.code(), ErrorCode::kOutOfMemory);
+  EXPECT_EQ(s.code(), ErrorCode::kPoolFull);
   ExpectSame(a, expected);
-  b.Release();
+  Release(b);
   EXPECT_EQ(second.bytes(), bytes);
   ExpectSame(a, expected);
 }
@@ -250,7 +251,7 @@ TEST(Memory, GoesBack) {
   const Pool pool = c.MakePool();
   constexpr std::size_t kTokens = (1 << 15) - 48;  // not whole blocks
   const auto fill = [&] {
-    Cache cache = Cache::Create(pool, kTokens);
+    Cache cache = Cache::Create(pool, kTokens).value();
     for (std::size_t t = 0; t < kTokens; t += 2048) {
       AppendToAll(cache, c.rows, 0, std::min<std::size_t>(2048, kTokens - t));
     }
@@ -266,7 +267,7 @@ TEST(Memory, GoesBack) {
     EXPECT_GT(used, std::size_t{30} << 20);
     EXPECT_GT(ResidentBytes(), before + used * 3 / 4);
     for (Cache& cache : caches) {
-      if (how[0] == 'r') cache.Release();
+      if (how[0] == 'r') Release(cache);
       if (how[0] == 't') {
         ASSERT_TRUE(cache.Truncate(0).ok());
       }
@@ -284,7 +285,7 @@ TEST(Memory, GoesBack) {
 TEST(Memory, IsTakenByManyThreads) {
   const Case c(700);
   const Pool pool = c.MakePool();
-  Cache origin = Cache::Create(pool, 1000), expected = c.Fresh();
+  Cache origin = Cache::Create(pool, 1000).value(), expected = c.Fresh();
   AppendToAll(origin, c.rows, 0, 300);
   AppendToAll(expected, c.rows, 0, 700);
   std::vector<std::thread> threads;
@@ -323,7 +324,7 @@ TEST(Store, InAnyOrderHasTheBytesOfAppend) {
                        order.begin() + static_cast<std::ptrdiff_t>(other));
     }
     const Pool pool = c.MakePool();
-    Cache cache = Cache::Create(pool, 2000);
+    Cache cache = Cache::Create(pool, 2000).value();
     const std::size_t row = c.g.kv_heads * c.g.head_dim;
     for (std::size_t at = 0; at < order.size();) {
       const std::size_t n = std::min<std::size_t>(1 + rng() % 90, order.size() - at);
@@ -347,7 +348,7 @@ TEST(Store, InAnyOrderHasTheBytesOfAppend) {
 TEST(Store, WritesCellsAgain) {
   const Case c(600);
   const Pool pool = c.MakePool();
-  Cache cache = Cache::Create(pool, 2000), expected = c.Fresh();
+  Cache cache = Cache::Create(pool, 2000).value(), expected = c.Fresh();
   AppendToAll(cache, c.rows, 0, 600);
   Cache fork = std::move(*cache.Fork());
   AppendToAll(expected, c.rows, 0, 600);
@@ -440,7 +441,7 @@ TEST(Forget, AndTruncate) {
 TEST(Truncate, RollsDraftsBack) {
   const Case c(1100);
   const Pool pool = c.MakePool();
-  Cache cache = Cache::Create(pool, 2000), expected = c.Fresh();
+  Cache cache = Cache::Create(pool, 2000).value(), expected = c.Fresh();
   std::mt19937 rng(5);
   std::size_t accepted = 0;
   AppendToAll(cache, c.rows, 0, accepted = 240);

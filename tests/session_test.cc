@@ -182,7 +182,7 @@ TEST(Session, StreamsThatThrow) {
 TEST(Session, OfForksAndOverThem) {
   const Case c(700);
   const Pool pool = Pool::Create(c.plan).value();
-  Cache origin = Cache::Create(pool, 1000);
+  Cache origin = Cache::Create(pool, 1000).value();
   AppendToAll(origin, c.rows, 0, 700);
   Cache fork = std::move(*origin.Fork());
   ASSERT_TRUE(fork.Truncate(300).ok());
@@ -248,7 +248,7 @@ TEST(SessionDamage, EveryByteAndEveryLength) {
 TEST(SessionDamage, NumbersOfTokensBeyondMemory) {
   const Case c(5, 4);
   const Pool pool = Pool::Create(c.plan, {.bytes = 1 << 20}).value();
-  Cache cache = Cache::Create(pool, std::numeric_limits<std::size_t>::max());
+  Cache cache = Cache::Create(pool, std::numeric_limits<std::size_t>::max()).value();
   AppendToAll(cache, c.rows, 0, 5);
   const std::string good = Saved(cache);
   const std::size_t at = 8 + 4 + 8 + 4 + std::string("a-model").size() + 8;  // forgotten, tokens
@@ -281,7 +281,7 @@ TEST(SessionDamage, OtherPlansVersionsAndSizes) {
   ExpectError(Load(of_other, good), ErrorCode::kMismatch, {"a-model", "another-model"});
   ExpectSame(of_other, before);
   Cache small = Filled(c.plan, {}, 299);
-  ExpectError(Load(small, good), ErrorCode::kOutOfMemory, {"layer 0", "300", "299"});
+  ExpectError(Load(small, good), ErrorCode::kPastCapacity, {"layer 0", "300", "299"});
   std::string newer = good;
   newer[8] = 2;
   Cache same = Filled(c.plan, {}, 400);
@@ -289,7 +289,7 @@ TEST(SessionDamage, OtherPlansVersionsAndSizes) {
   ExpectError(Load(same, "{\"a\": \"JSON\"}, not a session"), ErrorCode::kCorrupt,
               {"expected a kvmix session"});
   EXPECT_EQ(same.tokens(0), 0u);
-  same.Release();
+  Release(same);
   ExpectError(Load(same, good), ErrorCode::kInvalidArgument, {"released"});
   ExpectError(LoadSession(same, "nowhere"), ErrorCode::kIo, {"nowhere"});
   std::ostringstream out;
@@ -301,9 +301,9 @@ TEST(SessionDamage, AFullPool) {
   const std::string good = Saved(Filled(c.plan, c.rows, 700));
   const std::size_t bytes = Filled(c.plan, c.rows, 700).bytes();
   const Pool pool = Pool::Create(c.plan, {.bytes = 2 * bytes - 1}).value();
-  Cache cache = Cache::Create(pool, 700);
+  Cache cache = Cache::Create(pool, 700).value();
   AppendToAll(cache, c.others, 0, 600);
-  ExpectError(Load(cache, good), ErrorCode::kOutOfMemory, {"pool"});
+  ExpectError(Load(cache, good), ErrorCode::kPoolFull, {"pool"});
   EXPECT_EQ(pool.bytes(), bytes);
   ExpectSame(cache, Filled(c.plan, c.others, 700));
   ASSERT_TRUE(cache.Truncate(0).ok());
@@ -361,7 +361,7 @@ TEST(SessionFile, LeavesNothingBehindWhereItCannotWrite) {
   ExpectError(SaveSession(cache, taken), ErrorCode::kIo, {taken});
   EXPECT_EQ(FilesIn(directory), 1u);
   Cache released = Filled(c.plan, {}, 1);
-  released.Release();
+  Release(released);
   Write(directory + "/kept", "kept");
   ExpectError(SaveSession(released, directory + "/kept"), ErrorCode::kInvalidArgument,
               {"released"});

@@ -247,7 +247,7 @@ TEST(Shift, ForksStayAsTheyWere) {
   const Case c(1400, 16);
   const Rope rope;
   const Pool pool = Pool::Create(c.plan).value();
-  Cache origin = Cache::Create(pool, 1500);
+  Cache origin = Cache::Create(pool, 1500).value();
   AppendToAll(origin, c.rows, 0, 1400);
   const LayerRows before = Export(origin, 1);
   Cache fork = std::move(*origin.Fork()), alone = Filled(c.plan, c.rows, 1500);

@@ -29,8 +29,8 @@ struct Case {
   Cache Windowed(std::size_t window, std::string_view target = {}, std::size_t rollback = 0) const {
     Plan windowed = plan;
     windowed.model.layers[0].window = window;
-    Result<Cache> cache = Cache::Create(windowed.model, windowed, 8000,
-                                        {.target = std::string(target), .rollback = rollback});
+    Result<Cache> cache =
+        Cache::Create(windowed, 8000, {.target = std::string(target), .rollback = rollback});
     EXPECT_TRUE(cache.ok()) << cache.status().message();
     return std::move(*cache);
   }

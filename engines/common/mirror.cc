@@ -271,7 +271,7 @@ Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t
   auto impl = std::make_unique<Impl>(*pool);
   const std::size_t compared = options.alone ? 0 : cells;
   for (std::size_t i = 0; i < streams; ++i) {
-    impl->streams.push_back({Cache::Create(*pool, cells),
+    impl->streams.push_back({Cache::Create(*pool, cells).value(),
                              std::vector<Stream::State>(cells),
                              {},
                              std::vector<std::uint64_t>(compared),
@@ -319,7 +319,7 @@ Status Mirror::Write(Tensor tensor, std::span<const std::int64_t> cells, const R
   return {};
 }
 
-Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
+Status Mirror::Attend(std::span<const MirrorRequest> requests, const Sight& sight,
                       const Runner& runner) {
   impl_->StorePending();
   if (!impl_->lost.ok()) return impl_->lost;
@@ -337,8 +337,8 @@ Status Mirror::Attend(std::span<const MirrorRequest> requests, const AttendOptio
     if (Status s = impl_->Follow(r); !s.ok()) return s;
     impl_->requests.push_back({&impl_->streams[r.stream].cache, r.q, r.out, nullptr, r.mask});
   }
-  AttendOptions by_mask = options;
-  by_mask.causal = false;
+  Sight by_mask = sight;
+  by_mask.causal = 0;
   return kvmix::Attend(impl_->requests, 0, by_mask, runner);
 }
 
@@ -349,9 +349,9 @@ bool Mirror::Holds(std::size_t cell) {
 
 void Mirror::Decode(Tensor tensor, std::size_t first, std::size_t count, float* rows) {
   impl_->StorePending();
-  // Cells that are held can always be decoded.
-  static_cast<void>(impl_->streams[first / impl_->cells].cache.Decode(
-      0, tensor, first % impl_->cells, count, rows));
+  const Status s = impl_->streams[first / impl_->cells].cache.Decode(
+      0, tensor, first % impl_->cells, count, rows);
+  if (!s.ok()) internal::WrongResult(s);
 }
 
 void Mirror::Changed(std::size_t first, std::size_t count) {
@@ -370,6 +370,7 @@ void Mirror::Changed(std::size_t first, std::size_t count) {
 
 const Pool& Mirror::pool() const { return impl_->pool; }
 const LayerShape& Mirror::shape() const { return impl_->shape; }
+Sight Mirror::sight() const { return impl_->streams[0].cache.sight(0); }
 const MirrorCounts& Mirror::counts() const { return impl_->counts; }
 std::size_t Mirror::bytes() const {
   std::size_t sum = 0;

@@ -76,9 +76,8 @@ class Mirror {
   // rows of another shape, cells that are none; nothing is written then.
   Status Write(Tensor tensor, std::span<const std::int64_t> cells, const RowsView& rows);
   // Attention of all requests, after the cells that they see are as the engine has them. A mirror
-  // that is alone reads rows of all of the streams' cells. kOutOfMemory: a pool that is full.
-  Status Attend(std::span<const MirrorRequest> requests, const AttendOptions& options,
-                const Runner& runner);
+  // that is alone reads rows of all of the streams' cells. kPoolFull: a pool that is full.
+  Status Attend(std::span<const MirrorRequest> requests, const Sight& sight, const Runner& runner);
 
   // The engine's rows of these cells, counted over all streams, are now what the cells hold: for
   // writes that are told late, and without numbers. All cells: the codes' memory goes back.
@@ -91,6 +90,7 @@ class Mirror {
 
   const Pool& pool() const;  // for mirrors of other layers to be beside
   const LayerShape& shape() const;
+  Sight sight() const;  // the layer's own
   const MirrorCounts& counts() const;
   std::size_t bytes() const;  // of the codes
 

@@ -126,8 +126,8 @@ Status Context::Write(const ggml_tensor* op) {
 // What the requests see, with the rows that were written before them, stream by stream.
 Status Context::AddToDump(const Attention& a) {
   LayerShape shape = a.shape;
-  shape.attention_scale = a.options.attention_scale;
-  shape.soft_cap = a.options.soft_cap;
+  shape.attention_scale = a.sight.scale;
+  shape.soft_cap = a.sight.soft_cap;
   const auto view = [&](const NewRows& rows, std::size_t dim, std::size_t request) {
     const std::size_t heads = shape.kv_heads, n = rows.size() / heads / dim / requests_.size();
     return RowsView::F32(rows.data() + request * n * heads * dim, n, heads, dim);
@@ -179,7 +179,7 @@ Status Context::Attend(const Attention& a) {
       dump_.reset();
     }
   }
-  const Status s = (*mirror)->Attend(requests_, a.options, threads_);
+  const Status s = (*mirror)->Attend(requests_, a.sight, threads_);
   if (s.ok()) plugin_.watch.GiveBack(*mirror, first_stream, requests_.size());
   return s;
 }

@@ -68,14 +68,14 @@ std::optional<Attention> ReadAttention(ggml_tensor* op) {
                .query_heads = Size(q->ne[2]),
                .k_dim = Size(k->ne[0]),
                .v_dim = Size(v->ne[0])},
-              {},
+              KVMIX_INIT(kvmix_sight),
               0.0f};
   float params[3];
   std::memcpy(params, op->op_params, sizeof(params));
-  a.options.attention_scale = params[0];
+  a.sight.scale = params[0];
   a.max_bias = params[1];
-  a.options.soft_cap = params[2];
-  if (op->src[4] != nullptr) a.options.sinks = static_cast<const float*>(op->src[4]->data);
+  a.sight.soft_cap = params[2];
+  if (op->src[4] != nullptr) a.sight.sinks = static_cast<const float*>(op->src[4]->data);
   return a;
 }
 

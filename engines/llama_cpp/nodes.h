@@ -31,7 +31,7 @@ struct Attention {
   const ggml_tensor *q, *k, *v, *mask;  // k and v: of the cache, also where the engine copies it
   std::size_t layer;
   LayerShape shape;
-  AttendOptions options;
+  Sight sight;
   float max_bias;  // ALiBi's; 0: none
 };
 std::optional<Attention> ReadAttention(ggml_tensor* op);

@@ -4,16 +4,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "kvmix/cache.h"
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/own.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 
-using internal::CacheImpl;
-using internal::CacheLayer;
-using internal::CompiledHeads;
-using internal::PoolLayer;
 using kernels::kBlockTokens;
 
 namespace {
@@ -44,15 +39,14 @@ struct To {
 std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const RowsView& x,
                           std::size_t first, std::size_t count, std::size_t cell) {
   if (count == 0) return 0;  // x may have no data
-  internal::KeepExact(*to.cache, to.layer, tensor, head, cell,
-                      internal::TokenRows(x, head, first, count));
+  KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
   Coded coded;
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < count; t += kRowsAtATime) {
     const std::size_t n = std::min(kRowsAtATime, count - t);
-    clamped += to.shape().heads(tensor)[head].Encode(internal::TokenRows(x, head, first + t, n),
-                                                     coded.rows, coded.scales);
-    internal::StoreRows(*to.cache, to.layer, tensor, head, cell + t, n, coded.rows, coded.scales);
+    clamped += to.shape().heads(tensor)[head].Encode(TokenRows(x, head, first + t, n), coded.rows,
+                                                     coded.scales);
+    StoreRows(*to.cache, to.layer, tensor, head, cell + t, n, coded.rows, coded.scales);
   }
   return clamped;
 }
@@ -65,15 +59,15 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::si
   std::uint64_t clamped = 0;
   for (std::size_t h = 0; h < heads.size();) {
     const std::size_t n = std::min(heads.alike(h), kRowsAtATime), row_bytes = heads[h].row_bytes();
-    clamped += heads[h].EncodeHeads(internal::HeadRows(x, token, h, n), coded.rows, coded.scales);
+    clamped += heads[h].EncodeHeads(HeadRows(x, token, h, n), coded.rows, coded.scales);
     for (std::size_t i = 0; i < n; ++i, ++h) {
-      internal::StoreRows(*to.cache, to.layer, tensor, h, cell, 1, coded.rows + i * row_bytes,
-                          coded.scales + i);
+      StoreRows(*to.cache, to.layer, tensor, h, cell, 1, coded.rows + i * row_bytes,
+                coded.scales + i);
     }
   }
   if (cell >= to.cache->pool->plan.exact_first) return clamped;
   for (std::size_t h = 0; h < heads.size(); ++h) {
-    internal::KeepExact(*to.cache, to.layer, tensor, h, cell, internal::TokenRows(x, h, token, 1));
+    KeepExact(*to.cache, to.layer, tensor, h, cell, TokenRows(x, h, token, 1));
   }
   return clamped;
 }
@@ -97,36 +91,32 @@ void Count(CacheImpl& c, std::uint64_t clamped) {
 }
 
 // The rows are those of a layer of the cache that can be written.
-Status CheckFit(const CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
-  if (Status s = internal::CheckOwnLayer(c, layer); !s.ok()) return s;
-  const LayerShape& shape = c->pool->layers[layer].shape;
-  if (Status s = internal::CheckRows(k, "K", shape.kv_heads, shape.k_dim); !s.ok()) return s;
-  if (Status s = internal::CheckRows(v, "V", shape.kv_heads, shape.v_dim); !s.ok()) return s;
+Status CheckFit(const CacheImpl& c, std::size_t layer, const RowsView& k, const RowsView& v) {
+  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
+  const LayerShape& shape = c.pool->layers[layer].shape;
+  if (Status s = CheckRows(k, "K", shape.kv_heads, shape.k_dim); !s.ok()) return s;
+  if (Status s = CheckRows(v, "V", shape.kv_heads, shape.v_dim); !s.ok()) return s;
   if (k.tokens == v.tokens) return {};
   return {ErrorCode::kMismatch,
           fmt::format("V: expected {} tokens, as K has, found {}", k.tokens, v.tokens)};
 }
 
 // Checks an append, and makes the cells after the layer's tokens ready for it.
-Status Prepare(CacheImpl* c, std::size_t layer, const RowsView& k, const RowsView& v) {
+Status Prepare(CacheImpl& c, std::size_t layer, const RowsView& k, const RowsView& v) {
   if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
-  const std::size_t held = c->layers[layer].tokens;
-  if (k.tokens > c->capacity - held) return internal::CheckRoom(*c, layer, k.tokens);
-  internal::ForgetPast(*c, layer, held);
-  if (internal::IsWritable(*c, layer, held, k.tokens)) return {};
-  return internal::MakeWritable(*c, layer, held, k.tokens);
+  const std::size_t held = c.layers[layer].tokens;
+  if (k.tokens > c.capacity - held) return CheckRoom(c, layer, k.tokens);
+  ForgetPast(c, layer, held);
+  if (IsWritable(c, layer, held, k.tokens)) return {};
+  return MakeWritable(c, layer, held, k.tokens);
 }
 
-Status CheckNamedOnce(std::span<const AppendRequest> requests) {
+Status CheckNamedOnce(std::span<const AppendPart> requests) {
   if (requests.size() < 2) return {};
   std::vector<std::pair<const CacheImpl*, std::size_t>> named;
-  for (const AppendRequest& r : requests) {
-    named.emplace_back(internal::Access::Of(r.cache), named.size());
-  }
+  for (const AppendPart& r : requests) named.emplace_back(r.cache, named.size());
   std::ranges::sort(named);
-  const auto same = [](const auto& a, const auto& b) {
-    return a.first == b.first && a.first != nullptr;
-  };
+  const auto same = [](const auto& a, const auto& b) { return a.first == b.first; };
   const auto twice = std::ranges::adjacent_find(named, same);
   if (twice == named.end()) return {};
   return {ErrorCode::kInvalidArgument,
@@ -194,58 +184,56 @@ void AppendJob::Run(const Runner& runner) {
 
 }  // namespace
 
-Status Cache::Append(std::size_t layer, const RowsView& k, const RowsView& v,
-                     const Runner& runner) {
-  if (Status s = runner.Check(); !s.ok()) return s;
-  if (Status s = Prepare(impl_.get(), layer, k, v); !s.ok()) return s;
-  const To to{impl_.get(), layer};
+Status CacheImpl::Append(std::size_t layer, const RowsView& k, const RowsView& v,
+                         const Runner& runner) {
+  if (Status s = Prepare(*this, layer, k, v); !s.ok()) return s;
+  const To to{this, layer};
   if (NumbersOf(k) <= kOnePart) {  // a decode step: without the job
     Count(*to.cache, StoreRun(to, k, v, 0, k.tokens, to.held().tokens));
     to.held().tokens += k.tokens;
     return {};
   }
-  const internal::Own<AppendJob> job;
+  const Own<AppendJob> job;
   job->Clear();
   job->Add(to, k, v);
   job->Run(runner);
   return {};
 }
 
-Status Append(std::span<const AppendRequest> requests, std::size_t layer, const Runner& runner) {
-  if (Status s = runner.Check(); !s.ok()) return s;
+Status AppendAll(std::span<const AppendPart> requests, std::size_t layer, const Runner& runner) {
   if (Status s = CheckNamedOnce(requests); !s.ok()) return s;
-  const internal::Own<AppendJob> job;
+  const Own<AppendJob> job;
   job->Clear();
   for (std::size_t i = 0; i < requests.size(); ++i) {
-    const AppendRequest& r = requests[i];
-    if (Status s = Prepare(internal::Access::Of(r.cache), layer, r.k, r.v); !s.ok()) {
+    const AppendPart& r = requests[i];
+    if (Status s = Prepare(*r.cache, layer, r.k, r.v); !s.ok()) {
       // Pages that the requests before this one got ready go back.
-      for (const AppendRequest& ready : requests.first(i)) {
-        internal::DropUnused(*internal::Access::Of(ready.cache), layer);
+      for (const AppendPart& ready : requests.first(i)) {
+        DropUnused(*ready.cache, layer);
       }
       return {s.code(), fmt::format("request {} of {}: {}", i, requests.size(), s.message())};
     }
-    job->Add({internal::Access::Of(r.cache), layer}, r.k, r.v);
+    job->Add({r.cache, layer}, r.k, r.v);
   }
   job->Run(runner);
   return {};
 }
 
-Status Cache::Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
-                    const RowsView& v) {
-  CacheImpl* const c = impl_.get();
+Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
+                        const RowsView& v) {
+  CacheImpl& c = *this;
   if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
   if (cells.size() != k.tokens) {
     return {ErrorCode::kMismatch,
             fmt::format("cells: expected {}, one for a token, found {}", k.tokens, cells.size())};
   }
-  CacheLayer& at = c->layers[layer];
+  CacheLayer& at = c.layers[layer];
   const std::int64_t first = static_cast<std::int64_t>(at.forgotten);
   for (const std::int64_t cell : cells) {
-    if (cell >= first && static_cast<std::size_t>(cell) < c->capacity) continue;
+    if (cell >= first && static_cast<std::size_t>(cell) < c.capacity) continue;
     return {ErrorCode::kInvalidArgument,
             fmt::format("layer {}: expected cells from {} to below the capacity of {}, found {}",
-                        layer, first, c->capacity, cell)};
+                        layer, first, c.capacity, cell)};
   }
   // Runs of neighbouring cells.
   const auto for_runs = [&](const auto& f) {
@@ -259,22 +247,21 @@ Status Cache::Store(std::size_t layer, std::span<const std::int64_t> cells, cons
     return Status();
   };
   Status s = for_runs([&](std::size_t, std::size_t n, std::size_t cell) {
-    return internal::IsWritable(*c, layer, cell, n) ? Status()
-                                                    : internal::MakeWritable(*c, layer, cell, n);
+    return IsWritable(c, layer, cell, n) ? Status() : MakeWritable(c, layer, cell, n);
   });
   if (!s.ok()) {
-    internal::DropUnused(*c, layer);
+    DropUnused(c, layer);
     return s;
   }
   return for_runs([&](std::size_t i, std::size_t n, std::size_t cell) {
     // Lines of a cell far from the last one are in no cache: they come while rows are encoded.
     for (std::size_t h = 0; n == 1 && h < k.heads; ++h) {
-      c->pool->kernels->tiles.prefetch(c->pool->layers[layer].formats[h], at.blocks_of(h), cell);
+      c.pool->kernels->tiles.prefetch(c.pool->layers[layer].formats[h], at.blocks_of(h), cell);
     }
-    Count(*c, StoreRun({c, layer}, k, v, i, n, cell));
+    Count(c, StoreRun({this, layer}, k, v, i, n, cell));
     at.tokens = std::max(at.tokens, cell + n);
     return Status();
   });
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::internal

@@ -1,5 +1,5 @@
-// Checks a call of attention, fills in the layer's numbers, finds prefixes that sequences share,
-// and cuts the call into parts (schedule.cc).
+// Checks a call of attention, finds prefixes that sequences share, and cuts the call into parts
+// (schedule.cc).
 #include "lib/cache/attend_call.h"
 
 #include <algorithm>
@@ -25,46 +25,47 @@ std::size_t L2Bytes() {
   return bytes;
 }
 
-Status CheckOptions(const AttendOptions& o) {
-  if (std::isfinite(o.attention_scale) && o.attention_scale >= 0.0f && std::isfinite(o.soft_cap) &&
-      o.soft_cap >= 0.0f) {
+Status CheckSight(const kvmix_sight& s) {
+  if (std::isfinite(s.scale) && s.scale > 0.0f && std::isfinite(s.soft_cap) && s.soft_cap >= 0.0f &&
+      s.residence >= KVMIX_RESIDENCE_AUTO && s.residence <= KVMIX_RESIDENCE_MEMORY) {
     return {};
   }
   return {ErrorCode::kInvalidArgument,
-          fmt::format("attention_scale {}, soft_cap {}: expected finite numbers, none negative",
-                      o.attention_scale, o.soft_cap)};
+          fmt::format("sight: expected a finite scale > 0, a finite soft_cap >= 0 and a residence "
+                      "that exists, found {}, {} and {}",
+                      s.scale, s.soft_cap, static_cast<int>(s.residence))};
 }
 
 }  // namespace
 
-// Options that are 0 or null take the numbers of the layer.
-Status AttendCall::Start(std::span<const AttendRequest> asked, std::size_t at_layer,
-                         const AttendOptions& o) {
+kvmix_sight SightOf(const LayerShape& shape) {
+  kvmix_sight sight = KVMIX_INIT(kvmix_sight);
+  sight.causal = 1;
+  sight.window = shape.window;
+  sight.scale = shape.scale();
+  sight.soft_cap = shape.soft_cap;
+  sight.sinks = shape.sinks.empty() ? nullptr : shape.sinks.data();
+  return sight;
+}
+
+Status AttendCall::Begin(const CacheImpl& first, std::size_t asked_layer,
+                         const kvmix_sight* asked) {
   schedule.parts.clear();
   requests.clear();
   sequences.clear();
   ranges.clear();
-  if (asked.empty()) return {};
-  const CacheImpl* const first = Access::Of(asked[0].cache);
-  if (Status s = CheckAlive(first); !s.ok()) return s;
-  if (Status s = CheckLayer(*first, at_layer); !s.ok()) return s;
-  if (Status s = CheckOptions(o); !s.ok()) return s;
-  pool = first->pool.get();
+  if (Status s = CheckLayer(first, asked_layer); !s.ok()) return s;
+  pool = first.pool.get();
+  at_layer = asked_layer;
   layer = &pool->layers[pool->plan.model.kv_layer(at_layer)];
   shape = &pool->plan.model.layers[at_layer];
   exact = pool->plan.exact_first;
-  options = o;
-  if (options.attention_scale == 0.0f) options.attention_scale = shape->scale();
-  if (options.sliding_window == 0) options.sliding_window = shape->window;
-  if (options.soft_cap == 0.0f) options.soft_cap = shape->soft_cap;
-  if (options.sinks == nullptr && !shape->sinks.empty()) options.sinks = shape->sinks.data();
+  sight = asked != nullptr ? *asked : SightOf(*shape);
+  return CheckSight(sight);
+}
 
-  for (std::size_t i = 0; i < asked.size(); ++i) {
-    Status s = Add(asked[i], at_layer);
-    if (s.ok()) continue;
-    if (asked.size() == 1) return s;
-    return {s.code(), fmt::format("request {} of {}: {}", i, asked.size(), s.message())};
-  }
+// After the last request.
+void AttendCall::Cut() {
   std::size_t at = 0;
   for (std::size_t i = 0; i < requests.size(); ++i) {  // now that `ranges` stays where it is
     if (!requests[i].masked) continue;
@@ -83,51 +84,63 @@ Status AttendCall::Start(std::span<const AttendRequest> asked, std::size_t at_la
   for (std::size_t u = 0; u < schedule.units.size(); ++u) {
     done[u].store(0, std::memory_order_relaxed);
   }
-  return {};
 }
 
-Status AttendCall::Add(const AttendRequest& asked, std::size_t at_layer) {
-  const CacheImpl* const cache = Access::Of(asked.cache);
-  if (Status s = CheckAlive(cache); !s.ok()) return s;
-  if (cache->pool.get() != pool) {
+void AttendCall::Run(const Runner& runner) {
+  Cut();
+  const std::size_t parts = schedule.parts.size();
+  // One sequence's decode: one run of neighbouring parts each, so that what is asked for past a
+  // part's end is not wasted. Prefill: later queries cost more. Batches: sequences are unlike.
+  std::size_t of_run = 1;
+  if (requests.size() == 1 && requests[0].q.tokens == 1) {
+    of_run = std::max<std::size_t>(1, CeilDiv(parts, runner.threads()));
+  }
+  runner.Run(CeilDiv(parts, of_run), [&](std::size_t run) {
+    const std::size_t first = run * of_run, last = std::min(parts, first + of_run);
+    for (std::size_t p = first; p < last; ++p) RunPart(p);
+  });
+}
+
+Status AttendCall::Add(const CacheImpl& cache, const kvmix_attend_request& asked) {
+  if (cache.pool.get() != pool) {
     return {ErrorCode::kMismatch, "the caches of a batch are expected to be of one pool"};
   }
-  if (Status s = CheckRows(asked.q, "Q", shape->query_heads, shape->k_dim); !s.ok()) {
-    return s;
-  }
-  requests.push_back(
-      {&cache->held(at_layer), asked.q, asked.out, asked.log_sum_exp, {}, false, {}});
+  const RowsView q(asked.q);
+  if (Status s = CheckRows(q, "Q", shape->query_heads, shape->k_dim); !s.ok()) return s;
+  const Result<OutRows> out = OutRows::Make(asked.out, q.tokens, shape->query_heads, shape->v_dim);
+  if (!out.ok()) return out.status();
+  if (Status s = out->CheckApart(q); !s.ok()) return s;
+  requests.push_back({&cache.held(at_layer), q, *out, asked.log_sum_exp, {}, false, {}});
   const CacheLayer& held = *requests.back().held;
   Sequence& sequence = sequences.emplace_back();
   static_cast<Sight&>(sequence) = {.queries = asked.q.tokens,
                                    .tokens = held.tokens,
-                                   .window = options.sliding_window,
-                                   .prefix = options.bidirectional_prefix,
+                                   .window = sight.window,
+                                   .prefix = sight.bidirectional_prefix,
                                    .forgotten = held.forgotten,
                                    .dropped = held.dropped,
-                                   .causal = options.causal};
+                                   .causal = sight.causal != 0};
   sequence.exact = std::min(exact, held.tokens);
   if (Status s = sequence.CheckPrefix(); !s.ok()) return s;
-  return asked.mask.data != nullptr ? Scan(asked, *cache) : sequence.CheckHeld();
+  return asked.mask.data != nullptr ? Scan(asked.mask, cache) : sequence.CheckHeld();
 }
 
 // Reads a mask: the tokens that it shows every query, block by block. They must all be held.
-Status AttendCall::Scan(const AttendRequest& asked, const CacheImpl& cache) {
-  const MaskView& m = asked.mask;
+Status AttendCall::Scan(const kvmix_mask& m, const CacheImpl& cache) {
   Request& request = requests.back();
-  if (m.queries != asked.q.tokens || m.cells > cache.capacity) {
+  if (m.queries != request.q.tokens || m.cells > cache.capacity) {
     return {ErrorCode::kMismatch,
             fmt::format("mask: expected {} queries and at most {} cells, found {} x {}",
-                        asked.q.tokens, cache.capacity, m.queries, m.cells)};
+                        request.q.tokens, cache.capacity, m.queries, m.cells)};
   }
+  request.numbers = RowsView(m.data, m.dtype, m.queries, 1, m.cells, m.stride, 0);
+  if (Status s = CheckRows(request.numbers, "mask", 1, m.cells); !s.ok()) return s;
   for (std::size_t h = 0; m.slopes != nullptr && h < shape->query_heads; ++h) {
     if (m.slopes[h] > 0.0f && std::isfinite(m.slopes[h])) continue;
     return {ErrorCode::kInvalidArgument,
             fmt::format("mask: expected slopes > 0, found {} for query head {}", m.slopes[h], h)};
   }
   const CacheLayer& held = *request.held;
-  request.numbers = RowsView::Dense(m.data, m.dtype, m.queries, 1, m.cells);
-  request.numbers.token_stride = m.stride;
   const std::size_t blocks = CeilDiv(m.cells, kBlockTokens);
   const std::size_t at = ranges.size();
   ranges.resize(at + blocks * m.queries);
@@ -191,7 +204,7 @@ void AttendCall::Share() {
 }
 
 bool AttendCall::IsFromMemory() const {
-  if (options.residence != Residence::kAuto) return options.residence == Residence::kMemory;
+  if (sight.residence != KVMIX_RESIDENCE_AUTO) return sight.residence == KVMIX_RESIDENCE_MEMORY;
   std::size_t tokens = 0;
   for (const Sequence& s : sequences) {
     tokens += RoundUp(s.Most(s.queries), kBlockTokens);

@@ -9,9 +9,9 @@
 #include <span>
 #include <vector>
 
-#include "kvmix/attention.h"
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/schedule.h"
+#include "lib/cache/views.h"
 
 namespace kvmix::internal {
 
@@ -43,16 +43,21 @@ struct Outputs {
   }
 };
 
-// Start, then RunPart for every part of schedule.parts, on any thread and in any order.
+// A layer's own sight.
+kvmix_sight SightOf(const LayerShape& shape);
+
+// Begin, Add every request, then Run.
 struct AttendCall {
-  Status Start(std::span<const AttendRequest> asked, std::size_t at_layer, const AttendOptions& o);
-  void RunPart(std::size_t part);
+  // Caches of the first one's pool. asked: null for the layer's own sight.
+  Status Begin(const CacheImpl& first, std::size_t at_layer, const kvmix_sight* asked);
+  Status Add(const CacheImpl& cache, const kvmix_attend_request& asked);
+  void Run(const Runner& runner);
 
   // A request, with its mask as the kernels want it.
   struct Request {
     const CacheLayer* held;
     RowsView q;
-    float* out;
+    OutRows out;
     float* log_sum_exp;
     kernels::Mask mask;
     bool masked;
@@ -62,7 +67,8 @@ struct AttendCall {
   const PoolImpl* pool = nullptr;
   const PoolLayer* layer = nullptr;   // whose K and V are read
   const LayerShape* shape = nullptr;  // of the layer that was asked for
-  AttendOptions options;              // with the layer's own numbers
+  std::size_t at_layer = 0;
+  kvmix_sight sight;
   std::vector<Request> requests;
   std::vector<Sequence> sequences;
   std::vector<kernels::MaskRange> ranges;  // of all masks
@@ -76,11 +82,12 @@ struct AttendCall {
   std::vector<std::atomic<std::uint32_t>> done;  // parts done, [units]
 
   // In attend_call.cc.
-  Status Add(const AttendRequest& asked, std::size_t at_layer);
-  Status Scan(const AttendRequest& asked, const CacheImpl& cache);
+  Status Scan(const kvmix_mask& mask, const CacheImpl& cache);
+  void Cut();
   void Share();
   bool IsFromMemory() const;
   // In attend_part.cc.
+  void RunPart(std::size_t part);
   const std::uint8_t* BlockAfter(std::size_t part) const;
   void GatherQueries(const Unit& unit, float* rows) const;
   kernels::AttendTask TaskOf(const Part& part, std::span<const std::uint32_t> units,
@@ -89,7 +96,13 @@ struct AttendCall {
   static float MaskNumber(const Request& request, std::size_t query, std::size_t token,
                           std::size_t query_head);
   void Merge(const Unit& unit, const float* bias, const Outputs* own) const;
+  void MergeRow(const Unit& unit, std::size_t r, float bias, const Outputs* own,
+                const Outputs* exact_first, float* to) const;
 };
+
+// kvmix_merge_outputs.
+void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
+                  const float* other_log_sum_exp, std::size_t rows, std::size_t dim);
 
 }  // namespace kvmix::internal
 

@@ -51,8 +51,8 @@ kernels::AttendTask AttendCall::TaskOf(const Part& part, std::span<const std::ui
     if (mask.slopes != nullptr) mask.slopes += part.kv_head * task.group;
     task.mask = &mask;
   }
-  task.scale = options.attention_scale;
-  task.soft_cap = options.soft_cap;
+  task.scale = sight.scale;
+  task.soft_cap = sight.soft_cap;
   task.stream = from_memory;
   return task;
 }
@@ -79,7 +79,7 @@ void AttendCall::RunPart(std::size_t index) {
                   part.rows, padded);
 
   float* row = queries;
-  bool biased = options.soft_cap != 0.0f || options.sinks != nullptr || exact != 0;
+  bool biased = sight.soft_cap != 0.0f || sight.sinks != nullptr || exact != 0;
   for (const std::uint32_t u : units) {
     const Unit& unit = schedule.units[u];
     biased |= requests[unit.sequence].log_sum_exp != nullptr;
@@ -89,8 +89,7 @@ void AttendCall::RunPart(std::size_t index) {
   // Only a soft cap, sinks, exact tokens and a sum see what the codes of a centred K leave out of
   // the scores.
   task.bias = biased ? bias : nullptr;
-  layer->k[part.kv_head].PrepareQueries(queries, part.rows, options.attention_scale,
-                                        biased ? bias : nullptr);
+  layer->k[part.kv_head].PrepareQueries(queries, part.rows, sight.scale, biased ? bias : nullptr);
   task.q = queries;
   task.operand = memory + q_bytes;
   task.out = to.out;
@@ -142,7 +141,7 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
     for (std::size_t t = 0; t < s.exact; ++t) {
       float number = t >= seen.first && t < seen.last ? 0.0f : -kInf;
       if (request.masked) number += MaskNumber(request, query, t, query_head);
-      added[r * s.exact + t] = number - (options.soft_cap != 0.0f ? 0.0f : bias[r]);
+      added[r * s.exact + t] = number - (sight.soft_cap != 0.0f ? 0.0f : bias[r]);
     }
   }
   const Half* const rows_of_all = request.held->exact.data();
@@ -150,8 +149,8 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
     return rows_of_all + ExactPlace(*pool, layer->shape, t, unit.kv_head);
   };
   pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), s.exact, shape->k_dim,
-                               shape->v_dim, queries, rows, options.attention_scale,
-                               options.soft_cap, added, to.out, to.max, to.sum});
+                               shape->v_dim, queries, rows, sight.scale, sight.soft_cap, added,
+                               to.out, to.max, to.sum});
   return to;
 }
 
@@ -163,9 +162,29 @@ float AttendCall::MaskNumber(const Request& request, std::size_t query, std::siz
   return (slopes != nullptr ? slopes[query_head] : 1.0f) * request.numbers.At(query, 0, token);
 }
 
-// out = sum over parts of 2^(max_p - max) out_p / (sum over parts of 2^(max_p - max) sum_p + sink),
-// and what V's codec restores. own: the outputs of a unit's only part.
+// own: the outputs of a unit's only part.
 void AttendCall::Merge(const Unit& unit, const float* bias, const Outputs* own) const {
+  const std::size_t group = shape->group();
+  const Request& request = requests[unit.sequence];
+  const bool has_exact = sequences[unit.sequence].exact != 0;
+  const Outputs first = has_exact ? AttendExact(unit, bias) : Outputs{};
+  float narrow[kMaxHeadDim];
+  for (std::size_t r = 0; r < unit.queries * group; ++r) {
+    const std::size_t query = unit.first_query + r / group,
+                      query_head = unit.kv_head * group + r % group;
+    float* const place = request.out.Direct(query, query_head);
+    float* const to = place != nullptr ? place : narrow;
+    MergeRow(unit, r, bias != nullptr ? bias[r] : 0.0f, own, has_exact ? &first : nullptr, to);
+    if (place == nullptr) request.out.Put(query, query_head, narrow);
+  }
+}
+
+// Row r of a unit:
+//   out = sum over parts of 2^(max_p - max) out_p / (sum over parts of 2^(max_p - max) sum_p +
+//   sink)
+// and what V's codec restores. exact_first: the part of the tokens that are kept exact, or null.
+void AttendCall::MergeRow(const Unit& unit, std::size_t r, float bias, const Outputs* own,
+                          const Outputs* exact_first, float* to) const {
   const std::size_t group = shape->group(), dim = shape->v_dim;
   const Request& request = requests[unit.sequence];
   const auto partial = [&](std::size_t p, std::size_t row) {
@@ -174,54 +193,63 @@ void AttendCall::Merge(const Unit& unit, const float* bias, const Outputs* own) 
     const Part& part = schedule.parts[place.part];
     return Outputs::At(outputs + part.memory, part.rows, padded).From(place.row + row, padded);
   };
-  const bool has_exact = sequences[unit.sequence].exact != 0;
-  const Outputs first = has_exact ? AttendExact(unit, bias) : Outputs{};
-  for (std::size_t r = 0; r < unit.queries * group; ++r) {
-    const std::size_t query_head = unit.kv_head * group + r % group;
-    const std::size_t row = (unit.first_query + r / group) * shape->query_heads + query_head;
-    float* const to = request.out + row * dim;
-    float max = has_exact ? first.max[r] : -kInf;
-    bool nan = std::isnan(max);
-    for (std::size_t p = 0; p < unit.partials; ++p) {
-      const float own_max = *partial(p, r).max;
-      max = std::max(max, own_max);
-      nan |= std::isnan(own_max);
-    }
-    // A sink's logit, and the sum of all weights, are beside scores that lack `bias` (a soft cap
-    // has put it back).
-    const float lacking = bias == nullptr || options.soft_cap != 0.0f ? 0.0f : bias[r];
-    // In units of log2. It stays finite: a sink that takes all leaves 0, not NaN.
-    float sink = -kInf;
-    if (options.sinks != nullptr) sink = (options.sinks[query_head] - lacking) / kLn2;
-    sink = std::min(sink, std::numeric_limits<float>::max());
-    const bool nothing = max < kNothingSeen;
-    if (nan || nothing) {
-      std::fill(to, to + dim, nan ? kNaN : 0.0f);
-      if (request.log_sum_exp != nullptr) {
-        request.log_sum_exp[row] = nan ? kNaN : sink * kLn2 + lacking;
-      }
-      continue;
-    }
-    max = std::max(max, sink);
-    const auto weight = [&](std::size_t p) { return std::exp2(*partial(p, r).max - max); };
-    float sum = 0.0f;
-    for (std::size_t p = 0; p < unit.partials; ++p) sum += weight(p) * *partial(p, r).sum;
-    const float first_weight = has_exact ? std::exp2(first.max[r] - max) : 0.0f;
-    const float first_sum = has_exact ? first_weight * first.sum[r] : 0.0f;
-    const float total = sum + first_sum + std::exp2(sink - max);
-    std::fill(to, to + dim, 0.0f);
-    for (std::size_t p = 0; p < unit.partials; ++p) {
-      const float share = weight(p) / total;
-      const float* const from = partial(p, r).out;
-      for (std::size_t c = 0; c < dim; ++c) to[c] += share * from[c];
-    }
-    layer->v[unit.kv_head].RestoreOutput(to, sum / total);
-    for (std::size_t c = 0; has_exact && c < dim; ++c) {
-      to[c] += first_weight / total * first.out[r * dim + c];
-    }
+  const std::size_t query_head = unit.kv_head * group + r % group;
+  const std::size_t row = (unit.first_query + r / group) * shape->query_heads + query_head;
+  float max = exact_first != nullptr ? exact_first->max[r] : -kInf;
+  bool nan = std::isnan(max);
+  for (std::size_t p = 0; p < unit.partials; ++p) {
+    const float own_max = *partial(p, r).max;
+    max = std::max(max, own_max);
+    nan |= std::isnan(own_max);
+  }
+  // A sink's logit, and the sum of all weights, are beside scores that lack `bias` (a soft cap
+  // has put it back).
+  const float lacking = sight.soft_cap != 0.0f ? 0.0f : bias;
+  // In units of log2. It stays finite: a sink that takes all leaves 0, not NaN.
+  float sink = -kInf;
+  if (sight.sinks != nullptr) sink = (sight.sinks[query_head] - lacking) / kLn2;
+  sink = std::min(sink, std::numeric_limits<float>::max());
+  const bool nothing = max < kNothingSeen;
+  if (nan || nothing) {
+    std::fill(to, to + dim, nan ? kNaN : 0.0f);
     if (request.log_sum_exp != nullptr) {
-      request.log_sum_exp[row] = (max + std::log2(total)) * kLn2 + lacking;
+      request.log_sum_exp[row] = nan ? kNaN : sink * kLn2 + lacking;
     }
+    return;
+  }
+  max = std::max(max, sink);
+  const auto weight = [&](std::size_t p) { return std::exp2(*partial(p, r).max - max); };
+  float sum = 0.0f;
+  for (std::size_t p = 0; p < unit.partials; ++p) sum += weight(p) * *partial(p, r).sum;
+  const float first_weight = exact_first != nullptr ? std::exp2(exact_first->max[r] - max) : 0.0f;
+  const float first_sum = exact_first != nullptr ? first_weight * exact_first->sum[r] : 0.0f;
+  const float total = sum + first_sum + std::exp2(sink - max);
+  std::fill(to, to + dim, 0.0f);
+  for (std::size_t p = 0; p < unit.partials; ++p) {
+    const float share = weight(p) / total;
+    const float* const from = partial(p, r).out;
+    for (std::size_t c = 0; c < dim; ++c) to[c] += share * from[c];
+  }
+  layer->v[unit.kv_head].RestoreOutput(to, sum / total);
+  for (std::size_t c = 0; exact_first != nullptr && c < dim; ++c) {
+    to[c] += first_weight / total * exact_first->out[r * dim + c];
+  }
+  if (request.log_sum_exp != nullptr) {
+    request.log_sum_exp[row] = (max + std::log2(total)) * kLn2 + lacking;
+  }
+}
+
+void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
+                  const float* other_log_sum_exp, std::size_t rows, std::size_t dim) {
+  for (std::size_t r = 0; r < rows; ++r) {
+    const float a = log_sum_exp[r], b = other_log_sum_exp[r];
+    if (b == -kInf) continue;  // nothing to add; not even to -inf
+    const float max = std::max(a, b), own = std::exp(a - max), other = std::exp(b - max);
+    const float own_share = own / (own + other), other_share = other / (own + other);
+    for (std::size_t c = r * dim; c < (r + 1) * dim; ++c) {
+      out[c] = own_share * out[c] + other_share * other_out[c];
+    }
+    log_sum_exp[r] = max + std::log(own + other);
   }
 }
 

@@ -1,30 +1,14 @@
 // A Cache: its life, and rows out of it and back. (Append and Store: append.cc; its pages:
 // pool.cc.)
-#include "kvmix/cache.h"
-
 #include <algorithm>
 
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/sight.h"
-#include "lib/files/check.h"
+#include "lib/plan/plan.h"
 
-namespace kvmix {
-
-using internal::Access;
-using internal::CacheImpl;
-using internal::CacheLayer;
-using internal::CompiledCodec;
-using internal::PoolImpl;
-using internal::PoolLayer;
-
-namespace internal {
-
-Status CheckAlive(const CacheImpl* c) {
-  if (c != nullptr) return {};
-  return {ErrorCode::kInvalidArgument, "the cache has been released"};
-}
+namespace kvmix::internal {
 
 Status CheckLayer(const CacheImpl& c, std::size_t layer) {
   if (layer >= c.layers.size()) {
@@ -35,10 +19,9 @@ Status CheckLayer(const CacheImpl& c, std::size_t layer) {
   return {ErrorCode::kInvalidArgument, fmt::format("layer {} has no K and V", layer)};
 }
 
-Status CheckOwnLayer(const CacheImpl* c, std::size_t layer) {
-  if (Status s = CheckAlive(c); !s.ok()) return s;
-  if (Status s = CheckLayer(*c, layer); !s.ok()) return s;
-  const LayerShape& shape = c->pool->plan.model.layers[layer];
+Status CheckOwnLayer(const CacheImpl& c, std::size_t layer) {
+  if (Status s = CheckLayer(c, layer); !s.ok()) return s;
+  const LayerShape& shape = c.pool->plan.model.layers[layer];
   if (shape.owns_kv()) return {};
   return {ErrorCode::kInvalidArgument,
           fmt::format("layer {} has no K and V of its own: it reads those of layer {}", layer,
@@ -48,15 +31,9 @@ Status CheckOwnLayer(const CacheImpl* c, std::size_t layer) {
 Status CheckRoom(const CacheImpl& c, std::size_t layer, std::size_t tokens) {
   const std::size_t held = c.layers[layer].tokens;
   if (tokens <= c.capacity - held) return {};
-  return {ErrorCode::kOutOfMemory,
+  return {ErrorCode::kPastCapacity,
           fmt::format("layer {} holds {} of {} tokens: no room for {} more", layer, held,
                       c.capacity, tokens)};
-}
-
-Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
-                    std::size_t head_dim) {
-  return {ErrorCode::kMismatch, fmt::format("{}: expected {} heads x {}, found {} x {}", name,
-                                            heads, head_dim, rows.heads, rows.head_dim)};
 }
 
 std::size_t ExactPlace(const PoolImpl& pool, const LayerShape& shape, Tensor tensor,
@@ -113,66 +90,26 @@ void LoadRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t 
   std::replace(rows, rows + count * codec.row_bytes(), std::uint8_t{0x80}, std::uint8_t{0});
 }
 
-}  // namespace internal
-
-using internal::CheckAlive;
-using internal::CheckLayer;
-using internal::CheckOwnLayer;
-using internal::CheckRoom;
-
-namespace {
-
-// The layer's own K and V of tokens [first, first + count) are there.
-Status CheckHeld(const CacheImpl* c, std::size_t layer, std::size_t first, std::size_t count) {
-  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
-  const CacheLayer& at = c->layers[layer];
-  if (first >= at.forgotten && first <= at.tokens && count <= at.tokens - first) return {};
-  return {ErrorCode::kInvalidArgument,
-          fmt::format("tokens {} + {}: layer {} has the tokens from {} to {}", first, count, layer,
-                      at.forgotten, at.tokens)};
+Status CheckCapacity(const PoolImpl& pool, std::size_t tokens) {
+  const std::size_t most = pool.memory->most();
+  if (BytesForTokens(pool, tokens) <= most) return {};
+  return {ErrorCode::kOutOfMemory,
+          fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of memory that "
+                      "this process may have",
+                      tokens, internal::ToString(pool.plan.model),
+                      static_cast<double>(most) / (1 << 30))};
 }
 
-}  // namespace
-
-Cache::Cache(std::unique_ptr<CacheImpl> impl) : impl_(std::move(impl)) {}
-Cache::Cache(Cache&&) noexcept = default;
-Cache& Cache::operator=(Cache&&) noexcept = default;
-Cache::~Cache() = default;
-
-Result<Cache> Cache::Create(const Model& model, const Plan& plan, std::size_t capacity,
-                            const CacheOptions& options) {
-  if (Status s = CheckPlan(plan); !s.ok()) return s;
-  if (Status s = CheckModelMatches(plan, model); !s.ok()) return s;
-  Result<std::shared_ptr<PoolImpl>> pool =
-      internal::MakePool(plan, {.target = options.target, .rollback = options.rollback});
-  if (!pool.ok()) return pool.status();
-  const std::size_t most = (*pool)->memory->most();
-  if (internal::BytesForTokens(**pool, capacity) > most) {
-    return Status(ErrorCode::kOutOfMemory,
-                  fmt::format("a cache of {} tokens for {} needs more than the {:.1f} GiB of "
-                              "memory that this process may have",
-                              capacity, ToString(model), static_cast<double>(most) / (1 << 30)));
-  }
-  return Access::Make(std::move(*pool), capacity);
-}
-
-Cache Cache::Create(const Pool& pool, std::size_t capacity) {
-  return Access::Make(pool.impl_, capacity);
-}
-
-Result<Cache> Cache::Fork() const {
-  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
-  Cache fork = Access::Make(impl_->pool, impl_->capacity);
-  fork.impl_->layers = impl_->layers;
-  for (const CacheLayer& layer : fork.impl_->layers) layer.ForPages(internal::PageMemory::Share);
+std::unique_ptr<CacheImpl> CacheImpl::Fork() const {
+  std::vector<CacheLayer> same = layers;
+  auto fork = std::make_unique<CacheImpl>(pool, capacity);
+  for (const CacheLayer& layer : same) layer.ForPages(PageMemory::Share);
+  fork->layers.swap(same);  // nothing fails from where the pages have another user
   return fork;
 }
 
-void Cache::Release() { impl_.reset(); }
-
-Status Cache::Truncate(std::size_t tokens) {
-  if (Status s = CheckAlive(impl_.get()); !s.ok()) return s;
-  CacheImpl& c = *impl_;
+Status CacheImpl::Truncate(std::size_t tokens) {
+  CacheImpl& c = *this;
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
     if (!c.pool->plan.model.layers[layer].owns_kv()) continue;
     const CacheLayer& at = c.layers[layer];
@@ -180,7 +117,7 @@ Status Cache::Truncate(std::size_t tokens) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("truncate to {} tokens: layer {} holds {}", tokens, layer, at.tokens)};
     }
-    if (!internal::HasPast(c.pool->layers[layer].window, at.forgotten, at.dropped, tokens)) {
+    if (!HasPast(c.pool->layers[layer].window, at.forgotten, at.dropped, tokens)) {
       return {ErrorCode::kInvalidArgument,
               fmt::format("truncate to {} tokens: layer {}, with a window of {}, has forgotten "
                           "those before {}",
@@ -190,72 +127,103 @@ Status Cache::Truncate(std::size_t tokens) {
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
     c.layers[layer].tokens = std::min(c.layers[layer].tokens, tokens);
     if (tokens == 0) c.layers[layer].forgotten = c.layers[layer].dropped = 0;
-    internal::DropUnused(c, layer);
+    DropUnused(c, layer);
   }
   return {};
 }
 
-Status Cache::Forget(std::size_t layer, std::size_t first) {
-  if (Status s = CheckOwnLayer(impl_.get(), layer); !s.ok()) return s;
-  CacheLayer& at = impl_->layers[layer];
+Status CacheImpl::Forget(std::size_t layer, std::size_t first) {
+  if (Status s = CheckOwnLayer(*this, layer); !s.ok()) return s;
+  CacheLayer& at = layers[layer];
   if (first > at.tokens) {
     return {ErrorCode::kInvalidArgument,
             fmt::format("forget the tokens before {}: layer {} holds {}", first, layer, at.tokens)};
   }
   at.forgotten = std::max(at.forgotten, first);
   at.dropped = std::max(at.dropped, first);
-  internal::DropUnused(*impl_, layer);
+  DropUnused(*this, layer);
   return {};
 }
 
-Status Cache::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
-                         std::size_t count, void* codes, float* scales) const {
-  if (Status s = CheckHeld(impl_.get(), layer, first, count); !s.ok()) return s;
-  const CacheImpl& c = *impl_;
-  const std::size_t heads = c.pool->layers[layer].formats.size();
-  if (kv_head >= heads) {
-    return {ErrorCode::kInvalidArgument,
-            fmt::format("export of KV head {}: layer {} has {}", kv_head, layer, heads)};
+namespace {
+
+// The layer's own K and V of tokens [first, first + count) are there.
+Status CheckHeld(const CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
+  const CacheLayer& at = c.layers[layer];
+  if (first >= at.forgotten && first <= at.tokens && count <= at.tokens - first) return {};
+  return {ErrorCode::kInvalidArgument,
+          fmt::format("tokens {} + {}: layer {} has the tokens from {} to {}", first, count, layer,
+                      at.forgotten, at.tokens)};
+}
+
+}  // namespace
+
+Status CacheImpl::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor,
+                             std::size_t first, std::size_t count, void* codes,
+                             float* scales) const {
+  if (Status s = CheckHeld(*this, layer, first, count); !s.ok()) return s;
+  const PoolLayer& shape = pool->layers[layer];
+  if (kv_head >= shape.formats.size()) {
+    return {ErrorCode::kInvalidArgument, fmt::format("export of KV head {}: layer {} has {}",
+                                                     kv_head, layer, shape.formats.size())};
   }
-  internal::LoadRows(c, layer, tensor, kv_head, first, count, static_cast<std::uint8_t*>(codes),
-                     scales);
+  if (count == 0) return {};
+  if (codes == nullptr || (shape.heads(tensor)[kv_head].stores_scales() && scales == nullptr)) {
+    return {ErrorCode::kInvalidArgument, "export: expected codes and scales, found null"};
+  }
+  LoadRows(*this, layer, tensor, kv_head, first, count, static_cast<std::uint8_t*>(codes), scales);
   return {};
 }
 
-Status Cache::Decode(std::size_t layer, Tensor tensor, std::size_t first, std::size_t count,
-                     float* out) const {
+Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, std::size_t count,
+                         const kvmix_out& out) const {
   constexpr std::size_t kRowsAtATime = 64;
-  if (Status s = CheckHeld(impl_.get(), layer, first, count); !s.ok()) return s;
-  const CacheImpl& c = *impl_;
-  const PoolLayer& shape = c.pool->layers[layer];
+  if (Status s = CheckHeld(*this, layer, first, count); !s.ok()) return s;
+  const PoolLayer& shape = pool->layers[layer];
   const std::size_t heads = shape.formats.size(), dim = shape.shape.dim(tensor);
-  const std::size_t exact = std::clamp(c.pool->plan.exact_first, first, first + count) - first;
+  const Result<OutRows> to = OutRows::Make(out, count, heads, dim);
+  if (!to.ok()) return to.status();
+  const std::size_t exact = std::clamp(pool->plan.exact_first, first, first + count) - first;
   std::vector<std::uint8_t> codes(kRowsAtATime * dim * sizeof(Half));
-  std::vector<float> scales(kRowsAtATime);
+  std::vector<float> scales(kRowsAtATime), rows(kRowsAtATime * dim);
   for (std::size_t h = 0; h < heads; ++h) {
-    float* const rows = out + h * dim;
-    const Half* const kept = c.layers[layer].exact.data() +
-                             internal::ExactPlace(*c.pool, shape.shape, tensor, h) + first * dim;
+    const Half* const kept =
+        layers[layer].exact.data() + ExactPlace(*pool, shape.shape, tensor, h) + first * dim;
     for (std::size_t t = 0; t < exact; ++t) {
-      std::transform(kept + t * dim, kept + (t + 1) * dim, rows + t * heads * dim, HalfToFloat);
+      std::transform(kept + t * dim, kept + (t + 1) * dim, rows.data(), HalfToFloat);
+      to->Put(t, h, rows.data());
     }
     for (std::size_t t = exact, n; t < count; t += n) {
       n = std::min(count - t, kRowsAtATime);
-      internal::LoadRows(c, layer, tensor, h, first + t, n, codes.data(), scales.data());
-      shape.heads(tensor)[h].Decode(codes.data(), scales.data(), n, rows + t * heads * dim,
-                                    heads * dim);
+      LoadRows(*this, layer, tensor, h, first + t, n, codes.data(), scales.data());
+      shape.heads(tensor)[h].Decode(codes.data(), scales.data(), n, rows.data(), dim);
+      for (std::size_t i = 0; i < n; ++i) to->Put(t + i, h, rows.data() + i * dim);
     }
   }
   return {};
 }
 
-Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
-                         const float* const* k_scales, const void* const* v_codes,
-                         const float* const* v_scales) {
-  if (Status s = CheckOwnLayer(impl_.get(), layer); !s.ok()) return s;
-  CacheImpl& c = *impl_;
+Status CacheImpl::ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
+                             const float* const* k_scales, const void* const* v_codes,
+                             const float* const* v_scales) {
+  if (Status s = CheckOwnLayer(*this, layer); !s.ok()) return s;
+  CacheImpl& c = *this;
   if (Status s = CheckRoom(c, layer, count); !s.ok()) return s;
+  if (count == 0) return {};
   const PoolLayer& shape = c.pool->layers[layer];
+  for (std::size_t i = 0; i < 2 * shape.formats.size(); ++i) {
+    const Tensor t = i % 2 == 0 ? KVMIX_K : KVMIX_V;
+    const void* const* const codes = t == KVMIX_K ? k_codes : v_codes;
+    const float* const* const scales = t == KVMIX_K ? k_scales : v_scales;
+    if (codes != nullptr && codes[i / 2] != nullptr &&
+        (!shape.heads(t)[i / 2].stores_scales() ||
+         (scales != nullptr && scales[i / 2] != nullptr))) {
+      continue;
+    }
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("import: KV head {}: expected codes and scales, found null", i / 2)};
+  }
   const auto for_tensors = [&](const auto& f) -> Status {
     for (std::size_t h = 0; h < shape.formats.size(); ++h) {
       if (Status s = f(KVMIX_K, h, k_codes[h], k_scales); !s.ok()) return s;
@@ -274,42 +242,30 @@ Status Cache::ImportRows(std::size_t layer, std::size_t count, const void* const
   });
   if (!s.ok()) return s;
   const std::size_t held = c.layers[layer].tokens;
-  internal::ForgetPast(c, layer, held);
-  if (s = internal::MakeWritable(c, layer, held, count); !s.ok()) return s;
+  ForgetPast(c, layer, held);
+  if (s = MakeWritable(c, layer, held, count); !s.ok()) return s;
   s = for_tensors([&](Tensor t, std::size_t h, const void* codes, const float* const* all) {
-    internal::StoreRows(c, layer, t, h, held, count, static_cast<const std::uint8_t*>(codes),
-                        scales_of(t, h, all));
-    internal::KeepExactOf(c, layer, t, h, held, count, codes, scales_of(t, h, all));
+    StoreRows(c, layer, t, h, held, count, static_cast<const std::uint8_t*>(codes),
+              scales_of(t, h, all));
+    KeepExactOf(c, layer, t, h, held, count, codes, scales_of(t, h, all));
     return Status();
   });
   c.layers[layer].tokens += count;
   return s;
 }
 
-std::size_t Cache::RowBytes(std::size_t layer, std::size_t kv_head, Tensor tensor) const {
-  const std::vector<PoolLayer>& layers = impl_->pool->layers;
-  if (layer >= layers.size() || kv_head >= layers[layer].formats.size()) return 0;
-  return layers[layer].heads(tensor)[kv_head].row_bytes();
+std::size_t CacheImpl::RowBytes(std::size_t layer, std::size_t kv_head, Tensor tensor) const {
+  const std::vector<PoolLayer>& all = pool->layers;
+  if (layer >= all.size() || kv_head >= all[layer].formats.size()) return 0;
+  return all[layer].heads(tensor)[kv_head].row_bytes();
 }
 
-const Plan& Cache::plan() const { return impl_->pool->plan; }
-const Model& Cache::model() const { return impl_->pool->plan.model; }
-std::size_t Cache::capacity() const { return impl_->capacity; }
-std::size_t Cache::tokens(std::size_t layer) const {
-  return layer < impl_->layers.size() ? impl_->held(layer).tokens : 0;
-}
-std::size_t Cache::forgotten(std::size_t layer) const {
-  return layer < impl_->layers.size() ? impl_->held(layer).forgotten : 0;
-}
-std::size_t Cache::bytes() const {
+std::size_t CacheImpl::bytes() const {
   std::size_t sum = 0;
-  for (const CacheLayer& layer : impl_->layers) {
-    layer.ForPages(
-        [&](const internal::Page* page) { sum += impl_->pool->memory->page_bytes(page->kind); });
+  for (const CacheLayer& layer : layers) {
+    layer.ForPages([&](const Page* page) { sum += pool->memory->page_bytes(page->kind); });
   }
   return sum;
 }
-std::uint64_t Cache::saturated() const { return impl_->saturated.load(std::memory_order_relaxed); }
-const char* Cache::target() const { return impl_->pool->kernels->target; }
 
-}  // namespace kvmix
+}  // namespace kvmix::internal

@@ -1,4 +1,4 @@
-// What a Pool and a Cache hold, for their own files and for attention.
+// A pool and a cache from inside.
 #ifndef KVMIX_LIB_CACHE_CACHE_IMPL_H_
 #define KVMIX_LIB_CACHE_CACHE_IMPL_H_
 
@@ -6,15 +6,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
+#include <string_view>
 #include <vector>
 
 #include "kernels/kernels.h"
-#include "kvmix/cache.h"
-#include "kvmix/model.h"
 #include "kvmix/plan.h"
+#include "kvmix/rope.h"
+#include "kvmix/rows.h"
+#include "kvmix/runner.h"
 #include "kvmix/status.h"
 #include "lib/cache/head.h"
 #include "lib/cache/pages.h"
+#include "lib/cache/views.h"
 
 namespace kvmix::internal {
 
@@ -73,6 +77,7 @@ struct CacheLayer {
   }
 };
 
+// A cache. kvmix/cache.h says what each function does.
 struct CacheImpl {
   std::shared_ptr<PoolImpl> pool;
   std::size_t capacity;
@@ -86,43 +91,58 @@ struct CacheImpl {
   const CacheLayer& held(std::size_t layer) const {
     return layers[pool->plan.model.kv_layer(layer)];
   }
+
+  std::unique_ptr<CacheImpl> Fork() const;
+  // In append.cc.
+  Status Append(std::size_t layer, const RowsView& k, const RowsView& v, const Runner& runner);
+  Status Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
+               const RowsView& v);
+  // In cache.cc.
+  Status Truncate(std::size_t tokens);
+  Status Forget(std::size_t layer, std::size_t first);
+  Status Decode(std::size_t layer, Tensor tensor, std::size_t first, std::size_t count,
+                const kvmix_out& out) const;
+  Status ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
+                    std::size_t count, void* codes, float* scales) const;
+  Status ImportRows(std::size_t layer, std::size_t count, const void* const* k_codes,
+                    const float* const* k_scales, const void* const* v_codes,
+                    const float* const* v_scales);
+  std::size_t RowBytes(std::size_t layer, std::size_t kv_head, Tensor tensor) const;
+  std::size_t bytes() const;
+  // In shift.cc.
+  Status Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes);
 };
 
-Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& options);
+// bytes: 0 for as many as this process may have. beside: memory that the pool takes, or null.
+struct PoolSettings {
+  std::size_t bytes = 0;
+  std::string_view target = {};
+  std::size_t rollback = 0;
+  std::shared_ptr<PageMemory> beside = nullptr;
+};
+// plan: a valid one.
+Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolSettings& settings);
 // Bytes of blocks that hold this many tokens in every layer, or a window of them.
 std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens);
+// An error where all of the pool's memory could not hold this many tokens.
+Status CheckCapacity(const PoolImpl& pool, std::size_t tokens);
 
-// A Cache's inside, for the library's own files.
-struct Access {
-  static const PoolImpl* Of(const Pool& pool) { return pool.impl_.get(); }
-  static CacheImpl* Of(const Cache& cache) { return cache.impl_.get(); }
-  // Null for no cache as for a released one.
-  static CacheImpl* Of(const Cache* cache) { return cache != nullptr ? Of(*cache) : nullptr; }
-  static Cache Make(std::shared_ptr<PoolImpl> pool, std::size_t capacity) {
-    return Cache(std::make_unique<CacheImpl>(std::move(pool), capacity));
-  }
+// One of many caches that the same layer is appended to.
+struct AppendPart {
+  CacheImpl* cache;
+  RowsView k, v;
 };
+Status AppendAll(std::span<const AppendPart> parts, std::size_t layer, const Runner& runner);
 
-// The cache was not released.
-Status CheckAlive(const CacheImpl* cache);
 // A layer of the model, with K and V.
 Status CheckLayer(const CacheImpl& cache, std::size_t layer);
-// The cache is alive, and the layer one whose K and V can be written.
-Status CheckOwnLayer(const CacheImpl* cache, std::size_t layer);
+// The same, and the K and V are its own.
+Status CheckOwnLayer(const CacheImpl& cache, std::size_t layer);
 Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
-// A view of rows has this many heads and this head_dim.
-Status RowsMismatch(const RowsView& rows, const char* name, std::size_t heads,
-                    std::size_t head_dim);
-inline Status CheckRows(const RowsView& rows, const char* name, std::size_t heads,
-                        std::size_t head_dim) {
-  if (rows.heads == heads && rows.head_dim == head_dim) return {};
-  return RowsMismatch(rows, name, heads, head_dim);
-}
-
 // Whether cells [first, first + count) of a layer can be written: there are pages, and no other
 // cache shares them.
 bool IsWritable(const CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
-// Makes it so. kOutOfMemory, and nothing has changed, if the pool is full.
+// Makes it so. kPoolFull, and nothing has changed, if it is full.
 Status MakeWritable(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // Gives back pages that hold only tokens before `forgotten` or at `tokens` and after.
 void DropUnused(CacheImpl& cache, std::size_t layer);

@@ -12,14 +12,8 @@
 #include "lib/cache/sight.h"
 #include "lib/files/machine.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 
-using internal::CacheImpl;
-using internal::CacheLayer;
-using internal::CompiledHeads;
-using internal::Page;
-using internal::PoolImpl;
-using internal::PoolLayer;
 using kernels::kBlockTokens;
 
 namespace {
@@ -56,8 +50,6 @@ bool SamePages(const PoolLayer& a, const PoolLayer& b) {
 
 }  // namespace
 
-namespace internal {
-
 std::size_t PoolLayer::PageOf(std::size_t block) const {
   return block < kOneBlockPages ? block : kOneBlockPages + ((block - kOneBlockPages) >> run_log2);
 }
@@ -70,17 +62,16 @@ std::size_t PoolLayer::FirstBlock(std::size_t page) const {
   return page < kOneBlockPages ? page : kOneBlockPages + ((page - kOneBlockPages) << run_log2);
 }
 
-Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& options) {
-  if (Status s = CheckPlan(plan); !s.ok()) return s;
-  const Result<const kernels::Kernels*> kernels = KernelsFor(options.target);
+Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolSettings& settings) {
+  const Result<const kernels::Kernels*> kernels = KernelsFor(settings.target);
   if (!kernels.ok()) return kernels.status();
   auto pool = std::make_shared<PoolImpl>();
   pool->plan = plan;
   pool->kernels = *kernels;
   pool->memory =
-      options.beside != nullptr
-          ? Access::Of(*options.beside)->memory
-          : std::make_shared<PageMemory>(options.bytes != 0 ? options.bytes : MemoryBytes());
+      settings.beside != nullptr
+          ? settings.beside
+          : std::make_shared<PageMemory>(settings.bytes != 0 ? settings.bytes : MemoryBytes());
 
   std::size_t largest = 0;
   for (std::size_t i = 0; i < plan.model.layers.size(); ++i) {
@@ -110,7 +101,7 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolOptions& 
     const std::size_t held = plan.model.tokens_held(i, SIZE_MAX);
     layer.window = held == SIZE_MAX ? 0 : held;
     if (layer.window != 0) {  // lets blocks go one by one
-      layer.kept = layer.window + options.rollback;
+      layer.kept = layer.window + settings.rollback;
     } else {
       layer.run_log2 =
           std::min<std::size_t>(2, std::bit_width((kRunBytes * shape.kv_heads - 1) / bytes));
@@ -202,6 +193,15 @@ void SetPage(CacheImpl& c, std::size_t layer, std::size_t page, Page* to) {
   PointTo(*c.pool, shape, at, page);
 }
 
+// Pages that nobody has yet; those that are left go back.
+struct PageList {
+  PageMemory& memory;
+  Page* first = nullptr;
+  ~PageList() {
+    while (first != nullptr) memory.Release(std::exchange(first, first->next));
+  }
+};
+
 bool IsOwn(const Page* page) {
   return page != nullptr && page->users.load(std::memory_order_acquire) == 1;
 }
@@ -250,22 +250,21 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
     PointTo(*c.pool, shape, at, first_page);
     return {};
   }
-  Page* fresh = nullptr;  // a list
+  PageList fresh{*c.pool->memory};
   for (std::size_t p = first_page; p <= last_page; ++p) {
     if (IsOwn(at.pages[p]) && !(p == at.again && overwrites)) continue;
     Page* const page = c.pool->memory->Get(shape.KindOf(p));
     if (page == nullptr) {
-      while (fresh != nullptr) c.pool->memory->Release(std::exchange(fresh, fresh->next));
       return {
-          ErrorCode::kOutOfMemory,
+          ErrorCode::kPoolFull,
           fmt::format("layer {}: no page for tokens {} + {}: {} of the pool's {} bytes are used",
                       layer, first, count, c.pool->memory->used(), c.pool->memory->most())};
     }
     page->place = p;
-    page->next = std::exchange(fresh, page);
+    page->next = std::exchange(fresh.first, page);
   }
-  while (fresh != nullptr) {
-    Page* const page = std::exchange(fresh, fresh->next);
+  while (fresh.first != nullptr) {
+    Page* const page = std::exchange(fresh.first, fresh.first->next);
     if (at.pages[page->place] != nullptr) CopyPage(shape, at, page->place, *page);
     SetPage(c, layer, page->place, page);
   }
@@ -296,17 +295,4 @@ CacheImpl::~CacheImpl() {
   for (CacheLayer& layer : layers) layer.ForPages([&](Page* page) { pool->memory->Release(page); });
 }
 
-}  // namespace internal
-
-Result<Pool> Pool::Create(const Plan& plan, const PoolOptions& options) {
-  Result<std::shared_ptr<PoolImpl>> pool = internal::MakePool(plan, options);
-  if (!pool.ok()) return pool.status();
-  return Pool(std::move(*pool));
-}
-
-const Plan& Pool::plan() const { return impl_->plan; }
-const char* Pool::target() const { return impl_->kernels->target; }
-std::size_t Pool::bytes() const { return impl_->memory->used(); }
-std::size_t Pool::most_bytes() const { return impl_->memory->most(); }
-
-}  // namespace kvmix
+}  // namespace kvmix::internal

@@ -1,4 +1,4 @@
-#include "kvmix/session.h"
+#include "lib/cache/session.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -9,10 +9,7 @@
 #include <cstdio>
 #include <fstream>
 #include <functional>
-#include <ios>
-#include <istream>
 #include <new>
-#include <ostream>
 #include <vector>
 
 #include <fmt/format.h>
@@ -20,14 +17,10 @@
 #include "lib/cache/cache_impl.h"
 #include "lib/cache/sight.h"
 #include "lib/files/file.h"
+#include "lib/plan/plan.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 namespace {
-
-using internal::Access;
-using internal::CacheImpl;
-using internal::CacheLayer;
-using internal::PoolLayer;
 
 static_assert(std::endian::native == std::endian::little, "sessions are little-endian");
 
@@ -51,36 +44,12 @@ class Hash {
   XXH3_state_t state_;
 };
 
-// Keeps a stream from throwing for as long as this object lives: what fails is a Status, whatever
-// exceptions the caller asked the stream for.
-class Quiet {
- public:
-  explicit Quiet(std::ios& stream) : stream_(stream), asked_(stream.exceptions()) {
-    stream.exceptions(std::ios::goodbit);
-  }
-  Quiet(const Quiet&) = delete;
-  Quiet& operator=(const Quiet&) = delete;
-  ~Quiet() {
-    try {
-      stream_.exceptions(asked_);  // is taken over, and throws if the stream has failed
-    } catch (...) {                // NOLINT(bugprone-empty-catch)
-    }
-  }
-
- private:
-  std::ios& stream_;
-  const std::ios::iostate asked_;
-};
-
-// Takes bytes; false where they are not taken.
-using Sink = std::function<bool(const char* data, std::size_t bytes)>;
-
 class Writer {
  public:
   explicit Writer(const Sink& sink) : sink_(sink) {}
   bool good() const { return good_; }
   void Bytes(const void* data, std::size_t bytes) {
-    good_ = good_ && sink_(static_cast<const char*>(data), bytes);
+    good_ = good_ && sink_(data, bytes);
     hash_.Add(data, bytes);
   }
   template <typename T>
@@ -89,7 +58,7 @@ class Writer {
   }
   void Checksum() {
     const std::uint64_t hash = hash_.Take();
-    good_ = good_ && sink_(reinterpret_cast<const char*>(&hash), sizeof(hash));
+    good_ = good_ && sink_(&hash, sizeof(hash));
   }
 
  private:
@@ -100,11 +69,11 @@ class Writer {
 
 class Reader {
  public:
-  explicit Reader(std::istream& in) : in_(in) {}
+  explicit Reader(const Source& source) : source_(source) {}
   bool Bytes(void* data, std::size_t bytes) {
-    in_.read(static_cast<char*>(data), static_cast<std::streamsize>(bytes));
+    if (!source_(data, bytes)) return false;
     hash_.Add(data, bytes);
-    return in_.good();
+    return true;
   }
   template <typename T>
   bool Number(T* x) {
@@ -113,12 +82,11 @@ class Reader {
   bool Checksum() {
     const std::uint64_t expected = hash_.Take();
     std::uint64_t found = 0;
-    in_.read(reinterpret_cast<char*>(&found), sizeof(found));
-    return in_.good() && found == expected;
+    return source_(&found, sizeof(found)) && found == expected;
   }
 
  private:
-  std::istream& in_;
+  const Source& source_;
   Hash hash_;
 };
 
@@ -148,7 +116,7 @@ struct Rows {
   std::vector<std::uint8_t> rows;
   std::vector<float> scales;
 
-  explicit Rows(const internal::CompiledCodec& codec)
+  explicit Rows(const CompiledCodec& codec)
       : rows(kRowsAtATime * codec.row_bytes()), scales(codec.stores_scales() ? kRowsAtATime : 0) {}
 };
 
@@ -162,7 +130,7 @@ void SaveLayer(const CacheImpl& c, std::size_t layer, Writer& out) {
     Rows buffer(shape.heads(t)[h]);
     for (std::size_t at = held.forgotten; at < held.tokens; at += kRowsAtATime) {
       const std::size_t n = std::min(kRowsAtATime, held.tokens - at);
-      internal::LoadRows(c, layer, t, h, at, n, buffer.rows.data(), buffer.scales.data());
+      LoadRows(c, layer, t, h, at, n, buffer.rows.data(), buffer.scales.data());
       out.Bytes(buffer.rows.data(), n * shape.heads(t)[h].row_bytes());
       if (!buffer.scales.empty()) out.Bytes(buffer.scales.data(), n * sizeof(float));
     }
@@ -179,17 +147,18 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   if (!in.Number(&forgotten) || !in.Number(&tokens)) return Damaged(name, "its number of tokens");
   if (forgotten > tokens) return Damaged(name, "fewer forgotten tokens than tokens");
   if (tokens > c.capacity) {
-    return {ErrorCode::kOutOfMemory, fmt::format("session: {} has {} tokens, the cache room for {}",
-                                                 name, tokens, c.capacity)};
+    return {
+        ErrorCode::kPastCapacity,
+        fmt::format("session: {} has {} tokens, the cache room for {}", name, tokens, c.capacity)};
   }
-  if (Status s = internal::MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
+  if (Status s = MakeWritable(c, layer, forgotten, tokens - forgotten); !s.ok()) return s;
   held.forgotten = forgotten;
   held.tokens = tokens;
   // The file does not say why tokens are gone. A window alone never takes what the next query sees.
-  const bool by_window = shape.window != 0 && internal::HasPast(shape.window, forgotten, 0, tokens);
+  const bool by_window = shape.window != 0 && HasPast(shape.window, forgotten, 0, tokens);
   held.dropped = by_window ? 0 : forgotten;
   if (tokens != 0) {  // also where all of them are forgotten, and nothing made room
-    held.exact.resize(internal::ExactPlace(*c.pool, shape.shape, KVMIX_K, shape.shape.kv_heads));
+    held.exact.resize(ExactPlace(*c.pool, shape.shape, KVMIX_K, shape.shape.kv_heads));
     const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
     const bool finite =
         std::ranges::none_of(held.exact, [](Half x) { return (x & 0x7C00) == 0x7C00; });
@@ -207,7 +176,7 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
       if (Status bad = shape.heads(t)[h].CheckCoded(buffer.rows.data(), scales, n); !bad.ok()) {
         return Damaged(fmt::format("{}, KV head {}", name, h), "rows that an encoder makes");
       }
-      internal::StoreRows(c, layer, t, h, at, n, buffer.rows.data(), scales);
+      StoreRows(c, layer, t, h, at, n, buffer.rows.data(), scales);
     }
     return Status();
   });
@@ -234,7 +203,7 @@ Status LoadHeader(const CacheImpl& c, Reader& in) {
   if (!in.Bytes(name.data(), name.size()) || !in.Checksum()) {
     return Damaged("header", "a checksum that fits");
   }
-  const std::uint64_t own = Fingerprint(c.pool->plan);
+  const std::uint64_t own = internal::Fingerprint(c.pool->plan);
   if (fingerprint == own) return {};
   return {ErrorCode::kMismatch,
           fmt::format("session: expected {}, found one of {}",
@@ -246,7 +215,7 @@ bool Save(const CacheImpl& c, const Sink& sink) {
   const std::string name = c.pool->plan.provenance.model.substr(0, kLongestName);
   out.Bytes(kMagic.data(), kMagic.size());
   out.Number(kVersion);
-  out.Number(Fingerprint(c.pool->plan));
+  out.Number(internal::Fingerprint(c.pool->plan));
   out.Number(static_cast<std::uint32_t>(name.size()));
   out.Bytes(name.data(), name.size());
   out.Checksum();
@@ -256,63 +225,47 @@ bool Save(const CacheImpl& c, const Sink& sink) {
   return out.good();
 }
 
-// whole: nothing may follow. What is loaded takes the place of what is there once all of it is
-// good.
-Status Load(CacheImpl& c, std::istream& stream, bool whole) try {
-  Reader in(stream);
+}  // namespace
+
+Status SaveSession(const CacheImpl& c, const Sink& sink) {
+  if (Save(c, sink)) return {};
+  return {ErrorCode::kIo, "session: what is written is not taken"};
+}
+
+Status SaveSession(const CacheImpl& c, const std::string& path) {
+  return WriteFileAtomically(path, "room for the session and the right to write it",
+                             [&](std::FILE* file) {
+                               return Save(c, [&](const void* data, std::size_t bytes) {
+                                 return std::fwrite(data, 1, bytes, file) == bytes;
+                               });
+                             });
+}
+
+// What is loaded takes the place of what is there once all of it is good.
+Status LoadSession(CacheImpl& c, const Source& source, const std::function<bool()>& is_end) try {
+  Reader in(source);
   if (Status s = LoadHeader(c, in); !s.ok()) return s;
   CacheImpl loaded(c.pool, c.capacity);
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
     if (!c.pool->layers[layer].shape.owns_kv()) continue;
     if (Status s = LoadLayer(loaded, layer, in); !s.ok()) return s;
   }
-  if (whole && stream.peek() != std::istream::traits_type::eof()) {
-    return Damaged("end", "nothing after the last layer");
-  }
+  if (!is_end()) return Damaged("end", "nothing after the last layer");
   std::swap(c.layers, loaded.layers);
   return {};
 } catch (const std::bad_alloc&) {
   return {ErrorCode::kOutOfMemory, "session: expected one that fits into memory"};
 }
 
-}  // namespace
-
-Status SaveSession(const Cache& cache, std::ostream& stream) {
-  const CacheImpl* const c = Access::Of(cache);
-  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  const Quiet quiet(stream);
-  const bool saved = Save(*c, [&](const char* data, std::size_t bytes) {
-    return stream.write(data, static_cast<std::streamsize>(bytes)).good();
-  });
-  if (saved && stream.flush().good()) return {};
-  return {ErrorCode::kIo, "session: the stream does not take what is written"};
-}
-
-Status LoadSession(Cache& cache, std::istream& stream) {
-  CacheImpl* const c = Access::Of(cache);
-  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  const Quiet quiet(stream);
-  return Load(*c, stream, false);
-}
-
-Status SaveSession(const Cache& cache, const std::string& path) {
-  const CacheImpl* const c = Access::Of(cache);
-  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  return internal::WriteFileAtomically(path, "room for the session and the right to write it",
-                                       [&](std::FILE* file) {
-                                         return Save(*c, [&](const char* data, std::size_t bytes) {
-                                           return std::fwrite(data, 1, bytes, file) == bytes;
-                                         });
-                                       });
-}
-
-Status LoadSession(Cache& cache, const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in) return {ErrorCode::kIo, fmt::format("{}: expected a file that can be read", path)};
-  CacheImpl* const c = Access::Of(cache);
-  if (Status s = internal::CheckAlive(c); !s.ok()) return s;
-  const Status s = Load(*c, in, true);
+Status LoadSession(CacheImpl& c, const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return {ErrorCode::kIo, fmt::format("{}: expected a file that can be read", path)};
+  const auto source = [&](void* data, std::size_t bytes) {
+    return file.read(static_cast<char*>(data), static_cast<std::streamsize>(bytes)).good();
+  };
+  const auto is_end = [&] { return file.peek() == std::ifstream::traits_type::eof(); };
+  const Status s = LoadSession(c, source, is_end);
   return s.ok() ? s : Status(s.code(), fmt::format("{}: {}", path, s.message()));
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::internal

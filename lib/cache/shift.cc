@@ -5,16 +5,10 @@
 
 #include <fmt/format.h>
 
-#include "kvmix/rope.h"
 #include "lib/cache/cache_impl.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 namespace {
-
-using internal::CacheImpl;
-using internal::CacheLayer;
-using internal::CompiledCodec;
-using internal::PoolLayer;
 
 constexpr std::size_t kRowsAtATime = 16;
 
@@ -93,16 +87,16 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
     for (std::size_t t = first; t < c.layers[layer].tokens; t += kRowsAtATime) {
       const std::size_t n = std::min(kRowsAtATime, c.layers[layer].tokens - t);
       const CompiledCodec& codec = shape.k[h];
-      internal::LoadRows(c, layer, KVMIX_K, h, t, n, rows.data(), scales.data());
+      LoadRows(c, layer, KVMIX_K, h, t, n, rows.data(), scales.data());
       codec.Decode(rows.data(), scales.data(), n, keys.data(), dim);
       for (std::size_t r = 0; r < n; ++r) turn.Apply(keys.data() + r * dim);
       const RowsView view = RowsView::F32(keys.data(), n, 1, dim);
-      internal::KeepExact(c, layer, KVMIX_K, h, t - drop, internal::TokenRows(view, 0, 0, n));
-      clamped += codec.Encode(internal::TokenRows(view, 0, 0, n), rows.data(), scales.data());
-      internal::StoreRows(c, layer, KVMIX_K, h, t - drop, n, rows.data(), scales.data());
-      internal::LoadRows(c, layer, KVMIX_V, h, t, n, rows.data(), scales.data());
-      internal::StoreRows(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
-      internal::KeepExactOf(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
+      KeepExact(c, layer, KVMIX_K, h, t - drop, TokenRows(view, 0, 0, n));
+      clamped += codec.Encode(TokenRows(view, 0, 0, n), rows.data(), scales.data());
+      StoreRows(c, layer, KVMIX_K, h, t - drop, n, rows.data(), scales.data());
+      LoadRows(c, layer, KVMIX_V, h, t, n, rows.data(), scales.data());
+      StoreRows(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
+      KeepExactOf(c, layer, KVMIX_V, h, t - drop, n, rows.data(), scales.data());
     }
   }
   return clamped;
@@ -110,9 +104,8 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
 
 }  // namespace
 
-Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes) {
-  if (Status s = internal::CheckAlive(impl_.get()); !s.ok()) return s;
-  CacheImpl& c = *impl_;
+Status CacheImpl::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes) {
+  CacheImpl& c = *this;
   const std::vector<PoolLayer>& shapes = c.pool->layers;
   if (ropes.size() != 1 && ropes.size() != shapes.size()) {
     return {ErrorCode::kInvalidArgument,
@@ -137,8 +130,8 @@ Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ro
     if (!shapes[layer].shape.owns_kv()) continue;
     const CacheLayer& held = c.layers[layer];
     const std::size_t first = FirstMoved(held, keep, drop);
-    if (Status s = internal::MakeWritable(c, layer, first - drop, held.tokens - first); !s.ok()) {
-      for (std::size_t ready = 0; ready < layer; ++ready) internal::DropUnused(c, ready);
+    if (Status s = MakeWritable(c, layer, first - drop, held.tokens - first); !s.ok()) {
+      for (std::size_t ready = 0; ready < layer; ++ready) DropUnused(c, ready);
       return s;
     }
   }
@@ -152,9 +145,9 @@ Status Cache::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ro
     held.dropped = std::max(Moved(held.dropped, keep, drop), std::min(held.forgotten, keep));
     held.forgotten = Moved(held.forgotten, keep, drop);
     held.tokens -= drop;
-    internal::DropUnused(c, layer);
+    DropUnused(c, layer);
   }
   return {};
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::internal

@@ -19,7 +19,7 @@ struct Sight {
   std::size_t queries = 0;  // query i stands at token tokens - queries + i
   std::size_t tokens = 0;   // that the layer holds
   std::size_t window = 0;   // 0: none
-  std::size_t prefix = 0;   // AttendOptions::bidirectional_prefix
+  std::size_t prefix = 0;   // kvmix_sight::bidirectional_prefix
   // Tokens before `forgotten` are gone. A query does not see those before `dropped`, which went on
   // purpose (Forget, Shift). The others left with the window: a query that would see one is wrong.
   std::size_t forgotten = 0;

@@ -1,5 +1,4 @@
 // Names of kinds, sizes, checks.
-#include "kvmix/codec.h"
 
 #include <fmt/ranges.h>
 
@@ -11,8 +10,9 @@
 #include <vector>
 
 #include "lib/files/file.h"
+#include "lib/plan/plan.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 namespace {
 
 constexpr std::pair<bool CodecKind::*, std::string_view> kSteps[] = {
@@ -93,7 +93,7 @@ std::size_t ChannelStep(Storage storage) { return 8 / std::gcd(BitsOf(storage), 
 
 template <class... Args>
 Status Invalid(fmt::format_string<Args...> message, Args&&... args) {
-  return internal::Error(ErrorCode::kInvalidArgument, message, std::forward<Args>(args)...);
+  return Error(ErrorCode::kInvalidArgument, message, std::forward<Args>(args)...);
 }
 
 Status CheckVector(std::span<const float> vector, bool wanted, std::size_t head_dim,
@@ -149,7 +149,7 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
     for (const Scale scale : All<Scale>()) {
       CodecKind kind{.storage = storage, .scale = scale};
       for (const auto& [step, suffix] : kSteps) kind.*step = name.find(suffix) != name.npos;
-      if (Exists(kind) && ToString(kind) == name) return kind;
+      if (Exists(kind) && internal::ToString(kind) == name) return kind;
     }
   }
   return Invalid(
@@ -158,34 +158,9 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
       Names<Storage>(), Names<Scale>(), fmt::join(kSteps | std::views::values, ", "), name);
 }
 
-bool Fits(const CodecKind& kind, std::size_t head_dim) {
-  return head_dim % ChannelStep(kind.storage) == 0;
-}
-
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
   if (!IsKnown(kind)) return 0;
   return (BitsOf(kind.storage) * head_dim + 7) / 8 + BytesOf(kind.scale);
-}
-
-std::span<const float> HeadCodec::mean() const {
-  if (vectors == nullptr) return {};
-  return vectors->mean;
-}
-
-std::span<const float> HeadCodec::factor() const {
-  if (vectors == nullptr) return {};
-  return vectors->factor;
-}
-
-std::span<const float> HeadCodec::shaping() const {
-  if (vectors == nullptr) return {};
-  return vectors->shaping;
-}
-
-bool HeadCodec::operator==(const HeadCodec& other) const {
-  return kind == other.kind && head_scale == other.head_scale &&
-         std::ranges::equal(mean(), other.mean()) && std::ranges::equal(factor(), other.factor()) &&
-         std::ranges::equal(shaping(), other.shaping());
 }
 
 Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
@@ -196,7 +171,7 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
   }
   if (!Fits(codec.kind, head_dim))
     return Invalid("{}: expected a head_dim that is a multiple of {}, found {}",
-                   ToString(codec.kind), ChannelStep(codec.kind.storage), head_dim);
+                   internal::ToString(codec.kind), ChannelStep(codec.kind.storage), head_dim);
   const float scale = codec.head_scale;
   if (codec.kind.scale == KVMIX_SCALE_HEAD && !(scale > 0.0f && std::isfinite(scale)))
     return Invalid("expected a scale above 0, found {}", scale);
@@ -210,4 +185,4 @@ Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
   return CheckShaping(codec.shaping(), codec.kind.shape, head_dim);
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::internal

@@ -1,15 +1,15 @@
 // Models: checks, and the words for a shape.
-#include "kvmix/model.h"
-
 #include <algorithm>
 #include <cmath>
-#include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 
-#include "kvmix/codec.h"
+#include "lib/plan/plan.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 namespace {
 
 Status CheckShape(const Model& model, std::size_t layer) {
@@ -77,75 +77,6 @@ std::string Words(const LayerShape& shape) {
 
 }  // namespace
 
-float LayerShape::scale() const {
-  return attention_scale != 0.0f ? attention_scale : 1.0f / std::sqrt(static_cast<float>(k_dim));
-}
-
-// More layers than CheckModel lets through need no memory.
-Model::Model(const Geometry& g)
-    : layers(std::min(g.layers, kMaxCount + 1), LayerShape{.kv_heads = g.kv_heads,
-                                                           .query_heads = g.query_heads,
-                                                           .k_dim = g.head_dim,
-                                                           .v_dim = g.head_dim}) {}
-
-std::vector<std::size_t> Model::readers(std::size_t layer) const {
-  std::vector<std::size_t> readers;
-  for (std::size_t i = layer; i < layers.size(); ++i) {
-    if (layers[i].has_kv() && kv_layer(i) == layer) readers.push_back(i);
-  }
-  return readers;
-}
-
-std::vector<std::size_t> Model::queries(std::size_t layer, std::size_t kv_head) const {
-  std::vector<std::size_t> places;
-  for (const std::size_t reader : readers(layer)) {
-    const std::size_t group = layers[reader].group(),
-                      first = query_heads_before(reader) + kv_head * group;
-    for (std::size_t q = first; q < first + group; ++q) places.push_back(q);
-  }
-  return places;
-}
-
-std::size_t Model::tokens_held(std::size_t layer, std::size_t context) const {
-  std::size_t tokens = 0;
-  for (const std::size_t reader : readers(layer)) {
-    tokens = std::max(tokens, layers[reader].seen(context));
-  }
-  return tokens;
-}
-
-std::size_t Model::kv_heads_before(std::size_t layer) const {
-  std::size_t heads = 0;
-  for (const LayerShape& shape : std::span(layers).first(layer)) {
-    if (shape.owns_kv()) heads += shape.kv_heads;
-  }
-  return heads;
-}
-
-std::size_t Model::query_heads_before(std::size_t layer) const {
-  std::size_t heads = 0;
-  for (const LayerShape& shape : std::span(layers).first(layer)) {
-    if (shape.has_kv()) heads += shape.query_heads;
-  }
-  return heads;
-}
-
-std::optional<Geometry> Model::geometry() const {
-  if (layers.empty()) return std::nullopt;
-  const LayerShape& shape = layers[0];
-  const Geometry geometry{layers.size(), shape.kv_heads, shape.query_heads, shape.k_dim};
-  return *this == Model(geometry) ? std::optional(geometry) : std::nullopt;
-}
-
-Model Stored(Model model) {
-  for (LayerShape& shape : model.layers) {
-    shape.window = 0;
-    shape.attention_scale = shape.soft_cap = 0.0f;
-    shape.sinks.clear();
-  }
-  return model;
-}
-
 Status CheckModel(const Model& model) {
   if (model.layers.empty() || model.layers.size() > kMaxCount) {
     return {ErrorCode::kInvalidArgument,
@@ -181,4 +112,4 @@ std::string ToString(const Model& model) {
   return text;
 }
 
-}  // namespace kvmix
+}  // namespace kvmix::internal

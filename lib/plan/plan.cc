@@ -1,6 +1,4 @@
 // Plans: checks and sizes.
-#include "kvmix/plan.h"
-
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -9,53 +7,47 @@
 
 #include <fmt/format.h>
 
-#include "lib/files/check.h"
 #include "lib/files/file.h"
+#include "lib/plan/plan.h"
 
-namespace kvmix {
+namespace kvmix::internal {
 
-using internal::Error;
-
-std::size_t Plan::index(std::size_t layer, std::size_t kv_head, Tensor t) const {
-  KVMIX_CHECK(layer, <, model.layers.size());
-  KVMIX_CHECK(kv_head, <, model.layers[layer].kv_heads);
-  return (model.kv_heads_before(model.kv_layer(layer)) + kv_head) * 2 + static_cast<std::size_t>(t);
+Status CheckExactFirst(std::size_t tokens) {
+  if (tokens <= kMostExactFirst) return {};
+  return Error(ErrorCode::kInvalidArgument, "exact_first: expected 0 to {}, found {}",
+               kMostExactFirst, tokens);
 }
 
-Plan UniformPlan(const Model& model, const HeadCodec& k, const HeadCodec& v) {
-  Plan plan{model, {}, {}};
-  for (std::size_t i = model.kv_heads_before(model.layers.size()); i > 0; --i)
-    plan.codecs.insert(plan.codecs.end(), {k, v});
-  return plan;
+Status CheckCodecAt(const HeadCodec& codec, const LayerShape& shape, std::size_t layer,
+                    std::size_t kv_head, Tensor tensor) {
+  const bool is_k = tensor == KVMIX_K;
+  if (Status s = internal::CheckCodec(codec, shape.dim(tensor)); !s.ok()) {
+    return Error(s.code(), "layer {}, KV head {}, {}: {}", layer, kv_head, is_k ? "K" : "V",
+                 s.message());
+  }
+  if (is_k || !codec.kind.shape) return {};
+  return Error(ErrorCode::kInvalidArgument,
+               "layer {}, KV head {}, V: expected a codec without +shape, which only K has, found "
+               "{}",
+               layer, kv_head, internal::ToString(codec.kind));
 }
 
 Status CheckPlan(const Plan& plan) {
-  if (plan.exact_first > kMostExactFirst) {
-    return Error(ErrorCode::kInvalidArgument, "exact_first: expected 0 to {}, found {}",
-                 kMostExactFirst, plan.exact_first);
-  }
+  if (Status s = CheckExactFirst(plan.exact_first); !s.ok()) return s;
   const Model& model = plan.model;
-  if (Status s = CheckModel(model); !s.ok()) return s;
+  if (Status s = internal::CheckModel(model); !s.ok()) return s;
   const std::size_t expected = 2 * model.kv_heads_before(model.layers.size());
-  if (plan.codecs.size() != expected)
+  if (plan.codecs.size() != expected) {
     return Error(ErrorCode::kInvalidArgument, "codecs: expected {} ({}), found {}", expected,
-                 ToString(model), plan.codecs.size());
-  std::size_t first = 0;
+                 internal::ToString(model), plan.codecs.size());
+  }
+  auto codec = plan.codecs.begin();
   for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
     const LayerShape& shape = model.layers[layer];
-    if (!shape.owns_kv()) continue;
-    for (std::size_t i = 0; i < 2 * shape.kv_heads; ++i) {
-      const bool is_k = i % 2 == 0;
-      if (Status s = CheckCodec(plan.codecs[first + i], is_k ? shape.k_dim : shape.v_dim); !s.ok())
-        return Error(s.code(), "layer {}, KV head {}, {}: {}", layer, i / 2, is_k ? "K" : "V",
-                     s.message());
-      if (!is_k && plan.codecs[first + i].kind.shape)
-        return Error(ErrorCode::kInvalidArgument,
-                     "layer {}, KV head {}, V: expected a codec without +shape, which only K has, "
-                     "found {}",
-                     layer, i / 2, ToString(plan.codecs[first + i].kind));
+    for (std::size_t i = 0; shape.owns_kv() && i < 2 * shape.kv_heads; ++i, ++codec) {
+      const Tensor tensor = i % 2 == 0 ? KVMIX_K : KVMIX_V;
+      if (Status s = CheckCodecAt(*codec, shape, layer, i / 2, tensor); !s.ok()) return s;
     }
-    first += 2 * shape.kv_heads;
   }
   return {};
 }
@@ -77,7 +69,8 @@ Room RoomOf(const Plan& plan, std::size_t context, Tensor t) {
                       tokens = context == 0 ? 1 : plan.model.tokens_held(layer, context),
                       exact = context == 0 ? 0 : std::min(plan.exact_first, tokens);
     for (std::size_t head = 0; head < shape.kv_heads; ++head, codec += 2)
-      room.bytes += tokens * BytesPerToken(plan.codecs[codec].kind, dim) + exact * dim * 2;  // f16
+      room.bytes +=
+          tokens * internal::BytesPerToken(plan.codecs[codec].kind, dim) + exact * dim * 2;  // f16
     room.numbers += tokens * shape.kv_heads * dim;
   }
   return room;
@@ -85,30 +78,10 @@ Room RoomOf(const Plan& plan, std::size_t context, Tensor t) {
 
 }  // namespace
 
-std::size_t ContextBytes(const Plan& plan, std::size_t context) {
-  return RoomOf(plan, context, KVMIX_K).bytes + RoomOf(plan, context, KVMIX_V).bytes;
-}
-
-std::size_t Fp16ContextBytes(const Model& model, std::size_t context) {
-  return ContextBytes(UniformPlan(model, {}, {}), context);
-}
-
-double SavedFraction(const Plan& plan, std::size_t context) {
-  return 1.0 - static_cast<double>(ContextBytes(plan, context)) /
-                   static_cast<double>(Fp16ContextBytes(plan.model, context));
-}
-
-EffectiveBits BitsPerNumber(const Plan& plan, std::size_t context) {
+kvmix_plan_size MeasurePlan(const Plan& plan, std::size_t context) {
   const Room k = RoomOf(plan, context, KVMIX_K), v = RoomOf(plan, context, KVMIX_V);
-  const auto bits = [](std::size_t bytes, std::size_t numbers) {
-    return 8.0 * static_cast<double>(bytes) / static_cast<double>(numbers);
-  };
-  return {bits(k.bytes, k.numbers), bits(v.bytes, v.numbers),
-          bits(k.bytes + v.bytes, k.numbers + v.numbers)};
+  return {sizeof(kvmix_plan_size), k.bytes, v.bytes, k.numbers, v.numbers};
 }
-
-std::size_t BytesPerToken(const Plan& plan) { return ContextBytes(plan, 0); }
-std::size_t Fp16BytesPerToken(const Model& model) { return Fp16ContextBytes(model, 0); }
 
 std::uint64_t Fingerprint(const Plan& plan) {
   XXH3_state_t hash;
@@ -129,7 +102,7 @@ std::uint64_t Fingerprint(const Plan& plan) {
   for (const HeadCodec& codec : plan.codecs) {
     CodecKind decoded = codec.kind;
     decoded.shape = false;  // that only the encoder knows
-    const std::string kind = ToString(decoded);
+    const std::string kind = internal::ToString(decoded);
     bytes(kind.data(), kind.size() + 1);  // with the 0 at its end
     floats({&codec.head_scale, 1});
     floats(codec.mean());
@@ -138,10 +111,4 @@ std::uint64_t Fingerprint(const Plan& plan) {
   return XXH3_64bits_digest(&hash);
 }
 
-Status CheckModelMatches(const Plan& plan, const Model& model) {
-  if (plan.model == model) return {};
-  return Error(ErrorCode::kMismatch, "plan: expected {}, found {}", ToString(model),
-               ToString(plan.model));
-}
-
-}  // namespace kvmix
+}  // namespace kvmix::internal

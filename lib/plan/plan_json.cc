@@ -14,19 +14,13 @@
 
 #include <fmt/format.h>
 
-#include "kvmix/plan.h"
 #include "lib/files/file.h"
 #include "lib/files/json_view.h"
 #include "lib/plan/model_json.h"
+#include "lib/plan/plan.h"
 #include "lib/plan/shaping_file.h"
 
-namespace kvmix {
-
-using internal::Error;
-using internal::FileError;
-using internal::JsonText;
-using internal::JsonView;
-
+namespace kvmix::internal {
 namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
@@ -49,7 +43,7 @@ std::string VectorText(std::span<const float> vector, std::string_view key, std:
 }
 
 std::string CodecText(const HeadCodec& codec, std::string_view key) {
-  std::string text = fmt::format("\"{}\": \"{}\"", key, ToString(codec.kind));
+  std::string text = fmt::format("\"{}\": \"{}\"", key, internal::ToString(codec.kind));
   if (codec.kind.scale == KVMIX_SCALE_HEAD)
     text += fmt::format(", \"{}_scale\": {:.9g}", key, codec.head_scale);
   return text + VectorText(codec.mean(), key, "mean") + VectorText(codec.factor(), key, "factor");
@@ -125,6 +119,9 @@ std::string ShapingText(const std::string& file, const std::string& hash) {
 // shaping: a line, or nothing.
 std::string PlanText(const Plan& plan, const std::string& shaping) {
   const Provenance& p = plan.provenance;
+  const kvmix_plan_size size = MeasurePlan(plan, 0);
+  const double saved = 1.0 - static_cast<double>(size.k_bytes + size.v_bytes) /
+                                 static_cast<double>(2 * (size.k_numbers + size.v_numbers));
   return fmt::format(
       R"({{
   "format": "{}",
@@ -142,7 +139,7 @@ std::string PlanText(const Plan& plan, const std::string& shaping) {
 )",
       kFormat, kMajor, MinorOf(plan), ModelText(plan.model),
       plan.exact_first == 0 ? "" : fmt::format("\n  \"exact_first\": {},", plan.exact_first),
-      shaping, BytesPerToken(plan), SavedFraction(plan), JsonText(p.model), JsonText(p.calibration),
+      shaping, size.k_bytes + size.v_bytes, saved, JsonText(p.model), JsonText(p.calibration),
       p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,
       AccuracyText(p), CodecsText(plan));
 }
@@ -155,7 +152,7 @@ bool IsFinite(const Fidelity& f) {
 
 HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
   const std::string name = head[key].Text();
-  const Result<CodecKind> kind = ParseCodecKind(name);
+  const Result<CodecKind> kind = internal::ParseCodecKind(name);
   if (!kind.ok()) {
     head[key].Fail(ErrorCode::kCorrupt, "a codec that this version knows", internal::Quoted(name));
     return {};
@@ -208,10 +205,11 @@ std::string FindMatrices(const std::string& plan_path, const std::string& file) 
   const std::string beside = Beside(plan_path, file);
   std::error_code ignored;
   if (std::filesystem::exists(beside, ignored)) return beside;
-  return Beside(internal::RealPath(plan_path), file);
+  return Beside(RealPath(plan_path), file);
 }
 
-Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* plan) {
+Status ReadShaping(const JsonView& root, const std::string& plan_path,
+                   const std::optional<std::string>& place, Plan* plan) {
   if (!internal::HasShaping(*plan)) return {};
   const JsonView shaping = root["shaping"];
   const std::string file = shaping["file"].Text(), hash = shaping["xxh3"].Text();
@@ -219,7 +217,9 @@ Status ReadShaping(const JsonView& root, const std::string& plan_path, Plan* pla
   if (std::filesystem::path(file).filename().string() != file)
     return FileError(ErrorCode::kCorrupt, plan_path, "shaping.file", "the name of a file beside it",
                      internal::Quoted(file));
-  return internal::LoadShaping(FindMatrices(plan_path, file), hash, plan);
+  if (place.has_value()) return LoadShaping(FindMatrices(*place, file), hash, plan);
+  return FileError(ErrorCode::kInvalidArgument, plan_path, "shaping",
+                   "a folder that holds the matrices", "none");
 }
 
 Fidelity ReadFidelity(const JsonView& accuracy, const std::string& key) {
@@ -250,18 +250,41 @@ Provenance ReadProvenance(const JsonView& root) {
   return p;
 }
 
+// place: a path in the folder of the matrices, if that is known.
+Result<Plan> ReadPlan(const nlohmann::json& document, const std::string& path,
+                      const std::optional<std::string>& place) {
+  Status status;
+  const JsonView root(document, path, &status);
+  CheckVersion(root, kFormat, kMajor);
+  if (!status.ok()) return status;
+
+  Plan plan;
+  plan.model = ReadModel(root);
+  plan.codecs = ReadCodecs(root["codecs"], plan.model);
+  if (root.has("exact_first")) plan.exact_first = root["exact_first"].Count();
+  plan.provenance = ReadProvenance(root);
+  if (!status.ok()) return status;
+  if (Status s = ReadShaping(root, path, place, &plan); !s.ok()) return s;
+  if (!status.ok()) return status;
+  if (Status s = internal::CheckPlan(plan); !s.ok()) {
+    return Error(ErrorCode::kCorrupt, "{}: {}", path, s.message());
+  }
+  return plan;
+}
+
 }  // namespace
 
 Status SavePlan(const Plan& plan, const std::string& path) {
-  if (Status s = CheckPlan(plan); !s.ok()) return Error(s.code(), "{}: {}", path, s.message());
+  if (Status s = internal::CheckPlan(plan); !s.ok())
+    return Error(s.code(), "{}: {}", path, s.message());
   if (!IsFinite(plan.provenance.on_calibration) || !IsFinite(plan.provenance.on_holdout)) {
     return FileError(ErrorCode::kInvalidArgument, path, "accuracy", "finite numbers", "NaN or Inf");
   }
   if (!internal::HasShaping(plan)) return internal::WriteFileAtomically(path, PlanText(plan, ""));
   const std::string hash = internal::ShapingHash(plan), file = internal::ShapingFileName(hash),
                     text = PlanText(plan, ShapingText(file, hash)),
-                    matrices = Beside(internal::RealPath(path), file);
-  if (internal::IsNullDevice(path)) return internal::WriteFileAtomically(path, text);
+                    matrices = Beside(RealPath(path), file);
+  if (IsNullDevice(path)) return WriteFileAtomically(path, text);
   std::error_code ignored;
   if (std::filesystem::is_other(std::filesystem::status(path, ignored))) {
     return FileError(ErrorCode::kInvalidArgument, path, "",
@@ -276,24 +299,17 @@ Status SavePlan(const Plan& plan, const std::string& path) {
 }
 
 Result<Plan> LoadPlan(const std::string& path) {
-  const Result<nlohmann::json> document = internal::LoadJson(path);
+  const Result<nlohmann::json> document = LoadJson(path);
   if (!document.ok()) return document.status();
-  Status status;
-  const JsonView root(*document, path, &status);
-  internal::CheckVersion(root, kFormat, kMajor);
-  if (!status.ok()) return status;
-
-  Plan plan;
-  plan.model = ReadModel(root);
-  plan.codecs = ReadCodecs(root["codecs"], plan.model);
-  if (root.has("exact_first")) plan.exact_first = root["exact_first"].Count();
-  plan.provenance = ReadProvenance(root);
-  if (!status.ok()) return status;
-  if (Status s = ReadShaping(root, path, &plan); !s.ok()) return s;
-  if (!status.ok()) return status;
-  if (Status s = CheckPlan(plan); !s.ok())
-    return Error(ErrorCode::kCorrupt, "{}: {}", path, s.message());
-  return plan;
+  return ReadPlan(*document, path, path);
 }
 
-}  // namespace kvmix
+Result<Plan> ParsePlan(std::string_view text, const char* folder) {
+  const std::string name = "plan";
+  const Result<nlohmann::json> document = ParseJson(text, name, "");
+  if (!document.ok()) return document.status();
+  if (folder == nullptr) return ReadPlan(*document, name, std::nullopt);
+  return ReadPlan(*document, name, (std::filesystem::path(folder) / name).string());
+}
+
+}  // namespace kvmix::internal

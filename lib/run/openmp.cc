@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "kvmix/runner.h"
+#include "kvmix/kvmix.h"
 #include "lib/files/machine.h"
 
 #ifdef _OPENMP

@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "kvmix/runner.h"
+#include "kvmix/kvmix.h"
 #include "lib/files/machine.h"
 
 namespace {
@@ -227,13 +227,14 @@ kvmix_runner kvmix_threads_runner(kvmix_threads* threads) {
   const auto run = [](void* self, std::size_t parts, Part part, void* job) {
     static_cast<kvmix_threads*>(self)->Run(parts, part, job);
   };
+  if (threads == nullptr) return {nullptr, nullptr, 1};
   return {run, threads, threads->threads()};
 }
 
 void kvmix_threads_lend(kvmix_threads* threads) {
-  if (!threads->is_child()) threads->Lend();
+  if (threads != nullptr && !threads->is_child()) threads->Lend();
 }
 
 void kvmix_threads_recall(kvmix_threads* threads) {
-  if (!threads->is_child()) threads->Recall();
+  if (threads != nullptr && !threads->is_child()) threads->Recall();
 }

@@ -98,8 +98,7 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
   const Model one_layer(std::vector{shape});
   const std::vector<std::size_t>& prompts = dump.prompt_tokens();
   const Plan plan{one_layer, codecs, {}, options.exact_first};
-  Result<Cache> cache =
-      Cache::Create(one_layer, plan, std::ranges::max(prompts), {.target = options.target});
+  Result<Cache> cache = Cache::Create(plan, std::ranges::max(prompts), {.target = options.target});
   if (!cache.ok()) return cache.status();
   const std::size_t out_row = shape.query_heads * shape.v_dim;
   out->resize(dump.tokens() * out_row);
@@ -110,7 +109,7 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
       s = cache->Append(0, rows->k.Tokens(first, tokens), rows->v.Tokens(first, tokens),
                         options.runner);
     if (s.ok())
-      s = Attend(*cache, 0, rows->q.Tokens(first, tokens), out->data() + first * out_row, {},
+      s = Attend(*cache, 0, rows->q.Tokens(first, tokens), out->data() + first * out_row,
                  options.runner);
     if (!s.ok()) return s;
     first += tokens;

@@ -127,7 +127,7 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
       };
       if (known(*wisdom) || known(added)) continue;
       Result<Cache> cache =
-          Cache::Create(one_head, UniformPlan(one_head, kc, vc), tokens, {wisdom->target});
+          Cache::Create(UniformPlan(one_head, kc, vc), tokens, {.target = wisdom->target});
       if (!cache.ok()) return cache.status();
       if (k_rows.empty()) {
         k_rows = RandomHalves(tokens * layer.k_dim, 2);
@@ -149,8 +149,9 @@ Status MeasureHeadSpeeds(const std::vector<CodecKind>& k, const std::vector<Code
   functions.reserve(caches.size());
   for (const Cache& cache : caches) {
     functions.emplace_back([&] {
-      const AttendOptions options{.residence = Residence::kMemory};
-      if (Status s = Attend(cache, 0, queries, out.data(), options); !s.ok()) failed = s;
+      Sight sight = cache.sight(0);
+      sight.residence = KVMIX_RESIDENCE_MEMORY;
+      if (Status s = Attend(cache, 0, queries, out.data(), sight); !s.ok()) failed = s;
     });
   }
   const std::vector<double> medians = MedianSeconds(functions, seconds);

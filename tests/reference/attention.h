@@ -11,6 +11,7 @@
 
 #include "kvmix/attention.h"
 #include "kvmix/model.h"
+#include "tests/attend_options.h"
 
 namespace kvmix::reference {
 

@@ -4,63 +4,51 @@
 #define KVMIX_ATTENTION_H_
 
 #include <cstddef>
-#include <cstdint>
 #include <span>
 
 #include "kvmix/cache.h"
-#include "kvmix/export.h"
 #include "kvmix/rows.h"
 #include "kvmix/runner.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
 
-// Where a layer's tiles lie when a call begins. It changes the speed, never the result: tiles from
-// memory are read in one order with the next block asked for ahead. Measured on Granite Rapids:
-// that costs 5 % where they lie in L2, and without it a decode from memory takes a third longer.
-enum class Residence : std::uint8_t {
-  kAuto,    // one query: kMemory, for a model's other layers pass through the caches between two
-            // steps. More queries: by the layer's bytes against L2.
-  kL2,      // in this core's L2 cache
-  kMemory,  // in memory, or in a cache that is shared
-};
-
-// What 0 and null leave to the model's layer (kvmix/model.h).
-struct AttendOptions {
-  float attention_scale = 0.0f;    // > 0
-  std::size_t sliding_window = 0;  // a query sees at most this many last tokens, itself included
-  float soft_cap = 0.0f;           // s -> soft_cap * tanh(s / soft_cap) (Gemma 2)
-  const float* sinks = nullptr;    // [query_heads] logits that take weight but have no V (gpt-oss)
-  bool causal = true;              // false: a query also sees the tokens after it
-  std::size_t bidirectional_prefix = 0;  // these first tokens see each other both ways; 0: none
-  Residence residence = Residence::kAuto;
-};
-
+// Attend's sight is a query's view of a layer: causality, window, scale, soft cap, sinks
+// (kvmix/kvmix.h, kvmix_sight). Ask for the layer's own, change it, and hand it in:
+//   Sight sight = cache.sight(layer);
+//   sight.causal = false;
+//   Attend(cache, layer, q, out, sight);
+// Its `residence` is a hint: the place of the layer's tiles when the call begins. Tiles from memory
+// are read in one order with the next block asked for ahead. Measured on Granite Rapids: that costs
+// 5 % where they lie in L2, and without it a decode from memory takes a third longer.
 // A number for every query and cell, as engines have it: 0 is seen, -inf is not, any other is added
 // to the score (below -4e29, such as the least f32, it hides as -inf does). It stands beside
-// causality and window: with cells in any order, switch those off.
-struct MaskView {
-  const void* data = nullptr;  // query i, cell c: element i * stride + c; null: no mask
-  Dtype dtype = KVMIX_F16;
-  std::size_t queries = 0;  // those of q
-  std::size_t cells = 0;    // at most the capacity; a cell from here on is not seen
-  std::ptrdiff_t stride = 0;
-  const float* slopes = nullptr;  // [query_heads] factors > 0 of the numbers (ALiBi); null: 1
+// causality and window: with cells in any order, switch those off. queries: those of q. cells: at
+// most the capacity; a cell from there on is not seen. slopes: [query_heads] factors > 0 of the
+// numbers (ALiBi), or null for 1.
+struct MaskView : kvmix_mask {
+  MaskView() : kvmix_mask{} {}  // no mask
+  MaskView(const void* numbers, Dtype type, std::size_t n, std::size_t n_cells,
+           std::ptrdiff_t by_query, const float* by_head = nullptr)
+      : kvmix_mask{numbers, type, n, n_cells, by_query, by_head} {}
 };
 
-// One sequence's part of a call.
-struct AttendRequest {
-  const Cache* cache = nullptr;
-  RowsView q;
-  float* out = nullptr;
-  float* log_sum_exp = nullptr;  // [queries, query_heads], or null
-  MaskView mask = {};
+// One sequence's part of a call. sums: [queries, query_heads], or null.
+struct AttendRequest : kvmix_attend_request {
+  AttendRequest(const Cache* over, const RowsView& queries, const OutView& to,
+                float* sums = nullptr, const MaskView& numbers = {})
+      : kvmix_attend_request{sizeof(AttendRequest),
+                             over != nullptr ? over->get() : nullptr,
+                             queries,
+                             to,
+                             sums,
+                             numbers} {}
 };
 
 // Query i of n stands at token p = tokens - n + i of the layer: append K and V of the prompt (or of
 // the new token) first, then attend. The query sees the tokens [0, p], with a window only the last
-// sliding_window of them; without `causal` all tokens after p as well. If p < bidirectional_prefix,
-// it also sees all tokens [0, bidirectional_prefix), whatever the window is (PrefixLM, Gemma 3's
+// `window` of them; without `causal` all tokens after p as well. If p < bidirectional_prefix, it
+// also sees all tokens [0, bidirectional_prefix), whatever the window is (PrefixLM, Gemma 3's
 // images). A mask hides some of these tokens.
 //
 // The layer must hold a whole prefix before a query in it is asked: append the prefix first. (A
@@ -68,13 +56,13 @@ struct AttendRequest {
 // chunks of the prompt are appended and attended over as without a prefix.
 //
 // A layer with a window keeps the tokens that the queries of the last Append see, and those of
-// CacheOptions::rollback. A query that would see a token that has left with the window is an error:
+// PoolOptions::rollback. A query that would see a token that has left with the window is an error:
 // attend over each chunk before you append the next one. Tokens that Forget or Shift dropped are
 // not seen, and that is no error.
 //
-// q: [queries, query_heads, k_dim]. out: [queries, query_heads, v_dim] in C order, f32; it may not
-// overlap q. A query that sees no token gets zeros; a query row with NaN or Inf gets NaN. runner: a
-// number of OpenMP's threads, or any other (kvmix/runner.h). The result does not depend on it.
+// q: [queries, query_heads, k_dim]. out: [queries, query_heads, v_dim]; it may not overlap q. A
+// query that sees no token gets zeros; a query row with NaN or Inf gets NaN. runner: a number of
+// OpenMP's threads, or any other (kvmix/runner.h). The result does not depend on it.
 //
 // log_sum_exp: the natural logarithm of what the row's weights sum to, a sink's included; -inf
 // where it sees nothing. With it outputs over two caches can be merged (MergeOutputs).
@@ -105,15 +93,42 @@ struct AttendRequest {
 //
 // Threads: neighbouring parts of a decode read neighbouring memory, and Runner::threads says into
 // how many runs of them one sequence's decode is cut.
-KVMIX_API Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, float* out,
-                        const AttendOptions& options = {}, const Runner& runner = Runner::Here());
-KVMIX_API Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
-                        const AttendOptions& options = {}, const Runner& runner = Runner::Here());
+inline Status Attend(std::span<const AttendRequest> requests, std::size_t layer, const Sight* sight,
+                     const Runner& runner = Runner::Here()) {
+  if (Status s = runner.Check(); !s.ok()) return s;
+  internal::CallError error;
+  return error.Of(
+      kvmix_attend(requests.data(), requests.size(), layer, sight, runner.get(), error));
+}
+inline Status Attend(std::span<const AttendRequest> requests, std::size_t layer, const Sight& sight,
+                     const Runner& runner = Runner::Here()) {
+  return Attend(requests, layer, &sight, runner);
+}
+// Without a sight: the layer's own.
+inline Status Attend(std::span<const AttendRequest> requests, std::size_t layer,
+                     const Runner& runner = Runner::Here()) {
+  return Attend(requests, layer, nullptr, runner);
+}
+inline Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, const OutView& out,
+                     const Sight& sight, const Runner& runner = Runner::Here()) {
+  const AttendRequest request(&cache, q, out);
+  return Attend({&request, 1}, layer, &sight, runner);
+}
+inline Status Attend(const Cache& cache, std::size_t layer, const RowsView& q, const OutView& out,
+                     const Runner& runner = Runner::Here()) {
+  const AttendRequest request(&cache, q, out);
+  return Attend({&request, 1}, layer, nullptr, runner);
+}
 
-// Two outputs of the same queries over disjoint tokens become that over all of them: out, lse <-
-// merged with the others. rows of dim numbers.
-KVMIX_API void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
-                            const float* other_log_sum_exp, std::size_t rows, std::size_t dim);
+// Two outputs of the same queries over disjoint tokens become the output over all of them: out and
+// log_sum_exp are merged with the others. rows of dim numbers.
+inline void MergeOutputs(float* out, float* log_sum_exp, const float* other_out,
+                         const float* other_log_sum_exp, std::size_t rows, std::size_t dim) {
+  internal::CallError error;
+  const Status s = error.Of(
+      kvmix_merge_outputs(out, log_sum_exp, other_out, other_log_sum_exp, rows, dim, error));
+  if (!s.ok()) internal::WrongResult(s);
+}
 
 }  // namespace kvmix
 

@@ -24,14 +24,17 @@
 #ifndef KVMIX_CODEC_H_
 #define KVMIX_CODEC_H_
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
-#include "kvmix/export.h"
+#include "kvmix/kvmix.h"
 #include "kvmix/status.h"
 #include "kvmix/types.h"
 
@@ -53,19 +56,21 @@ struct CodecKind {
 
 // "f16", "i8-head", "i4-token", "i8-token-bf16+centre+fold+hadamard+shape": the storage, the scale,
 // and the steps that are taken, in this order.
-KVMIX_API std::string ToString(const CodecKind& kind);
+std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
-KVMIX_API Result<CodecKind> ParseCodecKind(std::string_view name);
+Result<CodecKind> ParseCodecKind(std::string_view name);
 
 // Bits of a code, or of f16's number: 16, 8, 6, 4 or 3.
 inline std::size_t BitsOf(Storage storage) { return kvmix_storage_bits(storage); }
 
 // head_dim is such that a canonical row is whole bytes.
-KVMIX_API bool Fits(const CodecKind& kind, std::size_t head_dim);
+inline bool Fits(const CodecKind& kind, std::size_t head_dim) {
+  return BitsOf(kind.storage) * head_dim % 8 == 0;
+}
 
 // Bytes that one token of one KV head's K or V takes in the canonical form: codes and stored
 // scales.
-KVMIX_API std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim);
+std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim);
 
 // The numbers of a codec, per channel. Empty where its kind does not ask for them.
 struct CodecVectors {
@@ -82,16 +87,90 @@ struct HeadCodec {
   float head_scale = 0.0f;  // KVMIX_SCALE_HEAD: the scale itself (absmax of the calibration / 127)
   std::shared_ptr<const CodecVectors> vectors = nullptr;
 
-  KVMIX_API std::span<const float> mean() const;     // empty if there is none
-  KVMIX_API std::span<const float> factor() const;   // empty if there is none
-  KVMIX_API std::span<const float> shaping() const;  // empty if there is none
-  // Compares the numbers, not who shares them.
-  KVMIX_API bool operator==(const HeadCodec& other) const;
+  // Empty if there is none.
+  std::span<const float> mean() const { return Get(&CodecVectors::mean); }
+  std::span<const float> factor() const { return Get(&CodecVectors::factor); }
+  std::span<const float> shaping() const { return Get(&CodecVectors::shaping); }
+  bool operator==(const HeadCodec& other) const {  // by the numbers, not by who shares them
+    return kind == other.kind && head_scale == other.head_scale &&
+           std::ranges::equal(mean(), other.mean()) &&
+           std::ranges::equal(factor(), other.factor()) &&
+           std::ranges::equal(shaping(), other.shaping());
+  }
+
+ private:
+  std::span<const float> Get(std::vector<float> CodecVectors::*numbers) const {
+    return vectors == nullptr ? std::span<const float>() : (*vectors).*numbers;
+  }
 };
+
+namespace internal {
+
+inline kvmix_codec ViewOf(const HeadCodec& codec) {
+  const CodecKind& kind = codec.kind;
+  const auto step = [](bool taken, kvmix_step is) {
+    return taken ? static_cast<std::uint32_t>(is) : 0u;
+  };
+  const std::uint32_t steps =
+      step(kind.centre, KVMIX_STEP_CENTRE) | step(kind.fold, KVMIX_STEP_FOLD) |
+      step(kind.hadamard, KVMIX_STEP_HADAMARD) | step(kind.shape, KVMIX_STEP_SHAPE);
+  return {sizeof(kvmix_codec),
+          kind.storage,
+          kind.scale,
+          steps,
+          codec.head_scale,
+          codec.mean().data(),
+          codec.factor().data(),
+          codec.shaping().data(),
+          codec.mean().size(),
+          codec.factor().size(),
+          codec.shaping().size()};
+}
+
+inline HeadCodec ValueOf(const kvmix_codec& c) {
+  const auto has = [&](kvmix_step step) {
+    return (c.steps & static_cast<std::uint32_t>(step)) != 0;
+  };
+  HeadCodec codec{{c.storage, c.scale, has(KVMIX_STEP_CENTRE), has(KVMIX_STEP_FOLD),
+                   has(KVMIX_STEP_HADAMARD), has(KVMIX_STEP_SHAPE)},
+                  c.head_scale};
+  if (c.mean_size + c.factor_size + c.shaping_size == 0) return codec;
+  CodecVectors vectors;
+  vectors.mean.assign(c.mean, c.mean + c.mean_size);
+  vectors.factor.assign(c.factor, c.factor + c.factor_size);
+  vectors.shaping.assign(c.shaping, c.shaping + c.shaping_size);
+  codec.vectors = std::make_shared<const CodecVectors>(std::move(vectors));
+  return codec;
+}
+
+}  // namespace internal
+
+inline std::string ToString(const CodecKind& kind) {
+  const kvmix_codec codec = internal::ViewOf(HeadCodec{kind});
+  return internal::TextOf(
+      [&](char* text, std::size_t size) { return kvmix_codec_name(&codec, text, size); });
+}
+
+inline Result<CodecKind> ParseCodecKind(std::string_view name) {
+  kvmix_codec codec = KVMIX_INIT(kvmix_codec);
+  internal::CallError error;
+  const Status s = error.Of(kvmix_codec_parse(std::string(name).c_str(), &codec, error));
+  if (!s.ok()) return s;
+  return internal::ValueOf(codec).kind;
+}
+
+inline std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
+  const kvmix_codec codec = internal::ViewOf(HeadCodec{kind});
+  return kvmix_codec_token_bytes(&codec, head_dim);
+}
 
 // The kind exists and fits head_dim, and its numbers are there: head_scale above 0 and finite,
 // vectors of head_dim finite numbers where the kind asks for them and nowhere else.
-KVMIX_API Status CheckCodec(const HeadCodec& codec, std::size_t head_dim);
+inline Status CheckCodec(const HeadCodec& codec, std::size_t head_dim) {
+  const kvmix_codec view = internal::ViewOf(codec);
+  internal::CallError error;
+  return error.Of(kvmix_codec_check(&view, head_dim, error));
+}
 
 }  // namespace kvmix
 

@@ -41,6 +41,13 @@ inline Half FloatToHalf(float f) {
          static_cast<Half>((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13);
 }
 
+// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
+inline std::uint16_t FloatToBFloat(float f) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(f);
+  const std::uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  return static_cast<std::uint16_t>(((f != f) ? bits | 0x400000u : rounded) >> 16);
+}
+
 }  // namespace kvmix
 
 #endif  // KVMIX_HALF_H_

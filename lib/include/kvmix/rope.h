@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kvmix/kvmix.h"
+
 namespace kvmix {
 
 // Pair p of a key's channels is turned by the angle position * frequency[p].
@@ -22,6 +24,18 @@ struct Rope {
   std::vector<double> frequencies = {};
 };
 
+namespace internal {
+
+inline kvmix_rope ViewOf(const Rope& rope) {
+  return {sizeof(kvmix_rope),
+          rope.dims,
+          rope.theta,
+          rope.frequencies.data(),
+          rope.frequencies.size(),
+          rope.pairs == Rope::Pairs::kNeighbours};
+}
+
+}  // namespace internal
 }  // namespace kvmix
 
 #endif  // KVMIX_ROPE_H_

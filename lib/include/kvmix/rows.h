@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "kvmix/half.h"
-#include "kvmix/types.h"
+#include "kvmix/kvmix.h"
 
 namespace kvmix {
 
@@ -14,14 +14,12 @@ namespace kvmix {
 // t * token_stride + h * head_stride + c of `data`. Strides are in elements and may be negative;
 // the channels of a row lie side by side. `data` needs no alignment beyond its type's. (Hugging
 // Face's [heads, tokens, head_dim] has token_stride head_dim and head_stride tokens * head_dim.)
-struct RowsView {
-  const void* data = nullptr;
-  Dtype dtype = KVMIX_F16;
-  std::size_t tokens = 0;
-  std::size_t heads = 0;
-  std::size_t head_dim = 0;
-  std::ptrdiff_t token_stride = 0;
-  std::ptrdiff_t head_stride = 0;
+struct RowsView : kvmix_rows {
+  RowsView() : kvmix_rows{} {}
+  RowsView(const kvmix_rows& rows) : kvmix_rows(rows) {}
+  RowsView(const void* x, Dtype type, std::size_t n, std::size_t n_heads, std::size_t dim,
+           std::ptrdiff_t by_token, std::ptrdiff_t by_head)
+      : kvmix_rows{x, type, n, n_heads, dim, by_token, by_head} {}
 
   // In C order, without gaps. bf16 numbers are 16 raw bits.
   static RowsView F16(const Half* x, std::size_t tokens, std::size_t heads, std::size_t head_dim) {
@@ -65,6 +63,14 @@ struct RowsView {
     const std::uint16_t bits = static_cast<const std::uint16_t*>(x)[channel];
     return dtype == KVMIX_F16 ? HalfToFloat(bits) : BFloatToFloat(bits);
   }
+};
+
+// A place for rows, as a call of attention or decoding fills it: f32, f16 or bf16, any strides
+// (both 0: C order, without gaps). Its rows may overlap neither each other nor what the call reads.
+struct OutView : kvmix_out {
+  OutView(float* x) : kvmix_out{x, KVMIX_F32, 0, 0} {}
+  OutView(void* x, Dtype type, std::ptrdiff_t by_token = 0, std::ptrdiff_t by_head = 0)
+      : kvmix_out{x, type, by_token, by_head} {}
 };
 
 }  // namespace kvmix

@@ -1,60 +1,7 @@
-/* Who runs the parts of a call. An append or an attention is cut into parts that know nothing of
- * threads; a runner calls every part, on threads of its own. The library brings three: this thread
- * alone, OpenMP's threads, and a pool. An engine with threads of its own writes a fourth: one
- * function. C11, and C++20 below. */
+// Who runs the parts of a call (kvmix/kvmix.h, kvmix_runner): this thread, OpenMP's threads, a pool
+// of threads, or an engine's own.
 #ifndef KVMIX_RUNNER_H_
 #define KVMIX_RUNNER_H_
-
-#include <stddef.h>
-
-#include "kvmix/export.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-/* run: calls part(job, 0), ..., part(job, parts - 1), each once, on any threads, in any order, and
- * returns when all of them have returned. A part neither throws nor waits for another part. Where
- * run is null, or a pointer to a runner is, the calling thread does everything.
- * threads: how many parts run at a time, about. The library gives each thread neighbouring work by
- * it; no result depends on it. */
-typedef struct kvmix_runner {
-  void (*run)(void* self, size_t parts, void (*part)(void* job, size_t index), void* job);
-  void* self;
-  size_t threads;
-} kvmix_runner;
-
-/* OpenMP's threads; 0: OpenMP's default (OMP_NUM_THREADS, say), but no more than the CPUs that this
- * process may use. A part that calls this runner runs everything itself. So does the child of a
- * fork, where OpenMP's threads are gone. (A child cannot know what it inherits if its parent used
- * OpenMP, but never this runner.) In a library that was built without OpenMP: this thread. */
-KVMIX_API kvmix_runner kvmix_openmp_runner(size_t threads);
-/* Whether the library was built with OpenMP. */
-KVMIX_API int kvmix_has_openmp(void);
-
-/* A pool of threads, which sleep between calls. Many threads may use one pool at a time: the pool
- * works for one call, and a call that comes meanwhile, or from inside a part, runs on the thread
- * that made it. So does every call in the child of a fork. */
-typedef struct kvmix_threads kvmix_threads;
-
-/* Microseconds that a thread of a pool looks for the next call before it sleeps, as long as calls
- * keep coming within that time; where they do not, an eighth of it. */
-enum { KVMIX_SPIN_US = 100 };
-
-/* `threads` threads, the caller of a run being one of them; 0: as many as this process may use.
- * Where threads outnumber the CPUs, nobody spins. Null: the system does not give so many. */
-KVMIX_API kvmix_threads* kvmix_threads_create(size_t threads, unsigned spin_us);
-/* Recalls lent threads, and returns when all have left. No call may be under way. Null: nothing. */
-KVMIX_API void kvmix_threads_destroy(kvmix_threads* threads);
-/* Valid as long as the pool. Its `threads` counts the threads that are lent at this moment. */
-KVMIX_API kvmix_runner kvmix_threads_runner(kvmix_threads* threads);
-/* The calling thread works in the pool, and returns after the next recall. */
-KVMIX_API void kvmix_threads_lend(kvmix_threads* threads);
-/* Threads that are lent now return when they have finished their part; nobody waits for that. */
-KVMIX_API void kvmix_threads_recall(kvmix_threads* threads);
-
-#ifdef __cplusplus
-} /* extern "C" */
 
 #include <algorithm>
 #include <atomic>
@@ -62,6 +9,7 @@ KVMIX_API void kvmix_threads_recall(kvmix_threads* threads);
 #include <memory>
 #include <string>
 
+#include "kvmix/kvmix.h"
 #include "kvmix/status.h"
 
 namespace kvmix {
@@ -148,6 +96,5 @@ class Threads {
 };
 
 }  // namespace kvmix
-#endif  // __cplusplus
 
-#endif /* KVMIX_RUNNER_H_ */
+#endif  // KVMIX_RUNNER_H_

@@ -4,26 +4,32 @@
 #ifndef KVMIX_STATUS_H_
 #define KVMIX_STATUS_H_
 
+#include <cstdio>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <utility>
 
-#include "kvmix/export.h"
+#include "kvmix/kvmix.h"
 
 namespace kvmix {
 
-enum class ErrorCode {
-  kOk,
-  kInvalidArgument,  // a parameter outside its documented range
-  kNotFound,         // no such file, tensor, layer
-  kIo,               // reading or writing failed
-  kCorrupt,          // a file that breaks its own format
-  kVersion,          // a file of a newer major version
-  kMismatch,         // two things that should agree do not (geometry, shapes)
-  kNonFinite,        // NaN or Inf in the data
-  kOutOfMemory,      // more memory asked for than there is, or past a cache's capacity
-  kInfeasible,       // no plan holds the constraints
-  kCancelled,        // the caller's progress callback stopped the work
+// kvmix_code, number by number.
+enum class ErrorCode : int {
+  kOk = KVMIX_OK,
+  kInvalidArgument = KVMIX_INVALID_ARGUMENT,
+  kNotFound = KVMIX_NOT_FOUND,
+  kIo = KVMIX_IO,
+  kCorrupt = KVMIX_CORRUPT,
+  kVersion = KVMIX_NEWER_VERSION,
+  kMismatch = KVMIX_MISMATCH,
+  kNonFinite = KVMIX_NON_FINITE,
+  kOutOfMemory = KVMIX_OUT_OF_MEMORY,
+  kPoolFull = KVMIX_POOL_FULL,
+  kPastCapacity = KVMIX_PAST_CAPACITY,
+  kInfeasible = KVMIX_INFEASIBLE,
+  kCancelled = KVMIX_CANCELLED,
+  kInternal = KVMIX_INTERNAL,
 };
 
 class [[nodiscard]] Status {
@@ -40,8 +46,43 @@ class [[nodiscard]] Status {
 };
 
 namespace internal {
-// Says what was taken for a value, or for an error, and aborts.
-[[noreturn]] KVMIX_API void WrongResult(const Status& status);
+
+// A bug of the program that calls: says what was expected and found, and aborts.
+[[noreturn]] inline void Stop(const std::string& expected, const std::string& found) {
+  std::fprintf(stderr, "kvmix: expected %s, found %s\n", expected.c_str(), found.c_str());
+  std::abort();
+}
+[[noreturn]] inline void WrongResult(const Status& status) {
+  if (status.ok()) Stop("a value or an error", "a Status that is ok");
+  Stop("a value", "the error \"" + status.message() + '"');
+}
+
+// The text that a C function writes: f(text, size) returns the length of the whole.
+template <class F>
+std::string TextOf(const F& f) {
+  std::string text(256, '\0');
+  const std::size_t length = f(text.data(), text.size());
+  const bool whole = length < text.size();
+  text.resize(length + (whole ? 0 : 1));
+  if (!whole) f(text.data(), text.size());
+  text.resize(length);
+  return text;
+}
+
+// Room for the error of a C function, and the Status that it becomes:
+//   CallError error;
+//   return error.Of(kvmix_cache_truncate(cache, tokens, error));
+class CallError {
+ public:
+  operator kvmix_error*() { return &error_; }
+  Status Of(kvmix_code code) const {
+    return code == KVMIX_OK ? Status() : Status(static_cast<ErrorCode>(code), error_.text);
+  }
+
+ private:
+  kvmix_error error_;
+};
+
 }  // namespace internal
 
 // Either a value or the error that prevented it. To take the value where there is none is a bug in
@@ -55,20 +96,25 @@ class [[nodiscard]] Result {
   }
   bool ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
-  T& value() {
-    if (!ok()) internal::WrongResult(status_);
-    return *value_;
-  }
-  const T& value() const {
-    if (!ok()) internal::WrongResult(status_);
-    return *value_;
-  }
-  T& operator*() { return value(); }
-  const T& operator*() const { return value(); }
+  T& value() & { return *Checked().value_; }
+  const T& value() const& { return *Checked().value_; }
+  T&& value() && { return std::move(*Checked().value_); }
+  T& operator*() & { return value(); }
+  const T& operator*() const& { return value(); }
+  T&& operator*() && { return std::move(value()); }
   T* operator->() { return &value(); }
   const T* operator->() const { return &value(); }
 
  private:
+  Result& Checked() {
+    if (!ok()) internal::WrongResult(status_);
+    return *this;
+  }
+  const Result& Checked() const {
+    if (!ok()) internal::WrongResult(status_);
+    return *this;
+  }
+
   Status status_;
   std::optional<T> value_;
 };

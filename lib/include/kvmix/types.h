@@ -44,6 +44,42 @@ typedef enum kvmix_scale KVMIX_ANY_INT {
   KVMIX_SCALE_TOKEN_BF16 = 3,  // the same as bf16, i8's rounded up, i4's to nearest
 } kvmix_scale;
 
+// Steps that numbers take before they are stored (kvmix/codec.h); a codec's are added up.
+typedef enum kvmix_step KVMIX_ANY_INT {
+  KVMIX_STEP_CENTRE = 1,
+  KVMIX_STEP_FOLD = 2,
+  KVMIX_STEP_HADAMARD = 4,
+  KVMIX_STEP_SHAPE = 8,
+} kvmix_step;
+
+// The place of a layer's tiles when a call of attention begins. It changes the speed, never the
+// result.
+typedef enum kvmix_residence KVMIX_ANY_INT {
+  // One query: memory, for a model's other layers pass through the caches between two steps. More
+  // queries: by the layer's bytes against L2.
+  KVMIX_RESIDENCE_AUTO = 0,
+  KVMIX_RESIDENCE_L2 = 1,      // this core's L2 cache
+  KVMIX_RESIDENCE_MEMORY = 2,  // memory, or a cache that is shared
+} kvmix_residence;
+
+// The outcome of a call.
+typedef enum kvmix_code KVMIX_ANY_INT {
+  KVMIX_OK = 0,
+  KVMIX_INVALID_ARGUMENT = 1,  // a parameter outside its documented range
+  KVMIX_NOT_FOUND = 2,         // no such file, tensor, layer
+  KVMIX_IO = 3,                // reading or writing failed
+  KVMIX_CORRUPT = 4,           // a file that breaks its own format
+  KVMIX_NEWER_VERSION = 5,     // a file of a newer major version
+  KVMIX_MISMATCH = 6,          // two things that should agree do not (models, shapes)
+  KVMIX_NON_FINITE = 7,        // NaN or Inf in the data
+  KVMIX_OUT_OF_MEMORY = 8,     // more memory asked for than this process may have
+  KVMIX_POOL_FULL = 9,         // evict another cache, and try again
+  KVMIX_PAST_CAPACITY = 10,    // the cache was made for fewer tokens
+  KVMIX_INFEASIBLE = 11,       // no plan holds the constraints
+  KVMIX_CANCELLED = 12,        // the caller asked to stop
+  KVMIX_INTERNAL = 13,         // a bug of kvmix
+} kvmix_code;
+
 // Bytes of a number: 2 or 4. 0 if there is no such dtype.
 static inline size_t kvmix_dtype_bytes(kvmix_dtype dtype) {
   switch (dtype) {
@@ -80,6 +116,7 @@ using Dtype = kvmix_dtype;
 using Tensor = kvmix_tensor;
 using Storage = kvmix_storage;
 using Scale = kvmix_scale;
+using Residence = kvmix_residence;
 
 }  // namespace kvmix
 #endif
