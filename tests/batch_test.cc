@@ -209,7 +209,7 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
     for (const Query& q : queries) EXPECT_EQ(q.out, std::vector<float>(q.out.size(), -7.0f));
   };
   std::vector<AttendRequest> requests = Requests(queries);
-  requests[1].cache = &d;
+  requests[1].cache = (d).get();
   refused(requests, ErrorCode::kMismatch, {"request 1 of 3", "one pool"});
   requests = Requests(queries);
   requests[2].q.heads = 5;
