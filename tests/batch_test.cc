@@ -209,7 +209,7 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
     for (const Query& q : queries) EXPECT_EQ(q.out, std::vector<float>(q.out.size(), -7.0f));
   };
   std::vector<AttendRequest> requests = Requests(queries);
-  requests[1].cache = (d).get();
+  requests[1].cache = d.get();
   refused(requests, ErrorCode::kMismatch, {"request 1 of 3", "one pool"});
   requests = Requests(queries);
   requests[2].q.heads = 5;
@@ -217,9 +217,9 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
   requests = Requests(queries);
   requests[1].cache = nullptr;
   refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3"});
-  requests = Requests(queries);
   Release(b);
-  refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3", "released"});
+  requests = Requests(queries);
+  refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3", "null"});
   EXPECT_TRUE(Attend(std::span<const AttendRequest>(), 0).ok());
   ExpectError(Attend(requests, 0, -1), ErrorCode::kInvalidArgument, {"-1"});
 }

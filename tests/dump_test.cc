@@ -179,8 +179,7 @@ TEST(Dump, TensorsOfDifferentTypes) {
   }
   const Result<Dump> dump = OpenBytes(folder, mixed.Bytes());
   ASSERT_TRUE(dump.ok()) << dump.status().message();
-  ExpectNumbers(dump->Load(1)->k, RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8),
-                KVMIX_BF16);
+  ExpectNumbers(dump->Load(1)->k, RowsView::F16(halves.tensor("layers.1.k"), 6, 2, 8), KVMIX_BF16);
   ExpectNumbers(dump->Load(1)->v, RowsView::F16(halves.tensor("layers.1.v"), 6, 2, 8), KVMIX_F32);
   ExpectNumbers(dump->Load(1)->q, RowsView::F16(halves.tensor("layers.1.q"), 6, 4, 8), KVMIX_F16);
   EXPECT_TRUE(dump->Load(1).ok());

@@ -123,7 +123,7 @@ TEST(Release, RefusesEveryCallAfterwards) {
   Release(a);
   EXPECT_GT(pool.bytes(), 0u);
   const auto refused = [](const Status& s) {
-    ExpectError(s, ErrorCode::kInvalidArgument, {"released"});
+    ExpectError(s, ErrorCode::kInvalidArgument, {"null"});
   };
   const RowsView k = KvView(c.g, c.rows.k), v = KvView(c.g, c.rows.v);
   const std::vector<Half> q = RandomQueries(c.g, 1, 1);
@@ -143,8 +143,7 @@ TEST(Release, RefusesEveryCallAfterwards) {
   refused(a.ImportRows(0, 0, codes, scales, codes, scales));
   refused(Attend(a, 0, QView(c.g, q), out.data()));
   const AppendRequest request{&a, k, v};
-  ExpectError(Append({&request, 1}, 0), ErrorCode::kInvalidArgument,
-              {"request 0 of 1", "released"});
+  ExpectError(Append({&request, 1}, 0), ErrorCode::kInvalidArgument, {"request 0 of 1", "null"});
   EXPECT_EQ(out, std::vector<float>(q.size(), -7.0f));
   Release(a);
   a = std::move(*other.Fork());  // a handle can be used again

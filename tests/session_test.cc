@@ -290,10 +290,10 @@ TEST(SessionDamage, OtherPlansVersionsAndSizes) {
               {"expected a kvmix session"});
   EXPECT_EQ(same.tokens(0), 0u);
   Release(same);
-  ExpectError(Load(same, good), ErrorCode::kInvalidArgument, {"released"});
+  ExpectError(Load(same, good), ErrorCode::kInvalidArgument, {"null"});
   ExpectError(LoadSession(same, "nowhere"), ErrorCode::kIo, {"nowhere"});
   std::ostringstream out;
-  ExpectError(SaveSession(same, out), ErrorCode::kInvalidArgument, {"released"});
+  ExpectError(SaveSession(same, out), ErrorCode::kInvalidArgument, {"null"});
 }
 
 TEST(SessionDamage, AFullPool) {
@@ -363,8 +363,7 @@ TEST(SessionFile, LeavesNothingBehindWhereItCannotWrite) {
   Cache released = Filled(c.plan, {}, 1);
   Release(released);
   Write(directory + "/kept", "kept");
-  ExpectError(SaveSession(released, directory + "/kept"), ErrorCode::kInvalidArgument,
-              {"released"});
+  ExpectError(SaveSession(released, directory + "/kept"), ErrorCode::kInvalidArgument, {"null"});
   EXPECT_EQ(Read(directory + "/kept"), "kept");
   EXPECT_EQ(FilesIn(directory), 2u);
   // A device without room takes the bytes, and says so only when they are flushed.

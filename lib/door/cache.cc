@@ -85,7 +85,10 @@ Status Append(const kvmix_append_request* requests, std::size_t count, std::size
   std::vector<internal::AppendPart> parts;
   for (std::size_t i = 0; i < count; ++i) {
     const kvmix_append_request& r = At(requests, i);
-    if (!IsLive(r.cache)) return InBatch(NotLive(r.cache), i, count);
+    if (!IsLive(r.cache)) {
+      return Error(ErrorCode::kInvalidArgument, "request {} of {}: {}", i, count,
+                   NotLive(r.cache).message());
+    }
     parts.push_back({r.cache->body->get(), r.k, r.v});
   }
   return internal::AppendAll(parts, layer, Runner(runner));
