@@ -2,9 +2,9 @@
 # install_test.sh BUILD README COMPILER...: installs the build into a temporary root, then does what
 # the README tells a user to do: compiles the README's C++ program with what pkg-config says and
 # with CMake, against the shared and against the static library, and runs all four. As C++17 it is
-# refused in plain words. The same with examples/tune.cc and the tuner's library, whose plan must be
-# that of the installed kvmix-tune. The programs of tools/ compile against what was installed. The
-# programs in Python start.
+# refused in plain words. A program in C, against both. The same with examples/tune.cc and the tuner's
+# library, whose plan must be that of the installed kvmix-tune. The programs of tools/ compile against
+# what was installed. The programs in Python start.
 set -euo pipefail
 build=$1 readme=$2
 shift 2
@@ -47,6 +47,18 @@ same() { # SHARED STATIC
   printf 'shared and static: %s\n' "$shared"
 }
 same "$root/shared" "$root/static"
+
+# A program in C, against both.
+c() { # NAME FLAGS
+  local flags
+  read -ra flags <<<"$2"
+  cc -std=c11 -Wall -Wextra -Werror -pedantic-errors "$(dirname "$readme")/tests/c_test.c" \
+    -o "$root/$1" "${flags[@]}" -lm
+}
+c c_shared "$(pkg-config --cflags --libs kvmix)"
+c c_static "$(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')"
+"$root/c_shared"
+env -u LD_LIBRARY_PATH "$root/c_static"
 
 include=$(dirname "$(find "$root/staged" -path '*/kvmix/export.h')")/..
 if "${compiler[@]}" -std=c++17 -fsyntax-only -I"$include" "$root/program.cc" 2>"$root/errors"; then
