@@ -264,7 +264,7 @@ std::function<void()> AllSteps(CLI::App* app, CommandLine* o) {
   return [o] {
     CheckChoosing(o);
     std::error_code error;
-    if (o->how.candidates == "all" && !std::filesystem::equivalent(o->output, "/dev/null", error) &&
+    if (o->how.candidates == "all" && std::filesystem::canonical(o->output, error) != "/dev/null" &&
         std::filesystem::is_other(std::filesystem::status(o->output, error))) {
       Refuse(
           "{}: expected a file, as a plan with +shape has a second file beside it, found a "
