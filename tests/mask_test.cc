@@ -629,7 +629,7 @@ TEST(Mask, HidesBelowMinus4e29) {
           std::vector<float> out(64, kNaN);
           const AttendRequest request{
               &cache, View(q, 1, 64), out.data(), nullptr, {mask.data(), KVMIX_F32, 1, 600, 600}};
-          ASSERT_TRUE(Attend({&request, 1}, 0, AttendOptions{.causal = false}).ok());
+          ASSERT_TRUE(Attend(std::span(&request, 1), 0, AttendOptions{.causal = false}).ok());
           for (const float o : out) EXPECT_NEAR(o, number < -4e29f ? 0.0f : 0.5f, 1e-3f) << number;
         }
       }
