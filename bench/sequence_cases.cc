@@ -114,15 +114,15 @@ Workload PrepareBatch(const Shape& shape, const Batch& b, int threads, Bench& be
   });
   w.bytes = static_cast<double>(token * (b.shared + b.sequences * b.own));
   w.macs = 2.0 * static_cast<double>(tokens * shape.query_heads * shape.head_dim);
-  w.call = [data, threads] { Require(Attend(data->batch.requests, 0, {}, threads)); };
+  w.call = [data, threads] { Require(Attend(data->batch.requests, 0, threads)); };
   if (b.shared != 0) {
     w.limit = "unshared";
-    w.reference = [data, threads] { Require(Attend(data->reference.requests, 0, {}, threads)); };
+    w.reference = [data, threads] { Require(Attend(data->reference.requests, 0, threads)); };
   } else {
     w.limit = "one-by-one";
     w.reference = [data, threads] {
       for (const AttendRequest& r : data->batch.requests) {
-        Require(Attend(*r.cache, 0, r.q, r.out, {}, threads));
+        Require(Attend({&r, 1}, 0, threads));
       }
     };
   }
