@@ -89,7 +89,7 @@ class Machine {
       }
       ASSERT_LE(pool_.bytes(), pool_.most_bytes());
     }
-    for (Slot& slot : slots_) slot.cache->Release();
+    for (Slot& slot : slots_) kvmix::Release(*slot.cache);
     EXPECT_EQ(pool_.bytes(), 0u);
     // The run was one of use: pages were shared, the pool was full, and calls were refused.
     EXPECT_GT(full_, s_.steps / 200) << "the pool is too large for this test";
@@ -185,7 +185,7 @@ class Machine {
   }
 
   std::string Release(Slot& slot) {
-    slot.cache->Release();
+    kvmix::Release(*slot.cache);
     EXPECT_EQ(slot.cache->Truncate(0).code(), ErrorCode::kInvalidArgument);
     EXPECT_FALSE(slot.cache->Fork().ok());
     Renew(slot);
