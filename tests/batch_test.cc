@@ -217,8 +217,9 @@ TEST(AttendBatch, ErrorsNameTheRequestAndNothingIsWritten) {
   requests = Requests(queries);
   requests[1].cache = nullptr;
   refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3"});
-  Release(b);
   requests = Requests(queries);
+  Release(b);
+  requests[1].cache = b.get();
   refused(requests, ErrorCode::kInvalidArgument, {"request 1 of 3", "null"});
   EXPECT_TRUE(Attend(std::span<const AttendRequest>(), 0).ok());
   ExpectError(Attend(requests, 0, -1), ErrorCode::kInvalidArgument, {"-1"});

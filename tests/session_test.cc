@@ -289,9 +289,9 @@ TEST(SessionDamage, OtherPlansVersionsAndSizes) {
   ExpectError(Load(same, "{\"a\": \"JSON\"}, not a session"), ErrorCode::kCorrupt,
               {"expected a kvmix session"});
   EXPECT_EQ(same.tokens(0), 0u);
+  ExpectError(LoadSession(same, "nowhere"), ErrorCode::kIo, {"nowhere"});
   Release(same);
   ExpectError(Load(same, good), ErrorCode::kInvalidArgument, {"null"});
-  ExpectError(LoadSession(same, "nowhere"), ErrorCode::kIo, {"nowhere"});
   std::ostringstream out;
   ExpectError(SaveSession(same, out), ErrorCode::kInvalidArgument, {"null"});
 }

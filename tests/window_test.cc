@@ -222,7 +222,7 @@ TEST(Window, OfABatchTheRequestIsNamed) {
   Plan plan = c.plan;
   plan.model.layers[0].window = 64;
   const Pool pool = Pool::Create(plan).value();
-  Cache good = Cache::Create(pool, 1000), bad = Cache::Create(pool, 1000);
+  Cache good = Cache::Create(pool, 1000).value(), bad = Cache::Create(pool, 1000).value();
   AppendToAll(good, c.rows, 0, 512);
   for (std::size_t t = 0; t < 512; t += 128) AppendToAll(bad, c.rows, t, 128);
   const std::vector<Half> q = RandomQueries(c.g, 512, 3);

@@ -229,7 +229,7 @@ bool Save(const CacheImpl& c, const Sink& sink) {
 
 Status SaveSession(const CacheImpl& c, const Sink& sink) {
   if (Save(c, sink)) return {};
-  return {ErrorCode::kIo, "session: what is written is not taken"};
+  return {ErrorCode::kIo, "session: the stream does not take what is written"};
 }
 
 Status SaveSession(const CacheImpl& c, const std::string& path) {
