@@ -83,6 +83,9 @@ HWY_INLINE VF Log2Bound(VF x) {
 
 constexpr std::size_t kTokenStep = kWeightVecs * kLanes;
 static_assert(kBlockTokens % kTokenStep == 0);
+// Most grids of weights in a block.
+constexpr std::size_t kGrids = kBlockTokens / ScaledTokens(8);
+static_assert(ScaledTokens(8) % kTokenStep == 0);
 
 // Tokens [first, last) of a block.
 struct Range {
@@ -106,9 +109,12 @@ struct SoftmaxRows {
   alignas(64) float scale[kRowLanes];           // of the scores, to units of log2
   alignas(64) float centre[kRowLanes];          // what RecentreLarge took off the scores
   alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
-  alignas(64) float shift[kRowLanes];           // a weight's code is v_scale * 2^(s + shift)
-  alignas(64) float weight_scale[kRowLanes];    // w_scale
   alignas(64) float correction[kRowLanes];      // 2^(m - m')
+  // Of the tokens that share a grid, scaled_tokens from a multiple of that on. The first of each is
+  // all there is where that is the block.
+  alignas(64) float grid_max[kGrids][kRowLanes] = {};  // b of these tokens alone
+  alignas(64) float shift[kGrids][kRowLanes];          // a weight's code: v_scale * 2^(s + shift)
+  alignas(64) float weight_scale[kGrids][kRowLanes];   // w_scale
   // These rows' tokens: whole steps of kTokenStep that cover what any of them sees.
   std::size_t first, last;
 };
@@ -155,24 +161,43 @@ HWY_INLINE void AddMask(const Mask& mask, std::size_t query, std::size_t b, floa
   }
 }
 
-// The largest score plus log2(v_scale) of a row.
+// f(grid, first, last) for the tokens [first, last) of a turn's rows that share a grid.
+template <class Rows, class F>
+HWY_INLINE void ForGrids(std::size_t scaled_tokens, const Rows& w, const F& f) {
+  for (std::size_t first = w.first, last; first < w.last; first = last) {
+    const std::size_t grid = first / scaled_tokens;
+    last = HWY_MIN(w.last, (grid + 1) * scaled_tokens);
+    f(grid, first, last);
+  }
+}
+
+// The largest score plus log2(v_scale) of a row; and in w.grid_max that of each grid, if there are
+// more of them.
 template <class P, class Rows>
-HWY_INLINE float BlockMax(const Rows& w, std::size_t r) {
+HWY_INLINE float BlockMax(std::size_t r, Rows& w) {
   const DF df;
   const VF scale = hn::Set(df, w.scale[r]);
-  VF block_max[kWeightVecs];
-  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { block_max[i] = hn::Set(df, kNegInf); });
-  for (std::size_t step = w.first; step < w.last; step += kTokenStep) {
-    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-      const std::size_t t = step + i * kLanes;
-      const VF s = hn::Load(df, w.scores[r] + t);
-      block_max[i] =
-          hn::Max(block_max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
-                                               : hn::Mul(s, scale));
-    });
-  }
-  return hn::ReduceMax(
-      df, hn::Max(hn::Max(block_max[0], block_max[1]), hn::Max(block_max[2], block_max[3])));
+  const auto largest = [&](std::size_t first, std::size_t last) KVMIX_LAMBDA {
+    VF max[kWeightVecs];
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { max[i] = hn::Set(df, kNegInf); });
+    for (std::size_t step = first; step < last; step += kTokenStep) {
+      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
+        const std::size_t t = step + i * kLanes;
+        const VF s = hn::Load(df, w.scores[r] + t);
+        max[i] = hn::Max(max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
+                                                : hn::Mul(s, scale));
+      });
+    }
+    return hn::ReduceMax(df, hn::Max(hn::Max(max[0], max[1]), hn::Max(max[2], max[3])));
+  };
+  if constexpr (P::kScaledTokens == kBlockTokens) return largest(w.first, w.last);
+  float max = kNegInf;
+  ForGrids(P::kScaledTokens, w,
+           [&](std::size_t grid, std::size_t first, std::size_t last) KVMIX_LAMBDA {
+             w.grid_max[grid][r] = largest(first, last);
+             max = HWY_MAX(max, w.grid_max[grid][r]);
+           });
+  return max;
 }
 
 // w.block_max of every row, after its scores of tokens that it does not see have become -inf.
@@ -182,7 +207,7 @@ HWY_INLINE void BlockMaxima(std::size_t rows, Rows& w) {
     float* scores = w.scores[r];
     for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
     for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
-    w.block_max[r] = BlockMax<P>(w, r);
+    w.block_max[r] = BlockMax<P>(r, w);
   }
 }
 
@@ -207,7 +232,7 @@ HWY_NOINLINE void RecentreLarge(std::size_t first, std::size_t last, Rows& w) {
     for (std::size_t t = w.first; t < w.last; t += kLanes)
       hn::Store(hn::Sub(hn::Load(df, scores + t), hn::Set(df, w.centre[r])), df, scores + t);
     w.scale[r] = 1.0f;
-    w.block_max[r] = BlockMax<P>(w, r);
+    w.block_max[r] = BlockMax<P>(r, w);
   }
 }
 
@@ -232,11 +257,19 @@ HWY_INLINE void RaiseMaxima(std::size_t rows, float* max, Rows& w) {
     hn::StoreN(now, df, max + r, n);
     hn::Store(hn::IfThenElse(hn::Eq(before, now), hn::Set(df, 1.0f), Exp2(hn::Sub(before, now))),
               df, w.correction + r);
-    // Scores have rounded block_max off: room for that as well.
-    const VF shift = hn::Sub(hn::Set(df, std::log2(P::kLargestWeight)),
-                             hn::MulAdd(hn::Abs(block), hn::Set(df, 0x1p-22f), block));
-    hn::Store(shift, df, w.shift + r);
-    hn::Store(Exp2(hn::Neg(hn::Add(shift, hn::Sub(now, centre)))), df, w.weight_scale + r);
+    const VF base = hn::Sub(now, centre);
+    for (std::size_t grid = w.first / P::kScaledTokens; grid * P::kScaledTokens < w.last; ++grid) {
+      VF grid_max = block;
+      if constexpr (P::kScaledTokens != kBlockTokens) {
+        // Of tokens that weigh nothing beside the block's others: any that is finite.
+        grid_max = hn::Max(hn::Load(df, w.grid_max[grid] + r), hn::Sub(block, hn::Set(df, 64.0f)));
+      }
+      // Scores have rounded the maximum off: room for that as well.
+      const VF shift = hn::Sub(hn::Set(df, std::log2(P::kLargestWeight)),
+                               hn::MulAdd(hn::Abs(grid_max), hn::Set(df, 0x1p-22f), grid_max));
+      hn::Store(shift, df, w.shift[grid] + r);
+      hn::Store(Exp2(hn::Neg(hn::Add(shift, base))), df, w.weight_scale[grid] + r);
+    }
   }
 }
 
@@ -275,15 +308,24 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
       std::memset(w.weights[r], 0, sizeof(w.weights[r]));
       continue;
     }
-    const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]);
+    const VF scale = hn::Set(df, w.scale[r]);
+    constexpr bool kOneGrid = P::kScaledTokens == kBlockTokens;
     VF total = hn::Zero(df);
-    for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
-      for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
-      WeightVectors e;
-      total = Weights<P>(w.scores[r] + t, scale, shift, total, e);
-      P::PackWeights(e, w.v_scale, t, w.weights[r]);
-    }
-    sum[r] = sum[r] * w.correction[r] + hn::ReduceSum(df, total) * w.weight_scale[r];
+    ForGrids(P::kScaledTokens, w,
+             [&](std::size_t grid, std::size_t first, std::size_t last) KVMIX_LAMBDA {
+               const VF shift = hn::Set(df, w.shift[grid][r]);
+               VF of_grid = hn::Zero(df);
+               for (std::size_t t = first; t < last; t += kTokenStep) {
+                 for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
+                 WeightVectors e;
+                 of_grid = Weights<P>(w.scores[r] + t, scale, shift, of_grid, e);
+                 P::PackWeights(e, w.v_scale, t, w.weights[r]);
+               }
+               total = kOneGrid ? of_grid
+                                : hn::MulAdd(of_grid, hn::Set(df, w.weight_scale[grid][r]), total);
+             });
+    sum[r] = sum[r] * w.correction[r] +
+             hn::ReduceSum(df, total) * (kOneGrid ? w.weight_scale[0][r] : 1.0f);
   }
 }
 
