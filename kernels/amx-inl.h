@@ -50,11 +50,8 @@ using TileMultiplied = std::conditional_t<S::kPacked, I8, S>;
 
 // Bytes, and operands of two limbs.
 HWY_INLINE bool HasByteTiles(const BlockFormat& f) {
-// Bytes, and operands of two limbs.
-HWY_INLINE bool HasByteTiles(const BlockFormat& f) {
   return f.k.row.storage != KVMIX_STORAGE_F16 && f.v.row.storage != KVMIX_STORAGE_F16 &&
          f.k.row.operand_bits == 16 && f.v.row.operand_bits == 16;
-}
 }
 
 // Shuffles of two vectors by blocks of four lanes, and of lanes within blocks: two of a's and two

@@ -44,6 +44,13 @@ typedef enum kvmix_scale KVMIX_ANY_INT {
   KVMIX_SCALE_TOKEN_BF16 = 3,  // the same as bf16, i8's rounded up, i4's to nearest
 } kvmix_scale;
 
+// What codes are multiplied with, q (K) or the softmax weights (V), in fixed point of 16 or 8 bits.
+typedef enum kvmix_operands KVMIX_ANY_INT {
+  KVMIX_OPERANDS_USUAL = 0,  // 16 bits for i8, 8 for those below; f16 is multiplied with f32
+  KVMIX_OPERANDS_8 = 1,      // i8 alone
+  KVMIX_OPERANDS_16 = 2,     // those below i8 alone
+} kvmix_operands;
+
 // Bytes of a number: 2 or 4. 0 if there is no such dtype.
 static inline size_t kvmix_dtype_bytes(kvmix_dtype dtype) {
   switch (dtype) {
@@ -80,6 +87,7 @@ using Dtype = kvmix_dtype;
 using Tensor = kvmix_tensor;
 using Storage = kvmix_storage;
 using Scale = kvmix_scale;
+using Operands = kvmix_operands;
 
 }  // namespace kvmix
 #endif
