@@ -140,6 +140,13 @@ HWY_NOINLINE void Weigh(const BlockFormat& f, float* out, std::size_t out_stride
   const std::size_t padded = RoundUp(f.v.row.dim, kLanes);
   const std::size_t scaled_tokens =
       f.v.row.storage == KVMIX_STORAGE_F16 ? kBlockTokens : ScaledTokens(f.v.row.operand_bits);
+  for (std::size_t r = 0; r < kRows; ++r) {
+    const VF correction = hn::Set(DF(), w.correction[r]);
+    if (w.correction[r] == 1.0f) continue;
+    float* const row = out + r * out_stride;
+    for (std::size_t c = 0; c < padded; c += kLanes)
+      hn::StoreU(hn::Mul(hn::LoadU(DF(), row + c), correction), DF(), row + c);
+  }
   std::size_t channel = 0;
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
     const std::uint8_t* const tiles = w.v.Get(channel / kLanes, vecs, w.first, w.last);
@@ -149,10 +156,8 @@ HWY_NOINLINE void Weigh(const BlockFormat& f, float* out, std::size_t out_stride
                    tiles, kVTileBytes<S>, w.weights[0], kFromZero, first / S::kTerms,
                    last / S::kTerms, prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
                      float* to = out + r * out_stride + channel + v * kLanes;
-                     VF before = hn::LoadU(DF(), to);
-                     if (first == w.first) before = hn::Mul(before, hn::Set(DF(), w.correction[r]));
-                     hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_scale[grid][r]), before),
-                                DF(), to);
+                     const VF scale = hn::Set(DF(), w.weight_scale[grid][r]);
+                     hn::StoreU(hn::MulAdd(sum, scale, hn::LoadU(DF(), to)), DF(), to);
                    });
              });
     channel += vecs * kLanes;

@@ -133,7 +133,7 @@ struct IntProduct {
   // 127 * 256: a rounded high limb fits.
   static constexpr float kLargestQuery = kBits == 8 ? 127.0f : 32512.0f;
   // With room for the error of Exp2, and for what is added before rounding down.
-  static constexpr float kLargestWeight = kBits == 8             ? 255.0f
+  static constexpr float kLargestWeight = kBits == 8             ? 254.5f
                                           : KVMIX_UNSIGNED_QUADS ? 65500.0f
                                                                  : 32500.0f;
   static constexpr std::size_t kScaledTokens = ScaledTokens(kBits);
@@ -234,7 +234,7 @@ struct IntProduct {
   static constexpr bool kTwoSums = !HWY_ARCH_X86;
   static constexpr float kLargestQuery = kBits == 8 ? 127.0f : 32767.0f;
   // With room for the error of Exp2, and for what is added before rounding down.
-  static constexpr float kLargestWeight = kBits == 8 ? 255.0f : 32750.0f;
+  static constexpr float kLargestWeight = kBits == 8 ? 254.5f : 32750.0f;
   static constexpr std::size_t kScaledTokens = ScaledTokens(kBits);
   struct Sum {
     LoopI32 a, b;
