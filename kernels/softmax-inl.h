@@ -202,15 +202,16 @@ HWY_INLINE void RowMaxima(std::size_t r, Rows& w) {
   const DF df;
   const VF scale = hn::Set(df, w.scale[r]);
   const auto largest = [&](std::size_t first, std::size_t last) KVMIX_LAMBDA {
+    const auto at = [&](std::size_t t) KVMIX_LAMBDA {
+      const VF s = hn::Load(df, w.scores[r] + t);
+      return P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t)) : hn::Mul(s, scale);
+    };
+    if (first >= last) return hn::Set(df, kNegInf);
     VF max[kWeightVecs];
-    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { max[i] = hn::Set(df, kNegInf); });
-    for (std::size_t step = first; step < last; step += kTokenStep) {
-      Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-        const std::size_t t = step + i * kLanes;
-        const VF s = hn::Load(df, w.scores[r] + t);
-        max[i] = hn::Max(max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
-                                                : hn::Mul(s, scale));
-      });
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { max[i] = at(first + i * kLanes); });
+    for (std::size_t step = first + kTokenStep; step < last; step += kTokenStep) {
+      Unroll<kWeightVecs>([&](auto i)
+                              KVMIX_LAMBDA { max[i] = hn::Max(max[i], at(step + i * kLanes)); });
     }
     return hn::Max(hn::Max(max[0], max[1]), hn::Max(max[2], max[3]));
   };
