@@ -44,6 +44,7 @@ constexpr Codecs kCodecs[] = {
     {"i6-token-bf16", "i6-token-bf16"},
     {"i4-token-bf16", "i4-token-bf16"},
     {"i3-token-bf16", "i3-token-bf16"},
+    {"i8x8-token", "i8x8-token"},
 };
 
 constexpr std::size_t kPrefillQueries = 512;
@@ -96,8 +97,8 @@ std::shared_ptr<CacheSet> FilledCaches(const AttendCase& c, std::size_t layers,
 
 // K's and V's products are half of the work each, and may run at different peaks.
 Limit Arithmetic(Limits& limits, const AttendCase& c) {
-  const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).kind.storage, c.threads),
-              v = limits.TileMacs(CodecNamed(c.codecs.v).kind.storage, c.threads);
+  const Limit k = limits.TileMacs(CodecNamed(c.codecs.k).kind, c.threads),
+              v = limits.TileMacs(CodecNamed(c.codecs.v).kind, c.threads);
   return {k.name == v.name ? k.name : "mixed-macs", 2 / (1 / k.per_second + 1 / v.per_second),
           true};
 }

@@ -160,12 +160,13 @@ Limit Limits::Macs(const char* name, MacKernel kernel, double share, int threads
   });
 }
 
-Limit Limits::TileMacs(Storage storage, int threads) {
+Limit Limits::TileMacs(const CodecKind& kind, int threads) {
   const kernels::ProbeKernels probe = kernels::ProbeKernelsFor(kernels_.target);
-  if (storage == KVMIX_STORAGE_F16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
+  if (kind.storage == KVMIX_STORAGE_F16) return Macs("fma-f32", probe.fma_f32, 1.0, threads);
   Limit pairs = Macs("mul-i16", probe.widening_i16, 1.0, threads);
   if (probe.dot_u8i8 == nullptr) return pairs;
-  Limit dot = Macs("dot-u8i8/2", probe.dot_u8i8, 0.5, threads);
+  Limit dot = OperandBits(kind) == 8 ? Macs("dot-u8i8", probe.dot_u8i8, 1.0, threads)
+                                     : Macs("dot-u8i8/2", probe.dot_u8i8, 0.5, threads);
   return dot.per_second > pairs.per_second ? dot : pairs;
 }
 

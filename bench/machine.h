@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kvmix/codec.h"
 #include "kernels/probe.h"
 #include "kvmix/codec.h"
 #include "lib/files/machine.h"
@@ -65,10 +66,10 @@ class Limits {
   // `bytes`: of all data that the kernel walks again and again (a copy: source and destination), or
   // kCold.
   Limit Memory(Access access, std::size_t bytes, int threads);
-  // Exact multiply-adds of 15- or 16-bit rows with a tile of this storage, by the best instruction
-  // that the active target has: f16 tiles by FMA; i8 tiles by widening i16 pairs, or by byte dot
-  // products, two for the row's two limbs.
-  Limit TileMacs(Storage storage, int threads);
+  // Exact multiply-adds of rows with a tile of such codes, by the best instruction that the active
+  // target has: f16 tiles by FMA; the others by widening i16 pairs, or by byte dot products, one
+  // for operands of 8 bits and two for the two limbs of 16.
+  Limit TileMacs(const CodecKind& kind, int threads);
 
   // What was probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3 GB/s, 128
   // KiB, 1 thread".

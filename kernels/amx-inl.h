@@ -48,8 +48,10 @@ static_assert(kTokenStep == kTileTerms && kSeenStep == kTokenStep);
 template <class S>
 using TileMultiplied = std::conditional_t<S::kPacked, I8, S>;
 
+// Bytes, and operands of two limbs.
 HWY_INLINE bool HasByteTiles(const BlockFormat& f) {
-  return f.k.row.storage != KVMIX_STORAGE_F16 && f.v.row.storage != KVMIX_STORAGE_F16;
+  return f.k.row.storage != KVMIX_STORAGE_F16 && f.v.row.storage != KVMIX_STORAGE_F16 &&
+         f.k.row.operand_bits == 16 && f.v.row.operand_bits == 16;
 }
 
 // Shuffles of two vectors by blocks of four lanes, and of lanes within blocks: two of a's and two
@@ -96,9 +98,9 @@ HWY_INLINE void PackTileWeights(const WeightVectors& e, const float* scale, std:
   const DU8 d8;
   const hn::ScalableTag<std::uint16_t> d16;
   const auto pair = [&](auto i) KVMIX_LAMBDA {
-    const float* at = scale + i * kLanes;
-    return hn::OddEven(hn::BitCast(d16, hn::ShiftLeft<16>(WeightCodes(e[i + 1], at + kLanes))),
-                       hn::BitCast(d16, WeightCodes(e[i], at)));
+    const VI32 first = WeightCodes<16>(e[i], scale, i * kLanes),
+               second = WeightCodes<16>(e[i + 1], scale, (i + 1) * kLanes);
+    return hn::OddEven(hn::BitCast(d16, hn::ShiftLeft<16>(second)), hn::BitCast(d16, first));
   };
   const auto lower = pair(std::integral_constant<std::size_t, 0>());
   const auto upper = pair(std::integral_constant<std::size_t, 2>());
@@ -197,8 +199,8 @@ class TileAttention {
  private:
   static constexpr std::size_t kSteps = kBlockTokens / kTileTerms;
   static constexpr std::size_t kSumTiles = 4;
-  using KP = IntProduct<I8, true>;
-  using VP = IntProduct<I8, false>;
+  using KP = IntProduct<I8, true, 16>;
+  using VP = IntProduct<I8, false, 16>;
 
   // Of a group of kRows rows, with both limbs: bytes of a step of its operand and of a tile's sums;
   // the low limb begins in the middle. And tiles of K or V that are multiplied side by side.
@@ -236,17 +238,17 @@ class TileAttention {
   void BeginRow(std::size_t group, std::size_t r) {
     const std::size_t row = groups_.first(group) + r, dim = task_.format->k.row.dim;
     const float scale = QueryScale<KP>(task_.max[row]);
-    VI32 sum_high = hn::Zero(DI32()), sum_low = sum_high;
+    VI32 sums[2] = {hn::Zero(DI32()), hn::Zero(DI32())};
     for (std::size_t c = 0; scale != 0.0f && c < dim; c += kLanes) {
       alignas(64) std::uint8_t limbs[2 * kLanes];
       KP::PackQuery(hn::LoadN(DF(), task_.q + row * dim + c, HWY_MIN(kLanes, dim - c)),
-                    hn::Set(DF(), 1.0f / scale), limbs, sum_high, sum_low);
+                    hn::Set(DF(), 1.0f / scale), limbs, sums);
       std::uint8_t* const to =
           Queries(group) + c / kTileTerms * kStepBytes<kRows> + r * 64 + c % kTileTerms;
       std::memcpy(to, limbs, kLanes);
       std::memcpy(to + kRows * 64, limbs + kLanes, kLanes);
     }
-    const std::int32_t sum = 256 * hn::ReduceSum(DI32(), sum_high) + hn::ReduceSum(DI32(), sum_low);
+    const std::int32_t sum = 256 * hn::ReduceSum(DI32(), sums[0]) + hn::ReduceSum(DI32(), sums[1]);
     const std::size_t low = kRows == kTileRows ? 0 : kRows * 64;  // in the tile
     hn::StoreU(hn::Set(DI32(), -128 * sum), DI32(),
                reinterpret_cast<std::int32_t*>(Start(group) + low + r * 64));
@@ -379,7 +381,7 @@ class TileAttention {
       for (std::size_t r = 0; r < rows; ++r, out += padded, sums += 64) {
         const VF before = hn::Mul(hn::LoadU(df, out), hn::Set(df, w_.correction[r]));
         const VF weighed = TileSums(sums, sums + kRows * 64);
-        hn::StoreU(hn::MulAdd(weighed, hn::Set(df, w_.weight_scale[r]), before), df, out);
+        hn::StoreU(hn::MulAdd(weighed, hn::Set(df, w_.weight_scale[0][r]), before), df, out);
       }
     }
   }
@@ -446,7 +448,7 @@ class TileAttention {
   template <std::size_t kRows>
   HWY_NOINLINE void WeightSteps(std::size_t rows, std::size_t first, std::size_t last, VF* totals) {
     for (std::size_t r = 0; r < rows; ++r) {
-      const VF scale = hn::Set(DF(), w_.scale[r]), shift = hn::Set(DF(), w_.shift[r]);
+      const VF scale = hn::Set(DF(), w_.scale[r]), shift = hn::Set(DF(), w_.shift[0][r]);
       VF total = totals[r];
       for (std::size_t s = first; s < last; ++s) {
         std::uint8_t* const to = weights_ + s * kStepBytes<kRows> + r * 64;
@@ -505,7 +507,7 @@ class TileAttention {
     const auto add = [](VF a, VF b) KVMIX_LAMBDA { return hn::Add(a, b); };
     float* const sum = task_.sum + first_row;
     hn::StoreN(hn::Add(hn::Mul(hn::LoadN(df, sum, rows), hn::Load(df, w_.correction)),
-                       hn::Mul(ReduceRows(totals, add), hn::Load(df, w_.weight_scale))),
+                       hn::Mul(ReduceRows(totals, add), hn::Load(df, w_.weight_scale[0]))),
                df, sum, rows);
   }
 

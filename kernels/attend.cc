@@ -3,8 +3,9 @@
 //   scores   s[r][t] = scale * k_scale[t] * q_scale[r] * (q codes . k codes), in units of log2
 //   softmax  b = max over t of (s + log2(v_scale[t]));  m' = max(m, b)
 //            sum = sum * 2^(m - m') + sum over t of 2^(s - m')
-//            w[t] = 2^(s - m') * v_scale[t] / w_scale, 16-bit fixed point against the block's own
-//            largest, 2^(b - m'), so that a sink in one block cannot cost another its small weights
+//            w[t] = 2^(s - m') * v_scale[t] / w_scale, fixed point of 16 bits against the block's
+//            own largest, 2^(b - m'), or of 8 bits against that of 64 tokens, so that a sink in one
+//            block cannot cost another its small weights
 //   weigh    out = out * 2^(m - m') + w_scale * (w codes . v codes)
 // All rows of a turn share one read of K and V; the rows of later turns find the block in L1 or L2.
 // Scores and weights of eight rows (16 KiB) live in L1.
@@ -33,6 +34,19 @@ namespace {
 // Where a product's tiles come from. Kept are those of a block, unpacked: MultipliedOften.
 enum TilesFrom : std::size_t { kFromCache, kFromMemory, kFromKept, kTilesFrom };
 
+// f(S(), std::integral_constant of bits) with a storage's struct and the bits of its operands.
+template <class F>
+decltype(auto) WithOperand(const RowFormat& row, const F& f) {
+  return WithStorage(row.storage, [&]<class S>(S s) KVMIX_LAMBDA -> decltype(auto) {
+    constexpr std::integral_constant<std::size_t, 16> kWide;
+    constexpr std::integral_constant<std::size_t, 8> kNarrow;
+    if constexpr (!std::is_same_v<S, F16>) {
+      if (row.operand_bits == 8) return f(s, kNarrow);
+    }
+    return f(s, kWide);
+  });
+}
+
 // ---- a storage of K: scores
 
 // One row of a turn of `rows`, as terms; to: its first term's place, as QueryTerms has it. largest:
@@ -44,12 +58,11 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
   const DF df;
   const float scale = QueryScale<P>(largest);
   const VF inv_scale = hn::Set(df, scale == 0.0f ? 0.0f : 1.0f / scale);
-  VI32 sum_high = hn::Zero(DI32()), sum_low = sum_high;
+  VI32 sums[2] = {hn::Zero(DI32()), hn::Zero(DI32())};
   for (std::size_t c = 0; c < dim; c += kLanes) {
     const std::size_t n = HWY_MIN(kLanes, dim - c);
     alignas(64) std::uint8_t terms[kLanes * 4];
-    P::PackQuery(scale == 0.0f ? hn::Zero(df) : hn::LoadN(df, q + c, n), inv_scale, terms, sum_high,
-                 sum_low);
+    P::PackQuery(scale == 0.0f ? hn::Zero(df) : hn::LoadN(df, q + c, n), inv_scale, terms, sums);
     for (std::size_t i = 0; i < n; i += S::kWidth, to += rows * P::kTermBytes) {
       for (std::size_t limb = 0; limb < P::kTermBytes / 4; ++limb) {
         std::memcpy(to + 4 * limb, terms + limb * kLanes + i * (4 / S::kWidth), 4);
@@ -60,10 +73,10 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
        ++step, to += rows * P::kTermBytes) {
     std::memset(to, 0, P::kTermBytes);
   }
-  info = {P::kFixedPoint ? scale : 1.0f, 0, 0};
+  info = {P::kFixedPoint ? scale : 1.0f, {0, 0}};
   if constexpr (P::kFixedPoint && KVMIX_UNSIGNED_QUADS) {
-    info.start_high = -128 * hn::ReduceSum(DI32(), sum_high);
-    info.start_low = -128 * hn::ReduceSum(DI32(), sum_low);
+    for (std::size_t limb = 0; limb < 2; ++limb)
+      info.start[limb] = -128 * hn::ReduceSum(DI32(), sums[limb]);
   }
 }
 
@@ -94,24 +107,26 @@ struct ScoreStage {
                                     const RowInfo* info, Prefetcher& prefetch, Work& w);
 };
 
-template <class P, class Often, std::size_t... R>
+// Packed: the product whose terms rows become; P and Often multiply them.
+template <class Packed, class P, class Often, std::size_t... R>
 constexpr ScoreStage MakeScoreStage(std::index_sequence<R...>) {
   return {kTurnRows<P>,
           kOneTurnRows<P>,
           P::kTermBytes,
           &KSteps<typename P::Stored>,
-          &PackQuery<P>,
+          &PackQuery<Packed>,
           {{&Score<P, R + 1, kHotVecs<P, R + 1>>...},
            {&Score<P, R + 1, kStreamVecs<P, R + 1>>...},
            {&Score<Often, R + 1, kHotVecs<Often, R + 1>>...}}};
 }
-template <class M, class Often>
+template <class M, class Often, std::size_t kBits>
 constexpr ScoreStage kScoreStage =
-    MakeScoreStage<KProduct<M>, KProduct<Often>>(std::make_index_sequence<kMaxRows>());
+    MakeScoreStage<KProduct<M, kBits>, KProduct<M, kMultipliedBits<kBits>>,
+                   KProduct<Often, kMultipliedBits<kBits>>>(std::make_index_sequence<kMaxRows>());
 
 const ScoreStage& ScoreStageOf(const BlockFormat& f) {
-  return WithStorage(f.k.row.storage, []<class S>(S) KVMIX_LAMBDA -> const ScoreStage& {
-    return kScoreStage<Multiplied<S>, MultipliedOften<S>>;
+  return WithOperand(f.k.row, []<class S, class Bits>(S, Bits) KVMIX_LAMBDA -> const ScoreStage& {
+    return kScoreStage<Multiplied<S>, MultipliedOften<S>, Bits::value>;
   });
 }
 
@@ -123,16 +138,28 @@ HWY_NOINLINE void Weigh(const BlockFormat& f, float* out, std::size_t out_stride
   using S = typename P::Stored;
   constexpr RowInfo kFromZero[kMaxRows] = {};
   const std::size_t padded = RoundUp(f.v.row.dim, kLanes);
+  const std::size_t scaled_tokens =
+      f.v.row.storage == KVMIX_STORAGE_F16 ? kBlockTokens : ScaledTokens(f.v.row.operand_bits);
+  for (std::size_t r = 0; r < kRows; ++r) {
+    const VF correction = hn::Set(DF(), w.correction[r]);
+    if (w.correction[r] == 1.0f) continue;
+    float* const row = out + r * out_stride;
+    for (std::size_t c = 0; c < padded; c += kLanes)
+      hn::StoreU(hn::Mul(hn::LoadU(DF(), row + c), correction), DF(), row + c);
+  }
   std::size_t channel = 0;
   const auto columns = [&](auto vecs) KVMIX_LAMBDA {
-    Multiply<P, WeightTerms, kRows, vecs>(
-        w.v.Get(channel / kLanes, vecs, w.first, w.last), kVTileBytes<S>, w.weights[0], kFromZero,
-        w.first / S::kTerms, w.last / S::kTerms, prefetch,
-        [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
-          float* to = out + r * out_stride + channel + v * kLanes;
-          const VF before = hn::Mul(hn::LoadU(DF(), to), hn::Set(DF(), w.correction[r]));
-          hn::StoreU(hn::MulAdd(sum, hn::Set(DF(), w.weight_scale[r]), before), DF(), to);
-        });
+    const std::uint8_t* const tiles = w.v.Get(channel / kLanes, vecs, w.first, w.last);
+    ForGrids(scaled_tokens, w,
+             [&](std::size_t grid, std::size_t first, std::size_t last) KVMIX_LAMBDA {
+               Multiply<P, WeightTerms, kRows, vecs>(
+                   tiles, kVTileBytes<S>, w.weights[0], kFromZero, first / S::kTerms,
+                   last / S::kTerms, prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
+                     float* to = out + r * out_stride + channel + v * kLanes;
+                     const VF scale = hn::Set(DF(), w.weight_scale[grid][r]);
+                     hn::StoreU(hn::MulAdd(sum, scale, hn::LoadU(DF(), to)), DF(), to);
+                   });
+             });
     channel += vecs * kLanes;
   };
   while (channel + kVecs * kLanes <= padded) columns(std::integral_constant<std::size_t, kVecs>());
@@ -147,22 +174,23 @@ struct WeighStage {
                                     Prefetcher& prefetch, const Work& w);
 };
 
-template <class P, class Often, std::size_t... R>
+template <class Packed, class P, class Often, std::size_t... R>
 constexpr WeighStage MakeWeighStage(std::index_sequence<R...>) {
   return {kTurnRows<P>,
           kOneTurnRows<P>,
-          &Softmax<P>,
+          &Softmax<Packed>,
           {{&Weigh<P, R + 1, kHotVecs<P, R + 1>>...},
            {&Weigh<P, R + 1, kStreamVecs<P, R + 1>>...},
            {&Weigh<Often, R + 1, kHotVecs<Often, R + 1>>...}}};
 }
-template <class M, class Often>
+template <class M, class Often, std::size_t kBits>
 constexpr WeighStage kWeighStage =
-    MakeWeighStage<VProduct<M>, VProduct<Often>>(std::make_index_sequence<kMaxRows>());
+    MakeWeighStage<VProduct<M, kBits>, VProduct<M, kMultipliedBits<kBits>>,
+                   VProduct<Often, kMultipliedBits<kBits>>>(std::make_index_sequence<kMaxRows>());
 
 const WeighStage& WeighStageOf(const BlockFormat& f) {
-  return WithStorage(f.v.row.storage, []<class S>(S) KVMIX_LAMBDA -> const WeighStage& {
-    return kWeighStage<Multiplied<S>, MultipliedOften<S>>;
+  return WithOperand(f.v.row, []<class S, class Bits>(S, Bits) KVMIX_LAMBDA -> const WeighStage& {
+    return kWeighStage<Multiplied<S>, MultipliedOften<S>, Bits::value>;
   });
 }
 

@@ -25,6 +25,8 @@ struct RowFormat {
   ScaleStore scale = ScaleStore::kConstant;
   float constant = 1.0f;  // kConstant: the scale of all rows (1 for f16)
   std::size_t dim = 0;    // channels; of i6 a multiple of 4, of i4 of 2, of i3 of 8
+  // Of what codes are multiplied with, q (K) or the softmax weights (V): 16 or 8; f16: any.
+  std::size_t operand_bits = 16;
 };
 
 inline std::size_t RowBytes(const RowFormat& f) {

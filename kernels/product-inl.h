@@ -52,17 +52,43 @@ struct LoopI32 {
 
 // What a row of q says of itself beside its terms.
 struct RowInfo {
-  float scale;                         // of the terms, times attention_scale
-  std::int32_t start_high, start_low;  // first values of the sums (what undoes K's flipped sign)
+  float scale;            // of the terms, times attention_scale
+  std::int32_t start[2];  // first values of the limbs' sums (what undoes K's flipped sign)
 };
 
 // Vectors of tokens whose weights become terms at a time: 64 bytes of a limb on AVX-512.
 constexpr std::size_t kWeightVecs = 4;
 using WeightVectors = VF[kWeightVecs];
 
-// Codes of weights: adding 2^23 rounds to an integer and leaves it in the lowest 16 bits.
-HWY_INLINE VI32 WeightCodes(VF e, const float* scale) {
-  return hn::BitCast(DI32(), hn::MulAdd(e, hn::LoadU(DF(), scale), hn::Set(DF(), 0x1p23f)));
+// Tokens of a block whose weights share a grid, by the bits of a weight: docs/numerics.md.
+constexpr std::size_t ScaledTokens(std::size_t bits) { return bits == 8 ? 64 : kBlockTokens; }
+
+// A weight of 8 bits is rounded down after something has been added that its token's place in 64
+// decides: from 1/8 to 7/8, in the order of the place's bits reversed, so that weights that are
+// alike keep their sum. Here with the 2^15 of WeightCodes.
+struct Dither {
+  alignas(64) float added[ScaledTokens(8)];
+};
+constexpr Dither MakeDither() {
+  constexpr std::size_t kTokens = ScaledTokens(8);
+  Dither dither{};
+  for (std::size_t t = 0; t < kTokens; ++t) {
+    std::size_t reversed = 0;
+    for (std::size_t bit = 1; bit < kTokens; bit *= 2) reversed = 2 * reversed + t / bit % 2;
+    dither.added[t] = 0x1p15f + 0.125f + 0.75f * (static_cast<float>(reversed) + 0.5f) / kTokens;
+  }
+  return dither;
+}
+
+// Codes of the weights from `token` on, in the lowest 16 bits. In 16 bits: adding 2^23 rounds to an
+// integer and leaves it there. In 8 bits: adding 2^15 leaves the integer in the upper 8 of these 16
+// and what is lost by rounding down below it.
+template <std::size_t kBits>
+HWY_INLINE VI32 WeightCodes(VF e, const float* scale, std::size_t token) {
+  static constexpr Dither kDither = MakeDither();
+  VF added = hn::Set(DF(), 0x1p23f);
+  if constexpr (kBits == 8) added = hn::Load(DF(), kDither.added + token % ScaledTokens(kBits));
+  return hn::BitCast(DI32(), hn::MulAdd(e, hn::LoadU(DF(), scale + token), added));
 }
 
 // A tile of floats, rows of f32. Weights are not multiplied by V's scale, which is 1.
@@ -73,6 +99,7 @@ struct FloatProduct {
   static constexpr std::size_t kTermBytes = 4;  // of a row, for a step
   static constexpr bool kTwoSums = false;       // a row's, for one tile vector
   static constexpr float kLargestQuery = 1.0f, kLargestWeight = 1.0f;
+  static constexpr std::size_t kScaledTokens = kBlockTokens;  // that share a weight_scale
   using Sum = VF;
   static HWY_INLINE void Start(const RowInfo&, Sum& sum) { sum = hn::Zero(DF()); }
   static HWY_INLINE VF Terms(const std::uint8_t* at, std::size_t) {
@@ -81,7 +108,7 @@ struct FloatProduct {
   static HWY_INLINE void MulAdd(Sum& sum, VF tile, VF terms) { sum = hn::MulAdd(tile, terms, sum); }
   static HWY_INLINE VF ToFloat(const Sum& sum) { return sum; }
 
-  static HWY_INLINE void PackQuery(VF q, VF, std::uint8_t* to, VI32&, VI32&) {
+  static HWY_INLINE void PackQuery(VF q, VF, std::uint8_t* to, VI32*) {
     hn::StoreU(q, DF(), reinterpret_cast<float*>(to));
   }
   static HWY_INLINE void PackWeights(const WeightVectors& e, const float*, std::size_t token,
@@ -92,32 +119,39 @@ struct FloatProduct {
 };
 
 #if KVMIX_QUADS
-// A tile of bytes in quads; rows are two byte limbs, row = 256 * high + low: a quad of high and one
-// of low for a step. vpdpbusd: in QK the tile is the unsigned operand (code ^ 0x80; RowInfo's start
-// is -128 * sum of limbs) and the limbs are signed, in PV the limbs are unsigned. sdot: all are
-// signed.
-template <class S, bool kOfK>
+// A tile of bytes in quads; rows are one byte limb (kBits 8) or two (kBits 16: row = 256 * high +
+// low), a quad of each for a step. vpdpbusd: in QK the tile is the unsigned operand (code ^ 0x80;
+// RowInfo's start is -128 * sum of a limb) and the limbs are signed, in PV the limbs are unsigned.
+// sdot: all are signed, so that weights of 8 bits take two limbs as well.
+template <class S, bool kOfK, std::size_t kBits>
 struct IntProduct {
   using Stored = S;
   static constexpr bool kFixedPoint = true, kIsOfK = kOfK;
-  static constexpr std::size_t kTermBytes = 8;
-  static constexpr bool kTwoSums = true;
-  static constexpr float kLargestQuery = 32512.0f;  // 127 * 256: a rounded high limb fits
-  // With room for the error of Exp2.
-  static constexpr float kLargestWeight = KVMIX_UNSIGNED_QUADS ? 65500.0f : 32500.0f;
+  static constexpr std::size_t kLimbs = kBits == 8 && (kOfK || KVMIX_UNSIGNED_QUADS) ? 1 : 2;
+  static constexpr std::size_t kTermBytes = 4 * kLimbs;
+  static constexpr bool kTwoSums = kLimbs == 2;
+  // 127 * 256: a rounded high limb fits.
+  static constexpr float kLargestQuery = kBits == 8 ? 127.0f : 32512.0f;
+  // With room for the error of Exp2, and for what is added before rounding down.
+  static constexpr float kLargestWeight = kBits == 8             ? 254.5f
+                                          : KVMIX_UNSIGNED_QUADS ? 65500.0f
+                                                                 : 32500.0f;
+  static constexpr std::size_t kScaledTokens = ScaledTokens(kBits);
   struct Sum {
-    LoopI32 high, low;
+    LoopI32 limb[kLimbs];  // the high one first
   };
   struct Limbs {
-    VI32 high, low;
+    VI32 limb[kLimbs];
   };
   static HWY_INLINE void Start(const RowInfo& r, Sum& sum) {
-    sum.high.Set(hn::Set(DI32(), r.start_high));
-    sum.low.Set(hn::Set(DI32(), r.start_low));
+    Unroll<kLimbs>([&](auto i) KVMIX_LAMBDA { sum.limb[i].Set(hn::Set(DI32(), r.start[i])); });
   }
   static HWY_INLINE Limbs Terms(const std::uint8_t* at, std::size_t to_low) {
-    return {hn::Set(DI32(), LoadScalar<std::int32_t>(at)),
-            hn::Set(DI32(), LoadScalar<std::int32_t>(at + to_low))};
+    Limbs limbs;
+    Unroll<kLimbs>([&](auto i) KVMIX_LAMBDA {
+      limbs.limb[i] = hn::Set(DI32(), LoadScalar<std::int32_t>(at + i * to_low));
+    });
+    return limbs;
   }
   static HWY_INLINE VI32 Dot(VI32 sum, VI32 tile, VI32 limb) {
 #if !KVMIX_UNSIGNED_QUADS
@@ -129,28 +163,36 @@ struct IntProduct {
 #endif
   }
   static HWY_INLINE void MulAdd(Sum& sum, VI32 tile, const Limbs& limbs) {
-    sum.high.Set(Dot(sum.high.Get(), tile, limbs.high));
-    sum.low.Set(Dot(sum.low.Get(), tile, limbs.low));
+    Unroll<kLimbs>(
+        [&](auto i) KVMIX_LAMBDA { sum.limb[i].Set(Dot(sum.limb[i].Get(), tile, limbs.limb[i])); });
   }
   static HWY_INLINE void Add(Sum& sum, const Sum& other) {
-    sum.high.Set(hn::Add(sum.high.Get(), other.high.Get()));
-    sum.low.Set(hn::Add(sum.low.Get(), other.low.Get()));
+    Unroll<kLimbs>([&](auto i) KVMIX_LAMBDA {
+      sum.limb[i].Set(hn::Add(sum.limb[i].Get(), other.limb[i].Get()));
+    });
   }
   static HWY_INLINE VF ToFloat(const Sum& sum) {
-    return hn::MulAdd(hn::ConvertTo(DF(), sum.high.Get()), hn::Set(DF(), 256.0f),
-                      hn::ConvertTo(DF(), sum.low.Get()));
+    const VF first = hn::ConvertTo(DF(), sum.limb[0].Get());
+    if constexpr (kLimbs == 1) return first;
+    return hn::MulAdd(first, hn::Set(DF(), 256.0f),
+                      hn::ConvertTo(DF(), sum.limb[kLimbs - 1].Get()));
   }
 
-  static HWY_INLINE void PackQuery(VF q, VF inv_scale, std::uint8_t* to, VI32& sum_high,
-                                   VI32& sum_low) {
+  // to: a vector of codes for each limb, which are added to its sum.
+  static HWY_INLINE void PackQuery(VF q, VF inv_scale, std::uint8_t* to, VI32* sums) {
     const hn::Rebind<std::int8_t, DI32> d8;
+    const auto put = [&](auto limb, VI32 codes) KVMIX_LAMBDA {
+      hn::StoreU(hn::DemoteTo(d8, codes), d8, reinterpret_cast<std::int8_t*>(to + limb * kLanes));
+      sums[limb] = hn::Add(sums[limb], codes);
+    };
     const VI32 code = hn::NearestInt(hn::Mul(q, inv_scale));
-    const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(DI32(), 128)));
-    const VI32 low = hn::Sub(code, hn::ShiftLeft<8>(high));
-    hn::StoreU(hn::DemoteTo(d8, high), d8, reinterpret_cast<std::int8_t*>(to));
-    hn::StoreU(hn::DemoteTo(d8, low), d8, reinterpret_cast<std::int8_t*>(to) + kLanes);
-    sum_high = hn::Add(sum_high, high);
-    sum_low = hn::Add(sum_low, low);
+    if constexpr (kLimbs == 1) {
+      put(std::integral_constant<std::size_t, 0>(), code);
+    } else {
+      const VI32 high = hn::ShiftRight<8>(hn::Add(code, hn::Set(DI32(), 128)));
+      put(std::integral_constant<std::size_t, 0>(), high);
+      put(std::integral_constant<std::size_t, 1>(), hn::Sub(code, hn::ShiftLeft<8>(high)));
+    }
   }
   static HWY_INLINE void PackWeights(const WeightVectors& e, const float* scale, std::size_t token,
                                      std::uint8_t* row) {
@@ -158,9 +200,12 @@ struct IntProduct {
     const DU8 d8;
     const auto pair = [&](auto i) KVMIX_LAMBDA {
       const hn::RebindToUnsigned<DI32> d32;
-      const float* at = scale + token + i * kLanes;
-      return hn::OrderedTruncate2To(d16, hn::BitCast(d32, WeightCodes(e[i], at)),
-                                    hn::BitCast(d32, WeightCodes(e[i + 1], at + kLanes)));
+      const std::size_t t = token + i * kLanes;
+      const auto codes =
+          hn::OrderedTruncate2To(d16, hn::BitCast(d32, WeightCodes<kBits>(e[i], scale, t)),
+                                 hn::BitCast(d32, WeightCodes<kBits>(e[i + 1], scale, t + kLanes)));
+      if constexpr (kBits == 8 && kLimbs == 2) return hn::ShiftRight<8>(codes);
+      return codes;
     };
     const auto lower = pair(std::integral_constant<std::size_t, 0>());
     const auto upper = pair(std::integral_constant<std::size_t, 2>());
@@ -169,22 +214,28 @@ struct IntProduct {
     hn::StoreU(hn::ConcatOdd(d8, hn::BitCast(d8, hn::Add(upper, round)),
                              hn::BitCast(d8, hn::Add(lower, round))),
                d8, row + token);
+    if constexpr (kLimbs == 1) return;
     hn::StoreU(hn::ConcatEven(d8, hn::BitCast(d8, upper), hn::BitCast(d8, lower)), d8,
                row + kBlockTokens + token);
   }
 };
+// The bits of an operand that products of their own multiply.
+template <std::size_t kBits>
+constexpr std::size_t kMultipliedBits = kBits;
 #else
-// A tile of bytes in pairs, widened once for all rows; rows are i16. vpmaddwd adds the two products
-// of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2) two vectors of sums take turns
-// and are added in pairs at the end.
-template <class S, bool kOfK>
+// A tile of bytes in pairs, widened once for all rows; rows are i16, whatever their bits.
+// vpmaddwd adds the two products of a pair by itself, and `b` stays 0; elsewhere (smlal, smlal2)
+// two vectors of sums take turns and are added in pairs at the end.
+template <class S, bool kOfK, std::size_t kBits>
 struct IntProduct {
   using Stored = S;
   static constexpr bool kFixedPoint = true, kIsOfK = kOfK;
   static constexpr std::size_t kTermBytes = 4;
   static constexpr bool kTwoSums = !HWY_ARCH_X86;
-  static constexpr float kLargestQuery = 32767.0f;
-  static constexpr float kLargestWeight = 32750.0f;  // with room for the error of Exp2
+  static constexpr float kLargestQuery = kBits == 8 ? 127.0f : 32767.0f;
+  // With room for the error of Exp2, and for what is added before rounding down.
+  static constexpr float kLargestWeight = kBits == 8 ? 254.5f : 32750.0f;
+  static constexpr std::size_t kScaledTokens = ScaledTokens(kBits);
   struct Sum {
     LoopI32 a, b;
   };
@@ -204,7 +255,7 @@ struct IntProduct {
     return hn::BitCast(DI16(), hn::Set(DI32(), LoadScalar<std::int32_t>(at)));
   }
 
-  static HWY_INLINE void PackQuery(VF q, VF inv_scale, std::uint8_t* to, VI32&, VI32&) {
+  static HWY_INLINE void PackQuery(VF q, VF inv_scale, std::uint8_t* to, VI32*) {
     const hn::Rebind<std::int16_t, DI32> d16;
     hn::StoreU(hn::DemoteTo(d16, hn::NearestInt(hn::Mul(q, inv_scale))), d16,
                reinterpret_cast<std::int16_t*>(to));
@@ -213,23 +264,31 @@ struct IntProduct {
                                      std::uint8_t* row) {
     const DI16 d16;
     std::int16_t* to = reinterpret_cast<std::int16_t*>(row) + token;
-    const auto pair = [&](auto i) KVMIX_LAMBDA {
-      const VI32 mask = hn::Set(DI32(), 0xFFFF);
-      const float* at = scale + token + i * kLanes;
-      return hn::OrderedDemote2To(d16, hn::And(WeightCodes(e[i], at), mask),
-                                  hn::And(WeightCodes(e[i + 1], at + kLanes), mask));
+    const auto codes = [&](auto i) KVMIX_LAMBDA {
+      const VI32 code =
+          hn::And(WeightCodes<kBits>(e[i], scale, token + i * kLanes), hn::Set(DI32(), 0xFFFF));
+      if constexpr (kBits == 8) return hn::ShiftRight<8>(code);
+      return code;
     };
-    hn::StoreU(pair(std::integral_constant<std::size_t, 0>()), d16, to);
-    hn::StoreU(pair(std::integral_constant<std::size_t, 2>()), d16, to + 2 * kLanes);
+    Unroll<2>([&](auto i) KVMIX_LAMBDA {
+      constexpr std::integral_constant<std::size_t, 2 * i> kFirst;
+      constexpr std::integral_constant<std::size_t, 2 * i + 1> kSecond;
+      hn::StoreU(hn::OrderedDemote2To(d16, codes(kFirst), codes(kSecond)), d16,
+                 to + kFirst * kLanes);
+    });
   }
 };
+template <std::size_t>
+constexpr std::size_t kMultipliedBits = 16;
 #endif
 
-// The products of tiles as K and as V.
-template <class S>
-using KProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<S, true>>;
-template <class S>
-using VProduct = std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<S, false>>;
+// The products of tiles as K and as V, with operands of kBits.
+template <class S, std::size_t kBits>
+using KProduct =
+    std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<S, true, kBits>>;
+template <class S, std::size_t kBits>
+using VProduct =
+    std::conditional_t<std::is_same_v<S, F16>, FloatProduct, IntProduct<S, false, kBits>>;
 
 // Most rows of a turn: as many as share a tile vector's load (f16: and its conversion) in
 // registers. Eight rows with two sums leave room for one tile vector only, and their broadcast

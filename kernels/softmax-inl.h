@@ -26,18 +26,23 @@ constexpr float kSmallestExponent = -100.0f;  // of 2; see Exp2
 constexpr float kLargeScore = 0x1p20f;        // of a block: see RecentreLarge
 
 // x[i] -> 2^x[i], relative error 8e-5 (so NMSE 6e-9 at most, a hundredth of what the attention may
-// cost); x below -100 and NaN become 2^-100 or 0, so that no product with the result becomes a
-// denormal (those cost a hundred cycles each on some CPUs). x < 2^22. All vectors take a step
-// before the next one, so that few instructions wait for others in the CPU's schedulers.
-template <std::size_t N>
+// cost), coarsely 1.8e-3 (1e-6, a tenth of what weights of 8 bits cost); x below -100 and NaN
+// become 2^-100 or 0, so that no product with the result becomes a denormal (those cost a hundred
+// cycles each on some CPUs). x < 2^22. All vectors take a step before the next one, so that few
+// instructions wait for others in the CPU's schedulers.
+template <bool kCoarse, std::size_t N>
 HWY_INLINE void Exp2(VF (&x)[N]) {
   const DF df;
   const auto each = [](auto step) KVMIX_LAMBDA { Unroll<N>(step); };
   VF f[N], p[N];
-  const auto polynomial = [&](float c0, float c1, float c2, float c3) KVMIX_LAMBDA {
-    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(f[i], hn::Set(df, c3), hn::Set(df, c2)); });
-    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(p[i], f[i], hn::Set(df, c1)); });
-    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(p[i], f[i], hn::Set(df, c0)); });
+  const auto polynomial = [&](const auto&... c) KVMIX_LAMBDA {
+    constexpr std::size_t kDegree = sizeof...(c) - 1;
+    const float coefficients[] = {c...};
+    each([&](auto i) KVMIX_LAMBDA { p[i] = hn::Set(df, coefficients[kDegree]); });
+    Unroll<kDegree>([&](auto k) KVMIX_LAMBDA {
+      const VF next = hn::Set(df, coefficients[kDegree - 1 - k]);
+      each([&](auto i) KVMIX_LAMBDA { p[i] = hn::MulAdd(p[i], f[i], next); });
+    });
   };
   const VF smallest = hn::Set(df, kSmallestExponent);
 #if HWY_TARGET <= HWY_AVX3
@@ -45,7 +50,11 @@ HWY_INLINE void Exp2(VF (&x)[N]) {
   hn::Mask<DF> large[N];
   each([&](auto i) KVMIX_LAMBDA { f[i].raw = _mm512_reduce_ps(x[i].raw, _MM_FROUND_FLOOR); });
   each([&](auto i) KVMIX_LAMBDA { large[i] = hn::Gt(x[i], smallest); });
-  polynomial(0.99992521f, 0.69583351f, 0.22606717f, 0.07802452f);
+  if constexpr (kCoarse) {
+    polynomial(1.00172476f, 0.65763628f, 0.33718943f);
+  } else {
+    polynomial(0.99992521f, 0.69583351f, 0.22606717f, 0.07802452f);
+  }
   each([&](auto i)
            KVMIX_LAMBDA { x[i].raw = _mm512_maskz_scalef_ps(large[i].raw, p[i].raw, x[i].raw); });
 #else
@@ -57,7 +66,11 @@ HWY_INLINE void Exp2(VF (&x)[N]) {
   each([&](auto i) KVMIX_LAMBDA { x[i] = hn::Max(x[i], smallest); });
   each([&](auto i) KVMIX_LAMBDA { n[i] = hn::Add(x[i], round); });
   each([&](auto i) KVMIX_LAMBDA { f[i] = hn::Sub(x[i], hn::Sub(n[i], round)); });
-  polynomial(0.9999280571937561f, 0.6932609677314758f, 0.2426111251115799f, 0.0551716648042202f);
+  if constexpr (kCoarse) {
+    polynomial(1.00044314f, 0.70344801f, 0.23842894f);
+  } else {
+    polynomial(0.9999280571937561f, 0.6932609677314758f, 0.2426111251115799f, 0.0551716648042202f);
+  }
   each([&](auto i) KVMIX_LAMBDA {
     const VI32 exponent = hn::ShiftLeft<23>(hn::BitCast(di, n[i]));
     x[i] = hn::BitCast(df, hn::Add(hn::BitCast(di, p[i]), exponent));
@@ -66,7 +79,7 @@ HWY_INLINE void Exp2(VF (&x)[N]) {
 }
 HWY_INLINE VF Exp2(VF x) {
   VF one[1] = {x};
-  Exp2(one);
+  Exp2<false>(one);
   return one[0];
 }
 
@@ -83,6 +96,9 @@ HWY_INLINE VF Log2Bound(VF x) {
 
 constexpr std::size_t kTokenStep = kWeightVecs * kLanes;
 static_assert(kBlockTokens % kTokenStep == 0);
+// Most grids of weights in a block.
+constexpr std::size_t kGrids = kBlockTokens / ScaledTokens(8);
+static_assert(kGrids == 4 && ScaledTokens(8) % kTokenStep == 0);
 
 // Tokens [first, last) of a block.
 struct Range {
@@ -106,9 +122,12 @@ struct SoftmaxRows {
   alignas(64) float scale[kRowLanes];           // of the scores, to units of log2
   alignas(64) float centre[kRowLanes];          // what RecentreLarge took off the scores
   alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
-  alignas(64) float shift[kRowLanes];           // a weight's code is v_scale * 2^(s + shift)
-  alignas(64) float weight_scale[kRowLanes];    // w_scale
   alignas(64) float correction[kRowLanes];      // 2^(m - m')
+  // Of the tokens that share a grid, scaled_tokens from a multiple of that on. The first of each is
+  // all there is where that is the block.
+  alignas(64) float grid_max[kRowLanes][kGrids] = {};  // b of these tokens alone
+  alignas(64) float shift[kGrids][kRowLanes];          // a weight's code: v_scale * 2^(s + shift)
+  alignas(64) float weight_scale[kGrids][kRowLanes];   // w_scale
   // These rows' tokens: whole steps of kTokenStep that cover what any of them sees.
   std::size_t first, last;
 };
@@ -155,34 +174,67 @@ HWY_INLINE void AddMask(const Mask& mask, std::size_t query, std::size_t b, floa
   }
 }
 
-// The largest score plus log2(v_scale) of a row.
-template <class P, class Rows>
-HWY_INLINE float BlockMax(const Rows& w, std::size_t r) {
-  const DF df;
-  const VF scale = hn::Set(df, w.scale[r]);
-  VF block_max[kWeightVecs];
-  Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { block_max[i] = hn::Set(df, kNegInf); });
-  for (std::size_t step = w.first; step < w.last; step += kTokenStep) {
-    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
-      const std::size_t t = step + i * kLanes;
-      const VF s = hn::Load(df, w.scores[r] + t);
-      block_max[i] =
-          hn::Max(block_max[i], P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t))
-                                               : hn::Mul(s, scale));
-    });
+// f(grid, first, last) for the tokens [first, last) of a turn's rows that share a grid.
+template <class Rows, class F>
+HWY_INLINE void ForGrids(std::size_t scaled_tokens, const Rows& w, const F& f) {
+  for (std::size_t first = w.first, last; first < w.last; first = last) {
+    const std::size_t grid = first / scaled_tokens;
+    last = HWY_MIN(w.last, (grid + 1) * scaled_tokens);
+    f(grid, first, last);
   }
-  return hn::ReduceMax(
-      df, hn::Max(hn::Max(block_max[0], block_max[1]), hn::Max(block_max[2], block_max[3])));
 }
 
-// w.block_max of every row, after its scores of tokens that it does not see have become -inf.
+// A vector whose first lanes are the maxima of four vectors.
+HWY_INLINE VF FourMaxima(const VF (&max)[4]) {
+  const DF df;
+  // Neighbours' maxima: of a in the lower half, of b in the upper one.
+  const auto fold = [&](VF a, VF b) KVMIX_LAMBDA {
+    return hn::Max(hn::ConcatEven(df, b, a), hn::ConcatOdd(df, b, a));
+  };
+  VF all = fold(fold(max[0], max[1]), fold(max[2], max[3]));
+  for (std::size_t lanes = kLanes / 4; lanes > 1; lanes /= 2) all = fold(all, all);
+  return all;
+}
+
+// The largest score plus log2(v_scale) of a row: of the block, or of each grid.
+template <class P, class Rows>
+HWY_INLINE void RowMaxima(std::size_t r, Rows& w) {
+  const DF df;
+  const VF scale = hn::Set(df, w.scale[r]);
+  const auto largest = [&](std::size_t first, std::size_t last) KVMIX_LAMBDA {
+    const auto at = [&](std::size_t t) KVMIX_LAMBDA {
+      const VF s = hn::Load(df, w.scores[r] + t);
+      return P::kFixedPoint ? hn::MulAdd(s, scale, hn::Load(df, w.v_log2 + t)) : hn::Mul(s, scale);
+    };
+    if (first >= last) return hn::Set(df, kNegInf);
+    VF max[kWeightVecs];
+    Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA { max[i] = at(first + i * kLanes); });
+    for (std::size_t step = first + kTokenStep; step < last; step += kTokenStep) {
+      Unroll<kWeightVecs>([&](auto i)
+                              KVMIX_LAMBDA { max[i] = hn::Max(max[i], at(step + i * kLanes)); });
+    }
+    return hn::Max(hn::Max(max[0], max[1]), hn::Max(max[2], max[3]));
+  };
+  if constexpr (P::kScaledTokens == kBlockTokens) {
+    w.block_max[r] = hn::ReduceMax(df, largest(w.first, w.last));
+  } else {
+    VF max[kGrids];
+    Unroll<kGrids>([&](auto grid) KVMIX_LAMBDA {
+      constexpr std::size_t kFirst = grid * P::kScaledTokens;
+      max[grid] = largest(HWY_MAX(w.first, kFirst), HWY_MIN(w.last, kFirst + P::kScaledTokens));
+    });
+    hn::StoreN(FourMaxima(max), df, w.grid_max[r], kGrids);
+  }
+}
+
+// RowMaxima of every row, after its scores of tokens that it does not see have become -inf.
 template <class P, class Rows>
 HWY_INLINE void BlockMaxima(std::size_t rows, Rows& w) {
   for (std::size_t r = 0; r < rows; ++r) {
     float* scores = w.scores[r];
     for (std::size_t t = w.first; t < w.seen[r].first; ++t) scores[t] = kNegInf;
     for (std::size_t t = HWY_MAX(w.first, w.seen[r].last); t < w.last; ++t) scores[t] = kNegInf;
-    w.block_max[r] = BlockMax<P>(w, r);
+    RowMaxima<P>(r, w);
   }
 }
 
@@ -207,7 +259,7 @@ HWY_NOINLINE void RecentreLarge(std::size_t first, std::size_t last, Rows& w) {
     for (std::size_t t = w.first; t < w.last; t += kLanes)
       hn::Store(hn::Sub(hn::Load(df, scores + t), hn::Set(df, w.centre[r])), df, scores + t);
     w.scale[r] = 1.0f;
-    w.block_max[r] = BlockMax<P>(w, r);
+    RowMaxima<P>(r, w);
   }
 }
 
@@ -215,15 +267,26 @@ HWY_NOINLINE void RecentreLarge(std::size_t first, std::size_t last, Rows& w) {
 // largest weight just below kLargestWeight.
 template <class P, class Rows>
 HWY_INLINE void RaiseMaxima(std::size_t rows, float* max, Rows& w) {
+  constexpr bool kOneGrid = P::kScaledTokens == kBlockTokens;
   const DF df;
   for (std::size_t r = 0; r < rows; r += kLanes) {
     const std::size_t n = HWY_MIN(kLanes, rows - r);
-    VF block = hn::Load(df, w.block_max + r), centre = hn::Zero(df);
     const VF before = hn::LoadN(df, max + r, n);
+    VF grid_max[kGrids], block, centre = hn::Zero(df);
+    const auto load = [&]() KVMIX_LAMBDA {
+      if constexpr (kOneGrid) {
+        block = hn::Load(df, w.block_max + r);
+      } else {
+        hn::LoadInterleaved4(df, w.grid_max[r], grid_max[0], grid_max[1], grid_max[2], grid_max[3]);
+        block = hn::Max(hn::Max(grid_max[0], grid_max[1]), hn::Max(grid_max[2], grid_max[3]));
+        hn::Store(block, df, w.block_max + r);
+      }
+    };
+    load();
     const auto large = hn::Gt(hn::Abs(block), hn::Set(df, kLargeScore));
     if (HWY_UNLIKELY(!hn::AllFalse(df, large))) {
       RecentreLarge<P>(r, r + n, w);
-      block = hn::Load(df, w.block_max + r);
+      load();
       centre = hn::Load(df, w.centre + r);
     }
     const VF largest = hn::Add(block, centre);
@@ -232,11 +295,17 @@ HWY_INLINE void RaiseMaxima(std::size_t rows, float* max, Rows& w) {
     hn::StoreN(now, df, max + r, n);
     hn::Store(hn::IfThenElse(hn::Eq(before, now), hn::Set(df, 1.0f), Exp2(hn::Sub(before, now))),
               df, w.correction + r);
-    // Scores have rounded block_max off: room for that as well.
-    const VF shift = hn::Sub(hn::Set(df, std::log2(P::kLargestWeight)),
-                             hn::MulAdd(hn::Abs(block), hn::Set(df, 0x1p-22f), block));
-    hn::Store(shift, df, w.shift + r);
-    hn::Store(Exp2(hn::Neg(hn::Add(shift, hn::Sub(now, centre)))), df, w.weight_scale + r);
+    const VF base = hn::Sub(now, centre);
+    Unroll<kBlockTokens / P::kScaledTokens>([&](auto grid) KVMIX_LAMBDA {
+      VF highest = block;
+      // Of tokens that weigh nothing beside the block's others: any that is finite.
+      if (!kOneGrid) highest = hn::Max(grid_max[grid], hn::Sub(block, hn::Set(df, 64.0f)));
+      // Scores have rounded the maximum off: room for that as well.
+      const VF shift = hn::Sub(hn::Set(df, std::log2(P::kLargestWeight)),
+                               hn::MulAdd(hn::Abs(highest), hn::Set(df, 0x1p-22f), highest));
+      hn::Store(shift, df, w.shift[grid] + r);
+      hn::Store(Exp2(hn::Neg(hn::Add(shift, base))), df, w.weight_scale[grid] + r);
+    });
   }
 }
 
@@ -249,7 +318,7 @@ HWY_INLINE VF Weights(const float* scores, VF scale, VF shift, VF total, WeightV
     x[i] = hn::MulAdd(hn::Load(df, scores + i * kLanes), scale, shift);
     e[i] = x[i];
   });
-  Exp2(e);
+  Exp2<P::kScaledTokens != kBlockTokens>(e);
   Unroll<kWeightVecs>([&](auto i) KVMIX_LAMBDA {
     if constexpr (!P::kFixedPoint) {  // codes round to 0 by themselves
       e[i] = hn::IfThenElseZero(hn::Gt(x[i], hn::Set(df, kSmallestExponent)), e[i]);
@@ -275,15 +344,24 @@ HWY_NOINLINE void Softmax(std::size_t rows, float* max, float* sum, std::size_t 
       std::memset(w.weights[r], 0, sizeof(w.weights[r]));
       continue;
     }
-    const VF scale = hn::Set(df, w.scale[r]), shift = hn::Set(df, w.shift[r]);
+    const VF scale = hn::Set(df, w.scale[r]);
+    constexpr bool kOneGrid = P::kScaledTokens == kBlockTokens;
     VF total = hn::Zero(df);
-    for (std::size_t t = w.first; t < w.last; t += kTokenStep) {
-      for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
-      WeightVectors e;
-      total = Weights<P>(w.scores[r] + t, scale, shift, total, e);
-      P::PackWeights(e, w.v_scale, t, w.weights[r]);
-    }
-    sum[r] = sum[r] * w.correction[r] + hn::ReduceSum(df, total) * w.weight_scale[r];
+    ForGrids(P::kScaledTokens, w,
+             [&](std::size_t grid, std::size_t first, std::size_t last) KVMIX_LAMBDA {
+               const VF shift = hn::Set(df, w.shift[grid][r]);
+               VF of_grid = hn::Zero(df);
+               for (std::size_t t = first; t < last; t += kTokenStep) {
+                 for (due += lines; due >= steps; due -= steps) prefetch.FetchLine();
+                 WeightVectors e;
+                 of_grid = Weights<P>(w.scores[r] + t, scale, shift, of_grid, e);
+                 P::PackWeights(e, w.v_scale, t, w.weights[r]);
+               }
+               total = kOneGrid ? of_grid
+                                : hn::MulAdd(of_grid, hn::Set(df, w.weight_scale[grid][r]), total);
+             });
+    sum[r] = sum[r] * w.correction[r] +
+             hn::ReduceSum(df, total) * (kOneGrid ? w.weight_scale[0][r] : 1.0f);
   }
 }
 

@@ -298,11 +298,13 @@ HWY_INLINE decltype(auto) WithStorage(Storage storage, const F& f) {
 // rows anew; pairs, which have to be widened as well, once for all turns (unpack-inl.h).
 template <class S>
 using Multiplied = std::conditional_t<KVMIX_QUADS || !S::kPacked, S, I8>;
-// The same where many turns read them. AVX3, where eight rows share a load, would gain nothing,
-// SSE4 little (README.md).
+// The same where many turns read them: with vpdpbusd one limb of eight rows would hide no more than
+// half of the unpacking. AVX3, where eight rows share a load, would gain nothing, SSE4 little
+// (README.md).
 template <class S>
 using MultipliedOften =
-    std::conditional_t<HWY_TARGET == HWY_AVX2 && !std::is_same_v<S, F16>, I16, Multiplied<S>>;
+    std::conditional_t<HWY_TARGET == HWY_AVX2 && !std::is_same_v<S, F16>, I16,
+                       std::conditional_t<KVMIX_UNSIGNED_QUADS && S::kPacked, I8, Multiplied<S>>>;
 
 // Bytes of all terms of kLanes tokens (K) or kLanes channels (V).
 template <class S>

@@ -42,8 +42,8 @@ inline const Names kCodecs = {"f16",
                               "i8-token+hadamard",
                               "i8-token-bf16+centre+fold+hadamard",
                               "i8-head+centre+hadamard",
-                              "i4-token",
-                              "i4-token-bf16+centre+fold+hadamard"};
+                              "i4x16-token",
+                              "i4x16-token-bf16+centre+fold+hadamard"};
 
 // Normal numbers as halves.
 inline std::vector<Half> RandomHalves(std::mt19937& rng, std::size_t n, float size = 1.0f) {

@@ -1051,5 +1051,139 @@ TEST_F(AttendKernel, ScoresOfAnySize) {
   }
 }
 
+// ---- operands of 8 bits: what docs/numerics.md says of their errors
+
+Head WithOperandsOf8Bits(Head head) {
+  for (Rows* rows : {&head.k, &head.v}) rows->format.operand_bits = 8;
+  return head;
+}
+
+// Against operands of double precision.
+constexpr double kBoundOf8Bits = 3e-4;
+
+TEST_F(AttendKernel, OperandsOf8Bits) {
+  std::mt19937 rng(13);
+  for (const Kind& k : kKinds) {
+    for (const Kind& v : kKinds) {
+      for (const std::size_t dim : Sizes{64, 96, 256}) {
+        const Head head = WithOperandsOf8Bits(RandomHead(k, v, dim, dim, 700, 13));
+        for (const std::size_t rows : Sizes{1, 3, 8, 23})
+          Check(head, RandomAsk(rng, head, rows, rows), {}, kBoundOf8Bits);
+      }
+    }
+  }
+}
+
+// K and V each by itself, a scale of its own, dims that are no whole vectors, borders, windows.
+TEST_F(AttendKernel, OperandsOf8BitsInOneTensor) {
+  std::mt19937 rng(14);
+  for (const auto& [k_dim, v_dim] : {std::pair<std::size_t, std::size_t>{40, 40}, {192, 128}}) {
+    for (const bool in_k : {false, true}) {
+      Head head = RandomHead(kI8F32, kI4BF16, k_dim, v_dim, 600, 14);
+      (in_k ? head.k : head.v).format.operand_bits = 8;
+      for (const std::size_t first : Sizes{0, 1, 63, 64, 255, 300}) {
+        Ask ask = RandomAsk(rng, head, 7, 7);
+        ask.first = first;
+        ask.last = 599;
+        for (const std::size_t window : Sizes{0, 200, 333}) {
+          ask.window = window;
+          Check(head, ask, {}, kBoundOf8Bits);
+        }
+      }
+    }
+  }
+}
+
+// The bits do not depend on which rows share a turn, on where the tiles come from, or on where a
+// range is cut (at a block).
+TEST_F(AttendKernel, OperandsOf8BitsGiveTheSameBits) {
+  const Head head = WithOperandsOf8Bits(RandomHead(kI8F32, kI6BF16, 64, 64, 1024, 15));
+  std::mt19937 rng(15);
+  const Ask all = RandomAsk(rng, head, 21, 21);
+  for (const Kernels& kernels : TestedKernels()) {
+    SCOPED_TRACE(kernels.target);
+    const Blocks blocks(kernels, head);
+    const Outcome whole = Attend(blocks, all, false);
+    EXPECT_TRUE(SameBits(whole, Attend(blocks, all, true)));
+    for (std::size_t r = 0; r < all.rows; ++r) {
+      Ask one = all;
+      one.rows = one.group = 1;
+      one.q.assign(all.q.begin() + static_cast<std::ptrdiff_t>(r * 64),
+                   all.q.begin() + static_cast<std::ptrdiff_t>((r + 1) * 64));
+      const Outcome alone = Attend(blocks, one, r % 2 == 0);
+      EXPECT_EQ(alone.max[0], whole.max[r]) << r;
+      EXPECT_EQ(alone.sum[0], whole.sum[r]) << r;
+      EXPECT_TRUE(std::equal(alone.out.begin(), alone.out.end(),
+                             whole.out.begin() + static_cast<std::ptrdiff_t>(r * whole.padded)))
+          << r;
+    }
+  }
+}
+
+// Weights that are alike keep their sum, however many they are and whatever lies beside them. V is
+// 1 everywhere, in tokens of one scale or of many; out / sum is then the sum of the rounded weights
+// over that of the exact ones.
+TEST_F(AttendKernel, WeightsOf8BitsKeepTheirSum) {
+  for (const Kind& v : {kKinds[1], kI8F32, kI8BF16}) {
+    for (const std::size_t tokens : Sizes{512, 8192, 131072}) {
+      for (const bool sink : {false, true}) {
+        Head head = WithOperandsOf8Bits(RandomHead(kI8F32, v, 1, 4, tokens, 16));
+        for (std::size_t t = 0; t < tokens; ++t) {
+          for (std::size_t c = 0; c < 4; ++c) {
+            head.v.Put(t, c, 2.0f);
+            if (v == kI8F32) head.v.scales[t] = 0.01f;  // flat, or a weight of its own each
+          }
+          // A sink has a weight of 1, the others of 1e-6: 13.8155 lower.
+          head.k.scales[t] = 1.0f / 40.0f;
+          head.k.Put(t, 0, t == 5 ? 2.0f : 0.0f);
+        }
+        Ask ask;
+        ask.q = {sink ? 13.8155f / 2.0f : 0.0f};
+        ask.scale = 1.0f;
+        ask.first_end = static_cast<std::int64_t>(tokens);
+        ask.last = tokens;
+        double wanted = 0.0, weights = 0.0;
+        for (std::size_t t = 0; t < tokens; ++t) {
+          const double weight = std::exp(double{ask.q[0]} * (head.k.At(t, 0) - 2.0));
+          weights += weight;
+          wanted += weight * head.v.At(t, 0);
+        }
+        wanted /= weights;
+        for (const Kernels& kernels : TestedKernels()) {
+          const Outcome o = Attend(Blocks(kernels, head), ask, false);
+          for (std::size_t c = 0; c < 4; ++c) {
+            // Weights that are alike: 1/8 of a code in 240. One that is alone: 7/8 of a code.
+            EXPECT_NEAR(o.out[c] / double{o.sum[0]} / wanted, 1.0, sink ? 4e-3 : 6e-4)
+                << kernels.target << ", " << Names(head) << ", " << tokens << " tokens, sink "
+                << sink;
+          }
+        }
+      }
+    }
+  }
+}
+
+// q of any kind: equal numbers, one huge channel, denormals, zeros, NaN.
+TEST_F(AttendKernel, QueriesOf8BitsOfAnyKind) {
+  std::mt19937 rng(17);
+  for (const Kind& k : {kI8F32, kI4BF16}) {
+    Head head = WithOperandsOf8Bits(RandomHead(k, kI8F32, 64, 64, 400, 17));
+    Ask ask = RandomAsk(rng, head, 6, 6);
+    for (std::size_t c = 0; c < 64; ++c) {
+      ask.q[c] = 0.7f;
+      ask.q[64 + c] = c == 3 ? 5.0f : 0.0f;
+      ask.q[128 + c] = c % 2 == 0 ? -1e-40f : 1e-42f;
+      ask.q[192 + c] = -0.0f;
+      ask.q[256 + c] = c % 3 == 0 ? -2.0f : 2.0f;
+    }
+    Check(head, ask, {}, kBoundOf8Bits);
+    ask.q[64 * 5 + 7] = kNaN;
+    for (const Kernels& kernels : TestedKernels()) {
+      const Outcome o = Attend(Blocks(kernels, head), ask, false);
+      for (std::size_t r = 0; r < 6; ++r) EXPECT_EQ(std::isnan(o.max[r]), r == 5) << r;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kvmix::kernels

@@ -58,9 +58,9 @@ ErrorTable RandomTable(const Geometry& g, const std::string& candidates, std::ui
 // int8 takes half of fp16's time, a tenth more for each stored scale; i4 a little less.
 Wisdom Speeds(const Geometry& g, std::size_t context) {
   const std::vector<std::pair<std::string, double>> codecs = {
-      {"f16", 100.0},          {"i8-head", 50.0},      {"i8-token", 60.0},
-      {"i8-token-bf16", 55.0}, {"i4-token", 48.0},     {"i4-token-bf16", 45.0},
-      {"i6-token-bf16", 52.0}, {"i3-token-bf16", 49.0}};
+      {"f16", 100.0},          {"i8-head", 50.0},       {"i8-token", 60.0},
+      {"i8-token-bf16", 55.0}, {"i4-token", 48.0},      {"i4-token-bf16", 45.0},
+      {"i6-token-bf16", 52.0}, {"i3-token-bf16", 49.0}, {"i8x8-token-bf16", 50.0}};
   Wisdom wisdom;
   for (const auto& [k, k_ns] : codecs)
     for (const auto& [v, v_ns] : codecs)

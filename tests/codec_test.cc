@@ -29,9 +29,9 @@ std::vector<CodecKind> AllFields() {
                                 KVMIX_STORAGE_I4, KVMIX_STORAGE_I3}) {
     for (const Scale scale :
          {KVMIX_SCALE_NONE, KVMIX_SCALE_HEAD, KVMIX_SCALE_TOKEN, KVMIX_SCALE_TOKEN_BF16}) {
-      for (unsigned steps = 0; steps < 16; ++steps) {
-        kinds.push_back({storage, scale, (steps & 1) != 0, (steps & 2) != 0, (steps & 4) != 0,
-                         (steps & 8) != 0});
+      for (unsigned i = 0; i < 48; ++i) {
+        kinds.push_back({storage, scale, (i & 1) != 0, (i & 2) != 0, (i & 4) != 0, (i & 8) != 0,
+                         static_cast<Operands>(i / 16)});
       }
     }
   }
@@ -42,6 +42,8 @@ std::vector<CodecKind> AllFields() {
 // of int8 that is not shaped.
 bool Exists(const CodecKind& kind) {
   if (kind.storage == KVMIX_STORAGE_F16) return kind == CodecKind();
+  if (kind.operands == KVMIX_OPERANDS_8 && kind.storage != KVMIX_STORAGE_I8) return false;
+  if (kind.operands == KVMIX_OPERANDS_16 && kind.storage == KVMIX_STORAGE_I8) return false;
   if (kind.scale == KVMIX_SCALE_HEAD && (kind.storage != KVMIX_STORAGE_I8 || kind.shape))
     return false;
   return kind.scale != KVMIX_SCALE_NONE;
@@ -67,6 +69,8 @@ std::size_t Bits(Storage storage) {
 std::string Name(const CodecKind& kind) {
   std::string name =
       kind.storage == KVMIX_STORAGE_F16 ? "f16" : "i" + std::to_string(Bits(kind.storage));
+  if (kind.operands == KVMIX_OPERANDS_8) name += "x8";
+  if (kind.operands == KVMIX_OPERANDS_16) name += "x16";
   if (kind.scale == KVMIX_SCALE_HEAD) name += "-head";
   if (kind.scale == KVMIX_SCALE_TOKEN) name += "-token";
   if (kind.scale == KVMIX_SCALE_TOKEN_BF16) name += "-token-bf16";
@@ -126,8 +130,8 @@ TEST(CodecKind, NamesOfEveryKindAndBack) {
     names.insert(ToString(kind));
   }
   // f16; i8 with a head's scale and any of three steps; two scales of four storages with any of
-  // four.
-  EXPECT_EQ(names.size(), 1u + 8u + 2u * 4u * 16u);
+  // four; all but f16 with two widths of operands.
+  EXPECT_EQ(names.size(), 1u + 2u * (8u + 2u * 4u * 16u));
   EXPECT_EQ(ToString({KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, true, true, true}),
             "i8-token-bf16+centre+fold+hadamard");
   EXPECT_EQ(ToString({KVMIX_STORAGE_I4, KVMIX_SCALE_TOKEN, true, false, true}),
@@ -160,6 +164,12 @@ TEST(CodecKind, RefusesNamesOfNone) {
                            "i8-head-token",
                            "i8-token-bf16-bf16",
                            "i8-tokens",
+                           "f16x8",
+                           "f16x16",
+                           "i8x16-token",
+                           "i4x8-token",
+                           "i8x4-token",
+                           "i8-tokenx8",
                            "i4",
                            "i4-head",
                            "i4-head+hadamard",
@@ -202,6 +212,15 @@ TEST(CodecKind, RefusesNamesOfNone) {
   }
   EXPECT_NE(ParseCodecKind("i5-token").status().message().find("found \"i5-token\""),
             std::string::npos);
+}
+
+TEST(CodecKind, OperandBits) {
+  const std::pair<const char*, std::size_t> bits[] = {
+      {"f16", 32},        {"i8-token", 16},     {"i8x8-head", 8},    {"i6-token", 8},
+      {"i4-token", 8},    {"i3-token-bf16", 8}, {"i6x16-token", 16}, {"i4x16-token+hadamard", 16},
+      {"i3x16-token", 16}};
+  for (const auto& [name, expected] : bits)
+    EXPECT_EQ(OperandBits(ParseCodecKind(name).value()), expected) << name;
 }
 
 TEST(CodecKind, BytesPerToken) {

@@ -526,8 +526,16 @@ TEST_F(MeasureTest, CandidateLists) {
              "i8-token+centre+fold+hadamard",
              "i8-token-bf16+centre+fold+hadamard",
              "i8-token+centre+fold+hadamard+shape",
-             "i8-token-bf16+centre+fold+hadamard+shape"};
-  Names v = {"f16", "i8-token", "i8-token-bf16", "i8-token+hadamard", "i8-token-bf16+hadamard"};
+             "i8-token-bf16+centre+fold+hadamard+shape",
+             "i8x8-token-bf16+centre+hadamard",
+             "i8x8-token-bf16+centre+fold+hadamard",
+             "i8x8-token-bf16+centre+fold+hadamard+shape"};
+  Names v = {"f16",
+             "i8-token",
+             "i8-token-bf16",
+             "i8-token+hadamard",
+             "i8-token-bf16+hadamard",
+             "i8x8-token-bf16+hadamard"};
   for (const std::string below : {"i6", "i4", "i3"}) {
     for (const std::string steps :
          {"+hadamard", "+centre+hadamard", "+centre+fold+hadamard", "+centre+fold+hadamard+shape"})

@@ -295,8 +295,11 @@ TEST(PlanFile, ComesBackExactly) {
 TEST(PlanFile, CodesBelowInt8ComeBack) {
   const TempFolder folder;
   const std::string path = folder.file("plan.json");
-  const std::tuple<const char*, unsigned, std::size_t> cases[] = {
-      {"i4-token-bf16+hadamard", 3, 6}, {"i6-token-bf16", 4, 8}, {"i3-token", 4, 7}};
+  const std::tuple<const char*, unsigned, std::size_t> cases[] = {{"i4-token-bf16+hadamard", 5, 6},
+                                                                  {"i6-token-bf16", 5, 8},
+                                                                  {"i3-token", 5, 7},
+                                                                  {"i4x16-token-bf16", 5, 6},
+                                                                  {"i8x8-token-bf16", 5, 10}};
   for (const auto& [name, minor, bytes] : cases) {
     SCOPED_TRACE(name);
     Plan plan = UniformPlan(Geometry{1, 2, 2, 8}, Token(), Token());
@@ -309,6 +312,27 @@ TEST(PlanFile, CodesBelowInt8ComeBack) {
     EXPECT_EQ(written["version"], (json{1, minor}));
     EXPECT_EQ(written["codecs"][0][1]["k"], name);
     EXPECT_EQ(written["bytes_per_token"], 3 * 12 + bytes);
+  }
+}
+
+// Before version 1.5 all operands had 16 bits.
+TEST(PlanFile, OldPlansKeepTheirOperands) {
+  const TempFolder folder;
+  const std::string path = folder.file("plan.json");
+  Plan plan = UniformPlan(Geometry{1, 1, 1, 8}, Token(), Token());
+  for (const char* storage : {"i6", "i4", "i3"}) {
+    plan.codecs[0] = {ParseCodecKind(std::string(storage) + "-token").value()};
+    ASSERT_TRUE(SavePlan(plan, path).ok());
+    json file = json::parse(ReadBytes(path));
+    for (const unsigned minor : {0, 1, 3, 4, 5, 6}) {
+      file["version"] = {1, minor};
+      WriteBytes(path, file.dump());
+      const Result<Plan> loaded = LoadPlan(path);
+      ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+      EXPECT_EQ(ToString(loaded->codecs[0].kind),
+                std::string(storage) + (minor < 5 ? "x16-token" : "-token"));
+      EXPECT_EQ(ToString(loaded->codecs[1].kind), "i8-token");
+    }
   }
 }
 
@@ -337,7 +361,7 @@ TEST(PlanFile, ShapingMatricesComeBackExactly) {
   const Plan plan = ShapedPlan(0.1f);
   ASSERT_TRUE(SavePlan(plan, path).ok());
   const json written = json::parse(ReadBytes(path));
-  EXPECT_EQ(written["version"], (json{1, 4}));
+  EXPECT_EQ(written["version"], (json{1, 5}));
   EXPECT_EQ(written["shaping"]["file"].get<std::string>(),
             "shaping-" + written["shaping"]["xxh3"].get<std::string>() + ".safetensors");
   const Result<Plan> loaded = LoadPlan(path);

@@ -256,7 +256,7 @@ TEST(MeasureHeadSpeeds, OfUnlikeLayers) {
 
 TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
   for (const auto& [name, storages] :
-       {std::pair<const char*, std::size_t>{"int8", 3}, {"all", 6}}) {
+       {std::pair<const char*, std::size_t>{"int8", 3}, {"all", 7}}) {
     Wisdom wisdom = ThisMachine();
     const CandidateKinds kinds = *Candidates(name);
     ASSERT_TRUE(MeasureHeadSpeeds(kinds.k, {kinds.v[0]}, Shape(1, 16), 20, 0.0, &wisdom).ok());
@@ -268,12 +268,13 @@ TEST(MeasureHeadSpeeds, StepsAreNoCodecsOfTheirOwn) {
   Wisdom odd = ThisMachine();  // i6, i4 and i3 do not fit
   const CandidateKinds all = *Candidates("all");
   ASSERT_TRUE(MeasureHeadSpeeds(all.k, all.v, Shape(1, 17), 20, 0.0, &odd).ok());
-  EXPECT_EQ(odd.speeds.size(), 9u);
+  EXPECT_EQ(odd.speeds.size(), 16u);
   for (const bool step : {false, true}) {
     EXPECT_EQ(SpeedName({KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN_BF16, step, step, step}),
               "i8-token-bf16");
     EXPECT_EQ(SpeedName({KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD, step, false, step}), "i8-head");
   }
+  EXPECT_EQ(SpeedName(ParseCodecKind("i8x8-token+centre").value()), "i8x8-token");
   EXPECT_EQ(SpeedName({}), "f16");
 }
 

@@ -15,6 +15,7 @@ kernels::RowFormat FormatOf(const HeadCodec& codec, std::size_t dim) {
   kernels::RowFormat f;
   f.dim = dim;
   f.storage = codec.kind.storage;
+  f.operand_bits = OperandBits(codec.kind);
   switch (codec.kind.scale) {
     case KVMIX_SCALE_NONE:
       break;

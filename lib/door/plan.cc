@@ -87,6 +87,7 @@ kvmix_code kvmix_codec_parse(const char* name, kvmix_codec* codec, kvmix_error* 
     const kvmix_codec parsed = internal::ViewOf(HeadCodec{*kind});
     codec->storage = parsed.storage;
     codec->scale = parsed.scale;
+    codec->operands = parsed.operands;
     codec->steps = parsed.steps;
     return {};
   });

@@ -51,6 +51,18 @@ constexpr const char* NameOf(Scale scale) {
   return nullptr;
 }
 
+constexpr const char* NameOf(Operands operands) {
+  switch (operands) {
+    case KVMIX_OPERANDS_USUAL:
+      return "";
+    case KVMIX_OPERANDS_8:
+      return "x8";
+    case KVMIX_OPERANDS_16:
+      return "x16";
+  }
+  return nullptr;
+}
+
 constexpr float kLargestFactor = 0x1p32f, kLargestShaping = 0x1p16f;
 
 // Bytes beside every token's codes.
@@ -76,7 +88,8 @@ std::vector<T> All() {
 }
 
 bool IsKnown(const CodecKind& kind) {
-  return NameOf(kind.storage) != nullptr && NameOf(kind.scale) != nullptr;
+  return NameOf(kind.storage) != nullptr && NameOf(kind.scale) != nullptr &&
+         NameOf(kind.operands) != nullptr;
 }
 
 // Codes have a scale and maybe steps before it; numbers (f16) have neither. A scale of the head is
@@ -84,7 +97,9 @@ bool IsKnown(const CodecKind& kind) {
 bool Exists(const CodecKind& kind) {
   if (!IsKnown(kind)) return false;
   if (kind.storage == KVMIX_STORAGE_F16) return kind == CodecKind();
-  if (kind.scale == KVMIX_SCALE_HEAD) return kind.storage == KVMIX_STORAGE_I8 && !kind.shape;
+  const bool is_i8 = kind.storage == KVMIX_STORAGE_I8;
+  if (kind.operands == (is_i8 ? KVMIX_OPERANDS_16 : KVMIX_OPERANDS_8)) return false;
+  if (kind.scale == KVMIX_SCALE_HEAD) return is_i8 && !kind.shape;
   return kind.scale != KVMIX_SCALE_NONE;
 }
 
@@ -139,22 +154,25 @@ std::string Names() {
 
 std::string ToString(const CodecKind& kind) {
   if (!Exists(kind)) return "invalid";
-  std::string name = std::string(NameOf(kind.storage)) + NameOf(kind.scale);
+  std::string name = std::string(NameOf(kind.storage)) + NameOf(kind.operands) + NameOf(kind.scale);
   for (const auto& [step, suffix] : kSteps) name += kind.*step ? suffix : "";
   return name;
 }
 
 Result<CodecKind> ParseCodecKind(std::string_view name) {
   for (const Storage storage : All<Storage>()) {
-    for (const Scale scale : All<Scale>()) {
-      CodecKind kind{.storage = storage, .scale = scale};
-      for (const auto& [step, suffix] : kSteps) kind.*step = name.find(suffix) != name.npos;
-      if (Exists(kind) && internal::ToString(kind) == name) return kind;
+    for (const Operands operands : All<Operands>()) {
+      for (const Scale scale : All<Scale>()) {
+        CodecKind kind{.storage = storage, .scale = scale, .operands = operands};
+        for (const auto& [step, suffix] : kSteps) kind.*step = name.find(suffix) != name.npos;
+        if (Exists(kind) && internal::ToString(kind) == name) return kind;
+      }
     }
   }
   return Invalid(
-      "codec: expected a storage ({}), but for f16 a scale ({}; -head for i8 without +shape) "
-      "and, in this order, any of {}; found \"{}\"",
+      "codec: expected a storage ({}), x8 after i8 or x16 after those below it for other operands "
+      "than the usual ones, but for f16 a scale ({}; -head for i8 without +shape) and, in this "
+      "order, any of {}; found \"{}\"",
       Names<Storage>(), Names<Scale>(), fmt::join(kSteps | std::views::values, ", "), name);
 }
 

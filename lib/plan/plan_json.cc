@@ -1,6 +1,6 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
 // minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
-// layers that differ and exact_first, 1.3 i4, 1.4 i6, i3 and shape.
+// layers that differ and exact_first, 1.3 i4, 1.4 i6, i3 and shape, 1.5 operands of 8 bits.
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
@@ -25,8 +25,8 @@ namespace {
 
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
-constexpr std::size_t kMinor = 1, kMinorOfLayers = 2, kMinorOfI4 = 3,  // 2: and of exact_first
-    kMinorOfShaping = 4;                                               // and of i6 and i3
+constexpr std::size_t kMinor = 1, kMinorOfLayers = 2,  // and of exact_first
+    kMinorOfShaping = 4, kMinorOfOperands = 5;         // and of all below i8, as they are now
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -87,27 +87,13 @@ std::string AccuracyText(const Provenance& p) {
   return fmt::format("{{{}{}}}", fmt::join(measured, ","), measured.empty() ? "" : "\n  ");
 }
 
-// The oldest minor version that has a storage.
-std::size_t MinorOf(Storage storage) {
-  switch (storage) {
-    case KVMIX_STORAGE_F16:
-    case KVMIX_STORAGE_I8:
-      break;
-    case KVMIX_STORAGE_I4:
-      return kMinorOfI4;
-    case KVMIX_STORAGE_I6:
-    case KVMIX_STORAGE_I3:
-      return kMinorOfShaping;
-  }
-  return kMinor;
-}
-
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
   std::size_t minor = plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
   for (const HeadCodec& codec : plan.codecs) {
-    minor = std::max(minor, MinorOf(codec.kind.storage));
     if (codec.kind.shape) minor = std::max(minor, kMinorOfShaping);
+    if (OperandBits(codec.kind) == 8 || codec.kind.operands != KVMIX_OPERANDS_USUAL)
+      minor = kMinorOfOperands;
   }
   return minor;
 }
@@ -150,7 +136,7 @@ bool IsFinite(const Fidelity& f) {
 
 // ---- reading
 
-HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
+HeadCodec ReadCodec(const JsonView& head, const std::string& key, std::size_t minor) {
   const std::string name = head[key].Text();
   const Result<CodecKind> kind = internal::ParseCodecKind(name);
   if (!kind.ok()) {
@@ -158,6 +144,8 @@ HeadCodec ReadCodec(const JsonView& head, const std::string& key) {
     return {};
   }
   HeadCodec codec{*kind};
+  // Before there was a choice, all operands had 16 bits.
+  if (minor < kMinorOfOperands && OperandBits(*kind) == 8) codec.kind.operands = KVMIX_OPERANDS_16;
   if (kind->scale == KVMIX_SCALE_HEAD) codec.head_scale = head[key + "_scale"].Float();
   CodecVectors vectors;
   if (kind->centre) vectors.mean = head[key + "_mean"].Floats();
@@ -176,7 +164,7 @@ Model ReadModel(const JsonView& root) {
   return root["codecs"].HasSize(g.layers, "layers") ? Model(g) : Model();
 }
 
-std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model) {
+std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model, std::size_t minor) {
   std::vector<HeadCodec> codecs;
   if (!layers.HasSize(model.layers.size(), "layers")) return codecs;
   for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
@@ -189,7 +177,7 @@ std::vector<HeadCodec> ReadCodecs(const JsonView& layers, const Model& model) {
     }
     if (!heads.HasSize(shape.kv_heads, "KV heads")) return codecs;
     for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-      for (const char* key : {"k", "v"}) codecs.push_back(ReadCodec(heads[head], key));
+      for (const char* key : {"k", "v"}) codecs.push_back(ReadCodec(heads[head], key, minor));
     }
   }
   return codecs;
@@ -260,7 +248,7 @@ Result<Plan> ReadPlan(const nlohmann::json& document, const std::string& path,
 
   Plan plan;
   plan.model = ReadModel(root);
-  plan.codecs = ReadCodecs(root["codecs"], plan.model);
+  plan.codecs = ReadCodecs(root["codecs"], plan.model, root["version"][1].Count());
   if (root.has("exact_first")) plan.exact_first = root["exact_first"].Count();
   plan.provenance = ReadProvenance(root);
   if (!status.ok()) return status;

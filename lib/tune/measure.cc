@@ -177,6 +177,12 @@ Result<CandidateKinds> Candidates(const std::string& name) {
   add(&kinds.k, KVMIX_STORAGE_I8, both,
       {rotated, centred, {.centre = true, .fold = true}, folded, shaped});
   add(&kinds.v, KVMIX_STORAGE_I8, both, {rotated});
+  const auto narrow = [](CodecKind kind) {
+    kind.operands = KVMIX_OPERANDS_8;
+    return kind;
+  };
+  add(&kinds.k, KVMIX_STORAGE_I8, bf16, {narrow(centred), narrow(folded), narrow(shaped)});
+  add(&kinds.v, KVMIX_STORAGE_I8, bf16, {narrow(rotated)});
   for (const Storage storage : {KVMIX_STORAGE_I6, KVMIX_STORAGE_I4, KVMIX_STORAGE_I3}) {
     add(&kinds.k, storage, bf16, {rotated, centred, folded, shaped});
     add(&kinds.v, storage, bf16, {rotated});

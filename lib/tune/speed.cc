@@ -25,14 +25,15 @@ constexpr std::size_t kMajor = 1, kMinor = 0;
 constexpr const char* kAdvice = "; delete this file or name another, and speeds are measured anew";
 
 HeadCodec CodecFor(const CodecKind& kind) {
-  return {{.storage = kind.storage, .scale = kind.scale},
+  return {{.storage = kind.storage, .scale = kind.scale, .operands = kind.operands},
           kind.scale == KVMIX_SCALE_HEAD ? kHeadScale : 0.0f};
 }
 
 }  // namespace
 
 std::string SpeedName(const CodecKind& kind) {
-  return ToString(CodecKind{.storage = kind.storage, .scale = kind.scale});
+  return ToString(
+      CodecKind{.storage = kind.storage, .scale = kind.scale, .operands = kind.operands});
 }
 
 const HeadSpeed* Wisdom::Find(const std::string& k_codec, const std::string& v_codec,

@@ -21,6 +21,11 @@
 //   shape     K's codes are chosen one channel after the other, so that their errors fall where
 //             queries do not look (kernels/shape-inl.h). Needs a scale per token. Decoding and
 //             attention do not know of it.
+//
+// Attention multiplies K's codes with q and V's with softmax weights, both in fixed point: operands
+// of 16 bits lose nothing that one would find again (NMSE below 1e-6), those of 8 bits halve the
+// multiply-adds and add an NMSE of some 5e-5 (docs/numerics.md), which codes of 6 bits and fewer do
+// not show. `operands` asks for the others than the storage's usual ones. The bytes are the same.
 #ifndef KVMIX_CODEC_H_
 #define KVMIX_CODEC_H_
 
@@ -50,15 +55,24 @@ struct CodecKind {
   bool fold = false;
   bool hadamard = false;
   bool shape = false;
+  Operands operands = KVMIX_OPERANDS_USUAL;
 
   bool operator==(const CodecKind&) const = default;
 };
 
-// "f16", "i8-head", "i4-token", "i8-token-bf16+centre+fold+hadamard+shape": the storage, the scale,
-// and the steps that are taken, in this order.
+// "f16", "i8-head", "i4-token", "i8x8-token", "i8-token-bf16+centre+fold+hadamard+shape": the
+// storage, x8 or x16 where the operands are not the usual ones, the scale, and the steps that are
+// taken, in this order.
 std::string ToString(const CodecKind& kind);
 // The inverse. An error lists the parts that a name may have.
 Result<CodecKind> ParseCodecKind(std::string_view name);
+
+// Bits of what the codes are multiplied with: 16 or 8; f16: 32.
+inline std::size_t OperandBits(const CodecKind& kind) {
+  if (kind.storage == KVMIX_STORAGE_F16) return 32;
+  if (kind.operands == KVMIX_OPERANDS_USUAL) return kind.storage == KVMIX_STORAGE_I8 ? 16 : 8;
+  return kind.operands == KVMIX_OPERANDS_8 ? 8 : 16;
+}
 
 // Bits of a code, or of f16's number: 16, 8, 6, 4 or 3.
 inline std::size_t BitsOf(Storage storage) { return kvmix_storage_bits(storage); }
@@ -117,6 +131,7 @@ inline kvmix_codec ViewOf(const HeadCodec& codec) {
   return {sizeof(kvmix_codec),
           kind.storage,
           kind.scale,
+          kind.operands,
           steps,
           codec.head_scale,
           codec.mean().data(),
@@ -132,7 +147,7 @@ inline HeadCodec ValueOf(const kvmix_codec& c) {
     return (c.steps & static_cast<std::uint32_t>(step)) != 0;
   };
   HeadCodec codec{{c.storage, c.scale, has(KVMIX_STEP_CENTRE), has(KVMIX_STEP_FOLD),
-                   has(KVMIX_STEP_HADAMARD), has(KVMIX_STEP_SHAPE)},
+                   has(KVMIX_STEP_HADAMARD), has(KVMIX_STEP_SHAPE), c.operands},
                   c.head_scale};
   if (c.mean_size + c.factor_size + c.shaping_size == 0) return codec;
   CodecVectors vectors;

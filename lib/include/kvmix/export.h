@@ -1,6 +1,6 @@
-// KVMIX_API marks what the libraries export; everything else is hidden. KVMIX_HIDDEN marks a private
-// type inside an exported class, which would be exported with the class. All public headers include
-// this one first, so it also says which C++ they need.
+// KVMIX_API marks what the libraries export; everything else is hidden. KVMIX_HIDDEN marks a
+// private type inside an exported class, which would be exported with the class. All public headers
+// include this one first, so it also says which C++ they need.
 #ifndef KVMIX_EXPORT_H_
 #define KVMIX_EXPORT_H_
 

@@ -148,13 +148,14 @@ typedef struct kvmix_codec {
   size_t struct_size;
   kvmix_storage storage;
   kvmix_scale scale;
-  uint32_t steps;   /* kvmix_step, added up */
-  float head_scale; /* the scale itself, of KVMIX_SCALE_HEAD */
+  kvmix_operands operands; /* what attention multiplies the codes with */
+  uint32_t steps;          /* kvmix_step, added up */
+  float head_scale;        /* the scale itself, of KVMIX_SCALE_HEAD */
   const float *mean, *factor, *shaping;
   size_t mean_size, factor_size, shaping_size;
 } kvmix_codec;
 
-/* "i8-token-bf16+hadamard" -> storage, scale and steps; nothing else is written. */
+/* "i8-token-bf16+hadamard" -> storage, scale, operands and steps; nothing else is written. */
 KVMIX_API kvmix_code kvmix_codec_parse(const char* name, kvmix_codec* codec, kvmix_error* error);
 /* The inverse, cut to `size` bytes with the 0 at its end. Returns the length of the whole name. */
 KVMIX_API size_t kvmix_codec_name(const kvmix_codec* codec, char* name, size_t size);

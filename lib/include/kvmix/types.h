@@ -80,6 +80,13 @@ typedef enum kvmix_code KVMIX_ANY_INT {
   KVMIX_INTERNAL = 13,         // a bug of kvmix
 } kvmix_code;
 
+// What codes are multiplied with, q (K) or the softmax weights (V), in fixed point of 16 or 8 bits.
+typedef enum kvmix_operands KVMIX_ANY_INT {
+  KVMIX_OPERANDS_USUAL = 0,  // 16 bits for i8, 8 for those below; f16 is multiplied with f32
+  KVMIX_OPERANDS_8 = 1,      // i8 alone
+  KVMIX_OPERANDS_16 = 2,     // those below i8 alone
+} kvmix_operands;
+
 // Bytes of a number: 2 or 4. 0 if there is no such dtype.
 static inline size_t kvmix_dtype_bytes(kvmix_dtype dtype) {
   switch (dtype) {
@@ -117,6 +124,7 @@ using Tensor = kvmix_tensor;
 using Storage = kvmix_storage;
 using Scale = kvmix_scale;
 using Residence = kvmix_residence;
+using Operands = kvmix_operands;
 
 }  // namespace kvmix
 #endif
