@@ -179,9 +179,9 @@ inline HeadCodec MakeCodec(const std::string& name, const Geometry& g, const std
   return MakeCodec(name, rows.tokens != 0 ? rows.Head(kv_head) : rows);
 }
 
-// A codec's name for head_dim channels: i8 in the place of i4, where they are odd.
+// A codec's name for head_dim channels: i8 in the place of i4 or i4x16, where they are odd.
 inline std::string Fitting(const std::string& name, std::size_t head_dim) {
-  return head_dim % 2 != 0 && name.starts_with("i4") ? "i8" + name.substr(2) : name;
+  return head_dim % 2 != 0 && name.starts_with("i4") ? "i8" + name.substr(name.find('-')) : name;
 }
 
 // KV head h gets k_codecs[h % n] and v_codecs[h % m], as far as they fit head_dim, in every layer.

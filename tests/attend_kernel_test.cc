@@ -440,8 +440,9 @@ class AttendKernel : public ::testing::Test {
         EXPECT_TRUE(std::all_of(out, out + dim, [](float x) { return x == 0.0f; })) << r;
         continue;
       }
-      // Log2Bound is at most 0.09 too large.
-      EXPECT_NEAR(o.max[r], e.max, 0.1 + 1e-5 * std::fabs(e.max)) << "row " << r;
+      // Log2Bound is at most 0.09 too large; a q of 8 bits moves scores as well.
+      const double near = bound > kBound ? 0.2 : 0.1;
+      EXPECT_NEAR(o.max[r], e.max, near + 1e-5 * std::fabs(e.max)) << "row " << r;
       if (huge_scores) {
         EXPECT_GT(o.sum[r], 0.0f) << "row " << r;
         EXPECT_LE(o.sum[r], 0x1p33 * static_cast<double>(head.tokens())) << "row " << r;
@@ -1058,8 +1059,8 @@ Head WithOperandsOf8Bits(Head head) {
   return head;
 }
 
-// Against operands of double precision.
-constexpr double kBoundOf8Bits = 3e-4;
+// NMSE against operands of double precision, of a single row and over many.
+constexpr double kBoundOf8Bits = 2e-3, kMeanOf8Bits = 1e-3;
 
 TEST_F(AttendKernel, OperandsOf8Bits) {
   std::mt19937 rng(13);
@@ -1067,8 +1068,10 @@ TEST_F(AttendKernel, OperandsOf8Bits) {
     for (const Kind& v : kKinds) {
       for (const std::size_t dim : Sizes{64, 96, 256}) {
         const Head head = WithOperandsOf8Bits(RandomHead(k, v, dim, dim, 700, 13));
-        for (const std::size_t rows : Sizes{1, 3, 8, 23})
+        for (const std::size_t rows : Sizes{1, 3})
           Check(head, RandomAsk(rng, head, rows, rows), {}, kBoundOf8Bits);
+        for (const std::size_t rows : Sizes{8, 23})
+          Check(head, RandomAsk(rng, head, rows, 1), {}, kMeanOf8Bits);
       }
     }
   }
@@ -1141,7 +1144,7 @@ TEST_F(AttendKernel, WeightsOf8BitsKeepTheirSum) {
         ask.q = {sink ? 13.8155f / 2.0f : 0.0f};
         ask.scale = 1.0f;
         ask.first_end = static_cast<std::int64_t>(tokens);
-        ask.last = tokens;
+        ask.last = ask.tokens = tokens;
         double wanted = 0.0, weights = 0.0;
         for (std::size_t t = 0; t < tokens; ++t) {
           const double weight = std::exp(double{ask.q[0]} * (head.k.At(t, 0) - 2.0));
@@ -1152,8 +1155,10 @@ TEST_F(AttendKernel, WeightsOf8BitsKeepTheirSum) {
         for (const Kernels& kernels : TestedKernels()) {
           const Outcome o = Attend(Blocks(kernels, head), ask, false);
           for (std::size_t c = 0; c < 4; ++c) {
-            // Weights that are alike: 1/8 of a code in 240. One that is alone: 7/8 of a code.
-            EXPECT_NEAR(o.out[c] / double{o.sum[0]} / wanted, 1.0, sink ? 4e-3 : 6e-4)
+            // Weights that are alike: 1/8 of a code in 239, or in the codes that V's scales make of
+            // it. One that is alone: 7/8 of a code.
+            const double bound = sink ? 4e-3 : v == kI8BF16 ? 1.5e-3 : 6e-4;
+            EXPECT_NEAR(o.out[c] / double{o.sum[0]} / wanted, 1.0, bound)
                 << kernels.target << ", " << Names(head) << ", " << tokens << " tokens, sink "
                 << sink;
           }
