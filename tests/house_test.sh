@@ -7,7 +7,8 @@
 #      and so do engines/; engines/common knows no engine.
 #   2. Every public header is installed.
 #   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
-#   4. TUNER, libkvmix-tune.so, exports names of kvmix::tune:: only, and no private ones (`Impl`).
+#   4. Every `name` in CONTRIBUTING.md and docs/architecture.md exists.
+#   5. TUNER, libkvmix-tune.so, exports names of kvmix::tune:: only, and no private ones (`Impl`).
 #      (libkvmix.so: abi_test.py.)
 set -euo pipefail
 export LC_ALL=C.UTF-8
@@ -58,6 +59,23 @@ lines=$(find kernels lib engines tools bench tests \( -name '*.h' -o -name '*.cc
   -exec cat {} + | wc -l)
 [ "$(grep -c . <<<"$found")" -le $((lines / 500)) ] ||
   complain "too many lines of more than 100 columns:"$'\n'"$found"
+
+# A name is a path, or the last part of X::Y stands in another file; XAny is any name.
+missing() { # PAPER
+  local name
+  # shellcheck disable=SC2016
+  grep -oP '`[A-Za-z_][\w/.:-]*(?=(\(\))?`)' "$1" | tr -d '`' | sort -u | while read -r name; do
+    [[ $name == X[A-Z]* || -e $name ]] ||
+      grep -rqF --exclude-dir='.*' --exclude-dir='build*' --exclude=CHANGELOG.md \
+        --exclude="${1##*/}" -- "${name##*::}" "${tree[@]}" ||
+      [ -n "$(find "${tree[@]}" -path "*$name" -print -quit)" ] || printf '%s\n' "$name"
+  done
+}
+tree=(kernels lib engines tools bench tests examples docs ./*.md ./*.sh ./meson*)
+for paper in CONTRIBUTING.md docs/architecture.md; do
+  found=$(missing "$paper")
+  [ -z "$found" ] || complain "$paper names what does not exist:"$'\n'"$found"
+done
 
 if [ -n "$tuner" ]; then
   exported=$(nm -DC --defined-only "$tuner" | cut -d' ' -f3-)
