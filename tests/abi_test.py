@@ -49,13 +49,14 @@ def main():
     door = text_of(headers / 'kvmix/kvmix.h')
     functions = sorted(re.findall(r'^KVMIX_API [^(]*?(kvmix_\w+)\(', door, flags=re.M))
     structs = re.findall(r'typedef struct \w+ \{(.*?)\} (\w+);', door, flags=re.S)
-    enums = re.findall(r'typedef enum [^{]*\{(.*?)\}', text_of(headers / 'kvmix/types.h'), flags=re.S)
+    types = text_of(headers / 'kvmix/types.h')
+    enums = re.findall(r'typedef enum [^{]*\{(.*?)\}', types, flags=re.S)
     enumerators = re.findall(r'(KVMIX_\w+) =', ''.join(enums))
     with tempfile.TemporaryDirectory() as folder:
         source, binary = pathlib.Path(folder) / 'abi.c', pathlib.Path(folder) / 'abi'
         source.write_text(program(functions, [(n, b) for b, n in structs], enumerators))
-        subprocess.run([*compiler, '-x', 'c', '-std=c11', '-Wall', '-Werror', f'-I{headers}', source,
-                        '-x', 'none', '-o', binary, library], check=True)
+        subprocess.run([*compiler, '-x', 'c', '-std=c11', '-Wall', '-Werror', f'-I{headers}',
+                        source, '-x', 'none', '-o', binary, library], check=True)
         environment = {**os.environ, 'LD_LIBRARY_PATH': str(pathlib.Path(library).parent)}
         printed = subprocess.run([binary], env=environment, check=True, capture_output=True,
                                  text=True).stdout

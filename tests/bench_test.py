@@ -13,7 +13,7 @@ import tempfile
 import unittest
 
 PROGRAM = sys.argv.pop(1) if len(sys.argv) > 1 else 'kvmix-bench'
-CODEC = r'(f16|i8-token|i8-head|i8-token\+hadamard|i8-token-bf16|i[643]-token-bf16)'
+CODEC = r'(f16|i8-token|i8-head|i8-token\+hadamard|i8-token-bf16|i8x8-token|i[643]-token-bf16)'
 SHAPE = r'q\d+kv\d+d\d+(x\d+)?'
 NAME = re.compile(rf'attend_decode/\w+/k={CODEC},v={CODEC}/{SHAPE}/(512|4k|8k|32k|128k)/t[12]|'
                   rf'attend_prefill/\w+/k={CODEC},v={CODEC}/{SHAPE}/512x(512|4k)/t[12]|'

@@ -233,6 +233,12 @@ std::vector<LayerShape> SpeedShapes(const TuneReport& r) {
   return shapes;
 }
 
+// "i8-bf16" for "i8-token-bf16": seven names side by side must fit a line.
+std::string WithoutToken(std::string name) {
+  const std::size_t at = name.find("-token");
+  return at == name.npos ? name : name.erase(at, 6);
+}
+
 std::string SpeedText(const TuneReport& r) {
   std::vector<std::string> names[2];
   for (std::size_t t = 0; t < 2; ++t) {
@@ -251,14 +257,16 @@ std::string SpeedText(const TuneReport& r) {
     if (!r.table.model.geometry())
       what += fmt::format(" x {}/{}, {} queries, {} tokens", layer.k_dim, layer.v_dim,
                           layer.group(), layer.seen(r.context));
-    Table table(fmt::format("\t{}", fmt::join(names[1], "\t")), 1);
+    std::string across;
+    for (const std::string& v : names[1]) across += "\t" + WithoutToken(v);
+    Table table(across, 1);
     for (const std::string& k : names[0]) {
       std::vector<double> row;
       for (const std::string& v : names[1])
         row.push_back(r.wisdom.Find(k, v, layer, r.context)->decode_ns / 1e6);
       table.Add("{}\t{:.4f}", k, fmt::join(row, "\t"));
     }
-    text += fmt::format("  {}, K down, V across\n{}", what, table.Text());
+    text += fmt::format("  {}, K down, V across (without -token)\n{}", what, table.Text());
   }
   return text + TimeNote(r);
 }

@@ -223,8 +223,8 @@ def read_json(path, text, inputs):
     elif known.get('format') == PLAN_FORMAT:
         inputs.plan = {**read_plan(value), 'path': path}
     else:
-        raise InputError('expected a report of kvmix-tune --json, a plan or the JSON of kvmix-bench, '
-                         'found other JSON')
+        raise InputError('expected a report of kvmix-tune --json, a plan or the JSON of '
+                         'kvmix-bench, found other JSON')
 
 
 def read_csv(path, text, inputs):
