@@ -36,7 +36,7 @@ struct To {
 
 // Tokens [first, first + count) of x, one head, into cells from `cell` on. Returns the clamped
 // values.
-std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const RowsView& x,
+std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const kvmix_rows& x,
                           std::size_t first, std::size_t count, std::size_t cell) {
   if (count == 0) return 0;  // x may have no data
   KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
@@ -52,7 +52,7 @@ std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const R
 }
 
 // One token of x, all heads: those that are alike are encoded together.
-std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::size_t token,
+std::uint64_t StoreToken(const To& to, Tensor tensor, const kvmix_rows& x, std::size_t token,
                          std::size_t cell) {
   Coded coded;
   const CompiledHeads& heads = to.shape().heads(tensor);
@@ -73,7 +73,7 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const RowsView& x, std::si
 }
 
 // `count` tokens of K and V from `first` on into cells from `cell` on.
-std::uint64_t StoreRun(const To& to, const RowsView& k, const RowsView& v, std::size_t first,
+std::uint64_t StoreRun(const To& to, const kvmix_rows& k, const kvmix_rows& v, std::size_t first,
                        std::size_t count, std::size_t cell) {
   if (count == 1) {
     return StoreToken(to, KVMIX_K, k, first, cell) + StoreToken(to, KVMIX_V, v, first, cell);
@@ -91,7 +91,14 @@ void Count(CacheImpl& c, std::uint64_t clamped) {
 }
 
 // The rows are those of a layer of the cache that can be written.
-Status CheckFit(const CacheImpl& c, std::size_t layer, const RowsView& k, const RowsView& v) {
+Status CheckFit(const CacheImpl& c, std::size_t layer, const kvmix_rows& k, const kvmix_rows& v) {
+  if (layer < c.layers.size()) {  // a decode step has no time for more than one Status
+    const LayerShape& shape = c.pool->layers[layer].shape;
+    if (shape.owns_kv() && k.tokens == v.tokens && ArePlain(k, shape.kv_heads, shape.k_dim) &&
+        ArePlain(v, shape.kv_heads, shape.v_dim)) {
+      return {};
+    }
+  }
   if (Status s = CheckOwnLayer(c, layer); !s.ok()) return s;
   const LayerShape& shape = c.pool->layers[layer].shape;
   if (Status s = CheckRows(k, "K", shape.kv_heads, shape.k_dim); !s.ok()) return s;
@@ -102,7 +109,7 @@ Status CheckFit(const CacheImpl& c, std::size_t layer, const RowsView& k, const 
 }
 
 // Checks an append, and makes the cells after the layer's tokens ready for it.
-Status Prepare(CacheImpl& c, std::size_t layer, const RowsView& k, const RowsView& v) {
+Status Prepare(CacheImpl& c, std::size_t layer, const kvmix_rows& k, const kvmix_rows& v) {
   if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
   const std::size_t held = c.layers[layer].tokens;
   if (k.tokens > c.capacity - held) return CheckRoom(c, layer, k.tokens);
@@ -128,13 +135,13 @@ Status CheckNamedOnce(std::span<const AppendPart> requests) {
 class AppendJob {
  public:
   void Clear();
-  void Add(const To& to, const RowsView& k, const RowsView& v);
+  void Add(const To& to, const kvmix_rows& k, const kvmix_rows& v);
   void Run(const Runner& runner);  // all of it
 
  private:
   struct Request {
     To to;
-    RowsView k, v;
+    kvmix_rows k, v;
     std::size_t held;   // tokens before
     std::size_t runs;   // of blocks; a part is a (KV head, run), or everything: 0
     std::size_t parts;  // of the requests up to this one
@@ -145,14 +152,14 @@ class AppendJob {
   std::size_t numbers_ = 0;  // of K
 };
 
-std::size_t NumbersOf(const RowsView& x) { return x.tokens * x.heads * x.head_dim; }
+std::size_t NumbersOf(const kvmix_rows& x) { return x.tokens * x.heads * x.head_dim; }
 
 void AppendJob::Clear() {
   requests_.clear();
   numbers_ = 0;
 }
 
-void AppendJob::Add(const To& to, const RowsView& k, const RowsView& v) {
+void AppendJob::Add(const To& to, const kvmix_rows& k, const kvmix_rows& v) {
   if (k.tokens == 0) return;
   const std::size_t held = to.held().tokens, numbers = NumbersOf(k);
   const std::size_t runs =
@@ -184,7 +191,7 @@ void AppendJob::Run(const Runner& runner) {
 
 }  // namespace
 
-Status CacheImpl::Append(std::size_t layer, const RowsView& k, const RowsView& v,
+Status CacheImpl::Append(std::size_t layer, const kvmix_rows& k, const kvmix_rows& v,
                          const Runner& runner) {
   if (Status s = Prepare(*this, layer, k, v); !s.ok()) return s;
   const To to{this, layer};
@@ -219,8 +226,8 @@ Status AppendAll(std::span<const AppendPart> requests, std::size_t layer, const 
   return {};
 }
 
-Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
-                        const RowsView& v) {
+Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, const kvmix_rows& k,
+                        const kvmix_rows& v) {
   CacheImpl& c = *this;
   if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
   if (cells.size() != k.tokens) {

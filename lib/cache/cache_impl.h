@@ -94,9 +94,9 @@ struct CacheImpl {
 
   std::unique_ptr<CacheImpl> Fork() const;
   // In append.cc.
-  Status Append(std::size_t layer, const RowsView& k, const RowsView& v, const Runner& runner);
-  Status Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
-               const RowsView& v);
+  Status Append(std::size_t layer, const kvmix_rows& k, const kvmix_rows& v, const Runner& runner);
+  Status Store(std::size_t layer, std::span<const std::int64_t> cells, const kvmix_rows& k,
+               const kvmix_rows& v);
   // In cache.cc.
   Status Truncate(std::size_t tokens);
   Status Forget(std::size_t layer, std::size_t first);
@@ -130,7 +130,7 @@ Status CheckCapacity(const PoolImpl& pool, std::size_t tokens);
 // One of many caches that the same layer is appended to.
 struct AppendPart {
   CacheImpl* cache;
-  RowsView k, v;
+  kvmix_rows k, v;
 };
 Status AppendAll(std::span<const AppendPart> parts, std::size_t layer, const Runner& runner);
 

@@ -63,14 +63,14 @@ Result<const kernels::Kernels*> KernelsFor(std::string_view target) {
                                                          fmt::join(Targets(), ", "), target));
 }
 
-kernels::RowsIn TokenRows(const RowsView& view, std::size_t head, std::size_t first,
+kernels::RowsIn TokenRows(const kvmix_rows& view, std::size_t head, std::size_t first,
                           std::size_t count) {
-  return {view.row(first, head), view.dtype, view.token_stride, count, view.head_dim};
+  return {RowsView::Row(view, first, head), view.dtype, view.token_stride, count, view.head_dim};
 }
 
-kernels::RowsIn HeadRows(const RowsView& view, std::size_t token, std::size_t head,
+kernels::RowsIn HeadRows(const kvmix_rows& view, std::size_t token, std::size_t head,
                          std::size_t count) {
-  return {view.row(token, head), view.dtype, view.head_stride, count, view.head_dim};
+  return {RowsView::Row(view, token, head), view.dtype, view.head_stride, count, view.head_dim};
 }
 
 std::uint64_t CompiledCodec::Encode(const kernels::RowsIn& tokens, std::uint8_t* rows,

@@ -21,9 +21,9 @@ namespace kvmix::internal {
 Result<const kernels::Kernels*> KernelsFor(std::string_view target);
 
 // The rows of one head: tokens. The rows of one token: its heads, from `head` on.
-kernels::RowsIn TokenRows(const RowsView& view, std::size_t head, std::size_t first,
+kernels::RowsIn TokenRows(const kvmix_rows& view, std::size_t head, std::size_t first,
                           std::size_t count);
-kernels::RowsIn HeadRows(const RowsView& view, std::size_t token, std::size_t head,
+kernels::RowsIn HeadRows(const kvmix_rows& view, std::size_t token, std::size_t head,
                          std::size_t count);
 
 // Immutable. Points to vectors that its owner (CompiledHeads) keeps.

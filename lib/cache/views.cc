@@ -70,7 +70,7 @@ bool IsNested(const RowsView& x) {
 
 }  // namespace
 
-Status CheckRowsSlowly(const RowsView& rows, const char* name, std::size_t heads,
+Status CheckRowsSlowly(const kvmix_rows& rows, const char* name, std::size_t heads,
                        std::size_t head_dim) {
   if (rows.heads != heads || rows.head_dim != head_dim) {
     return Error(ErrorCode::kMismatch, "{}: expected {} heads x {}, found {} x {}", name, heads,

@@ -14,19 +14,24 @@ namespace kvmix::internal {
 constexpr std::size_t kPlainLimit = std::size_t{1} << 28;
 
 // The whole check of CheckRows.
-Status CheckRowsSlowly(const RowsView& rows, const char* name, std::size_t heads,
+Status CheckRowsSlowly(const kvmix_rows& rows, const char* name, std::size_t heads,
                        std::size_t head_dim);
+
+// True for most rows of this many heads and this head_dim that CheckRows lets through.
+inline bool ArePlain(const kvmix_rows& rows, std::size_t heads, std::size_t head_dim) {
+  const auto size = [](std::ptrdiff_t x) { return static_cast<std::size_t>(x < 0 ? -x : x); };
+  const std::size_t bytes = kvmix_dtype_bytes(rows.dtype);
+  return bytes != 0 && rows.data != nullptr &&
+         (reinterpret_cast<std::uintptr_t>(rows.data) & (bytes - 1)) == 0 &&
+         (rows.tokens | size(rows.token_stride) | size(rows.head_stride)) < kPlainLimit &&
+         rows.heads == heads && rows.head_dim == head_dim;
+}
 
 // Rows of this many heads and this head_dim, of a type that exists, all in memory that has
 // addresses.
-inline Status CheckRows(const RowsView& rows, const char* name, std::size_t heads,
+inline Status CheckRows(const kvmix_rows& rows, const char* name, std::size_t heads,
                         std::size_t head_dim) {
-  const auto size = [](std::ptrdiff_t x) { return static_cast<std::size_t>(x < 0 ? -x : x); };
-  const std::size_t bytes = kvmix_dtype_bytes(rows.dtype);
-  const bool plain = bytes != 0 && rows.data != nullptr &&
-                     (reinterpret_cast<std::uintptr_t>(rows.data) & (bytes - 1)) == 0 &&
-                     (rows.tokens | size(rows.token_stride) | size(rows.head_stride)) < kPlainLimit;
-  if (plain && rows.heads == heads && rows.head_dim == head_dim) return {};
+  if (ArePlain(rows, heads, head_dim)) return {};
   return CheckRowsSlowly(rows, name, heads, head_dim);
 }
 

@@ -43,8 +43,12 @@ Result<PoolPointer> NewPool(const kvmix_plan* plan, const kvmix_pool_options* op
   return internal::MakePool(*plan->body, settings);
 }
 
+bool IsRunner(const kvmix_runner* runner) {
+  return runner == nullptr || runner->run != nullptr || runner->self == nullptr;
+}
+
 Status CheckRunner(const kvmix_runner* runner) {
-  if (runner == nullptr || runner->run != nullptr || runner->self == nullptr) return {};
+  if (IsRunner(runner)) return {};
   return Error(ErrorCode::kInvalidArgument, "runner: expected a function run, found null");
 }
 
@@ -203,8 +207,9 @@ uint64_t kvmix_cache_saturated(const kvmix_cache* cache) {
 kvmix_code kvmix_cache_append(kvmix_cache* cache, size_t layer, const kvmix_rows* k,
                               const kvmix_rows* v, const kvmix_runner* runner, kvmix_error* error) {
   return With(cache, error, [&](const CachePointer& c) {
-    if (Status s = CheckBoth(k, v); !s.ok()) return s;
-    if (Status s = CheckRunner(runner); !s.ok()) return s;
+    // A decode step has no time for more than one Status.
+    if (k == nullptr || v == nullptr) return CheckBoth(k, v);
+    if (!IsRunner(runner)) return CheckRunner(runner);
     return c->Append(layer, *k, *v, kvmix::Runner(runner));
   });
 }

@@ -46,8 +46,7 @@ Status IsNull(const char* name) {
   return Error(ErrorCode::kInvalidArgument, "{}: expected a pointer, found null", name);
 }
 
-kvmix_code Write(kvmix_error* error, const Status& status) {
-  if (status.ok() && error == nullptr) return KVMIX_OK;
+kvmix_code WriteError(kvmix_error* error, const Status& status) {
   return Write(error, status.code(), status.message());
 }
 

@@ -62,7 +62,15 @@ void Destroy(H* handle) {
 
 // ---- calls
 
-kvmix_code Write(kvmix_error* error, const Status& status);
+kvmix_code WriteError(kvmix_error* error, const Status& status);
+inline kvmix_code Write(kvmix_error* error, const Status& status) {
+  if (!status.ok()) return WriteError(error, status);
+  if (error != nullptr) {
+    error->code = KVMIX_OK;
+    error->text[0] = '\0';
+  }
+  return KVMIX_OK;
+}
 // The same for the exception that is being handled.
 kvmix_code WriteCaught(kvmix_error* error) noexcept;
 

@@ -116,7 +116,7 @@ class Cache {
   // of these tokens sees: attend over them before the next Append.
   Status Append(std::size_t layer, const RowsView& k, const RowsView& v,
                 const Runner& runner = Runner::Here()) {
-    if (Status s = runner.Check(); !s.ok()) return s;
+    if (runner.refused()) return runner.Check();
     internal::CallError error;
     return error.Of(kvmix_cache_append(get(), layer, &k, &v, runner.get(), error));
   }

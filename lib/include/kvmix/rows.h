@@ -44,10 +44,12 @@ struct RowsView : kvmix_rows {
   }
 
   std::size_t element_bytes() const { return kvmix_dtype_bytes(dtype); }
-  const void* row(std::size_t token, std::size_t head) const {
-    const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * token_stride +
-                              static_cast<std::ptrdiff_t>(head) * head_stride;
-    return static_cast<const char*>(data) + at * static_cast<std::ptrdiff_t>(element_bytes());
+  const void* row(std::size_t token, std::size_t head) const { return Row(*this, token, head); }
+  static const void* Row(const kvmix_rows& rows, std::size_t token, std::size_t head) {
+    const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * rows.token_stride +
+                              static_cast<std::ptrdiff_t>(head) * rows.head_stride;
+    return static_cast<const char*>(rows.data) +
+           at * static_cast<std::ptrdiff_t>(kvmix_dtype_bytes(rows.dtype));
   }
   // `count` tokens from `first` on; one head.
   RowsView Tokens(std::size_t first, std::size_t count) const {

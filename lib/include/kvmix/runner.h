@@ -31,6 +31,7 @@ class Runner {
   // Null: this thread.
   const kvmix_runner* get() const { return runner_.run != nullptr ? &runner_ : nullptr; }
   std::size_t threads() const { return std::max<std::size_t>(1, runner_.threads); }
+  bool refused() const { return refused_ != 0; }
   Status Check() const {
     if (refused_ == 0) return {};
     return {ErrorCode::kInvalidArgument,
