@@ -19,7 +19,6 @@
 #include <vector>
 
 #include "kernels/kernels.h"
-#include "kvmix/codec.h"
 #include "kernels/probe.h"
 #include "kvmix/codec.h"
 #include "lib/files/machine.h"

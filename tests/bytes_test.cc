@@ -102,8 +102,8 @@ HeadCodec CodecNamed(std::string_view name, std::size_t dim) {
 }
 
 // Came later, and have hashes of their own.
-constexpr std::array kI4Names = {"i4x16-token", "i4x16-token-bf16+centre", "i4x16-token-bf16+hadamard",
-                                 "i4x16-token+centre+hadamard"};
+constexpr std::array kI4Names = {"i4x16-token", "i4x16-token-bf16+centre",
+                                 "i4x16-token-bf16+hadamard", "i4x16-token+centre+hadamard"};
 
 // Every pair of some codecs as K and V of one KV head.
 Plan MixedPlan(std::span<const char* const> names, std::size_t group, std::size_t dim) {

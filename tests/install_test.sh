@@ -2,9 +2,9 @@
 # install_test.sh BUILD README COMPILER...: installs the build into a temporary root, then does what
 # the README tells a user to do: compiles the README's C++ program with what pkg-config says and
 # with CMake, against the shared and against the static library, and runs all four. As C++17 it is
-# refused in plain words. A program in C, against both. The same with examples/tune.cc and the tuner's
-# library, whose plan must be that of the installed kvmix-tune. The programs of tools/ compile against
-# what was installed. The programs in Python start.
+# refused in plain words. A program in C, against both. The same with examples/tune.cc and the
+# tuner's library, whose plan must be that of the installed kvmix-tune. The programs of tools/
+# compile against what was installed. The programs in Python start.
 set -euo pipefail
 build=$1 readme=$2
 shift 2

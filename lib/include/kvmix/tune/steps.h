@@ -125,8 +125,8 @@ struct CandidateKinds {
 //   all   int8; i8 of K also rotated, centred and rotated, centred and folded, all three, and these
 //         shaped; of V also rotated. i6, i4 and i3, with a bf16 scale, rotated; K also centred,
 //         folded and shaped. (V is never centred: the V of an attention sink is near zero, and
-//         centring makes its codes large.) For speed, i8x8 with a bf16 scale: K centred and rotated,
-//         folded, shaped, V rotated.
+//         centring makes its codes large.) For speed, i8x8 with a bf16 scale: K centred and
+//         rotated, folded, shaped, V rotated.
 // A kind that does not fit the heads' dimension is left out.
 KVMIX_API Result<CandidateKinds> Candidates(const std::string& name);
 

@@ -5,7 +5,8 @@
   kvmix-report quant_s1.csv plan.json -o plan.html    from files
 
 Files are known by what is in them: CSVs of kvmix-eval quant, attention and size, kvmix-tune --json,
-plans, and the JSON of kvmix-bench. Names that end in s1, s2, s3 or plan label the lines. Pictures also go to --images FOLDER as PNG and SVG.
+plans, and the JSON of kvmix-bench. Names that end in s1, s2, s3 or plan label the lines. Pictures
+also go to --images FOLDER as PNG and SVG.
 """
 import argparse
 import pathlib
