@@ -1,11 +1,10 @@
 // Names of kinds, sizes, checks.
 
-#include <fmt/ranges.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <ranges>
 #include <utility>
 #include <vector>
 
@@ -150,6 +149,12 @@ std::string Names() {
   return names;
 }
 
+std::string StepNames() {
+  std::string names;
+  for (const auto& [step, suffix] : kSteps) names.append(names.empty() ? "" : ", ").append(suffix);
+  return names;
+}
+
 }  // namespace
 
 std::string ToString(const CodecKind& kind) {
@@ -173,7 +178,7 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
       "codec: expected a storage ({}), x8 after i8 or x16 after those below it for other operands "
       "than the usual ones, but for f16 a scale ({}; -head for i8 without +shape) and, in this "
       "order, any of {}; found \"{}\"",
-      Names<Storage>(), Names<Scale>(), fmt::join(kSteps | std::views::values, ", "), name);
+      Names<Storage>(), Names<Scale>(), StepNames(), name);
 }
 
 std::size_t BytesPerToken(const CodecKind& kind, std::size_t head_dim) {
