@@ -1,11 +1,12 @@
-// Tunes from a program: dumps in, a plan out, the same bytes that kvmix-tune writes.
-//   tune CALIBRATION HOLDOUT BUDGET PLAN
+// A plan from a program: two dumps in, a plan out, byte for byte the plan that kvmix-tune writes.
+//   c++ -std=c++20 tune.cc $(pkg-config --cflags --libs kvmix-tune) -o tune
+//   ./tune calibration.safetensors holdout.safetensors 0.45 plan.json
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
-#include "kvmix/plan.h"
-#include "kvmix/tune/tune.h"
+#include <kvmix/plan.h>
+#include <kvmix/tune/tune.h>
 
 namespace {
 

@@ -6,7 +6,8 @@
 #      tests know it; programs in tools/ stand on public headers,
 #      and so do engines/; engines/common knows no engine.
 #   2. Every public header is installed.
-#   3. Lines have at most 100 columns; one of 500 in C++ may be longer, for strings.
+#   3. Lines have at most 100 columns, those of papers as well; one of 500 in C++ may be longer, for
+#      strings.
 #   4. Every `name` in CONTRIBUTING.md and docs/architecture.md exists.
 #   5. TUNER, libkvmix-tune.so, exports names of kvmix::tune:: only, and no private ones (`Impl`).
 #      (libkvmix.so: abi_test.py.)
@@ -22,7 +23,7 @@ cd "$source"
 forbid() { # RULE PATTERN FOLDER...
   local found
   found=$(grep -srnP "^[[:space:]]*#[[:space:]]*include[[:space:]]*[<\"]($2)" --include='*.h' \
-    --include='*.cc' --include='*.in' "${@:3}" || true)
+    --include='*.cc' --include='*.c' --include='*.in' "${@:3}" || true)
   [ -z "$found" ] || complain "$1:"$'\n'"$found"
 }
 forbid "Highway is included outside kernels/" 'hwy/' lib engines bench tools tests
@@ -39,6 +40,8 @@ forbid "a program in tools/ includes a private header" '(lib|kernels)/' tools/*.
 forbid "a public header includes a private one" '(lib|kernels)/' lib/include
 forbid "engines/ include a private header, or a program's" \
   '(lib|kernels|tools|bench|tests|\.+)/' engines
+forbid "an example includes a private header" \
+  '(lib|kernels|engines|tools|bench|tests|\.+)/' examples
 forbid "engines/common knows an engine" '(ggml|llama|engines/[^c]|engines/c[^o])' engines/common
 
 for header in lib/include/kvmix/*.h lib/include/kvmix/tune/*.h; do
@@ -50,9 +53,12 @@ done
 wide() { # GLOB...
   local kind kinds=()
   for kind in "$@"; do kinds+=(--include="$kind"); done
-  grep -srnE '.{101}' "${kinds[@]}" kernels lib engines tools bench tests subprojects/packagefiles
+  grep -srnE '.{101}' "${kinds[@]}" kernels lib engines tools bench tests examples \
+    subprojects/packagefiles
 }
-found=$({ wide '*.py' '*.sh' '*.build'; grep -nE '.{101}' ./*.sh meson*; } || true)
+# In papers tables and what is indented may be wider.
+found=$({ wide '*.py' '*.sh' '*.build' '*.c'; grep -nE '.{101}' ./*.sh meson*
+          grep -nE '^[^ |].{100}' ./*.md {bench,docs,kernels}/*.md {engines,data}/*/*.md; } || true)
 [ -z "$found" ] || complain "lines of more than 100 columns:"$'\n'"$found"
 found=$(wide '*.h' '*.cc' '*.in' || true)
 lines=$(find kernels lib engines tools bench tests \( -name '*.h' -o -name '*.cc' \) \

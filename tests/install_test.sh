@@ -2,8 +2,8 @@
 # install_test.sh BUILD README COMPILER...: installs the build into a temporary root, then does what
 # the README tells a user to do: compiles the README's C++ program with what pkg-config says and
 # with CMake, against the shared and against the static library, and runs all four. As C++17 it is
-# refused in plain words. A program in C, against both. The same with examples/tune.cc and the
-# tuner's library, whose plan must be that of the installed kvmix-tune. The programs of tools/
+# refused in plain words. The same with the programs of examples/; the plan of examples/tune.cc must
+# be that of the installed kvmix-tune, and examples/decode.c takes it. The programs of tools/
 # compile against what was installed. The programs in Python start.
 set -euo pipefail
 build=$1 readme=$2
@@ -23,42 +23,39 @@ pc=$(find "$root/staged" -name kvmix.pc)
 libraries=$(dirname "$(dirname "$pc")")
 export PKG_CONFIG_PATH=${pc%/*} PKG_CONFIG_SYSROOT_DIR=$root/staged
 
+source=$(dirname "$readme")
 compile() { # NAME FLAGS SOURCE...
-  local flags
+  local flags as=("${compiler[@]}" -std=c++20)
+  case $3 in *.c) as=("${CC:-cc}" -std=c11 -pedantic) ;; esac
   read -ra flags <<<"$2"
-  "${compiler[@]}" -std=c++20 -Wall -Wextra -Werror "${@:3}" -o "$root/$1" "${flags[@]}"
+  "${as[@]}" -Wall -Wextra -Werror "${@:3}" -o "$root/$1" "${flags[@]}"
 }
-compile shared "$(pkg-config --cflags --libs kvmix)" "$root/program.cc"
+by_shared=$(pkg-config --cflags --libs kvmix)
 # The linker prefers libkvmix.so, so the archive is named.
-compile static "$(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')" \
-  "$root/program.cc"
+by_static=$(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')
+compile shared "$by_shared" "$root/program.cc"
+compile static "$by_static" "$root/program.cc"
 
 export LD_LIBRARY_PATH=$libraries
 ldd "$root/shared" | grep "libkvmix.so.* => $libraries/" >/dev/null ||
   die "the program does not use the installed libkvmix.so"
 # Each program runs without the shared library where it is linked without; all print the same.
-same() { # SHARED STATIC
+same() { # SHARED STATIC ARGUMENT...
   local shared static
   if ldd "$2" | grep libkvmix; then die "the static program needs libkvmix.so"; fi
-  shared=$("$1")
-  static=$(env -u LD_LIBRARY_PATH "$2")
+  shared=$("$1" "${@:3}") || die "$1 fails"
+  static=$(env -u LD_LIBRARY_PATH "$2" "${@:3}") || die "$2 fails"
   [ -n "$shared" ] || die "the program printed nothing"
   [ "$shared" = "$static" ] || die "shared printed '$shared', static '$static'"
   printf 'shared and static: %s\n' "$shared"
 }
 same "$root/shared" "$root/static"
 
-# A program in C, against both.
-c() { # NAME FLAGS
-  local flags
-  read -ra flags <<<"$2"
-  cc -std=c11 -Wall -Wextra -Werror -pedantic-errors "$(dirname "$readme")/tests/c_test.c" \
-    -o "$root/$1" "${flags[@]}" -lm
-}
-c c_shared "$(pkg-config --cflags --libs kvmix)"
-c c_static "$(pkg-config --static --cflags --libs kvmix | sed 's/-lkvmix/-l:libkvmix.a/')"
-"$root/c_shared"
-env -u LD_LIBRARY_PATH "$root/c_static"
+for example in decode.c decode.cc sequences.cc own_threads.cc; do
+  compile "shared-$example" "$by_shared -pthread -lm" "$source/examples/$example"
+  compile "static-$example" "$by_static -pthread" "$source/examples/$example"
+  same "$root/shared-$example" "$root/static-$example"
+done
 
 include=$(dirname "$(find "$root/staged" -path '*/kvmix/export.h')")/..
 if "${compiler[@]}" -std=c++17 -fsyntax-only -I"$include" "$root/program.cc" 2>"$root/errors"; then
@@ -70,8 +67,11 @@ grep -m 1 'error: ' "$root/errors" | grep -q 'kvmix needs C++20' ||
 if command -v cmake >/dev/null; then
   cat >"$root/CMakeLists.txt" <<'END'
 cmake_minimum_required(VERSION 3.18)
-project(readme CXX)
+project(readme C)
 find_package(kvmix 0.1 REQUIRED)
+add_executable(in_c decode.c)
+target_link_libraries(in_c kvmix::kvmix m)
+enable_language(CXX)
 foreach(target kvmix static)
   add_executable(with_${target} program.cc)
   target_link_libraries(with_${target} kvmix::${target})
@@ -81,20 +81,20 @@ foreach(target tune tune_static)
   target_link_libraries(with_${target} kvmix::${target})
 endforeach()
 END
-  cp "$(dirname "$readme")/examples/tune.cc" "$root"
+  cp "$source"/examples/{decode.c,tune.cc} "$root"
   {
     cmake -S "$root" -B "$root/cmake" -DCMAKE_CXX_COMPILER="${compiler[-1]}" \
       -DCMAKE_PREFIX_PATH="$(find "$root/staged" -path '*/cmake/kvmix')" &&
       cmake --build "$root/cmake"
   } >"$root/cmake.log" 2>&1 || die "CMake cannot use the library: $(cat "$root/cmake.log")"
   same "$root/cmake/with_kvmix" "$root/cmake/with_static"
+  same "$root/cmake/in_c" "$root/static-decode.c"
 else
   printf 'install_test: SKIPPED the part with CMake: there is no cmake here\n' >&2
 fi
 
 # The tuner from a program, and the tool's own plan.
 programs=$(dirname "$(find "$root/staged" -name kvmix-tune)")
-source=$(dirname "$readme")
 sample=("$source"/data/sample/*.{calibration,holdout}.safetensors)
 plan() { # NAME PROGRAM...
   mkdir "$root/$1"
@@ -109,6 +109,7 @@ compile tune_static "$(pkg-config --static --cflags --libs kvmix-tune |
   sed 's/-lkvmix\(-tune\)\?/-l:libkvmix\1.a/g')" "$source/examples/tune.cc"
 plan by_shared "$root/tune_shared"
 plan by_static env -u LD_LIBRARY_PATH "$root/tune_static"
+same "$root/shared-decode.c" "$root/static-decode.c" "$root/tool/plan"
 if [ -d "$root/cmake" ]; then
   for target in tune tune_static; do plan "by_cmake_$target" "$root/cmake/with_$target"; done
 fi

