@@ -38,7 +38,7 @@ TEST(DumpDeathTest, HasNoLayersBeyondItsLast) {
   testing::WriteBytes(folder.file("dump"), testing::DumpParts().Bytes());
   const tune::Dump dump = std::move(tune::Dump::Open(folder.file("dump")).value());
   EXPECT_NE(dump.Load(1)->k.data, nullptr);
-  EXPECT_DEATH(dump.Load(2)->k, "found 2 and 2\n");
+  EXPECT_DEATH((void)dump.Load(2)->k, "found 2 and 2\n");
   EXPECT_DEATH(dump.Load(0)->head(2, KVMIX_V), "expected kv_head < .*found 2 and 2\n");
   EXPECT_DEATH((void)dump.Load(5).status(), "found 5 and 2\n");
 }

@@ -25,7 +25,7 @@ graphs() {
   fi
   install_kvmix
   build_llama ggml ggml-base ggml-cpu
-  plug=$dir/graphs
+  plug=$PWD/$build/graphs
   build_plug_in -DKVMIX_GRAPH_TEST=ON
   report=$plug/report.xml
   for memory in 0 1; do
@@ -46,7 +46,7 @@ graphs() {
 
 llama_folders() {
   dir=${KVMIX_LLAMA:-$HOME/.cache/kvmix-llama}
-  tree=$dir/llama.cpp bin=$dir/llama.cpp-build/bin plug=$dir/plug-in
+  tree=$dir/llama.cpp bin=$dir/llama.cpp-build/bin plug=$PWD/$build/plug-in
   packages+=(cmake python3-pip)
   mkdir -p "$dir"
 }
