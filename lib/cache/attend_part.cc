@@ -148,9 +148,12 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
   const auto exact_rows = [&](Tensor t) {
     return rows_of_all + ExactPlace(*pool, layer->shape, t, unit.kv_head);
   };
-  pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), s.exact, shape->k_dim,
-                               shape->v_dim, queries, rows, sight.scale, sight.soft_cap, added,
-                               to.out, to.max, to.sum});
+  std::fill_n(to.out, rows * shape->v_dim, 0.0f);
+  std::fill_n(to.max, rows, -kInf);
+  std::fill_n(to.sum, rows, 0.0f);
+  pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), nullptr, nullptr, s.exact,
+                               shape->k_dim, shape->v_dim, queries, rows, sight.scale,
+                               sight.soft_cap, added, to.out, to.max, to.sum});
   return to;
 }
 
