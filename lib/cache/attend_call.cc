@@ -46,10 +46,11 @@ Status CheckOwnStretches(const Sequence& s) {
     const std::size_t first = own * s.stretch;
     const bool gone = first < s.tokens && first + s.stretch > s.forgotten;
     if (!gone || std::ranges::binary_search(s.stretches, own, {}, &Stretch::index)) continue;
-    return {ErrorCode::kInvalidArgument,
-            fmt::format("query {} of {} stands among the tokens {} to {}, whose exact rows are gone: "
-                        "expected attention over them before the next ones were appended",
-                        q, s.queries, first, first + s.stretch)};
+    return {
+        ErrorCode::kInvalidArgument,
+        fmt::format("query {} of {} stands among the tokens {} to {}, whose exact rows are gone: "
+                    "expected attention over them before the next ones were appended",
+                    q, s.queries, first, first + s.stretch)};
   }
   return {};
 }

@@ -79,8 +79,8 @@ void AttendCall::RunPart(std::size_t index) {
                   part.rows, padded);
 
   float* row = queries;
-  bool biased = sight.soft_cap != 0.0f || sight.sinks != nullptr || exact != 0 ||
-                layer->stretch != 0;
+  bool biased =
+      sight.soft_cap != 0.0f || sight.sinks != nullptr || exact != 0 || layer->stretch != 0;
   for (const std::uint32_t u : units) {
     const Unit& unit = schedule.units[u];
     biased |= requests[unit.sequence].log_sum_exp != nullptr;
@@ -148,17 +148,16 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
     if (first >= last) return;
     AddToScores(unit, bias, first, last, added);
     const std::size_t at = first - begin;
-    pool->kernels->exact.attend({of.rows(KVMIX_K) + at * shape->k_dim,
-                                 of.rows(KVMIX_V) + at * shape->v_dim,
-                                 of.factors(KVMIX_K) + at, of.factors(KVMIX_V) + at,
-                                 last - first, shape->k_dim, shape->v_dim, queries, rows,
-                                 sight.scale, sight.soft_cap, added, to.out, to.max, to.sum});
+    pool->kernels->exact.attend(
+        {of.rows(KVMIX_K) + at * shape->k_dim, of.rows(KVMIX_V) + at * shape->v_dim,
+         of.factors(KVMIX_K) + at, of.factors(KVMIX_V) + at, last - first, shape->k_dim,
+         shape->v_dim, queries, rows, sight.scale, sight.soft_cap, added, to.out, to.max, to.sum});
   };
   if (s.exact != 0) attend(ExactFirst(*pool, held, layer->shape, unit.kv_head), 0, 0, s.exact);
   s.ForExact(unit.first_query, [&](const Stretch& x) {
     const std::size_t begin = x.index * s.stretch;
-    attend({x.page->memory, layer->shape, s.stretch, unit.kv_head}, begin,
-           std::max(begin, s.exact), std::min(begin + s.stretch, s.tokens));
+    attend({x.page->memory, layer->shape, s.stretch, unit.kv_head}, begin, std::max(begin, s.exact),
+           std::min(begin + s.stretch, s.tokens));
   });
   return to;
 }

@@ -146,10 +146,11 @@ Status OpenCut(CacheImpl& c, std::size_t tokens) {
 // Rows in canonical form can be had, and given, without their stretch.
 Status CheckNoStretches(const CacheImpl& c, const char* call) {
   if (c.pool->plan.exact_newest == 0) return {};
-  return {ErrorCode::kInvalidArgument,
-          fmt::format("{}: expected a plan with exact_newest 0, found {}: a session has all rows of "
-                      "such a cache",
-                      call, c.pool->plan.exact_newest)};
+  return {
+      ErrorCode::kInvalidArgument,
+      fmt::format("{}: expected a plan with exact_newest 0, found {}: a session has all rows of "
+                  "such a cache",
+                  call, c.pool->plan.exact_newest)};
 }
 
 }  // namespace
@@ -241,7 +242,8 @@ Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, st
       to->Put(t - first, h, rows.data());
     }
     for (std::size_t n; t < first + count; t += n) {
-      const std::size_t end = shape.stretch == 0 ? SIZE_MAX : (t / shape.stretch + 1) * shape.stretch;
+      const std::size_t end =
+          shape.stretch == 0 ? SIZE_MAX : (t / shape.stretch + 1) * shape.stretch;
       n = std::min({first + count - t, kRowsAtATime, end - t});
       const Stretch* const s =
           shape.stretch == 0 ? nullptr : layers[layer].newest.Find(t / shape.stretch);

@@ -37,7 +37,7 @@ struct PoolLayer {
   std::size_t window = 0;  // of this layer and those that read it, the longest; 0: all is seen
   std::size_t kept = 0;    // the window and what may be rolled back; 0: all tokens
   std::size_t one_block_kind = 0, run_kind = 0, exact_kind = 0;  // of PageMemory
-  std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
+  std::vector<std::size_t> head_bytes = {};  // [kv_heads]: those of the heads before, per block
 
   const CompiledHeads& heads(Tensor t) const { return t == KVMIX_K ? k : v; }
   const CompiledHeads& f16(Tensor t) const { return t == KVMIX_K ? exact_k : exact_v; }

@@ -90,8 +90,8 @@ void DecodeInto(const CacheImpl& c, std::size_t layer, std::size_t index, const 
     for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       DecodeCodes(c, layer, t, h, first, last - first, rows.data());
       const RowsView view = RowsView::F32(rows.data(), last - first, 1, shape.shape.dim(t));
-      RowsOf(shape, page, h).Keep(shape.f16(t)[h], t, first % shape.stretch,
-                                  TokenRows(view, 0, 0, last - first));
+      RowsOf(shape, page, h)
+          .Keep(shape.f16(t)[h], t, first % shape.stretch, TokenRows(view, 0, 0, last - first));
     }
   }
 }
@@ -139,8 +139,8 @@ void ReleaseStretches(CacheImpl& c, std::size_t layer, std::size_t most) {
   }
   std::ranges::sort(order, std::greater<>());
   for (; left < order.size(); ++left) {
-    const auto gone = newest.stretches.begin() +
-                      (newest.Find(order[left].second) - newest.stretches.data());
+    const auto gone =
+        newest.stretches.begin() + (newest.Find(order[left].second) - newest.stretches.data());
     c.pool->memory->Release(gone->page);
     newest.stretches.erase(gone);
   }
@@ -204,8 +204,8 @@ std::uint64_t StoreExact(CacheImpl& c, std::size_t layer, Tensor t, std::size_t 
   std::uint64_t clamped = 0;
   ForStretches(shape.stretch, cell, count, [&](std::size_t index, std::size_t at, std::size_t n) {
     const Stretch& s = *newest.Find(index);
-    RowsOf(shape, s.page, head).Keep(shape.f16(t)[head], t, at % shape.stretch,
-                                     TokenRows(x, head, first + at - cell, n));
+    RowsOf(shape, s.page, head)
+        .Keep(shape.f16(t)[head], t, at % shape.stretch, TokenRows(x, head, first + at - cell, n));
     if (IsWhole(s, shape.stretch)) clamped += Encode(c, layer, t, head, s);
   });
   return clamped;

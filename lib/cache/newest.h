@@ -88,8 +88,8 @@ struct Newest {
 // Of encoded stretches gives back the rows that no query needs: all but those of the newest, if
 // the layer was attended over since it was written; else all beyond `most` tokens.
 void ReleaseStretches(CacheImpl& cache, std::size_t layer, std::size_t most);
-// Rows of cells [first, first + count) can be written then: there are their stretches' pages, and no
-// other cache shares them. kPoolFull, and nothing has changed, if there is no page.
+// Rows of cells [first, first + count) can be written then: there are their stretches' pages, and
+// no other cache shares them. kPoolFull, and nothing has changed, if there is no page.
 Status OpenStretches(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // The cells are about to be written, in this order: Mark, StoreExact of every head's K and V (which
 // encodes stretches that Mark completed), Close.

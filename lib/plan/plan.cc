@@ -43,8 +43,9 @@ Status CheckCodecAt(const HeadCodec& codec, const Plan& plan, std::size_t layer,
   if (!s.ok()) return wrong(s.code(), s.message());
   const std::string name = internal::ToString(codec.kind);
   if (!is_k && (codec.kind.shape || codec.kind.own_centre)) {
-    return wrong(ErrorCode::kInvalidArgument,
-                 "expected a codec without +shape and +own-centre, which only K has, found " + name);
+    return wrong(
+        ErrorCode::kInvalidArgument,
+        "expected a codec without +shape and +own-centre, which only K has, found " + name);
   }
   if (!codec.kind.own_centre || plan.exact_newest != 0) return {};
   return wrong(ErrorCode::kInvalidArgument,
@@ -90,8 +91,8 @@ std::size_t BytesOf(const Plan& plan, const HeadCodec& codec, std::size_t dim, s
   }
   if (context == 0) return bytes;
   // Of f16. The stretch that fills is half full in the mean.
-  const std::size_t exact = std::min(plan.exact_first, tokens) + std::min(plan.exact_newest / 2,
-                                                                          tokens);
+  const std::size_t exact =
+      std::min(plan.exact_first, tokens) + std::min(plan.exact_newest / 2, tokens);
   return bytes + exact * dim * 2;
 }
 

@@ -152,10 +152,10 @@ inline HeadCodec ValueOf(const kvmix_codec& c) {
   const auto has = [&](kvmix_step step) {
     return (c.steps & static_cast<std::uint32_t>(step)) != 0;
   };
-  HeadCodec codec{{c.storage, c.scale, has(KVMIX_STEP_CENTRE), has(KVMIX_STEP_FOLD),
-                   has(KVMIX_STEP_HADAMARD), has(KVMIX_STEP_SHAPE), c.operands,
-                   has(KVMIX_STEP_OWN_CENTRE)},
-                  c.head_scale};
+  HeadCodec codec{
+      {c.storage, c.scale, has(KVMIX_STEP_CENTRE), has(KVMIX_STEP_FOLD), has(KVMIX_STEP_HADAMARD),
+       has(KVMIX_STEP_SHAPE), c.operands, has(KVMIX_STEP_OWN_CENTRE)},
+      c.head_scale};
   if (c.mean_size + c.factor_size + c.shaping_size == 0) return codec;
   CodecVectors vectors;
   vectors.mean.assign(c.mean, c.mean + c.mean_size);

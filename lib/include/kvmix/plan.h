@@ -111,10 +111,8 @@ inline Plan UniformPlan(const Model& model, const HeadCodec& k, const HeadCodec&
 // The plan for a model that nobody has calibrated: codes of this storage with an own centre of K,
 // rotated, in stretches of 64 tokens, and 4 exact first tokens.
 inline Plan DefaultPlan(const Model& model, Storage storage = KVMIX_STORAGE_I8) {
-  const CodecKind k{.storage = storage,
-                    .scale = KVMIX_SCALE_TOKEN_BF16,
-                    .hadamard = true,
-                    .own_centre = true};
+  const CodecKind k{
+      .storage = storage, .scale = KVMIX_SCALE_TOKEN_BF16, .hadamard = true, .own_centre = true};
   CodecKind v = k;
   v.own_centre = false;
   Plan plan = UniformPlan(model, {k}, {v});
