@@ -49,9 +49,12 @@ void AddMeasuring(CLI::App* app, CommandLine* o) {
       ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
   app->add_option("--exact-first", o->how.exact_first,
-                  "keep so many first tokens of every layer in f16 beside their codes")
-      ->check(CLI::Range(std::size_t{0}, kMostExactFirst))
-      ->capture_default_str();
+                  "keep so many first tokens of every layer in f16 beside their codes (4, if that "
+                  "and --exact-newest take little of --context)")
+      ->check(CLI::Range(std::size_t{0}, kMostExactFirst));
+  app->add_option("--exact-newest", o->how.exact_newest,
+                  "a query sees the stretch of so many tokens that it stands in exactly (64)")
+      ->check(CLI::IsMember({0, 16, 32, 64, 128, 256}));
   app->add_option("--target", o->how.target,
                   "instruction set to measure with; without it: the best of this CPU. Parts that "
                   "are measured on CPUs of several kinds need one that all have");
