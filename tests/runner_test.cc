@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <ctime>
@@ -180,13 +181,19 @@ TEST(Threads, CallsAfterPauses) {
   }
 }
 
+// The threads of OpenMP, from tests before this one, may go on spinning for a while: the calmest of
+// some spans of time counts.
 TEST(Threads, UseNoTimeBetweenCalls) {
   const Threads pool = Pool(4);
   ExpectEachOnce(pool.runner(), "before");
   Sleep(20ms);
-  const double before = CpuSeconds();
-  Sleep(500ms);
-  EXPECT_LT(CpuSeconds() - before, 0.05);
+  double least = 1.0;
+  for (int span = 0; span < 5 && least >= 0.02; ++span) {
+    const double before = CpuSeconds();
+    Sleep(200ms);
+    least = std::min(least, CpuSeconds() - before);
+  }
+  EXPECT_LT(least, 0.02);
   ExpectEachOnce(pool.runner(), "after");
 }
 
