@@ -57,7 +57,7 @@ struct BlockFormat {
   std::size_t centres_offset = 0;
 };
 
-inline std::size_t CentreBytes(const BlockFormat& f) { return sizeof(float) + f.k.row.dim; }
+inline std::size_t CentreBytes(const BlockFormat& f) { return KVMIX_CENTRE_BYTES(f.k.row.dim); }
 
 }  // namespace kvmix::kernels
 

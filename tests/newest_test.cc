@@ -141,7 +141,7 @@ TEST(Newest, TheChunksChangeNothing) {
         const Plan plan = NewestPlan(k, v, stretch);
         const bool narrow = plan.codecs[0].kind.storage != KVMIX_STORAGE_I8 ||
                             plan.codecs[1].kind.operands != KVMIX_OPERANDS_USUAL;
-        const double bound = narrow ? 3e-4 : 1e-6;
+        const double bound = narrow ? 5e-4 : 1e-6;
         Cache whole = Make(plan, target);
         const std::vector<float> expected = Fill(whole, rows, q, kTokens);
         const Truth truth{Floats(rows.k), Floats(rows.v), Numbers(whole, KVMIX_K),

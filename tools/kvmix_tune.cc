@@ -200,7 +200,7 @@ std::function<void()> MeasureStep(CLI::App* app, CommandLine* o) {
         MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration);
     const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
     const auto range = o->LayerRange(calibration.model);
-    o->how = tune::Settled(o->how, calibration.model);
+    o->how = tune::Settled(o->how, Pointers(dumps));
     const auto m = WithBar(o->how, "measuring every head and codec", [&](const auto& options) {
       return tune::MeasureInto(o->output, Pointers(dumps), calibration, o->how.candidates,
                                range.first, range.second, options);

@@ -39,9 +39,9 @@ class CompiledCodec {
   std::uint64_t EncodeHeads(const kernels::RowsIn& heads, std::uint8_t* rows, float* scales) const;
 
   bool own_centre() const { return own_centre_; }
-  // f32 rows of a stretch [count][dim] around their mean, which goes to `centre`, CentreBytes of
-  // it; rows before `skip` are not part of the mean. Of a codec with an own centre. in_place: the
-  // rows are scratch.
+  // f32 rows of a stretch [count][dim] around their mean, which goes to `centre`,
+  // KVMIX_CENTRE_BYTES of it; rows before `skip` are not part of the mean. Of a codec with an own
+  // centre. in_place: the rows are scratch.
   std::uint64_t EncodeAround(float* in_place, std::size_t count, std::size_t skip,
                              std::uint8_t* centre, std::uint8_t* rows, float* scales) const;
   // Rows of one stretch back, to [count][dim]; centre: as EncodeAround made it, or null.

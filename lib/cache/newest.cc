@@ -242,7 +242,7 @@ std::uint8_t* CentreOf(const CacheImpl& c, std::size_t layer, std::size_t head, 
   const kernels::BlockFormat& format = c.pool->layers[layer].formats[head];
   if (format.stretch == 0) return nullptr;
   return c.layers[layer].blocks_of(head)[cell / kernels::kBlockTokens] + format.centres_offset +
-         cell % kernels::kBlockTokens / format.stretch * CentreBytes(format.k.row.dim);
+         cell % kernels::kBlockTokens / format.stretch * kernels::CentreBytes(format);
 }
 
 }  // namespace kvmix::internal

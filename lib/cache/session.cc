@@ -168,7 +168,7 @@ void SaveStretches(const CacheImpl& c, std::size_t layer, Writer& out) {
   for (std::size_t h = 0; h < shape.formats.size(); ++h) {
     if (!shape.k[h].own_centre()) continue;
     ForCentres(shape, held.forgotten, held.tokens, [&](std::size_t cell) {
-      out.Bytes(CentreOf(c, layer, h, cell), CentreBytes(shape.shape.k_dim));
+      out.Bytes(CentreOf(c, layer, h, cell), kernels::CentreBytes(shape.formats[h]));
       return true;
     });
   }
@@ -225,7 +225,7 @@ Status LoadStretches(CacheImpl& c, std::size_t layer, Reader& in) {
     const bool good = ForCentres(shape, held.forgotten, held.tokens, [&](std::size_t cell) {
       std::uint8_t* const centre = CentreOf(c, layer, h, cell);
       float scale;
-      const bool read = in.Bytes(centre, CentreBytes(shape.shape.k_dim));
+      const bool read = in.Bytes(centre, kernels::CentreBytes(shape.formats[h]));
       std::memcpy(&scale, centre, sizeof(scale));
       return read && std::isfinite(scale) && scale >= 0.0f;
     });

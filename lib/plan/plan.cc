@@ -20,7 +20,9 @@ Status CheckExactFirst(std::size_t tokens) {
 }
 
 Status CheckExactNewest(std::size_t tokens, const std::vector<HeadCodec>& codecs) {
-  const bool exists = tokens == 0 || (std::has_single_bit(tokens) && tokens >= 16 && tokens <= 256);
+  const bool exists =
+      tokens == 0 || (std::has_single_bit(tokens) && tokens >= KVMIX_SHORTEST_STRETCH &&
+                      tokens <= KVMIX_LONGEST_STRETCH);
   if (!exists) {
     return Error(ErrorCode::kInvalidArgument,
                  "exact_newest: expected 0, 16, 32, 64, 128 or 256, found {}", tokens);
@@ -86,7 +88,7 @@ std::size_t BytesOf(const Plan& plan, const HeadCodec& codec, std::size_t dim, s
   const std::size_t stretch = std::max<std::size_t>(1, plan.exact_newest);
   std::size_t bytes = tokens * internal::BytesPerToken(codec.kind, dim);
   if (codec.kind.own_centre) {
-    const std::size_t centre = CentreBytes(dim);
+    const std::size_t centre = KVMIX_CENTRE_BYTES(dim);
     bytes += context == 0 ? (centre + stretch / 2) / stretch : tokens / stretch * centre;
   }
   if (context == 0) return bytes;

@@ -276,6 +276,14 @@ Result<Measurement> StartMeasurement(const Calibration& calibration,
     for (const CodecKind& kind : *kinds)
       if (Status s = CheckCalibrated(kind); !s.ok()) return s;
   }
+  for (const DumpId& id : calibration.dumps) {
+    if (options.exact_newest == 0 || id.longest_prompt > options.exact_newest) continue;
+    return Error(
+        ErrorCode::kInvalidArgument,
+        "exact_newest {}: expected prompts longer than that, of which codes are seen, found "
+        "at most {} tokens in {}",
+        options.exact_newest, id.longest_prompt, id.name);
+  }
   Measurement m{.model = calibration.model,
                 .dumps = calibration.dumps,
                 .candidates = candidates,

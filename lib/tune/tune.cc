@@ -19,6 +19,10 @@ namespace {
 constexpr double kSpeedSeconds = 0.5;  // for the speeds of one shape of layers
 constexpr std::size_t kRepairs = 3;    // how often the plan is chosen again
 
+// Exact tokens where nobody asks for others, the stretches of a prompt that tells something, and
+// the part of f16's bytes that they may take: one in so many.
+constexpr std::size_t kUsualFirst = 4, kUsualStretch = 64, kStretches = 8, kShare = 50;
+
 const std::string kOnCalibration = "measuring the plan on the calibration";
 
 Status Report(const TuneOptions& o, const std::string& step, std::size_t done, std::size_t total) {
@@ -225,15 +229,22 @@ Result<Measurement> MeasureInto(const std::string& path, const std::vector<const
   return m;
 }
 
-TuneOptions Settled(TuneOptions options, const Model& model) {
-  Plan with = UniformPlan(model, {}, {});
-  const std::size_t f16 = ContextBytes(with, options.context);
-  with.exact_first = 4;
-  with.exact_newest = 64;
-  const bool small = (ContextBytes(with, options.context) - f16) * 50 <= f16;
-  const bool wanted = small && options.candidates == "all";
-  if (!options.exact_first) options.exact_first = wanted ? with.exact_first : 0;
-  if (!options.exact_newest) options.exact_newest = wanted ? with.exact_newest : 0;
+TuneOptions Settled(TuneOptions options, const std::vector<const Dump*>& dumps) {
+  std::size_t longest = 0;
+  for (const Dump* dump : dumps)
+    longest = std::max(longest, std::ranges::max(dump->prompt_tokens()));
+  std::size_t stretch = kUsualStretch;
+  while (stretch > longest / kStretches) stretch /= 2;
+  if (stretch < KVMIX_SHORTEST_STRETCH || options.candidates != "all") stretch = 0;
+  Plan plan = UniformPlan(dumps[0]->model(), {}, {});
+  const std::size_t f16 = ContextBytes(plan, options.context);
+  plan.exact_first = stretch != 0 ? kUsualFirst : 0;
+  plan.exact_newest = stretch;
+  if ((ContextBytes(plan, options.context) - f16) * kShare > f16) {
+    plan.exact_first = plan.exact_newest = 0;
+  }
+  if (!options.exact_first) options.exact_first = plan.exact_first;
+  if (!options.exact_newest) options.exact_newest = plan.exact_newest;
   return options;
 }
 
@@ -249,7 +260,7 @@ Result<Tuned> Tune(const std::vector<const Dump*>& dumps, const std::vector<cons
   if (s.ok()) s = CheckDumps(dumps);
   if (!s.ok()) return s;
   const Model& model = dumps[0]->model();
-  const TuneOptions options = Settled(asked, model);
+  const TuneOptions options = Settled(asked, dumps);
   const auto ids = CheckHoldouts(holdouts, model, options);
   if (!ids.ok()) return ids.status();
   const std::string calibrating = "calibrating", measuring = "measuring every head and codec";

@@ -12,6 +12,10 @@
 #define KVMIX_MAX_COUNT 65536
 // The most first tokens that a plan can keep as f16.
 #define KVMIX_MOST_EXACT_FIRST 64
+#define KVMIX_SHORTEST_STRETCH 16
+#define KVMIX_LONGEST_STRETCH 256
+// An own centre of one KV head: a scale (f32) and int8 codes.
+#define KVMIX_CENTRE_BYTES(k_dim) (4 + (k_dim))
 
 // C++ must be told that an enum may hold any int, as C's may.
 #ifdef __cplusplus

@@ -41,8 +41,10 @@ struct TuneOptions {
   std::string wisdom = {};
   // A file that keeps the measurement after every layer; another run goes on with it. "": none.
   std::string work = {};
-  // As in Plan. Without: 4 and 64 where they take at most a fiftieth of f16's bytes at `context`,
-  // and none for the study's candidates.
+  // As in Plan. Without (and with all candidates): 4, and the largest stretch up to 64 tokens of
+  // which the longest prompt has eight, for in a prompt of few stretches most is exact, and little
+  // is measured; none where there is no such stretch, or where they take more than a fiftieth of
+  // f16's bytes at `context`.
   std::optional<std::size_t> exact_first = {}, exact_newest = {};
   std::string target = {};  // the instruction set, a name of Targets(); "": the best
   Runner runner = 0;        // the plan does not depend on it
@@ -76,8 +78,8 @@ struct Tuned {
   std::vector<std::size_t> worse_than_predicted = {};
 };
 
-// The options with exact_first and exact_newest as they are for this model.
-KVMIX_API TuneOptions Settled(TuneOptions options, const Model& model);
+// The options with exact_first and exact_newest as they are for these dumps.
+KVMIX_API TuneOptions Settled(TuneOptions options, const std::vector<const Dump*>& dumps);
 
 // The holdout with the least worst cosine, the first of equal ones: the plan's provenance names it.
 // Null if there are no holdouts.
