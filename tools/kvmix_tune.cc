@@ -58,10 +58,9 @@ void CheckPart(const std::string& path) {
     Refuse("{}: expected no file, or one that a step of kvmix-tune wrote, found another", path);
 }
 
-std::vector<tune::Dump> OpenDumps(const std::vector<std::string>& paths,
-                                  const tune::RawFormat& raw) {
+std::vector<tune::Dump> OpenDumps(const std::vector<std::string>& paths) {
   std::vector<tune::Dump> dumps;
-  for (const std::string& path : paths) dumps.push_back(OpenDump(path, raw));
+  for (const std::string& path : paths) dumps.push_back(Require(tune::Dump::Open(path)));
   return dumps;
 }
 
@@ -92,7 +91,7 @@ void WarnOfHoldouts(const std::vector<tune::Dump>& dumps, const tune::Tuned& tun
 // Tunes, with `how`(holdouts, options) as the way to do it, and hands the plan and the report out.
 template <class How>
 void RunTune(const CommandLine& o, const How& how) {
-  const std::vector<tune::Dump> holdouts = OpenDumps(o.holdouts, o.raw);
+  const std::vector<tune::Dump> holdouts = OpenDumps(o.holdouts);
   TuneReport report;
   {
     StepBar bar;
@@ -175,7 +174,7 @@ std::function<void()> CalibrateStep(CLI::App* app, CommandLine* o) {
   AddPartOutput(app, o, "the file to write");
   return [o] {
     CheckPart(o->output);
-    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     const auto range = o->LayerRange(dumps[0].model());
     const auto calibration = WithBar(o->how, "calibrating", [&](const auto& options) {
       return tune::Calibrate(Pointers(dumps), range.first, range.second, options);
@@ -197,7 +196,7 @@ std::function<void()> MeasureStep(CLI::App* app, CommandLine* o) {
     CheckPart(o->output);
     const tune::Calibration calibration =
         MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration);
-    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     const auto range = o->LayerRange(calibration.model);
     const auto m = WithBar(o->how, "measuring every head and codec", [&](const auto& options) {
       return tune::MeasureInto(o->output, Pointers(dumps), calibration, o->how.candidates,
@@ -234,7 +233,7 @@ std::function<void()> ChooseStep(CLI::App* app, CommandLine* o) {
     const tune::Measurement m = Require(tune::LoadMeasurement(o->measurement));
     const Status whole = tune::CheckWhole(m);
     if (!whole.ok()) Refuse("{}: {}", o->measurement, whole.message());
-    const std::vector<tune::Dump> dumps = OpenDumps(o->dumps, o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(o->dumps);
     RunTune(*o, [&](const auto& holdouts, const tune::TuneOptions& options) {
       return tune::Tune(m, Pointers(dumps), holdouts, options);
     });
@@ -272,7 +271,7 @@ std::function<void()> AllSteps(CLI::App* app, CommandLine* o) {
           o->output);
     }
     if (o->dumps.empty() && o->holdouts.empty()) o->holdouts = {SamplePath("holdout")};
-    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     RunTune(*o, [&](const auto& holdouts, const tune::TuneOptions& options) {
       return tune::Tune(Pointers(dumps), holdouts, options);
     });

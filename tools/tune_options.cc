@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include "console.h"
-#include "dumps.h"
 
 namespace kvmix::tools {
 namespace {
@@ -32,11 +31,10 @@ std::pair<std::size_t, std::size_t> CommandLine::LayerRange(const Model& model) 
 }
 
 void AddDumps(CLI::App* app, CommandLine* o, const std::string& what) {
-  app->add_option("DUMP", o->dumps, what + ": safetensors files or raw folders");
+  app->add_option("DUMP", o->dumps, what + ": safetensors files");
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
-  AddRawOptions(app, &o->raw);
 }
 
 void AddLayers(CLI::App* app, CommandLine* o) {
