@@ -132,7 +132,7 @@ Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Ben
   w.bytes = static_cast<double>(tokens * token_bytes);
   const std::size_t hot_or_cold = size.cold ? kCold : size.bytes;
   w.Bound(bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes);
-  // No kernel here stores so; for the list of limits.
+  // Nothing is held against it: for the list of limits.
   if (size.cold) bench.limits.Memory(Access::kStreamCopy, kCold, 1);
   const auto data = bench.Data<RowSets>(
       fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),

@@ -18,7 +18,6 @@ struct Shape {
   std::size_t query_heads, kv_heads, head_dim;
   std::size_t v_dim = head_dim;
   std::string name() const;  // "q14kv2d64"; "q16kv16d192x128" where V is narrower than K
-  std::size_t group() const { return query_heads / kv_heads; }
 };
 
 inline constexpr Shape kShapes[] = {
