@@ -183,7 +183,6 @@ std::string AttentionLines(std::size_t layer, std::span<const tune::AttentionErr
 std::string Attention(const Options& o) {
   const tune::Dump dump = OpenInput(o);
   if (!dump.has_q()) Refuse("{}: has no Q, which attention needs", dump.path());
-  if (dump.tokens() == 0) Refuse("{}: has no tokens", dump.path());
   const Plan plan = ChoosePlan(o, dump);
   WarnOfLength(dump, plan);
   ProgressBar bar("attention");
