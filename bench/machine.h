@@ -15,7 +15,6 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "kernels/kernels.h"

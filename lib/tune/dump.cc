@@ -8,7 +8,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <map>
 #include <memory>
@@ -227,7 +226,7 @@ struct Dump::Impl {
         layers[layer][kind] = tensor;
       }
     }
-    if (prompt_tokens.empty()) prompt_tokens = {tokens};
+    prompt_tokens = {tokens};
     return {};
   }
 
