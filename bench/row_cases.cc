@@ -6,7 +6,7 @@
 // append, append_rotated, append_i4, append_shaped: 1 or 64 tokens at a time, K and V of every KV
 // head, into a cache of i8-token, i8-token-bf16+hadamard or i4-token-bf16+hadamard codecs, of the
 // last with K's codes shaped; held against memcpy of the same fp16 rows to where a cache of rows
-// would keep them, timed in turns with it.
+// would keep them, whose runs alternate with it.
 #include <cstring>
 
 #include <fmt/format.h>

@@ -9,7 +9,7 @@
 
 namespace kvmix::tools {
 
-// Warns where the dump has prompts far beyond those that the plan was calibrated on.
+// Warns where the dump has prompts far longer than the calibration of the plan had.
 void WarnOfLength(const tune::Dump& dump, const Plan& plan);
 
 // The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set,

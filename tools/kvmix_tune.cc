@@ -25,7 +25,7 @@
 namespace kvmix::tools {
 namespace {
 
-// Where symbolic links lead to; the last one may lead to nothing yet.
+// The path that symbolic links lead to; the last one may lead to nothing yet.
 std::filesystem::path RealPath(std::filesystem::path path) {
   namespace fs = std::filesystem;
   constexpr int kMostLinks = 40;  // as many as Linux follows
@@ -50,7 +50,7 @@ void CheckWritable(const std::string& path) {
     Refuse("{}: may not write to the folder {}", path, folder.string());
 }
 
-// What a step writes may take the place of what a step wrote, and of nothing else.
+// A step may overwrite the file of a step, and nothing else.
 void CheckPart(const std::string& path) {
   CheckWritable(path);
   std::error_code error;
@@ -70,14 +70,14 @@ std::vector<const tune::Dump*> Pointers(const std::vector<tune::Dump>& dumps) {
   return pointers;
 }
 
-// What run(options) gives, with a bar as long as it works.
+// Shows a bar while run(options) works, and returns its result.
 template <class Run>
 auto WithBar(const tune::TuneOptions& o, const std::string& step, const Run& run) {
   ProgressBar bar(step);
   return Require(run(tune::MeasureOptions{o.runner, o.target, bar.Callback(), o.exact_first}));
 }
 
-// What people should know of holdouts before they believe the figures.
+// Warns of holdouts whose figures say less than they seem to.
 void WarnOfHoldouts(const std::vector<tune::Dump>& dumps, const tune::Tuned& tuned) {
   for (std::size_t i = 0; i < dumps.size(); ++i) {
     if (tuned.holdouts[i].is_calibration) {
@@ -112,7 +112,7 @@ void RunTune(const CommandLine& o, const How& how) {
 
 // ---- the command line of each
 
-// What can be said before the work begins.
+// Refuses what can be refused before the work begins.
 void CheckChoosing(CommandLine* o) {
   tune::Constraints& constraints = o->how.constraints;
   if (!constraints.budget && !constraints.min_cosine)
@@ -128,7 +128,7 @@ void CheckChoosing(CommandLine* o) {
     if (!path.empty()) CheckWritable(path);
 }
 
-// What a part holds, and what it lacks of the model and of the dumps that it knows.
+// Prints what a part holds, and what it lacks of the model and of the dumps that it knows.
 template <class Part>
 void PrintContents(const Part& part, const std::string& path) {
   std::vector<tune::Place> there, missing;

@@ -33,7 +33,7 @@ using Types = std::vector<Type>;  // by rising bits; the last holds all
 const Type kF16{"f16", 16, 16.0};
 const Types kLlamaTypes = {{"q4_0", 4, 4.5, 32}, {"q8_0", 8, 8.5, 32}, kF16};
 const Types kIkTypes = {{"q4_0", 4, 4.5, 32}, {"q6_0", 6, 6.5, 32}, {"q8_0", 8, 8.5, 32}, kF16};
-// Without the scales, which are those of a group.
+// Bits without the scales, which a group of channels shares.
 const Types kOpenVinoTypes = {{"u4", 4, 4.0}, {"u8", 8, 8.0}, kF16};
 constexpr double kOpenVinoGroupBits = 64.0;  // a scale and a zero point, f32 both
 const Types kOptimizerTypes = {{"NVFP4", 4, 4.5, 16}, {"FP8", 8, 8.0}, kF16};
@@ -90,10 +90,11 @@ struct Split {
   std::size_t first_layers = 0, last_layers = 0;  // of the model's
   std::size_t first = 0, middle = 0, last = 0;    // places in the types
   double bits = 0.0;                              // of a token
-  std::size_t parts = 1, apart = 0;               // layers that are not in the middle
+  std::size_t parts = 1, apart = 0;               // layers outside the middle
 };
 
-// The split of least bits, of equals the one with the fewest parts and layers apart.
+// The split of least bits, of equals the one with the fewest parts, then with the most layers in
+// the middle.
 Split BestSplit(const std::vector<LayerNeed>& needs, const Types& types, std::size_t layers) {
   const std::size_t n = needs.size();
   std::vector<Split> splits;
@@ -130,7 +131,7 @@ std::size_t Count(const Plan& plan, Tensor t, bool CodecKind::*step) {
   return n;
 }
 
-// What no engine here has, by what the plan's K and V have.
+// Lists what the plan has and the engine does not.
 std::vector<std::string> Notes(const Plan& plan, const std::string& engine, double saved,
                                bool rotates) {
   const std::size_t heads = plan.codecs.size() / 2;

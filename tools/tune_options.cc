@@ -47,7 +47,7 @@ void AddMeasuring(CLI::App* app, CommandLine* o) {
       ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
   app->add_option("--exact-first", o->how.exact_first,
-                  "keep so many first tokens of every layer in f16 beside their codes")
+                  "keep this number of first tokens of every layer in f16 as well as in codes")
       ->check(CLI::Range(std::size_t{0}, kMostExactFirst))
       ->capture_default_str();
   app->add_option("--target", o->how.target,

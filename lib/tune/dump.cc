@@ -44,7 +44,7 @@ std::string TensorName(std::size_t layer, std::size_t kind) {
 
 using Place = std::pair<std::size_t, std::size_t>;  // layer and kind
 
-// What a name stands for, if it is one of TensorName's.
+// The layer and kind of a name, if it is one of TensorName's.
 std::optional<Place> ParseTensorName(std::string_view name) {
   const std::size_t digit = std::min(name.find_first_of("0123456789"), name.size());
   const std::size_t point = name.find('.', digit);
@@ -106,7 +106,7 @@ struct LayerMemory {
   RowsView rows[3];                       // without data where there is no such tensor
 };
 
-// Where a layer is while somebody has it.
+// A layer is here while somebody has it.
 struct Slot {
   std::mutex mutex;
   std::weak_ptr<const LayerMemory> memory;
@@ -162,8 +162,8 @@ struct Dump::Impl {
     }
     if (Status s = ReadShapes(metadata, found); !s.ok()) return s;
     if (Status s = Assemble(found); !s.ok()) return s;
-    // Where nothing says which axis is which, few tokens of many heads are more likely to be few
-    // heads of many tokens.
+    // Nothing says which axis is which: few tokens of many heads are more likely to be few heads of
+    // many tokens.
     const bool says_order =
         std::ranges::any_of(std::array{"layer_shapes", "kv_heads", "tokens"},
                             [&](const char* key) { return metadata.contains(key); });
@@ -241,7 +241,7 @@ struct Dump::Impl {
       return Fail(ErrorCode::kNotFound, "", "tensors " + TensorName(0, kKeys) + " and so on",
                   "none");
     const std::size_t last = found.rbegin()->first.first;
-    // As many steps as there are tensors, whatever number the last layer claims to have.
+    // The steps are as many as the tensors, whatever number the last layer claims to have.
     for (std::size_t layer = 0; layer <= last; ++layer) {
       for (std::size_t kind = 0; kind < (HasQ(found) ? 3 : 2); ++kind) {
         if (!found.contains({layer, kind}))

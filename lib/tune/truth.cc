@@ -1,4 +1,4 @@
-// What a plan as a whole tells of the table that it was chosen from.
+// Corrects a table of errors by the errors of a plan as a whole.
 #include <algorithm>
 #include <cstddef>
 #include <vector>
