@@ -1,59 +1,216 @@
-// Some rows by some tokens: too few for tiles, so products are sums over a vector's lanes.
+// Some rows by some tokens of halves, 64 tokens and up to kMaxRows rows at a time (a turn), which
+// share the conversion of a token's halves. Products with K are sums over a vector's lanes: vectors
+// of them are folded to one that has a sum a lane. Softmax takes tokens as lanes, V's weighted sum
+// channels.
 #include "kernels/exact.h"
 
-#include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <utility>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/exact.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "kernels/rows-inl.h"
+#include "kernels/softmax-inl.h"
 #include "kernels/vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvmix::kernels::HWY_NAMESPACE {
 namespace {
 
-float Dot(const float* HWY_RESTRICT q, const std::uint16_t* HWY_RESTRICT k, std::size_t dim) {
-  VF sum = hn::Zero(DF());
-  ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
-    sum = hn::MulAdd(io.Load(DF(), q + i), Halves::Load(io, k + i), sum);
-  });
-  return hn::ReduceSum(DF(), sum);
+constexpr std::size_t kChunk = 64;                      // tokens of a turn
+constexpr std::size_t kSums = kManyRegisters ? 16 : 8;  // vectors in registers
+static_assert(kSums % kLanes == 0 && kChunk % kSums == 0 && kChunk % kLanes == 0);
+
+// Neighbours of each of kRows rows (tokens for K, vectors of channels for V) that a register block
+// takes.
+template <std::size_t kRows>
+constexpr std::size_t kBeside = kSums / std::bit_ceil(kRows);
+
+// A turn's rows and tokens of the task.
+struct Turn {
+  std::size_t row, rows, token, tokens;
+  alignas(64) float weights[kMaxRows][kChunk];  // products with K first
+  float correction[kMaxRows];                   // of the output so far
+};
+
+// What is added to the scores of row r's tokens from i on. What lies past the end is not seen.
+HWY_INLINE VF Added(const ExactTask& t, const Turn& turn, std::size_t r, std::size_t i) {
+  const float* const at = t.added + (turn.row + r) * t.tokens + turn.token + i;
+  if (i + kLanes <= turn.tokens) return hn::LoadU(DF(), at);
+  return hn::LoadNOr(hn::Set(DF(), kNegInf), DF(), at, turn.tokens - i);
 }
 
-// to <- to * before + weight * v
-void AddRow(const std::uint16_t* HWY_RESTRICT v, std::size_t dim, float weight, float before,
-            float* HWY_RESTRICT to) {
-  const VF w = hn::Set(DF(), weight), b = hn::Set(DF(), before);
-  ForVectors(0, dim, [&](auto io, std::size_t i) KVMIX_LAMBDA {
-    const VF sum = hn::MulAdd(w, Halves::Load(io, v + i), hn::Mul(b, io.Load(DF(), to + i)));
-    io.Store(sum, DF(), to + i);
-  });
+// Leaves only tokens of the turn that a row sees, but for whole vectors before one; false: none.
+HWY_INLINE bool Trim(const ExactTask& t, Turn& turn) {
+  const auto seen = [&](std::size_t i) KVMIX_LAMBDA {
+    auto none = hn::Eq(Added(t, turn, 0, i), hn::Set(DF(), kNegInf));
+    for (std::size_t r = 1; r < turn.rows; ++r)
+      none = hn::And(none, hn::Eq(Added(t, turn, r, i), hn::Set(DF(), kNegInf)));
+    return !hn::AllTrue(DF(), none);
+  };
+  std::size_t first = 0, last = RoundUp(turn.tokens, kLanes);
+  while (first < last && !seen(first)) first += kLanes;
+  while (last > first && !seen(last - kLanes)) last -= kLanes;
+  turn.tokens = HWY_MIN(turn.tokens, last) - first;
+  turn.token += first;
+  return first < last;
+}
+
+// The rows' products with K. Asks for V's rows if these rows are the first to read them.
+template <std::size_t kRows>
+HWY_NOINLINE void Score(const ExactTask& t, Turn& turn) {
+  constexpr std::size_t kTokens = kBeside<kRows>;
+  const float* const q = t.q + turn.row * t.k_dim;
+  const std::size_t v_bytes = turn.row == 0 ? t.v_dim * sizeof(*t.v) : 0;
+  for (std::size_t token = 0; token < turn.tokens; token += kTokens) {
+    const std::uint16_t* k[kTokens];
+    Unroll<kTokens>([&](auto i) KVMIX_LAMBDA {  // past the end: the last one again
+      const std::size_t at = turn.token + HWY_MIN(token + i, turn.tokens - 1);
+      k[i] = t.k + at * t.k_dim;
+      const auto* const v = reinterpret_cast<const std::uint8_t*>(t.v + at * t.v_dim);
+      for (std::size_t line = 0; line < v_bytes; line += 64) __builtin_prefetch(v + line);
+    });
+    VF sums[kSums];
+    Unroll<kSums>([&](auto i) KVMIX_LAMBDA { sums[i] = hn::Zero(DF()); });
+    ForVectors(0, t.k_dim, [&](auto io, std::size_t c) KVMIX_LAMBDA {
+      VF terms[kRows];
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA { terms[r] = io.Load(DF(), q + r * t.k_dim + c); });
+      Unroll<kTokens>([&](auto i) KVMIX_LAMBDA {
+        const VF own = Halves::Load(io, k[i] + c);
+        Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+          VF& sum = sums[r * kTokens + i];
+          sum = hn::MulAdd(terms[r], own, sum);
+        });
+      });
+    });
+    alignas(64) float products[kSums];
+    Unroll<kSums / kLanes>([&](auto i) KVMIX_LAMBDA {
+      const auto add = [](VF a, VF b) KVMIX_LAMBDA { return hn::Add(a, b); };
+      hn::Store(Folded<kLanes>(sums + i * kLanes, add), DF(), products + i * kLanes);
+    });
+    Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+      std::memcpy(turn.weights[r] + token, products + r * kTokens, kTokens * sizeof(float));
+    });
+  }
+}
+
+// Scores of row r's tokens from i on, in units of log2, from their products.
+HWY_INLINE VF Scores(const ExactTask& t, const Turn& turn, std::size_t r, std::size_t i) {
+  const DF df;
+  VF s = hn::Mul(hn::Load(df, turn.weights[r] + i), hn::Set(df, t.scale));
+  const std::size_t n = HWY_MIN(kLanes, turn.tokens - i);
+  if (t.k_scale != nullptr) s = hn::Mul(s, hn::LoadN(df, t.k_scale + turn.token + i, n));
+  if (t.soft_cap != 0.0f) {
+    const VF cap = hn::Set(df, t.soft_cap);
+    s = hn::Mul(cap, hn::Tanh(df, hn::Div(s, cap)));
+  }
+  const VF added = Added(t, turn, r, i), log2 = hn::Mul(hn::Add(s, added), hn::Set(df, kLog2E));
+  const auto number = hn::And(hn::IsFinite(s), hn::Eq(added, added));
+  const VF nan = hn::Set(df, std::numeric_limits<float>::quiet_NaN());
+  const VF known = hn::IfThenElse(number, Clamp(log2, hn::Set(df, 0x1p127f)), nan);
+  return hn::IfThenElse(hn::Eq(added, hn::Set(df, kNegInf)), added, known);
+}
+
+// From the products of row r to weights; the row's max and sum.
+HWY_INLINE void Weights(const ExactTask& t, std::size_t r, Turn& turn) {
+  const DF df;
+  float* const to = turn.weights[r];
+  float &max = t.max[turn.row + r], &sum = t.sum[turn.row + r];
+  VF largest = hn::Set(df, max);
+  auto nan = hn::IsNaN(largest);
+  for (std::size_t i = 0; i < turn.tokens; i += kLanes) {
+    const VF s = Scores(t, turn, r, i);
+    nan = hn::Or(nan, hn::IsNaN(s));
+    largest = hn::Max(largest, s);
+    hn::Store(s, df, to + i);
+  }
+  const float before = max;
+  max =
+      hn::AllFalse(df, nan) ? hn::ReduceMax(df, largest) : std::numeric_limits<float>::quiet_NaN();
+  turn.correction[r] = before == max ? 1.0f : std::exp2(before - max);
+  const VF base = hn::Set(df, max == kNegInf ? 0.0f : max);
+  VF total = hn::Zero(df);
+  for (std::size_t i = 0; i < turn.tokens; i += kLanes) {
+    const VF x = hn::Sub(hn::Load(df, to + i), base);
+    VF weight = hn::IfThenElseZero(hn::Gt(x, hn::Set(df, kSmallestExponent)), Exp2(x));
+    total = hn::Add(total, weight);
+    if (t.v_scale != nullptr) {
+      const std::size_t n = HWY_MIN(kLanes, turn.tokens - i);
+      weight = hn::Mul(weight, hn::LoadN(df, t.v_scale + turn.token + i, n));
+    }
+    hn::Store(weight, df, to + i);
+  }
+  sum = sum * turn.correction[r] + hn::ReduceSum(df, total);
+}
+
+// out = out * correction + weights * V
+template <std::size_t kRows>
+HWY_NOINLINE void Weigh(const ExactTask& t, const Turn& turn) {
+  const std::uint16_t* const v = t.v + turn.token * t.v_dim;
+  float* const out = t.out + turn.row * t.v_dim;
+  const auto columns = [&](auto vecs, auto io, std::size_t channel) KVMIX_LAMBDA {
+    VF sums[kRows][vecs];
+    const auto each = [&](const auto& f) KVMIX_LAMBDA {
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+        Unroll<vecs>([&](auto i) KVMIX_LAMBDA {
+          f(sums[r][i], out + r * t.v_dim + channel + i * kLanes, r);
+        });
+      });
+    };
+    each([&](VF& sum, const float* at, auto r)
+             KVMIX_LAMBDA { sum = hn::Mul(io.Load(DF(), at), hn::Set(DF(), turn.correction[r])); });
+    for (std::size_t token = 0; token < turn.tokens; ++token) {
+      VF own[vecs];
+      Unroll<vecs>([&](auto i) KVMIX_LAMBDA {
+        own[i] = Halves::Load(io, v + token * t.v_dim + channel + i * kLanes);
+      });
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+        const VF weight = hn::Set(DF(), turn.weights[r][token]);
+        Unroll<vecs>([&](auto i)
+                         KVMIX_LAMBDA { sums[r][i] = hn::MulAdd(weight, own[i], sums[r][i]); });
+      });
+    }
+    each([&](const VF& sum, float* at, auto) KVMIX_LAMBDA { io.Store(sum, DF(), at); });
+  };
+  constexpr std::integral_constant<std::size_t, HWY_MIN(kBeside<kRows>, 4)> kVecs;
+  constexpr std::integral_constant<std::size_t, 1> kOne;
+  std::size_t channel = 0;
+  for (; channel + kVecs * kLanes <= t.v_dim; channel += kVecs * kLanes)
+    columns(kVecs, Whole(), channel);
+  ForVectors(channel, t.v_dim, [&](auto io, std::size_t i) KVMIX_LAMBDA { columns(kOne, io, i); });
+}
+
+struct Stages {
+  void (*score)(const ExactTask& t, Turn& turn);
+  void (*weigh)(const ExactTask& t, const Turn& turn);
+};
+template <std::size_t... R>
+constexpr std::array<Stages, kMaxRows> MakeStages(std::index_sequence<R...>) {
+  return {{{&Score<R + 1>, &Weigh<R + 1>}...}};
 }
 
 void Attend(const ExactTask& t) {
-  for (std::size_t r = 0; r < t.rows; ++r) {
-    float max = -std::numeric_limits<float>::infinity(), sum = 0.0f;
-    float* const out = t.out + r * t.v_dim;
-    for (std::size_t c = 0; c < t.v_dim; ++c) out[c] = 0.0f;
-    for (std::size_t token = 0; token < t.tokens; ++token) {
-      const float added = t.added[r * t.tokens + token];
-      if (added == -std::numeric_limits<float>::infinity()) continue;
-      float s = t.scale * Dot(t.q + r * t.k_dim, t.k + token * t.k_dim, t.k_dim);
-      if (t.soft_cap != 0.0f) s = t.soft_cap * std::tanh(s / t.soft_cap);
-      s = std::isfinite(s) ? std::clamp((s + added) * kLog2E, -0x1p127f, 0x1p127f)
-                           : std::numeric_limits<float>::quiet_NaN();
-      const float now = std::isnan(s) ? s : HWY_MAX(max, s);
-      const float before = std::exp2(max - now), weight = std::exp2(s - now);
-      AddRow(t.v + token * t.v_dim, t.v_dim, weight, before, out);
-      sum = sum * before + weight;
-      max = now;
+  static constexpr auto kStages = MakeStages(std::make_index_sequence<kMaxRows>());
+  const std::size_t turns = (t.rows + kMaxRows - 1) / kMaxRows;
+  Turn turn;
+  for (std::size_t token = 0; token < t.tokens; token += kChunk) {
+    for (std::size_t i = 0; i < turns; ++i) {
+      turn.row = i * t.rows / turns;
+      turn.rows = (i + 1) * t.rows / turns - turn.row;
+      turn.token = token;
+      turn.tokens = HWY_MIN(kChunk, t.tokens - token);
+      if (!Trim(t, turn)) continue;
+      const Stages& stages = kStages[turn.rows - 1];
+      stages.score(t, turn);
+      for (std::size_t r = 0; r < turn.rows; ++r) Weights(t, r, turn);
+      stages.weigh(t, turn);
     }
-    t.max[r] = max;
-    t.sum[r] = sum;
   }
 }
 

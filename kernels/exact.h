@@ -8,8 +8,12 @@
 namespace kvmix::kernels {
 
 struct ExactTask {
-  const std::uint16_t* k;  // [tokens, k_dim] halves
+  // Finite halves.
+  const std::uint16_t* k;  // [tokens, k_dim]
   const std::uint16_t* v;  // [tokens, v_dim]
+  // [tokens]: what the halves of a token are multiplied with, powers of two; null: 1.
+  const float* k_scale;
+  const float* v_scale;
   std::size_t tokens, k_dim, v_dim;
 
   const float* q;  // [rows, k_dim], as the model has it
@@ -19,8 +23,11 @@ struct ExactTask {
   // [rows, tokens], added to the scores after the soft cap; -inf: not seen.
   const float* added;
 
-  // As AttendTask's: max in units of log2, sum of 2^(s - max), out [rows, v_dim] of the same.
-  float* out;
+  // In and out: what a row has over the tokens of earlier calls (none yet: max -inf, sum 0, out
+  // zeros), then over these tokens as well. As AttendTask's: max in units of log2, NaN if a score
+  // is not finite; sum of 2^(s - max); out the sum of 2^(s - max) * v. A row gets the same bits
+  // whatever the other rows are.
+  float* out;  // [rows, v_dim]
   float* max;
   float* sum;
 };

@@ -47,6 +47,11 @@ struct TileFormat {
 struct BlockFormat {
   TileFormat k, v;
   std::size_t block_bytes = 0;
+  // Tokens of a stretch, a power of two from 16 to kBlockTokens, whose K codes are around a centre
+  // of their own; 0: none.
+  std::size_t stretch = 0;
+  // [kBlockTokens / stretch] centres, after everything else: a scale (f32) and K's dim of int8.
+  std::size_t centres_offset = 0;
 };
 
 }  // namespace kvmix::kernels

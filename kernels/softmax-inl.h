@@ -186,13 +186,12 @@ HWY_INLINE void ForGrids(std::size_t scaled_tokens, const Rows& w, const F& f) {
 
 // A vector whose first lanes are the maxima of four vectors.
 HWY_INLINE VF FourMaxima(const VF (&max)[4]) {
-  const DF df;
-  // Neighbours' maxima: of a in the lower half, of b in the upper one.
-  const auto fold = [&](VF a, VF b) KVMIX_LAMBDA {
-    return hn::Max(hn::ConcatEven(df, b, a), hn::ConcatOdd(df, b, a));
-  };
-  VF all = fold(fold(max[0], max[1]), fold(max[2], max[3]));
-  for (std::size_t lanes = kLanes / 4; lanes > 1; lanes /= 2) all = fold(all, all);
+  const auto larger = [](VF a, VF b) KVMIX_LAMBDA { return hn::Max(a, b); };
+  VF all = Folded<4>(max, larger);
+  for (std::size_t lanes = kLanes / 4; lanes > 1; lanes /= 2) {
+    const VF twice[2] = {all, all};
+    all = Folded<2>(twice, larger);
+  }
   return all;
 }
 

@@ -56,6 +56,18 @@ HWY_INLINE void Unroll(F&& f) {
   call(std::make_index_sequence<N>());
 }
 
+// A vector of kCount parts, a part for each of the vectors: op(a lane, a lane) of its lanes, until
+// kLanes / kCount are left.
+template <std::size_t kCount, class Op>
+HWY_INLINE VF Folded(const VF* v, const Op& op) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    const VF a = Folded<kCount / 2>(v, op), b = Folded<kCount / 2>(v + kCount / 2, op);
+    return op(hn::ConcatEven(DF(), b, a), hn::ConcatOdd(DF(), b, a));
+  }
+}
+
 template <typename T>
 HWY_INLINE T LoadScalar(const std::uint8_t* p) {
   T t;

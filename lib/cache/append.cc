@@ -18,6 +18,8 @@ constexpr std::size_t kRowsAtATime = 16;
 // Numbers (of K, and about as many of V) up to which a request is one part, and a call stays on its
 // thread: less work than to wake another thread.
 constexpr std::size_t kOnePart = 32768;
+// Tokens of encoded stretches whose exact rows are kept through appends that no attention follows.
+constexpr std::size_t kMostKept = 2048;
 
 // Canonical rows on the stack.
 struct Coded {
@@ -39,6 +41,10 @@ struct To {
 std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const kvmix_rows& x,
                           std::size_t first, std::size_t count, std::size_t cell) {
   if (count == 0) return 0;  // x may have no data
+  if (to.shape().stretch != 0) {
+    KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
+    return StoreExact(*to.cache, to.layer, tensor, head, x, first, count, cell);
+  }
   KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
   Coded coded;
   std::uint64_t clamped = 0;
@@ -75,7 +81,7 @@ std::uint64_t StoreToken(const To& to, Tensor tensor, const kvmix_rows& x, std::
 // `count` tokens of K and V from `first` on into cells from `cell` on.
 std::uint64_t StoreRun(const To& to, const kvmix_rows& k, const kvmix_rows& v, std::size_t first,
                        std::size_t count, std::size_t cell) {
-  if (count == 1) {
+  if (count == 1 && to.shape().stretch == 0) {
     return StoreToken(to, KVMIX_K, k, first, cell) + StoreToken(to, KVMIX_V, v, first, cell);
   }
   std::uint64_t clamped = 0;
@@ -114,8 +120,22 @@ Status Prepare(CacheImpl& c, std::size_t layer, const kvmix_rows& k, const kvmix
   const std::size_t held = c.layers[layer].tokens;
   if (k.tokens > c.capacity - held) return CheckRoom(c, layer, k.tokens);
   ForgetPast(c, layer, held);
-  if (IsWritable(c, layer, held, k.tokens)) return {};
-  return MakeWritable(c, layer, held, k.tokens);
+  const bool exact = c.pool->plan.exact_newest != 0;
+  if (exact) ReleaseStretches(c, layer, kMostKept);
+  if (!IsWritable(c, layer, held, k.tokens)) {
+    if (Status s = MakeWritable(c, layer, held, k.tokens); !s.ok()) return s;
+  }
+  const Status s = exact ? OpenStretches(c, layer, held, k.tokens) : Status();
+  if (!s.ok()) DropUnused(c, layer);
+  return s;
+}
+
+// Before rows are written, and after: see lib/cache/newest.h.
+void Begin(const To& to, std::size_t cell, std::size_t count) {
+  if (to.shape().stretch != 0) MarkStretches(*to.cache, to.layer, cell, count);
+}
+void End(const To& to) {
+  if (to.shape().stretch != 0) CloseStretches(*to.cache, to.layer);
 }
 
 Status CheckNamedOnce(std::span<const AppendPart> requests) {
@@ -185,8 +205,12 @@ void AppendJob::RunPart(std::size_t part) const {
 
 void AppendJob::Run(const Runner& runner) {
   const std::size_t parts = requests_.empty() ? 0 : requests_.back().parts;
+  for (const Request& r : requests_) Begin(r.to, r.held, r.k.tokens);
   (numbers_ <= kOnePart ? Runner::Here() : runner).Run(parts, [&](std::size_t p) { RunPart(p); });
-  for (const Request& r : requests_) r.to.held().tokens += r.k.tokens;
+  for (const Request& r : requests_) {
+    r.to.held().tokens += r.k.tokens;
+    End(r.to);
+  }
 }
 
 }  // namespace
@@ -196,8 +220,10 @@ Status CacheImpl::Append(std::size_t layer, const kvmix_rows& k, const kvmix_row
   if (Status s = Prepare(*this, layer, k, v); !s.ok()) return s;
   const To to{this, layer};
   if (NumbersOf(k) <= kOnePart) {  // a decode step: without the job
+    Begin(to, to.held().tokens, k.tokens);
     Count(*to.cache, StoreRun(to, k, v, 0, k.tokens, to.held().tokens));
     to.held().tokens += k.tokens;
+    End(to);
     return {};
   }
   const Own<AppendJob> job;
@@ -253,8 +279,11 @@ Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, 
     }
     return Status();
   };
+  const bool exact = c.pool->plan.exact_newest != 0;
+  if (exact) ReleaseStretches(c, layer, SIZE_MAX);
   Status s = for_runs([&](std::size_t, std::size_t n, std::size_t cell) {
-    return IsWritable(c, layer, cell, n) ? Status() : MakeWritable(c, layer, cell, n);
+    Status ready = IsWritable(c, layer, cell, n) ? Status() : MakeWritable(c, layer, cell, n);
+    return ready.ok() && exact ? OpenStretches(c, layer, cell, n) : ready;
   });
   if (!s.ok()) {
     DropUnused(c, layer);
@@ -265,8 +294,11 @@ Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, 
     for (std::size_t h = 0; n == 1 && h < k.heads; ++h) {
       c.pool->kernels->tiles.prefetch(c.pool->layers[layer].formats[h], at.blocks_of(h), cell);
     }
-    Count(c, StoreRun({this, layer}, k, v, i, n, cell));
+    const To to{this, layer};
+    Begin(to, cell, n);
+    Count(c, StoreRun(to, k, v, i, n, cell));
     at.tokens = std::max(at.tokens, cell + n);
+    End(to);
     return Status();
   });
 }

@@ -36,6 +36,25 @@ Status CheckSight(const kvmix_sight& s) {
                       s.scale, s.soft_cap, static_cast<int>(s.residence))};
 }
 
+// The exact rows of the stretches that queries stand in are there.
+Status CheckOwnStretches(const Sequence& s) {
+  std::size_t before = Sequence::kNone;
+  for (std::size_t q = 0; q < s.queries; ++q) {
+    const std::size_t own = s.OwnOf(q);
+    if (own == before || own == Sequence::kNone) continue;
+    before = own;
+    const std::size_t first = own * s.stretch;
+    const bool gone = first < s.tokens && first + s.stretch > s.forgotten;
+    if (!gone || std::ranges::binary_search(s.stretches, own, {}, &Stretch::index)) continue;
+    return {
+        ErrorCode::kInvalidArgument,
+        fmt::format("query {} of {} stands among the tokens {} to {}, whose exact rows are gone: "
+                    "expected attention over them before the next ones were appended",
+                    q, s.queries, first, first + s.stretch)};
+  }
+  return {};
+}
+
 }  // namespace
 
 kvmix_sight SightOf(const LayerShape& shape) {
@@ -122,6 +141,13 @@ Status AttendCall::Add(const CacheImpl& cache, const kvmix_attend_request& asked
                                    .causal = sight.causal != 0};
   sequence.exact = std::min(exact, held.tokens);
   if (Status s = sequence.CheckPrefix(); !s.ok()) return s;
+  if (layer->stretch != 0) {
+    held.newest.attended.set.store(true, std::memory_order_relaxed);
+    sequence.stretch = layer->stretch;
+    sequence.stretches = held.newest.stretches;
+    sequence.cells = asked.mask.data != nullptr ? asked.cells : nullptr;
+    if (Status s = CheckOwnStretches(sequence); !s.ok()) return s;
+  }
   return asked.mask.data != nullptr ? Scan(asked.mask, cache) : sequence.CheckHeld();
 }
 
@@ -176,7 +202,11 @@ void AttendCall::Share() {
       return 0;
     }
     const Tokens seen = s.OfAll();
-    return seen.first == 0 ? seen.last / kBlockTokens : 0;
+    std::size_t last = seen.last;  // and as encoded
+    for (std::size_t q = 0; q < s.queries; ++q) {
+      s.ForExact(q, [&](const Stretch& x) { last = std::min(last, x.index * s.stretch); });
+    }
+    return seen.first == 0 ? last / kBlockTokens : 0;
   };
   order.clear();
   for (std::size_t i = 0; i < requests.size(); ++i) {

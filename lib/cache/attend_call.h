@@ -93,6 +93,8 @@ struct AttendCall {
   kernels::AttendTask TaskOf(const Part& part, std::span<const std::uint32_t> units,
                              kernels::Mask& mask) const;
   Outputs AttendExact(const Unit& unit, const float* bias) const;
+  void AddToScores(const Unit& unit, const float* bias, std::size_t first, std::size_t last,
+                   float* added) const;
   static float MaskNumber(const Request& request, std::size_t query, std::size_t token,
                           std::size_t query_head);
   void Merge(const Unit& unit, const float* bias, const Outputs* own) const;

@@ -79,7 +79,8 @@ void AttendCall::RunPart(std::size_t index) {
                   part.rows, padded);
 
   float* row = queries;
-  bool biased = sight.soft_cap != 0.0f || sight.sinks != nullptr || exact != 0;
+  bool biased =
+      sight.soft_cap != 0.0f || sight.sinks != nullptr || exact != 0 || layer->stretch != 0;
   for (const std::uint32_t u : units) {
     const Unit& unit = schedule.units[u];
     biased |= requests[unit.sequence].log_sum_exp != nullptr;
@@ -123,10 +124,10 @@ void AttendCall::GatherQueries(const Unit& unit, float* rows) const {
 // A unit's rows over the tokens that are kept exact. Their scores lack `bias` as those of codes do.
 Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
   const Sequence& s = sequences[unit.sequence];
-  const Request& request = requests[unit.sequence];
   const std::size_t rows = unit.queries * shape->group();
   thread_local Scratch scratch;
-  const std::size_t q_floats = rows * shape->k_dim, added_floats = rows * s.exact;
+  const std::size_t q_floats = rows * shape->k_dim,
+                    added_floats = rows * std::max(s.exact, s.stretch);
   std::uint8_t* const memory = scratch.Get((q_floats + added_floats) * sizeof(float) +
                                            rows * Outputs::RowBytes(shape->v_dim));
   float* const queries = reinterpret_cast<float*>(memory);
@@ -134,24 +135,49 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
   const Outputs to =
       Outputs::At(reinterpret_cast<std::uint8_t*>(added + added_floats), rows, shape->v_dim);
   GatherQueries(unit, queries);
-  for (std::size_t r = 0; r < rows; ++r) {
+  std::fill_n(to.out, rows * shape->v_dim, 0.0f);
+  std::fill_n(to.max, rows, -kInf);
+  std::fill_n(to.sum, rows, 0.0f);
+  const CacheLayer& held = *requests[unit.sequence].held;
+  // Tokens [first, last); the first of the rows is that of token `begin`.
+  const auto attend = [&](const ExactRows& of, std::size_t begin, std::size_t first,
+                          std::size_t last) {
+    const Tokens seen = s.OfRun(unit.first_query, unit.queries);
+    first = std::max(first, seen.first);
+    last = std::min(last, seen.last);
+    if (first >= last) return;
+    AddToScores(unit, bias, first, last, added);
+    const std::size_t at = first - begin;
+    pool->kernels->exact.attend(
+        {of.rows(KVMIX_K) + at * shape->k_dim, of.rows(KVMIX_V) + at * shape->v_dim,
+         of.factors(KVMIX_K) + at, of.factors(KVMIX_V) + at, last - first, shape->k_dim,
+         shape->v_dim, queries, rows, sight.scale, sight.soft_cap, added, to.out, to.max, to.sum});
+  };
+  if (s.exact != 0) attend(ExactFirst(*pool, held, layer->shape, unit.kv_head), 0, 0, s.exact);
+  s.ForExact(unit.first_query, [&](const Stretch& x) {
+    const std::size_t begin = x.index * s.stretch;
+    attend({x.page->memory, layer->shape, s.stretch, unit.kv_head}, begin, std::max(begin, s.exact),
+           std::min(begin + s.stretch, s.tokens));
+  });
+  return to;
+}
+
+// added[row][token of first to last] <- what is added to the scores: -inf where it is not seen.
+void AttendCall::AddToScores(const Unit& unit, const float* bias, std::size_t first,
+                             std::size_t last, float* added) const {
+  const Sequence& s = sequences[unit.sequence];
+  const Request& request = requests[unit.sequence];
+  for (std::size_t r = 0; r < unit.queries * shape->group(); ++r) {
     const std::size_t query = unit.first_query + r / shape->group();
     const std::size_t query_head = unit.kv_head * shape->group() + r % shape->group();
     const Tokens seen = s.Of(query);
-    for (std::size_t t = 0; t < s.exact; ++t) {
+    const float lacking = sight.soft_cap != 0.0f ? 0.0f : bias[r];
+    for (std::size_t t = first; t < last; ++t) {
       float number = t >= seen.first && t < seen.last ? 0.0f : -kInf;
       if (request.masked) number += MaskNumber(request, query, t, query_head);
-      added[r * s.exact + t] = number - (sight.soft_cap != 0.0f ? 0.0f : bias[r]);
+      *added++ = number - lacking;
     }
   }
-  const Half* const rows_of_all = request.held->exact.data();
-  const auto exact_rows = [&](Tensor t) {
-    return rows_of_all + ExactPlace(*pool, layer->shape, t, unit.kv_head);
-  };
-  pool->kernels->exact.attend({exact_rows(KVMIX_K), exact_rows(KVMIX_V), s.exact, shape->k_dim,
-                               shape->v_dim, queries, rows, sight.scale, sight.soft_cap, added,
-                               to.out, to.max, to.sum});
-  return to;
 }
 
 // A mask's number for one row and token, with its slope.
@@ -166,7 +192,8 @@ float AttendCall::MaskNumber(const Request& request, std::size_t query, std::siz
 void AttendCall::Merge(const Unit& unit, const float* bias, const Outputs* own) const {
   const std::size_t group = shape->group();
   const Request& request = requests[unit.sequence];
-  const bool has_exact = sequences[unit.sequence].exact != 0;
+  const bool has_exact =
+      sequences[unit.sequence].exact != 0 || !sequences[unit.sequence].stretches.empty();
   const Outputs first = has_exact ? AttendExact(unit, bias) : Outputs{};
   float narrow[kMaxHeadDim];
   for (std::size_t r = 0; r < unit.queries * group; ++r) {

@@ -36,10 +36,9 @@ Status CheckRoom(const CacheImpl& c, std::size_t layer, std::size_t tokens) {
                       c.capacity, tokens)};
 }
 
-std::size_t ExactPlace(const PoolImpl& pool, const LayerShape& shape, Tensor tensor,
-                       std::size_t head) {
-  const std::size_t before = tensor == KVMIX_K ? 0 : shape.k_dim;
-  return pool.plan.exact_first * (head * (shape.k_dim + shape.v_dim) + before);
+ExactRows ExactFirst(const PoolImpl& pool, const CacheLayer& held, const LayerShape& shape,
+                     std::size_t head) {
+  return {const_cast<std::uint8_t*>(held.exact.data()), shape, pool.plan.exact_first, head};
 }
 
 void KeepExact(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head, std::size_t cell,
@@ -47,11 +46,9 @@ void KeepExact(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
   const std::size_t exact = c.pool->plan.exact_first;
   if (cell >= exact) return;
   const PoolLayer& shape = c.pool->layers[layer];
-  const CompiledCodec& f16 = (tensor == KVMIX_K ? shape.exact_k : shape.exact_v)[head];
-  Half* const to = c.layers[layer].exact.data() + ExactPlace(*c.pool, shape.shape, tensor, head) +
-                   cell * rows.dim;
-  f16.Encode(rows.From(0, std::min(rows.count, exact - cell)), reinterpret_cast<std::uint8_t*>(to),
-             nullptr);
+  ExactFirst(*c.pool, c.layers[layer], shape.shape, head)
+      .Keep(shape.f16(tensor)[head], tensor, cell,
+            rows.From(0, std::min(rows.count, exact - cell)));
 }
 
 void KeepExactOf(CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head, std::size_t cell,
@@ -90,6 +87,22 @@ void LoadRows(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t 
   std::replace(rows, rows + count * codec.row_bytes(), std::uint8_t{0x80}, std::uint8_t{0});
 }
 
+void DecodeCodes(const CacheImpl& c, std::size_t layer, Tensor tensor, std::size_t head,
+                 std::size_t first, std::size_t count, float* out) {
+  constexpr std::size_t kRowsAtATime = 16;
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CompiledCodec& codec = shape.heads(tensor)[head];
+  const bool around = tensor == KVMIX_K && codec.own_centre();
+  std::uint8_t rows[kRowsAtATime * kMaxHeadDim * sizeof(Half)];
+  float scales[kRowsAtATime];
+  for (std::size_t t = first, n; t < first + count; t += n) {
+    n = std::min(kRowsAtATime - t % kRowsAtATime, first + count - t);  // of one stretch
+    LoadRows(c, layer, tensor, head, t, n, rows, scales);
+    codec.DecodeAround(around ? CentreOf(c, layer, head, t) : nullptr, rows, scales, n,
+                       out + (t - first) * shape.shape.dim(tensor));
+  }
+}
+
 Status CheckCapacity(const PoolImpl& pool, std::size_t tokens) {
   const std::size_t most = pool.memory->most();
   if (BytesForTokens(pool, tokens) <= most) return {};
@@ -108,6 +121,40 @@ std::unique_ptr<CacheImpl> CacheImpl::Fork() const {
   return fork;
 }
 
+namespace {
+
+// Opens the stretch that a cut to `tokens` tokens leaves unfinished, in every layer. kPoolFull, and
+// nothing has changed, if there is no page for it.
+Status OpenCut(CacheImpl& c, std::size_t tokens) {
+  const std::size_t stretch = c.pool->plan.exact_newest;
+  if (stretch == 0 || tokens % stretch == 0) return {};
+  for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
+    if (c.layers[layer].tokens <= tokens) continue;
+    const Status s = OpenStretches(c, layer, tokens, 1);
+    if (s.ok()) continue;
+    for (std::size_t ready = 0; ready < layer; ++ready) {  // they are whole again
+      const std::size_t end = std::min(c.layers[ready].tokens, (tokens / stretch + 1) * stretch);
+      if (end <= tokens) continue;
+      MarkStretches(c, ready, tokens, end - tokens);
+      CloseStretches(c, ready);
+    }
+    return s;
+  }
+  return {};
+}
+
+// Rows in canonical form can be had, and given, without their stretch.
+Status CheckNoStretches(const CacheImpl& c, const char* call) {
+  if (c.pool->plan.exact_newest == 0) return {};
+  return {
+      ErrorCode::kInvalidArgument,
+      fmt::format("{}: expected a plan with exact_newest 0, found {}: a session has all rows of "
+                  "such a cache",
+                  call, c.pool->plan.exact_newest)};
+}
+
+}  // namespace
+
 Status CacheImpl::Truncate(std::size_t tokens) {
   CacheImpl& c = *this;
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
@@ -124,6 +171,7 @@ Status CacheImpl::Truncate(std::size_t tokens) {
                           tokens, layer, c.pool->layers[layer].window, at.forgotten)};
     }
   }
+  if (Status s = OpenCut(c, tokens); !s.ok()) return s;
   for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
     c.layers[layer].tokens = std::min(c.layers[layer].tokens, tokens);
     if (tokens == 0) c.layers[layer].forgotten = c.layers[layer].dropped = 0;
@@ -162,6 +210,7 @@ Status CheckHeld(const CacheImpl& c, std::size_t layer, std::size_t first, std::
 Status CacheImpl::ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor,
                              std::size_t first, std::size_t count, void* codes,
                              float* scales) const {
+  if (Status s = CheckNoStretches(*this, "export"); !s.ok()) return s;
   if (Status s = CheckHeld(*this, layer, first, count); !s.ok()) return s;
   const PoolLayer& shape = pool->layers[layer];
   if (kv_head >= shape.formats.size()) {
@@ -184,21 +233,29 @@ Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, st
   const std::size_t heads = shape.formats.size(), dim = shape.shape.dim(tensor);
   const Result<OutRows> to = OutRows::Make(out, count, heads, dim);
   if (!to.ok()) return to.status();
-  const std::size_t exact = std::clamp(pool->plan.exact_first, first, first + count) - first;
-  std::vector<std::uint8_t> codes(kRowsAtATime * dim * sizeof(Half));
-  std::vector<float> scales(kRowsAtATime), rows(kRowsAtATime * dim);
+  std::vector<float> rows(kRowsAtATime * dim);
   for (std::size_t h = 0; h < heads; ++h) {
-    const Half* const kept =
-        layers[layer].exact.data() + ExactPlace(*pool, shape.shape, tensor, h) + first * dim;
-    for (std::size_t t = 0; t < exact; ++t) {
-      std::transform(kept + t * dim, kept + (t + 1) * dim, rows.data(), HalfToFloat);
-      to->Put(t, h, rows.data());
+    const ExactRows kept = ExactFirst(*pool, layers[layer], shape.shape, h);
+    std::size_t t = first;
+    for (; t < std::min(pool->plan.exact_first, first + count); ++t) {
+      kept.Get(tensor, t, dim, rows.data());
+      to->Put(t - first, h, rows.data());
     }
-    for (std::size_t t = exact, n; t < count; t += n) {
-      n = std::min(count - t, kRowsAtATime);
-      LoadRows(*this, layer, tensor, h, first + t, n, codes.data(), scales.data());
-      shape.heads(tensor)[h].Decode(codes.data(), scales.data(), n, rows.data(), dim);
-      for (std::size_t i = 0; i < n; ++i) to->Put(t + i, h, rows.data() + i * dim);
+    for (std::size_t n; t < first + count; t += n) {
+      const std::size_t end =
+          shape.stretch == 0 ? SIZE_MAX : (t / shape.stretch + 1) * shape.stretch;
+      n = std::min({first + count - t, kRowsAtATime, end - t});
+      const Stretch* const s =
+          shape.stretch == 0 ? nullptr : layers[layer].newest.Find(t / shape.stretch);
+      if (s != nullptr && s->open) {
+        const ExactRows open(s->page->memory, shape.shape, shape.stretch, h);
+        for (std::size_t i = 0; i < n; ++i) {
+          open.Get(tensor, t % shape.stretch + i, dim, rows.data() + i * dim);
+        }
+      } else {
+        DecodeCodes(*this, layer, tensor, h, t, n, rows.data());
+      }
+      for (std::size_t i = 0; i < n; ++i) to->Put(t + i - first, h, rows.data() + i * dim);
     }
   }
   return {};
@@ -209,6 +266,7 @@ Status CacheImpl::ImportRows(std::size_t layer, std::size_t count, const void* c
                              const float* const* v_scales) {
   if (Status s = CheckOwnLayer(*this, layer); !s.ok()) return s;
   CacheImpl& c = *this;
+  if (Status s = CheckNoStretches(c, "import"); !s.ok()) return s;
   if (Status s = CheckRoom(c, layer, count); !s.ok()) return s;
   if (count == 0) return {};
   const PoolLayer& shape = c.pool->layers[layer];

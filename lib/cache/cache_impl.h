@@ -17,6 +17,7 @@
 #include "kvmix/runner.h"
 #include "kvmix/status.h"
 #include "lib/cache/head.h"
+#include "lib/cache/newest.h"
 #include "lib/cache/pages.h"
 #include "lib/cache/views.h"
 
@@ -31,13 +32,19 @@ struct PoolLayer {
   // A page holds the same blocks of all KV heads, [kv_heads][blocks][block_bytes]: one block in
   // each of the first kOneBlockPages pages, 2^run_log2 neighbouring ones in the pages after them.
   std::size_t run_log2 = 0;
-  CompiledHeads exact_k = {}, exact_v = {};  // f16, where the plan keeps first tokens exact
+  CompiledHeads exact_k = {}, exact_v = {};  // f16, where the plan keeps tokens exact
+  std::size_t stretch = 0;                   // Plan::exact_newest
   std::size_t window = 0;  // of this layer and those that read it, the longest; 0: all is seen
   std::size_t kept = 0;    // the window and what may be rolled back; 0: all tokens
-  std::size_t one_block_kind = 0, run_kind = 0;  // of PageMemory
-  std::vector<std::size_t> head_bytes = {};      // [kv_heads]: those of the heads before, per block
+  std::size_t one_block_kind = 0, run_kind = 0, exact_kind = 0;  // of PageMemory
+  std::vector<std::size_t> head_bytes = {};  // [kv_heads]: those of the heads before, per block
 
   const CompiledHeads& heads(Tensor t) const { return t == KVMIX_K ? k : v; }
+  const CompiledHeads& f16(Tensor t) const { return t == KVMIX_K ? exact_k : exact_v; }
+  // Of a stretch's exact rows.
+  std::size_t exact_bytes() const {
+    return stretch == 0 ? 0 : shape.kv_heads * ExactRows::HeadBytes(shape, stretch);
+  }
   std::size_t PageOf(std::size_t block) const;
   std::size_t FirstBlock(std::size_t page) const;
   std::size_t BlocksOf(std::size_t page) const { return FirstBlock(page + 1) - FirstBlock(page); }
@@ -63,7 +70,8 @@ struct CacheLayer {
   std::size_t again = SIZE_MAX;
   std::vector<std::uint8_t*> blocks;  // [kv_heads][block_stride]
   std::size_t block_stride = 0;
-  std::vector<Half> exact;  // [kv_heads][K, V][the plan's exact_first][channels]
+  std::vector<std::uint8_t> exact;  // ExactRows of the plan's exact_first, of every head
+  Newest newest;
 
   std::uint8_t* const* blocks_of(std::size_t kv_head) const {
     return blocks.data() + kv_head * block_stride;
@@ -74,6 +82,7 @@ struct CacheLayer {
     for (std::size_t p = pages.size(); p-- > 0;) {
       if (pages[p] != nullptr && p != again) f(pages[p]);
     }
+    for (const Stretch& s : newest.stretches) f(s.page);
   }
 };
 
@@ -142,6 +151,8 @@ Status CheckRoom(const CacheImpl& cache, std::size_t layer, std::size_t tokens);
 // Whether cells [first, first + count) of a layer can be written: there are pages, and no other
 // cache shares them.
 bool IsWritable(const CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
+// The error of a pool that has none for these cells.
+Status NoPage(const CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // Makes it so. kPoolFull, and nothing has changed, if it is full.
 Status MakeWritable(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // Gives back pages that hold only tokens before `forgotten` or at `tokens` and after.
@@ -156,15 +167,19 @@ void KeepExact(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t h
 // The same for canonical rows: they are kept as exact as their codes.
 void KeepExactOf(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
                  std::size_t cell, std::size_t count, const void* rows, const float* scales);
-// Where a head's K or V begins in CacheLayer::exact, [exact_first][channels].
-std::size_t ExactPlace(const PoolImpl& pool, const LayerShape& shape, Tensor tensor,
-                       std::size_t head);
+// One head's exact first tokens.
+ExactRows ExactFirst(const PoolImpl& pool, const CacheLayer& held, const LayerShape& shape,
+                     std::size_t head);
 
 // Canonical rows of one head into cells, and out of them.
 void StoreRows(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
                std::size_t cell, std::size_t count, const std::uint8_t* rows, const float* scales);
 void LoadRows(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
               std::size_t cell, std::size_t count, std::uint8_t* rows, float* scales);
+
+// The numbers that codes stand for: tokens [first, first + count) of one head, to [count][dim].
+void DecodeCodes(const CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
+                 std::size_t first, std::size_t count, float* out);
 
 }  // namespace kvmix::internal
 

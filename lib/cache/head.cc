@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "kvmix/version.h"
 
@@ -93,6 +94,66 @@ kernels::CodedRows CompiledCodec::Coded(const void* rows, const float* scales,
           count};
 }
 
+namespace {
+
+// A centre as its bytes have it: a scale, and int8 codes.
+void ReadCentre(const std::uint8_t* from, std::size_t dim, float* mean) {
+  float scale;
+  std::memcpy(&scale, from, sizeof(scale));
+  const auto* const codes = reinterpret_cast<const std::int8_t*>(from + sizeof(scale));
+  for (std::size_t c = 0; c < dim; ++c) mean[c] = scale * static_cast<float>(codes[c]);
+}
+
+void WriteCentre(const float* mean, std::size_t dim, std::uint8_t* to) {
+  float largest = 0.0f;
+  for (std::size_t c = 0; c < dim; ++c) largest = std::max(largest, std::fabs(mean[c]));
+  const float scale = largest < 0x1p-100f ? 0.0f : largest / 127.0f;
+  std::memcpy(to, &scale, sizeof(scale));
+  for (std::size_t c = 0; c < dim; ++c) {
+    const float code = scale == 0.0f ? 0.0f : std::nearbyint(mean[c] / scale);
+    to[sizeof(scale) + c] =
+        static_cast<std::uint8_t>(static_cast<std::int8_t>(std::clamp(code, -127.0f, 127.0f)));
+  }
+}
+
+}  // namespace
+
+std::uint64_t CompiledCodec::EncodeAround(float* in_place, std::size_t count, std::size_t skip,
+                                          std::uint8_t* centre, std::uint8_t* rows,
+                                          float* scales) const {
+  const std::size_t dim = format_.dim;
+  if (transform_.rotates_or_folds()) {
+    kernels_->transform.prepare(in_place, dim, count, dim, transform_.inv_factor,
+                                transform_.hadamard);
+  }
+  // Sums in the order of the tokens, on every target.
+  float mean[kMaxHeadDim] = {};
+  const std::size_t first = skip < count ? skip : 0;
+  for (std::size_t r = first; r < count; ++r) {
+    for (std::size_t c = 0; c < dim; ++c) mean[c] += in_place[r * dim + c];
+  }
+  for (std::size_t c = 0; c < dim; ++c) mean[c] /= static_cast<float>(count - first);
+  WriteCentre(mean, dim, centre);
+  ReadCentre(centre, dim, mean);
+  const kernels::Transform around{.mean = mean, .shaping = transform_.shaping};
+  const kernels::RowsIn in{in_place, KVMIX_F32, static_cast<std::ptrdiff_t>(dim), count, dim};
+  return kernels_->encode.encode({in, around, format_, rows, row_bytes(), scales});
+}
+
+void CompiledCodec::DecodeAround(const std::uint8_t* centre, const void* rows, const float* scales,
+                                 std::size_t count, float* out) const {
+  const std::size_t dim = format_.dim;
+  if (!own_centre_) return Decode(rows, scales, count, out, dim);
+  float mean[kMaxHeadDim];
+  ReadCentre(centre, dim, mean);
+  const kernels::Transform around{.mean = mean};
+  kernels_->encode.decode_f32({format_, around, static_cast<const std::uint8_t*>(rows), row_bytes(),
+                               stores_scales() ? scales : nullptr, count},
+                              out, dim);
+  if (!transform_.rotates_or_folds()) return;
+  kernels_->transform.restore(out, dim, count, dim, transform_.factor, transform_.hadamard);
+}
+
 void CompiledCodec::Decode(const void* rows, const float* scales, std::size_t count, float* out,
                            std::size_t stride) const {
   kernels_->encode.decode_f32(Coded(rows, scales, count), out, stride);
@@ -101,6 +162,10 @@ void CompiledCodec::Decode(const void* rows, const float* scales, std::size_t co
 void CompiledCodec::Decode(const void* rows, const float* scales, std::size_t count, Half* out,
                            std::size_t stride) const {
   kernels_->encode.decode_f16(Coded(rows, scales, count), out, stride);
+}
+
+void CompiledCodec::ToFloat(const kernels::RowsIn& rows, float* out) const {
+  kernels_->encode.to_float(rows, out, rows.dim);
 }
 
 kernels::RowErrors CompiledCodec::Errors(const void* rows, const float* scales,
@@ -165,6 +230,7 @@ CompiledHeads::CompiledHeads(std::span<const HeadCodec* const> codecs, std::size
     head.kernels_ = &kernels;
     head.format_ = FormatOf(codec, dim);
     head.transform_.hadamard = codec.kind.hadamard;
+    head.own_centre_ = codec.kind.own_centre;
     if (!codec.mean().empty()) {
       float* const mean = vectors_.get() + h * dim;
       std::ranges::copy(codec.mean(), mean);

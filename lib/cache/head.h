@@ -38,12 +38,24 @@ class CompiledCodec {
   // One row each of this head and of those after it that CompiledHeads calls alike.
   std::uint64_t EncodeHeads(const kernels::RowsIn& heads, std::uint8_t* rows, float* scales) const;
 
+  bool own_centre() const { return own_centre_; }
+  // f32 rows of a stretch [count][dim] around their mean, which goes to `centre`, CentreBytes of
+  // it; rows before `skip` are not part of the mean. Of a codec with an own centre. in_place: the
+  // rows are scratch.
+  std::uint64_t EncodeAround(float* in_place, std::size_t count, std::size_t skip,
+                             std::uint8_t* centre, std::uint8_t* rows, float* scales) const;
+  // Rows of one stretch back, to [count][dim]; centre: as EncodeAround made it, or null.
+  void DecodeAround(const std::uint8_t* centre, const void* rows, const float* scales,
+                    std::size_t count, float* out) const;
+
   // `count` canonical rows, row_bytes() apart, to out + r * stride; scales may be null where none
   // are stored.
   void Decode(const void* rows, const float* scales, std::size_t count, float* out,
               std::size_t stride) const;
   void Decode(const void* rows, const float* scales, std::size_t count, Half* out,
               std::size_t stride) const;
+  // The numbers as they are (NaN and Inf too).
+  void ToFloat(const kernels::RowsIn& rows, float* out) const;
   kernels::RowErrors Errors(const void* rows, const float* scales,
                             const kernels::RowsIn& tokens) const;
   // Rows that an encoder makes: no code of -128, no half and no scale that is not finite. (Every
@@ -66,6 +78,7 @@ class CompiledCodec {
   kernels::RowFormat format_;
   kernels::Transform transform_;     // for tokens of this head
   kernels::Transform across_heads_;  // for heads of a token
+  bool own_centre_ = false;
 };
 
 // All KV heads' K, or V, of a layer. Owns the vectors, those of a kind side by side.

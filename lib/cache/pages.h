@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace kvmix::internal {
@@ -19,6 +20,11 @@ struct Page {
   Page* next;         // of a list, for whoever holds the page alone
   std::size_t place;  // free for the same
 };
+
+// Whether a page may be written.
+inline bool IsOwn(const Page* page) {
+  return page != nullptr && page->users.load(std::memory_order_acquire) == 1;
+}
 
 // Thread-safe. Memory comes from the system in chunks, where huge pages are asked for, and goes
 // back to it page by page.
@@ -64,6 +70,15 @@ class PageMemory {
   std::size_t carved_ = 0;  // bytes of the last chunk
   std::size_t dirty_ = 0;   // bytes of unused pages that hold memory
   std::atomic<std::size_t> used_{0};
+};
+
+// Pages that nobody has yet; those that are left go back.
+struct PageList {
+  PageMemory& memory;
+  Page* first = nullptr;
+  ~PageList() {
+    while (first != nullptr) memory.Release(std::exchange(first, first->next));
+  }
 };
 
 }  // namespace kvmix::internal

@@ -41,10 +41,11 @@ bool SameTile(const kernels::TileFormat& a, const kernels::TileFormat& b) {
 
 // Pages of one can be those of the other: what was a number there is one here.
 bool SamePages(const PoolLayer& a, const PoolLayer& b) {
-  return a.run_log2 == b.run_log2 &&
+  return a.run_log2 == b.run_log2 && a.exact_bytes() == b.exact_bytes() &&
          std::ranges::equal(a.formats, b.formats,
                             [](const kernels::BlockFormat& x, const kernels::BlockFormat& y) {
-                              return SameTile(x.k, y.k) && SameTile(x.v, y.v);
+                              return SameTile(x.k, y.k) && SameTile(x.v, y.v) &&
+                                     x.stretch == y.stretch;
                             });
 }
 
@@ -83,7 +84,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolSettings&
     PoolLayer layer{.shape = shape,
                     .k = Compile(plan, i, KVMIX_K, **kernels),
                     .v = Compile(plan, i, KVMIX_V, **kernels)};
-    if (plan.exact_first != 0) {
+    layer.stretch = plan.exact_newest;
+    if (plan.exact_first != 0 || plan.exact_newest != 0) {
       const HeadCodec f16;
       const std::vector<const HeadCodec*> all(shape.kv_heads, &f16);
       layer.exact_k = CompiledHeads(all, shape.k_dim, **kernels);
@@ -91,7 +93,8 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolSettings&
     }
     std::size_t bytes = 0;
     for (std::size_t h = 0; h < shape.kv_heads; ++h) {
-      kernels::BlockFormat format{{layer.k[h].format()}, {layer.v[h].format()}};
+      kernels::BlockFormat format{.k = {layer.k[h].format()}, .v = {layer.v[h].format()}};
+      format.stretch = layer.k[h].own_centre() ? plan.exact_newest : 0;
       (*kernels)->tiles.lay_out(format);
       layer.head_bytes.push_back(bytes);
       bytes += format.block_bytes;
@@ -112,10 +115,12 @@ Result<std::shared_ptr<PoolImpl>> MakePool(const Plan& plan, const PoolSettings&
     if (like != pool->layers.end()) {
       layer.one_block_kind = like->one_block_kind;
       layer.run_kind = like->run_kind;
+      layer.exact_kind = like->exact_kind;
     } else {
       layer.one_block_kind = pool->memory->AddKind(bytes);
       layer.run_kind = layer.run_log2 == 0 ? layer.one_block_kind
                                            : pool->memory->AddKind(bytes << layer.run_log2);
+      if (layer.stretch != 0) layer.exact_kind = pool->memory->AddKind(layer.exact_bytes());
     }
     pool->layers.push_back(std::move(layer));
   }
@@ -132,6 +137,9 @@ std::size_t BytesForTokens(const PoolImpl& pool, std::size_t tokens) {
     const std::size_t block = pool.memory->page_bytes(layer.one_block_kind);
     if (blocks > (SIZE_MAX - sum) / block) return SIZE_MAX;
     sum += blocks * block;
+    // The stretch that fills, and the one before it.
+    sum += std::min<std::size_t>(2, CeilDiv(held, std::max<std::size_t>(1, layer.stretch))) *
+           layer.exact_bytes();
   }
   return sum;
 }
@@ -193,20 +201,13 @@ void SetPage(CacheImpl& c, std::size_t layer, std::size_t page, Page* to) {
   PointTo(*c.pool, shape, at, page);
 }
 
-// Pages that nobody has yet; those that are left go back.
-struct PageList {
-  PageMemory& memory;
-  Page* first = nullptr;
-  ~PageList() {
-    while (first != nullptr) memory.Release(std::exchange(first, first->next));
-  }
-};
-
-bool IsOwn(const Page* page) {
-  return page != nullptr && page->users.load(std::memory_order_acquire) == 1;
-}
-
 }  // namespace
+
+Status NoPage(const CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  return {ErrorCode::kPoolFull,
+          fmt::format("layer {}: no page for tokens {} + {}: {} of the pool's {} bytes are used",
+                      layer, first, count, c.pool->memory->used(), c.pool->memory->most())};
+}
 
 bool IsWritable(const CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
   if (count == 0) return true;
@@ -226,8 +227,8 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
   if (count == 0) return {};  // there is no last cell
   const PoolLayer& shape = c.pool->layers[layer];
   CacheLayer& at = c.layers[layer];
-  at.exact.resize(c.pool->plan.exact_first * shape.shape.kv_heads *
-                  (shape.shape.k_dim + shape.shape.v_dim));
+  at.exact.resize(shape.shape.kv_heads *
+                  ExactRows::HeadBytes(shape.shape, c.pool->plan.exact_first));
   const std::size_t first_page = shape.PageOf(first / kBlockTokens);
   const std::size_t last_page = shape.PageOf((first + count - 1) / kBlockTokens);
   // A cell far from all others would need tables larger than memory.
@@ -254,12 +255,7 @@ Status MakeWritable(CacheImpl& c, std::size_t layer, std::size_t first, std::siz
   for (std::size_t p = first_page; p <= last_page; ++p) {
     if (IsOwn(at.pages[p]) && !(p == at.again && overwrites)) continue;
     Page* const page = c.pool->memory->Get(shape.KindOf(p));
-    if (page == nullptr) {
-      return {
-          ErrorCode::kPoolFull,
-          fmt::format("layer {}: no page for tokens {} + {}: {} of the pool's {} bytes are used",
-                      layer, first, count, c.pool->memory->used(), c.pool->memory->most())};
-    }
+    if (page == nullptr) return NoPage(c, layer, first, count);
     page->place = p;
     page->next = std::exchange(fresh.first, page);
   }
@@ -280,6 +276,9 @@ void DropUnused(CacheImpl& c, std::size_t layer) {
     const bool beyond = shape.FirstBlock(p) * kBlockTokens >= at.tokens;
     if (at.pages[p] != nullptr && (past || beyond)) SetPage(c, layer, p, nullptr);
   }
+  if (shape.stretch == 0) return;
+  CutStretches(c, layer, at.tokens);
+  ForgetStretches(c, layer, at.forgotten);
 }
 
 void ForgetPast(CacheImpl& c, std::size_t layer, std::size_t next) {

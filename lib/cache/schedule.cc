@@ -101,11 +101,36 @@ void Schedule::AddOwn(const Sequence& s, std::uint32_t first_unit, std::size_t c
   const std::size_t seen = std::min(s.tokens - s.shared, s.Most(units[first_unit].queries));
   const std::size_t span = SpanOf(seen, count);
   for (std::size_t u = first_unit; u < first_unit + count; ++u) {
-    const Unit& unit = units[u];
-    const Tokens tokens = SeenBy(s, unit.first_query, unit.queries);
+    const Unit unit = units[u];
+    Tokens tokens = SeenBy(s, unit.first_query, unit.queries);
     unit_of.push_back(static_cast<std::uint32_t>(u));
-    AddParts(unit.kv_head, unit_of.size() - 1, 1, unit.queries * gqa, tokens.first, tokens.last,
-             span);
+    const auto add = [&](std::size_t first, std::size_t last) {
+      AddParts(unit.kv_head, unit_of.size() - 1, 1, unit.queries * gqa, first, last, span);
+    };
+    // Between the stretches that are read exactly.
+    s.ForExact(unit.first_query, [&](const Stretch& exact) {
+      const std::size_t first = exact.index * s.stretch;
+      if (first >= tokens.last || first + s.stretch <= tokens.first) return;
+      if (first > tokens.first) add(tokens.first, first);
+      tokens.first = first + s.stretch;
+    });
+    if (tokens.first < tokens.last || units[u].partials == 0) add(tokens.first, tokens.last);
+  }
+}
+
+// Runs of neighbouring queries, as long as each other, that stand in one stretch.
+void Schedule::AddUnits(const Sequence& s, std::uint32_t number, std::size_t kv_heads,
+                        std::size_t gqa) {
+  const std::size_t most_queries = std::max<std::size_t>(1, kRowsPerPart / gqa);
+  const std::size_t runs = CeilDiv(s.queries, most_queries);
+  const std::size_t of_run = runs != 0 ? CeilDiv(s.queries, runs) : 1;
+  for (std::size_t h = 0; h < kv_heads; ++h) {
+    for (std::size_t first = 0, n; first < s.queries; first += n) {
+      const std::size_t most = std::min(s.stretch != 0 ? most_queries : of_run, s.queries - first);
+      for (n = 1; n < most && s.OwnOf(first + n) == s.OwnOf(first);) ++n;
+      units.push_back({number, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(first),
+                       static_cast<std::uint32_t>(n), 0, 0});
+    }
   }
 }
 
@@ -116,18 +141,9 @@ void Schedule::Make(std::span<const Sequence> sequences, std::size_t kv_heads, s
   unit_of.clear();
   std::vector<std::uint32_t>& first_units = first_units_;
   first_units.clear();
-  const std::size_t most_queries = std::max<std::size_t>(1, kRowsPerPart / gqa);
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     first_units.push_back(static_cast<std::uint32_t>(units.size()));
-    const std::size_t queries = sequences[i].queries, runs = CeilDiv(queries, most_queries);
-    const std::size_t of_run = runs != 0 ? CeilDiv(queries, runs) : 1;
-    for (std::size_t h = 0; h < kv_heads; ++h) {
-      for (std::size_t first = 0; first < queries; first += of_run) {
-        units.push_back({static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(h),
-                         static_cast<std::uint32_t>(first),
-                         static_cast<std::uint32_t>(std::min(of_run, queries - first)), 0, 0});
-      }
-    }
+    AddUnits(sequences[i], static_cast<std::uint32_t>(i), kv_heads, gqa);
   }
   first_units.push_back(static_cast<std::uint32_t>(units.size()));
   AddShared(sequences, kv_heads, gqa);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/mask.h"
+#include "lib/cache/newest.h"
 #include "lib/cache/sight.h"
 
 namespace kvmix::internal {
@@ -20,9 +21,31 @@ struct Sequence : Sight {
   std::size_t shared = 0;
   std::size_t group = 0;
   const kernels::Mask* mask = nullptr;
+  // Tokens of a stretch, 0: none. The stretches with exact rows, by index, and the cells of the
+  // queries, where they are not the last tokens.
+  std::size_t stretch = 0;
+  std::span<const Stretch> stretches = {};
+  const std::int64_t* cells = nullptr;
+
+  static constexpr std::size_t kNone = SIZE_MAX;
+  // The stretch that a query stands in.
+  std::size_t OwnOf(std::size_t query) const {
+    if (stretch == 0) return kNone;
+    if (cells == nullptr) return (tokens - queries + query) / stretch;
+    return cells[query] < 0 ? kNone : static_cast<std::size_t>(cells[query]) / stretch;
+  }
+  // f(stretch) for each that a query sees exactly: its own, and all that are open.
+  template <class F>
+  void ForExact(std::size_t query, const F& f) const {
+    const std::size_t own = OwnOf(query);
+    for (const Stretch& s : stretches) {
+      if (s.open || s.index == own) f(s);
+    }
+  }
 };
 
-// Queries of one sequence and KV head that are merged at once: rows [query][query head].
+// Queries of one sequence and KV head that are merged at once: rows [query][query head]. They stand
+// in one stretch.
 struct Unit {
   std::uint32_t sequence, kv_head, first_query, queries;
   std::uint32_t first_partial, partials;  // of Schedule::partials
@@ -58,6 +81,8 @@ struct Schedule {
 
  private:
   void AddShared(std::span<const Sequence> sequences, std::size_t kv_heads, std::size_t gqa);
+  void AddUnits(const Sequence& sequence, std::uint32_t number, std::size_t kv_heads,
+                std::size_t gqa);
   void AddOwn(const Sequence& sequence, std::uint32_t first_unit, std::size_t units,
               std::size_t gqa);
   void AddParts(std::size_t kv_head, std::size_t first_unit, std::size_t units, std::size_t rows,

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <functional>
 #include <new>
@@ -15,6 +17,7 @@
 #include <fmt/format.h>
 
 #include "lib/cache/cache_impl.h"
+#include "lib/cache/round.h"
 #include "lib/cache/sight.h"
 #include "lib/files/file.h"
 #include "lib/plan/plan.h"
@@ -25,7 +28,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "sessions are little-endian");
 
 constexpr std::array<char, 8> kMagic = {'k', 'v', 'm', 'i', 'x', 's', 'e', 's'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;  // 1: no factors of exact rows
 constexpr std::size_t kRowsAtATime = 256;
 constexpr std::size_t kLongestName = 4096;
 
@@ -111,6 +114,16 @@ Status ForTensors(const PoolLayer& layer, const F& f) {
   return {};
 }
 
+// f(cell) for the first token of every whole stretch of tokens [first, last), while it is true.
+template <class F>
+bool ForCentres(const PoolLayer& layer, std::size_t first, std::size_t last, const F& f) {
+  for (std::size_t cell = first / layer.stretch * layer.stretch; cell + layer.stretch <= last;
+       cell += layer.stretch) {
+    if (!f(cell)) return false;
+  }
+  return true;
+}
+
 // Canonical rows of one tensor on their way.
 struct Rows {
   std::vector<std::uint8_t> rows;
@@ -118,19 +131,125 @@ struct Rows {
 
   explicit Rows(const CompiledCodec& codec)
       : rows(kRowsAtATime * codec.row_bytes()), scales(codec.stores_scales() ? kRowsAtATime : 0) {}
+  void Clear(std::size_t row) {
+    const std::size_t bytes = rows.size() / kRowsAtATime;
+    std::fill_n(rows.begin() + static_cast<std::ptrdiff_t>(row * bytes), bytes, std::uint8_t{0});
+    if (!scales.empty()) scales[row] = 0.0f;
+  }
 };
+
+// The stretches of a layer that travel: those that are open, and the newest of the others.
+std::vector<const Stretch*> Travellers(const CacheLayer& held) {
+  std::vector<const Stretch*> all;
+  const Stretch* newest = nullptr;
+  for (const Stretch& s : held.newest.stretches) {
+    if (s.open) continue;
+    if (newest == nullptr || s.turn >= newest->turn) newest = &s;
+  }
+  for (const Stretch& s : held.newest.stretches) {
+    if (s.open || &s == newest) all.push_back(&s);
+  }
+  return all;
+}
+
+// Exact rows, and the centres of encoded ones.
+void SaveStretches(const CacheImpl& c, std::size_t layer, Writer& out) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CacheLayer& held = c.layers[layer];
+  if (shape.stretch == 0) return;
+  const std::vector<const Stretch*> all = Travellers(held);
+  out.Number<std::uint64_t>(all.size());
+  for (const Stretch* s : all) {
+    out.Number<std::uint64_t>(s->index);
+    out.Number<std::uint8_t>(s->open);
+    for (std::size_t i = 0; i < shape.stretch; ++i) out.Number<std::uint8_t>(s->written[i]);
+    out.Bytes(s->page->memory, shape.exact_bytes());
+  }
+  for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+    if (!shape.k[h].own_centre()) continue;
+    ForCentres(shape, held.forgotten, held.tokens, [&](std::size_t cell) {
+      out.Bytes(CentreOf(c, layer, h, cell), CentreBytes(shape.shape.k_dim));
+      return true;
+    });
+  }
+}
+
+bool AreFinite(const Half* rows, std::size_t count) {
+  return std::none_of(rows, rows + count, [](Half x) { return (x & 0x7C00) == 0x7C00; });
+}
+
+// As ExactRows::Keep makes them.
+bool AreExact(const PoolLayer& shape, std::uint8_t* memory, std::size_t tokens) {
+  for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+    const ExactRows rows(memory, shape.shape, tokens, h);
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+      const float* const factors = rows.factors(t);
+      const bool good = std::all_of(factors, factors + tokens, [](float f) {
+        return f == 0.0f || (f >= 1.0f && std::isfinite(f));
+      });
+      if (!good || !AreFinite(rows.rows(t), tokens * shape.shape.dim(t))) return false;
+    }
+  }
+  return true;
+}
+
+Status LoadStretches(CacheImpl& c, std::size_t layer, Reader& in) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  CacheLayer& held = c.layers[layer];
+  const std::string name = fmt::format("layer {}", layer);
+  std::uint64_t count = 0;
+  if (shape.stretch == 0) return {};
+  if (!in.Number(&count)) return Damaged(name, "a number of stretches");
+  for (std::uint64_t index = 0, before = 0; count > 0; --count, before = index + 1) {
+    if (!in.Number(&index) || index < before || index >= CeilDiv(held.tokens, shape.stretch)) {
+      return Damaged(name, "the places of stretches");
+    }
+    Page* const page = c.pool->memory->Get(shape.exact_kind);
+    if (page == nullptr) return NoPage(c, layer, index * shape.stretch, shape.stretch);
+    held.newest.stretches.push_back({.index = index, .page = page});
+    Stretch& s = held.newest.stretches.back();
+    std::uint8_t written = 0, open = 0;
+    if (!in.Number(&open) || open > 1) return Damaged(name, "a stretch");
+    s.open = open != 0;
+    for (std::size_t i = 0; i < shape.stretch; ++i) {
+      if (!in.Number(&written) || written > 1) return Damaged(name, "a stretch");
+      s.written[i] = written != 0;
+    }
+    if (!in.Bytes(page->memory, shape.exact_bytes()) ||
+        !AreExact(shape, page->memory, shape.stretch)) {
+      return Damaged(name, "the exact rows of a stretch");
+    }
+  }
+  for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+    if (!shape.k[h].own_centre()) continue;
+    const bool good = ForCentres(shape, held.forgotten, held.tokens, [&](std::size_t cell) {
+      std::uint8_t* const centre = CentreOf(c, layer, h, cell);
+      float scale;
+      const bool read = in.Bytes(centre, CentreBytes(shape.shape.k_dim));
+      std::memcpy(&scale, centre, sizeof(scale));
+      return read && std::isfinite(scale) && scale >= 0.0f;
+    });
+    if (!good) return Damaged(name, "finite centres");
+  }
+  return {};
+}
 
 void SaveLayer(const CacheImpl& c, std::size_t layer, Writer& out) {
   const PoolLayer& shape = c.pool->layers[layer];
   const CacheLayer& held = c.layers[layer];
   out.Number<std::uint64_t>(held.forgotten);
   out.Number<std::uint64_t>(held.tokens);
-  if (held.tokens != 0) out.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
+  if (held.tokens != 0) out.Bytes(held.exact.data(), held.exact.size());
+  SaveStretches(c, layer, out);
   (void)ForTensors(shape, [&](Tensor t, std::size_t h) {
     Rows buffer(shape.heads(t)[h]);
     for (std::size_t at = held.forgotten; at < held.tokens; at += kRowsAtATime) {
       const std::size_t n = std::min(kRowsAtATime, held.tokens - at);
       LoadRows(c, layer, t, h, at, n, buffer.rows.data(), buffer.scales.data());
+      for (std::size_t i = 0; shape.stretch != 0 && i < n; ++i) {  // nothing is encoded there yet
+        const Stretch* const s = held.newest.Find((at + i) / shape.stretch);
+        if (s != nullptr && s->open) buffer.Clear(i);
+      }
       out.Bytes(buffer.rows.data(), n * shape.heads(t)[h].row_bytes());
       if (!buffer.scales.empty()) out.Bytes(buffer.scales.data(), n * sizeof(float));
     }
@@ -158,13 +277,16 @@ Status LoadLayer(CacheImpl& c, std::size_t layer, Reader& in) {
   const bool by_window = shape.window != 0 && HasPast(shape.window, forgotten, 0, tokens);
   held.dropped = by_window ? 0 : forgotten;
   if (tokens != 0) {  // also where all of them are forgotten, and nothing made room
-    held.exact.resize(ExactPlace(*c.pool, shape.shape, KVMIX_K, shape.shape.kv_heads));
-    const bool read = in.Bytes(held.exact.data(), held.exact.size() * sizeof(Half));
-    const bool finite =
-        std::ranges::none_of(held.exact, [](Half x) { return (x & 0x7C00) == 0x7C00; });
-    if (!read || !finite) return Damaged(name, "the first tokens' exact rows");
+    const std::size_t exact = c.pool->plan.exact_first;
+    held.exact.resize(shape.shape.kv_heads * ExactRows::HeadBytes(shape.shape, exact));
+    if (!in.Bytes(held.exact.data(), held.exact.size()) ||
+        !AreExact(shape, held.exact.data(), exact)) {
+      return Damaged(name, "the first tokens' exact rows");
+    }
   }
-  const Status s = ForTensors(shape, [&](Tensor t, std::size_t h) {
+  Status s = LoadStretches(c, layer, in);
+  if (!s.ok()) return s;
+  s = ForTensors(shape, [&](Tensor t, std::size_t h) {
     Rows buffer(shape.heads(t)[h]);
     for (std::size_t at = forgotten; at < tokens; at += kRowsAtATime) {
       const std::size_t n = std::min<std::size_t>(kRowsAtATime, tokens - at);

@@ -1,6 +1,8 @@
 // Cache::Shift: tokens in the middle go, those after them move back, and so do their keys' angles.
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -9,6 +11,8 @@
 
 namespace kvmix::internal {
 namespace {
+
+using kernels::kBlockTokens;
 
 constexpr std::size_t kRowsAtATime = 16;
 
@@ -102,6 +106,53 @@ std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std:
   return clamped;
 }
 
+// Tokens from `first` on, read from `from` and appended to `to`, which ends where they shall be:
+// they stand in other stretches there.
+Status AppendMoved(const CacheImpl& from, std::size_t layer, std::size_t first, const Turn& turn,
+                   CacheImpl& to) {
+  const LayerShape& shape = from.pool->layers[layer].shape;
+  const std::size_t tokens = from.layers[layer].tokens, heads = shape.kv_heads;
+  std::vector<float> k(kBlockTokens * heads * shape.k_dim), v(kBlockTokens * heads * shape.v_dim);
+  for (std::size_t t = first, n; t < tokens; t += n) {
+    n = std::min(kBlockTokens, tokens - t);
+    Status s = from.Decode(layer, KVMIX_K, t, n, {k.data(), KVMIX_F32, 0, 0});
+    if (s.ok()) s = from.Decode(layer, KVMIX_V, t, n, {v.data(), KVMIX_F32, 0, 0});
+    for (std::size_t r = 0; r < n * heads; ++r) turn.Apply(k.data() + r * shape.k_dim);
+    if (s.ok()) {
+      s = to.Append(layer, RowsView::F32(k.data(), n, heads, shape.k_dim),
+                    RowsView::F32(v.data(), n, heads, shape.v_dim), Runner::Here());
+    }
+    if (!s.ok()) return s;
+  }
+  return {};
+}
+
+// The whole shift of a cache with stretches: a fork is cut and filled again, and takes its place.
+template <class RopeOf>
+Status ShiftStretches(CacheImpl& c, std::size_t keep, std::size_t drop, const RopeOf& rope_of) {
+  const std::unique_ptr<CacheImpl> moved = c.Fork();
+  for (std::size_t layer = 0; layer < c.layers.size(); ++layer) {
+    const PoolLayer& shape = c.pool->layers[layer];
+    if (!shape.shape.owns_kv()) continue;
+    const CacheLayer& held = c.layers[layer];
+    CacheLayer& to = moved->layers[layer];
+    const std::size_t first = FirstMoved(held, keep, drop);
+    if ((first - drop) % shape.stretch != 0 && first - drop > held.forgotten) {
+      if (Status s = OpenStretches(*moved, layer, first - drop, 1); !s.ok()) return s;
+    }
+    to.tokens = first - drop;
+    to.forgotten = Moved(held.forgotten, keep, drop);
+    // Kept tokens that left with the window stay unseen, though queries come nearer to them.
+    to.dropped = std::max(Moved(held.dropped, keep, drop), std::min(held.forgotten, keep));
+    DropUnused(*moved, layer);
+    const Turn turn(rope_of(layer), shape.shape.k_dim, drop);
+    if (Status s = AppendMoved(c, layer, first, turn, *moved); !s.ok()) return s;
+  }
+  c.saturated += moved->saturated;
+  std::swap(c.layers, moved->layers);
+  return {};
+}
+
 }  // namespace
 
 Status CacheImpl::Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes) {
@@ -126,6 +177,7 @@ Status CacheImpl::Shift(std::size_t keep, std::size_t drop, std::span<const Rope
     if (Status s = CheckRope(rope_of(layer), layer, shapes[layer].shape.k_dim); !s.ok()) return s;
   }
   if (drop == 0) return {};  // K is as it should be, and another encoding would only lose
+  if (c.pool->plan.exact_newest != 0) return ShiftStretches(c, keep, drop, rope_of);
   for (std::size_t layer = 0; layer < shapes.size(); ++layer) {
     if (!shapes[layer].shape.owns_kv()) continue;
     const CacheLayer& held = c.layers[layer];

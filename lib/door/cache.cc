@@ -323,7 +323,7 @@ kvmix_code kvmix_cache_attend(const kvmix_cache* cache, size_t layer, const kvmi
                               const kvmix_runner* runner, kvmix_error* error) {
   return Guarded(error, [&] {
     if (q == nullptr || out == nullptr) return IsNull(q == nullptr ? "q" : "out");
-    const kvmix_attend_request request{sizeof(request), cache, *q, *out, nullptr, {}};
+    const kvmix_attend_request request{sizeof(request), cache, *q, *out, nullptr, {}, nullptr};
     return Attend(&request, 1, layer, sight, runner);
   });
 }

@@ -106,8 +106,8 @@ Status CheckTensor(kvmix_tensor tensor) {
 
 Status CheckCodecStruct(const kvmix_codec* codec) {
   if (Status s = CheckStruct(codec, "codec"); !s.ok()) return s;
-  constexpr std::uint32_t kSteps =
-      KVMIX_STEP_CENTRE | KVMIX_STEP_FOLD | KVMIX_STEP_HADAMARD | KVMIX_STEP_SHAPE;
+  constexpr std::uint32_t kSteps = KVMIX_STEP_CENTRE | KVMIX_STEP_FOLD | KVMIX_STEP_HADAMARD |
+                                   KVMIX_STEP_SHAPE | KVMIX_STEP_OWN_CENTRE;
   if ((codec->steps & ~kSteps) != 0) {
     return Error(ErrorCode::kInvalidArgument, "codec: steps: expected at most {}, found {}", kSteps,
                  codec->steps);

@@ -57,7 +57,7 @@ Status SetCodec(Plan& plan, std::size_t layer, std::size_t kv_head, kvmix_tensor
   }
   if (Status s = CheckCodecStruct(from); !s.ok()) return s;
   const HeadCodec codec = internal::ValueOf(*from);
-  if (Status s = internal::CheckCodecAt(codec, shape, layer, first, tensor); !s.ok()) return s;
+  if (Status s = internal::CheckCodecAt(codec, plan, layer, first, tensor); !s.ok()) return s;
   const std::size_t last = kv_head == KVMIX_ALL ? shape.kv_heads : kv_head + 1;
   for (std::size_t h = first; h < last; ++h) plan.codec(layer, h, tensor) = codec;
   return {};
@@ -184,6 +184,14 @@ kvmix_code kvmix_plan_set_exact_first(kvmix_plan* plan, size_t tokens, kvmix_err
   });
 }
 
+kvmix_code kvmix_plan_set_exact_newest(kvmix_plan* plan, size_t tokens, kvmix_error* error) {
+  return With(plan, error, [&](Plan& p) {
+    Status s = internal::CheckExactNewest(tokens, p.codecs);
+    if (s.ok()) p.exact_newest = tokens;
+    return s;
+  });
+}
+
 void kvmix_plan_destroy(kvmix_plan* plan) { Destroy(plan); }
 
 size_t kvmix_plan_layers(const kvmix_plan* plan) {
@@ -192,6 +200,10 @@ size_t kvmix_plan_layers(const kvmix_plan* plan) {
 
 size_t kvmix_plan_exact_first(const kvmix_plan* plan) {
   return Ask(plan, [](const Plan& p) { return p.exact_first; });
+}
+
+size_t kvmix_plan_exact_newest(const kvmix_plan* plan) {
+  return Ask(plan, [](const Plan& p) { return p.exact_newest; });
 }
 
 kvmix_code kvmix_plan_layer(const kvmix_plan* plan, size_t layer, kvmix_layer* out,

@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::pair<bool CodecKind::*, std::string_view> kSteps[] = {
     {&CodecKind::centre, "+centre"},
+    {&CodecKind::own_centre, "+own-centre"},
     {&CodecKind::fold, "+fold"},
     {&CodecKind::hadamard, "+hadamard"},
     {&CodecKind::shape, "+shape"}};
@@ -96,6 +97,7 @@ bool IsKnown(const CodecKind& kind) {
 bool Exists(const CodecKind& kind) {
   if (!IsKnown(kind)) return false;
   if (kind.storage == KVMIX_STORAGE_F16) return kind == CodecKind();
+  if (kind.centre && kind.own_centre) return false;
   const bool is_i8 = kind.storage == KVMIX_STORAGE_I8;
   if (kind.operands == (is_i8 ? KVMIX_OPERANDS_16 : KVMIX_OPERANDS_8)) return false;
   if (kind.scale == KVMIX_SCALE_HEAD) return is_i8 && !kind.shape;
@@ -177,7 +179,7 @@ Result<CodecKind> ParseCodecKind(std::string_view name) {
   return Invalid(
       "codec: expected a storage ({}), x8 after i8 or x16 after those below it for other operands "
       "than the usual ones, but for f16 a scale ({}; -head for i8 without +shape) and, in this "
-      "order, any of {}; found \"{}\"",
+      "order, any of {}, of both centres one; found \"{}\"",
       Names<Storage>(), Names<Scale>(), StepNames(), name);
 }
 

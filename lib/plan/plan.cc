@@ -3,6 +3,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <bit>
 #include <span>
 
 #include <fmt/format.h>
@@ -18,22 +19,42 @@ Status CheckExactFirst(std::size_t tokens) {
                kMostExactFirst, tokens);
 }
 
-Status CheckCodecAt(const HeadCodec& codec, const LayerShape& shape, std::size_t layer,
+Status CheckExactNewest(std::size_t tokens, const std::vector<HeadCodec>& codecs) {
+  const bool exists = tokens == 0 || (std::has_single_bit(tokens) && tokens >= 16 && tokens <= 256);
+  if (!exists) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "exact_newest: expected 0, 16, 32, 64, 128 or 256, found {}", tokens);
+  }
+  if (tokens != 0 ||
+      std::ranges::none_of(codecs, [](const HeadCodec& c) { return c.kind.own_centre; })) {
+    return {};
+  }
+  return Error(ErrorCode::kInvalidArgument,
+               "exact_newest: expected 16 or more, as a codec has +own-centre, found 0");
+}
+
+Status CheckCodecAt(const HeadCodec& codec, const Plan& plan, std::size_t layer,
                     std::size_t kv_head, Tensor tensor) {
   const bool is_k = tensor == KVMIX_K;
-  if (Status s = internal::CheckCodec(codec, shape.dim(tensor)); !s.ok()) {
-    return Error(s.code(), "layer {}, KV head {}, {}: {}", layer, kv_head, is_k ? "K" : "V",
-                 s.message());
+  const auto wrong = [&](ErrorCode code, const std::string& message) {
+    return Error(code, "layer {}, KV head {}, {}: {}", layer, kv_head, is_k ? "K" : "V", message);
+  };
+  const Status s = internal::CheckCodec(codec, plan.model.layers[layer].dim(tensor));
+  if (!s.ok()) return wrong(s.code(), s.message());
+  const std::string name = internal::ToString(codec.kind);
+  if (!is_k && (codec.kind.shape || codec.kind.own_centre)) {
+    return wrong(
+        ErrorCode::kInvalidArgument,
+        "expected a codec without +shape and +own-centre, which only K has, found " + name);
   }
-  if (is_k || !codec.kind.shape) return {};
-  return Error(ErrorCode::kInvalidArgument,
-               "layer {}, KV head {}, V: expected a codec without +shape, which only K has, found "
-               "{}",
-               layer, kv_head, internal::ToString(codec.kind));
+  if (!codec.kind.own_centre || plan.exact_newest != 0) return {};
+  return wrong(ErrorCode::kInvalidArgument,
+               "expected exact_newest of 16 or more with +own-centre, found 0 with " + name);
 }
 
 Status CheckPlan(const Plan& plan) {
   if (Status s = CheckExactFirst(plan.exact_first); !s.ok()) return s;
+  if (Status s = CheckExactNewest(plan.exact_newest, {}); !s.ok()) return s;
   const Model& model = plan.model;
   if (Status s = internal::CheckModel(model); !s.ok()) return s;
   const std::size_t expected = 2 * model.kv_heads_before(model.layers.size());
@@ -46,7 +67,7 @@ Status CheckPlan(const Plan& plan) {
     const LayerShape& shape = model.layers[layer];
     for (std::size_t i = 0; shape.owns_kv() && i < 2 * shape.kv_heads; ++i, ++codec) {
       const Tensor tensor = i % 2 == 0 ? KVMIX_K : KVMIX_V;
-      if (Status s = CheckCodecAt(*codec, shape, layer, i / 2, tensor); !s.ok()) return s;
+      if (Status s = CheckCodecAt(*codec, plan, layer, i / 2, tensor); !s.ok()) return s;
     }
   }
   return {};
@@ -58,7 +79,24 @@ struct Room {
   std::size_t bytes = 0, numbers = 0;
 };
 
-// What K or V take of a context; context 0: of a token that is not among the exact first.
+// The room of one KV head's K or V for some tokens of a context; context 0: of a token far from its
+// ends.
+std::size_t BytesOf(const Plan& plan, const HeadCodec& codec, std::size_t dim, std::size_t tokens,
+                    std::size_t context) {
+  const std::size_t stretch = std::max<std::size_t>(1, plan.exact_newest);
+  std::size_t bytes = tokens * internal::BytesPerToken(codec.kind, dim);
+  if (codec.kind.own_centre) {
+    const std::size_t centre = CentreBytes(dim);
+    bytes += context == 0 ? (centre + stretch / 2) / stretch : tokens / stretch * centre;
+  }
+  if (context == 0) return bytes;
+  // Of f16. The stretch that fills is half full in the mean.
+  const std::size_t exact =
+      std::min(plan.exact_first, tokens) + std::min(plan.exact_newest / 2, tokens);
+  return bytes + exact * dim * 2;
+}
+
+// The room that K or V take of a context; context 0: of a token far from its ends.
 Room RoomOf(const Plan& plan, std::size_t context, Tensor t) {
   Room room;
   std::size_t codec = static_cast<std::size_t>(t);
@@ -66,11 +104,9 @@ Room RoomOf(const Plan& plan, std::size_t context, Tensor t) {
     const LayerShape& shape = plan.model.layers[layer];
     if (!shape.owns_kv()) continue;
     const std::size_t dim = shape.dim(t),
-                      tokens = context == 0 ? 1 : plan.model.tokens_held(layer, context),
-                      exact = context == 0 ? 0 : std::min(plan.exact_first, tokens);
+                      tokens = context == 0 ? 1 : plan.model.tokens_held(layer, context);
     for (std::size_t head = 0; head < shape.kv_heads; ++head, codec += 2)
-      room.bytes +=
-          tokens * internal::BytesPerToken(plan.codecs[codec].kind, dim) + exact * dim * 2;  // f16
+      room.bytes += BytesOf(plan, plan.codecs[codec], dim, tokens, context);
     room.numbers += tokens * shape.kv_heads * dim;
   }
   return room;
@@ -99,6 +135,7 @@ std::uint64_t Fingerprint(const Plan& plan) {
     }
   }
   number(plan.exact_first);
+  if (plan.exact_newest != 0) number(plan.exact_newest);
   for (const HeadCodec& codec : plan.codecs) {
     CodecKind decoded = codec.kind;
     decoded.shape = false;  // that only the encoder knows

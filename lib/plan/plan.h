@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "kvmix/plan.h"
 
@@ -22,8 +23,12 @@ Status CheckModel(const Model& model);
 std::string ToString(const Model& model);
 
 Status CheckExactFirst(std::size_t tokens);
+// Of a plan with these codecs.
+Status CheckExactNewest(std::size_t tokens, const std::vector<HeadCodec>& codecs);
+// Bytes of an own centre, of a stretch of one KV head: a scale, and int8 codes.
+constexpr std::size_t CentreBytes(std::size_t k_dim) { return sizeof(float) + k_dim; }
 // A codec for one KV head's K or V of a layer. Errors name the place.
-Status CheckCodecAt(const HeadCodec& codec, const LayerShape& shape, std::size_t layer,
+Status CheckCodecAt(const HeadCodec& codec, const Plan& plan, std::size_t layer,
                     std::size_t kv_head, Tensor tensor);
 Status CheckPlan(const Plan& plan);
 std::uint64_t Fingerprint(const Plan& plan);

@@ -1,6 +1,7 @@
 // Plans as JSON, written and read: docs/formats.md shows one and says what its fields mean. A newer
 // minor version may add fields, which are ignored here; 1.1 added the steps fold and hadamard, 1.2
-// layers that differ and exact_first, 1.3 i4, 1.4 i6, i3 and shape, 1.5 operands of 8 bits.
+// layers that differ and exact_first, 1.3 i4, 1.4 i6, i3 and shape, 1.5 operands of 8 bits, 1.6
+// exact_newest and own-centre.
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
@@ -26,7 +27,8 @@ namespace {
 constexpr std::string_view kFormat = "kvmix-plan";
 constexpr std::size_t kMajor = 1;
 constexpr std::size_t kMinor = 1, kMinorOfLayers = 2,  // and of exact_first
-    kMinorOfShaping = 4, kMinorOfOperands = 5;         // and of all below i8, as they are now
+    kMinorOfShaping = 4, kMinorOfOperands = 5,         // and of all below i8, as they are now
+    kMinorOfNewest = 6;
 
 constexpr std::pair<const char*, double Fidelity::*> kErrors[] = {
     {"worst_cosine", &Fidelity::worst_cosine},
@@ -105,6 +107,7 @@ std::size_t MinorOf(const CodecKind& kind) {
 
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
+  if (plan.exact_newest != 0) return kMinorOfNewest;
   std::size_t minor = plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
   for (const HeadCodec& codec : plan.codecs) minor = std::max(minor, MinorOf(codec.kind));
   return minor;
@@ -124,7 +127,7 @@ std::string PlanText(const Plan& plan, const std::string& shaping) {
       R"({{
   "format": "{}",
   "version": [{}, {}],
-  {},{}{}
+  {},{}{}{}
   "bytes_per_token": {},
   "saved_fraction": {},
   "provenance": {{"model": {}, "calibration": {}, "calibration_tokens": {}, "longest_prompt": {}, )"
@@ -137,6 +140,7 @@ std::string PlanText(const Plan& plan, const std::string& shaping) {
 )",
       kFormat, kMajor, MinorOf(plan), ModelText(plan.model),
       plan.exact_first == 0 ? "" : fmt::format("\n  \"exact_first\": {},", plan.exact_first),
+      plan.exact_newest == 0 ? "" : fmt::format("\n  \"exact_newest\": {},", plan.exact_newest),
       shaping, size.k_bytes + size.v_bytes, saved, JsonText(p.model), JsonText(p.calibration),
       p.calibration_tokens, p.longest_prompt, JsonText(p.holdout), p.holdout_tokens,
       AccuracyText(p), CodecsText(plan));
@@ -262,6 +266,7 @@ Result<Plan> ReadPlan(const nlohmann::json& document, const std::string& path,
   plan.model = ReadModel(root);
   plan.codecs = ReadCodecs(root["codecs"], plan.model, root["version"][1].Count());
   if (root.has("exact_first")) plan.exact_first = root["exact_first"].Count();
+  if (root.has("exact_newest")) plan.exact_newest = root["exact_newest"].Count();
   plan.provenance = ReadProvenance(root);
   if (!status.ok()) return status;
   if (Status s = ReadShaping(root, path, place, &plan); !s.ok()) return s;

@@ -36,13 +36,15 @@ struct MaskView : kvmix_mask {
 // One sequence's part of a call. sums: [queries, query_heads], or null.
 struct AttendRequest : kvmix_attend_request {
   AttendRequest(const Cache* over, const RowsView& queries, const OutView& to,
-                float* sums = nullptr, const MaskView& numbers = {})
+                float* sums = nullptr, const MaskView& numbers = {},
+                const std::int64_t* at = nullptr)
       : kvmix_attend_request{sizeof(AttendRequest),
                              over != nullptr ? over->get() : nullptr,
                              queries,
                              to,
                              sums,
-                             numbers} {}
+                             numbers,
+                             at} {}
 };
 
 // Query i of n stands at token p = tokens - n + i of the layer: append K and V of the prompt (or of
@@ -74,8 +76,14 @@ struct AttendRequest : kvmix_attend_request {
 // Errors: a layer without K and V; q of another shape; a mask of another shape, with NaN or +inf,
 // or that sees forgotten tokens or cells that the layer does not have; a query that sees tokens
 // which the layer's window has let go, through its own window or a longer one of the call; a query
-// in a prefix that the layer does not hold whole. The last two are kInvalidArgument and name the
-// query and the tokens.
+// in a prefix that the layer does not hold whole; a query in a stretch whose exact rows are gone.
+// The last three are kInvalidArgument and name the query and the tokens.
+//
+// Exact newest tokens (Plan::exact_newest): a query sees its own stretch exactly. The rows of a
+// stretch that is encoded are kept for that until its layer has been attended over and written
+// again, but of appends that no attention follows only the last 2048 tokens. The stretch before the
+// newest one is kept, too, so that Truncate can take back tokens at no loss. So attend over each
+// chunk before you append the next one.
 //
 // The arithmetic: int8 heads multiply exact codes by 15-bit or wider fixed-point q and softmax
 // weights, fp16 heads are f32 throughout. The output is within NMSE 1e-6 of a double-precision

@@ -14,6 +14,9 @@
 //   centre    a mean per channel is subtracted. At attention K's mean costs nothing: q . mean is
 //             the same for all keys of a query, and softmax does not see it. V's goes on the
 //             output.
+//   own-centre  of K in place of the centre: the mean of the token's own stretch (kvmix/plan.h), in
+//             the numbers that are coded, y. It needs no calibration, and does not age with the
+//             context. A stretch keeps it as int8, and attention adds q . mean to the scores.
 //   fold      a factor per channel. K's is folded into q, V's goes on the output.
 //   hadamard  R is the Hadamard matrix over sqrt(b), its own inverse, in blocks of b channels, the
 //             largest power of two that divides head_dim; else R is nothing. It spreads outliers
@@ -56,11 +59,13 @@ struct CodecKind {
   bool hadamard = false;
   bool shape = false;
   Operands operands = KVMIX_OPERANDS_USUAL;
+  bool own_centre = false;
 
   bool operator==(const CodecKind&) const = default;
 };
 
-// "f16", "i8-head", "i4-token", "i8x8-token", "i8-token-bf16+centre+fold+hadamard+shape": the
+// "f16", "i8-head", "i4-token", "i8x8-token", "i8-token-bf16+centre+fold+hadamard+shape",
+// "i8-token-bf16+own-centre+hadamard": the
 // storage, x8 or x16 where the operands are not the usual ones, the scale, and the steps that are
 // taken, in this order.
 std::string ToString(const CodecKind& kind);
@@ -127,7 +132,8 @@ inline kvmix_codec ViewOf(const HeadCodec& codec) {
   };
   const std::uint32_t steps =
       step(kind.centre, KVMIX_STEP_CENTRE) | step(kind.fold, KVMIX_STEP_FOLD) |
-      step(kind.hadamard, KVMIX_STEP_HADAMARD) | step(kind.shape, KVMIX_STEP_SHAPE);
+      step(kind.hadamard, KVMIX_STEP_HADAMARD) | step(kind.shape, KVMIX_STEP_SHAPE) |
+      step(kind.own_centre, KVMIX_STEP_OWN_CENTRE);
   return {sizeof(kvmix_codec),
           kind.storage,
           kind.scale,
@@ -146,9 +152,10 @@ inline HeadCodec ValueOf(const kvmix_codec& c) {
   const auto has = [&](kvmix_step step) {
     return (c.steps & static_cast<std::uint32_t>(step)) != 0;
   };
-  HeadCodec codec{{c.storage, c.scale, has(KVMIX_STEP_CENTRE), has(KVMIX_STEP_FOLD),
-                   has(KVMIX_STEP_HADAMARD), has(KVMIX_STEP_SHAPE), c.operands},
-                  c.head_scale};
+  HeadCodec codec{
+      {c.storage, c.scale, has(KVMIX_STEP_CENTRE), has(KVMIX_STEP_FOLD), has(KVMIX_STEP_HADAMARD),
+       has(KVMIX_STEP_SHAPE), c.operands, has(KVMIX_STEP_OWN_CENTRE)},
+      c.head_scale};
   if (c.mean_size + c.factor_size + c.shaping_size == 0) return codec;
   CodecVectors vectors;
   vectors.mean.assign(c.mean, c.mean + c.mean_size);

@@ -225,12 +225,17 @@ KVMIX_API kvmix_code kvmix_plan_set_codec(kvmix_plan* plan, size_t layer, size_t
 /* The first tokens of every layer, at most KVMIX_MOST_EXACT_FIRST, are kept in f16 as well. */
 KVMIX_API kvmix_code kvmix_plan_set_exact_first(kvmix_plan* plan, size_t tokens,
                                                 kvmix_error* error);
+/* Tokens of a stretch (kvmix/plan.h): 16, 32, 64, 128, 256, or 0. Codecs with the step own-centre
+ * need one: set it before them. */
+KVMIX_API kvmix_code kvmix_plan_set_exact_newest(kvmix_plan* plan, size_t tokens,
+                                                 kvmix_error* error);
 KVMIX_API void kvmix_plan_destroy(kvmix_plan* plan);
 
 /* The parts of a plan. Pointers in a layer, codec or provenance last as long as the plan,
  * unless it is changed. */
 KVMIX_API size_t kvmix_plan_layers(const kvmix_plan* plan);
 KVMIX_API size_t kvmix_plan_exact_first(const kvmix_plan* plan);
+KVMIX_API size_t kvmix_plan_exact_newest(const kvmix_plan* plan);
 KVMIX_API kvmix_code kvmix_plan_layer(const kvmix_plan* plan, size_t layer, kvmix_layer* out,
                                       kvmix_error* error);
 KVMIX_API kvmix_code kvmix_plan_codec(const kvmix_plan* plan, size_t layer, size_t kv_head,
@@ -390,6 +395,9 @@ typedef struct kvmix_attend_request {
   kvmix_out out;
   float* log_sum_exp; /* [queries, query_heads], or null */
   kvmix_mask mask;
+  /* [queries], with a mask: the cell of a query's own token, whose stretch it sees exactly; -1:
+   * none. Null: query i of n stands at cell tokens - n + i. */
+  const int64_t* cells;
 } kvmix_attend_request;
 /* Many sequences of one pool in one call. Shared pages are read once. */
 KVMIX_API kvmix_code kvmix_attend(const kvmix_attend_request* requests, size_t count, size_t layer,

@@ -75,6 +75,11 @@ struct Plan {
   // The first tokens of every layer, which take much of the attention (sinks), are kept in f16
   // beside their codes, and attended to exactly. At most kMostExactFirst.
   std::size_t exact_first = 0;
+  // Tokens of a stretch: 16, 32, 64, 128, 256, or 0 for none. The tokens of every layer stand in
+  // stretches [0, n), [n, 2n), ... A stretch is kept in f16, and encoded when its last token has
+  // come. A query sees the stretch that it stands in exactly, and so a stretch that is not encoded;
+  // all others as encoded. So its place alone decides what it sees, whatever the chunks.
+  std::size_t exact_newest = 0;
 
   // Of a layer that reads another's K and V: the other's. A layer without any is a bug.
   HeadCodec& codec(std::size_t layer, std::size_t kv_head, Tensor t) {
@@ -94,12 +99,25 @@ struct Plan {
 };
 
 // All heads alike. K without centring or rotation (a plain "i8-token") ruins models whose keys have
-// a bias, as those of Qwen2 and Qwen2.5: give such models a plan of kvmix-tune.
+// a bias, as those of Qwen2 and Qwen2.5: give such models a DefaultPlan, or one of kvmix-tune.
 inline Plan UniformPlan(const Model& model, const HeadCodec& k, const HeadCodec& v) {
   Plan plan{model, {}, {}};
   for (std::size_t i = model.kv_heads_before(model.layers.size()); i > 0; --i) {
     plan.codecs.insert(plan.codecs.end(), {k, v});
   }
+  return plan;
+}
+
+// The plan for a model that nobody has calibrated: codes of this storage with an own centre of K,
+// rotated, in stretches of 64 tokens, and 4 exact first tokens.
+inline Plan DefaultPlan(const Model& model, Storage storage = KVMIX_STORAGE_I8) {
+  const CodecKind k{
+      .storage = storage, .scale = KVMIX_SCALE_TOKEN_BF16, .hadamard = true, .own_centre = true};
+  CodecKind v = k;
+  v.own_centre = false;
+  Plan plan = UniformPlan(model, {k}, {v});
+  plan.exact_first = 4;
+  plan.exact_newest = 64;
   return plan;
 }
 
@@ -119,6 +137,7 @@ inline Result<PlanHandle> HandleOf(const Plan& plan) {
   if (!s.ok()) return s;
   PlanHandle handle(made);
   s = error.Of(kvmix_plan_set_exact_first(made, plan.exact_first, error));
+  if (s.ok()) s = error.Of(kvmix_plan_set_exact_newest(made, plan.exact_newest, error));
   if (!s.ok()) return s;
   const std::size_t expected = 2 * plan.model.kv_heads_before(layers.size());
   if (plan.codecs.size() != expected) {
@@ -159,6 +178,7 @@ inline Plan ValueOf(const kvmix_plan* handle) {
   (void)kvmix_plan_provenance(handle, &provenance, nullptr);
   plan.provenance = ValueOf(provenance);
   plan.exact_first = kvmix_plan_exact_first(handle);
+  plan.exact_newest = kvmix_plan_exact_newest(handle);
   return plan;
 }
 

@@ -50,6 +50,7 @@ typedef enum kvmix_step KVMIX_ANY_INT {
   KVMIX_STEP_FOLD = 2,
   KVMIX_STEP_HADAMARD = 4,
   KVMIX_STEP_SHAPE = 8,
+  KVMIX_STEP_OWN_CENTRE = 16,  // of K, in a plan that keeps the newest tokens exact
 } kvmix_step;
 
 // The place of a layer's tiles when a call of attention begins. It changes the speed, never the

@@ -1,0 +1,248 @@
+#include "lib/cache/newest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include <functional>
+#include <utility>
+
+#include "lib/cache/cache_impl.h"
+#include "lib/cache/own.h"
+#include "lib/cache/round.h"
+#include "lib/plan/plan.h"
+
+namespace kvmix::internal {
+namespace {
+
+constexpr float kLargestHalf = 65504.0f;
+
+// A row beyond f16's range: halves, and the power of two that they are multiplied with.
+float KeepLarge(const float* row, std::size_t dim, Half* to) {
+  float largest = 0.0f;
+  for (std::size_t c = 0; c < dim; ++c) {
+    if (std::isfinite(row[c])) largest = std::max(largest, std::fabs(row[c]));
+  }
+  const int exponent = std::max(0, std::ilogb(largest / kLargestHalf) + 1);
+  for (std::size_t c = 0; c < dim; ++c) {
+    float x = std::isnan(row[c]) ? 0.0f : row[c];
+    if (std::isinf(x)) x = std::copysign(kLargestHalf, x);  // as all storages have it
+    to[c] = FloatToHalf(std::ldexp(x, -exponent));
+  }
+  return std::ldexp(1.0f, exponent);
+}
+
+// The tokens of a run that lie in one stretch.
+template <class F>
+void ForStretches(std::size_t stretch, std::size_t first, std::size_t count, const F& f) {
+  for (std::size_t cell = first, n; cell < first + count; cell += n) {
+    n = std::min(first + count, (cell / stretch + 1) * stretch) - cell;
+    f(cell / stretch, cell, n);
+  }
+}
+
+bool IsWhole(const Stretch& s, std::size_t tokens) { return s.written.count() == tokens; }
+
+ExactRows RowsOf(const PoolLayer& layer, const Page* page, std::size_t head) {
+  return {page->memory, layer.shape, layer.stretch, head};
+}
+
+struct Coded {
+  std::vector<float> numbers, scales;
+  std::vector<std::uint8_t> rows;
+};
+
+// Encodes one head's K or V of a stretch from its exact rows.
+std::uint64_t Encode(CacheImpl& c, std::size_t layer, Tensor t, std::size_t head,
+                     const Stretch& s) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CompiledCodec& codec = shape.heads(t)[head];
+  const std::size_t n = shape.stretch, dim = shape.shape.dim(t), cell = s.index * n;
+  const Own<Coded> coded;
+  coded->numbers.resize(n * dim);
+  coded->scales.resize(n);
+  coded->rows.resize(n * codec.row_bytes());
+  const ExactRows exact = RowsOf(shape, s.page, head);
+  for (std::size_t i = 0; i < n; ++i) exact.Get(t, i, dim, coded->numbers.data() + i * dim);
+  std::uint64_t clamped = 0;
+  if (codec.own_centre()) {
+    const std::size_t first = c.pool->plan.exact_first;
+    clamped = codec.EncodeAround(coded->numbers.data(), n, first > cell ? first - cell : 0,
+                                 CentreOf(c, layer, head, cell), coded->rows.data(),
+                                 coded->scales.data());
+  } else {
+    const RowsView view = RowsView::F32(coded->numbers.data(), n, 1, dim);
+    clamped = codec.Encode(TokenRows(view, 0, 0, n), coded->rows.data(), coded->scales.data());
+  }
+  StoreRows(c, layer, t, head, cell, n, coded->rows.data(), coded->scales.data());
+  return clamped;
+}
+
+// The layer's encoded tokens of a stretch, into exact rows.
+void DecodeInto(const CacheImpl& c, std::size_t layer, std::size_t index, const Page* page) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const CacheLayer& at = c.layers[layer];
+  const std::size_t first = std::max(at.forgotten, index * shape.stretch),
+                    last = std::min(at.tokens, (index + 1) * shape.stretch);
+  if (first >= last) return;
+  std::vector<float> rows((last - first) * std::max(shape.shape.k_dim, shape.shape.v_dim));
+  for (std::size_t h = 0; h < shape.formats.size(); ++h) {
+    for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+      DecodeCodes(c, layer, t, h, first, last - first, rows.data());
+      const RowsView view = RowsView::F32(rows.data(), last - first, 1, shape.shape.dim(t));
+      RowsOf(shape, page, h)
+          .Keep(shape.f16(t)[h], t, first % shape.stretch, TokenRows(view, 0, 0, last - first));
+    }
+  }
+}
+
+}  // namespace
+
+std::size_t ExactRows::HeadBytes(const LayerShape& shape, std::size_t tokens) {
+  return RoundUp(tokens * (2 * sizeof(float) + (shape.k_dim + shape.v_dim) * sizeof(Half)), 64);
+}
+
+void ExactRows::Keep(const CompiledCodec& f16, Tensor t, std::size_t at,
+                     const kernels::RowsIn& rows) const {
+  Half* const to = this->rows(t) + at * rows.dim;
+  std::fill_n(factors(t) + at, rows.count, 1.0f);
+  if (f16.Encode(rows, reinterpret_cast<std::uint8_t*>(to), nullptr) == 0) return;
+  float row[kMaxHeadDim];
+  for (std::size_t r = 0; r < rows.count; ++r) {
+    f16.ToFloat(rows.From(r, 1), row);
+    factors(t)[at + r] = KeepLarge(row, rows.dim, to + r * rows.dim);
+  }
+}
+
+void ExactRows::Get(Tensor t, std::size_t at, std::size_t dim, float* to) const {
+  const Half* const row = rows(t) + at * dim;
+  const float factor = factors(t)[at];
+  for (std::size_t c = 0; c < dim; ++c) to[c] = factor * HalfToFloat(row[c]);
+}
+
+const Stretch* Newest::Find(std::size_t index) const {
+  const auto at = std::ranges::lower_bound(stretches, index, {}, &Stretch::index);
+  return at != stretches.end() && at->index == index ? &*at : nullptr;
+}
+
+void ReleaseStretches(CacheImpl& c, std::size_t layer, std::size_t most) {
+  const std::size_t tokens = c.pool->layers[layer].stretch;
+  Newest& newest = c.layers[layer].newest;
+  const bool attended = newest.attended.set.exchange(false, std::memory_order_relaxed);
+  std::size_t left = attended ? 1 : std::max<std::size_t>(1, most / tokens);
+  std::size_t encoded = 0;
+  for (const Stretch& s : newest.stretches) encoded += !s.open;
+  if (encoded <= left) return;
+  std::vector<std::pair<std::uint64_t, std::size_t>> order;  // the newest first
+  for (const Stretch& s : newest.stretches) {
+    if (!s.open) order.emplace_back(s.turn, s.index);
+  }
+  std::ranges::sort(order, std::greater<>());
+  for (; left < order.size(); ++left) {
+    const auto gone =
+        newest.stretches.begin() + (newest.Find(order[left].second) - newest.stretches.data());
+    c.pool->memory->Release(gone->page);
+    newest.stretches.erase(gone);
+  }
+}
+
+Status OpenStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  CacheLayer& at = c.layers[layer];
+  std::vector<Stretch>& all = at.newest.stretches;
+  PageList fresh{*c.pool->memory};
+  std::size_t missing = 0;
+  ForStretches(shape.stretch, first, count, [&](std::size_t index, std::size_t, std::size_t) {
+    const Stretch* const s = at.newest.Find(index);
+    missing += s == nullptr || !IsOwn(s->page);
+  });
+  all.reserve(all.size() + missing);
+  for (; missing > 0; --missing) {
+    Page* const page = c.pool->memory->Get(shape.exact_kind);
+    if (page == nullptr) return NoPage(c, layer, first, count);
+    page->next = std::exchange(fresh.first, page);
+  }
+  const auto take = [&] { return std::exchange(fresh.first, fresh.first->next); };
+  const std::size_t bytes = shape.exact_bytes();
+  ForStretches(shape.stretch, first, count, [&](std::size_t index, std::size_t cell, std::size_t) {
+    Stretch* s = at.newest.Find(index);
+    const bool reopens = s == nullptr ? index * shape.stretch < at.tokens : !s->open;
+    if (s == nullptr) {
+      const auto place = std::ranges::upper_bound(all, index, {}, &Stretch::index);
+      s = &*all.insert(place, {.index = index, .page = take()});
+      std::memset(s->page->memory, 0, bytes);
+      if (reopens) DecodeInto(c, layer, index, s->page);
+    } else if (!IsOwn(s->page)) {
+      Page* const own = take();
+      std::memcpy(own->memory, s->page->memory, bytes);
+      c.pool->memory->Release(std::exchange(s->page, own));
+    }
+    if (!reopens) return;
+    s->open = true;
+    s->written.reset();
+    for (std::size_t i = 0; i < cell % shape.stretch; ++i) s->written.set(i);
+  });
+  return {};
+}
+
+void MarkStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  const std::size_t tokens = c.pool->layers[layer].stretch;
+  Newest& newest = c.layers[layer].newest;
+  ++newest.turn;
+  ForStretches(tokens, first, count, [&](std::size_t index, std::size_t cell, std::size_t n) {
+    Stretch& s = *newest.Find(index);
+    s.turn = newest.turn;
+    for (std::size_t i = 0; i < n; ++i) s.written.set(cell % tokens + i);
+  });
+}
+
+std::uint64_t StoreExact(CacheImpl& c, std::size_t layer, Tensor t, std::size_t head,
+                         const kvmix_rows& x, std::size_t first, std::size_t count,
+                         std::size_t cell) {
+  const PoolLayer& shape = c.pool->layers[layer];
+  const Newest& newest = c.layers[layer].newest;
+  std::uint64_t clamped = 0;
+  ForStretches(shape.stretch, cell, count, [&](std::size_t index, std::size_t at, std::size_t n) {
+    const Stretch& s = *newest.Find(index);
+    RowsOf(shape, s.page, head)
+        .Keep(shape.f16(t)[head], t, at % shape.stretch, TokenRows(x, head, first + at - cell, n));
+    if (IsWhole(s, shape.stretch)) clamped += Encode(c, layer, t, head, s);
+  });
+  return clamped;
+}
+
+void CloseStretches(CacheImpl& c, std::size_t layer) {
+  for (Stretch& s : c.layers[layer].newest.stretches) {
+    s.open = !IsWhole(s, c.pool->layers[layer].stretch);
+  }
+}
+
+void CutStretches(CacheImpl& c, std::size_t layer, std::size_t tokens) {
+  const std::size_t n = c.pool->layers[layer].stretch;
+  std::erase_if(c.layers[layer].newest.stretches, [&](Stretch& s) {
+    if (s.index * n < tokens) {
+      for (std::size_t i = tokens - s.index * n; i < n; ++i) s.written.reset(i);
+      return false;
+    }
+    c.pool->memory->Release(s.page);
+    return true;
+  });
+}
+
+void ForgetStretches(CacheImpl& c, std::size_t layer, std::size_t first) {
+  const std::size_t n = c.pool->layers[layer].stretch;
+  std::erase_if(c.layers[layer].newest.stretches, [&](const Stretch& s) {
+    if ((s.index + 1) * n > first) return false;
+    c.pool->memory->Release(s.page);
+    return true;
+  });
+}
+
+std::uint8_t* CentreOf(const CacheImpl& c, std::size_t layer, std::size_t head, std::size_t cell) {
+  const kernels::BlockFormat& format = c.pool->layers[layer].formats[head];
+  if (format.stretch == 0) return nullptr;
+  return c.layers[layer].blocks_of(head)[cell / kernels::kBlockTokens] + format.centres_offset +
+         cell % kernels::kBlockTokens / format.stretch * CentreBytes(format.k.row.dim);
+}
+
+}  // namespace kvmix::internal
