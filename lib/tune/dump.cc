@@ -340,7 +340,7 @@ struct Dump::Impl {
     return prompts != nullptr ? ReadPrompts(*prompts) : Status();
   }
 
-  // "512,512,256"
+  // "512,512,256": lengths of at least 1 that add up to all tokens.
   Status ReadPrompts(const std::string& list) {
     prompt_tokens.clear();
     std::istringstream lengths(list + ',');  // so that every length has a comma behind it
@@ -351,10 +351,6 @@ struct Dump::Impl {
                     "whole numbers with commas between them", Quoted(list));
       prompt_tokens.push_back(*length);
     }
-    return CheckPrompts();
-  }
-
-  Status CheckPrompts() const {
     const std::string expected = fmt::format("a sum of {}, the dump's tokens", tokens);
     std::size_t sum = 0;
     for (const std::size_t length : prompt_tokens) {
