@@ -6,6 +6,7 @@
 #define KVMIX_KERNELS_LEVELS_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
