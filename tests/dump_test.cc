@@ -84,7 +84,8 @@ TEST(Dump, ReadsWhatWasWritten) {
     EXPECT_EQ(dump.k_name(layer), name + ".k");
     EXPECT_EQ(dump.v_name(layer), name + ".v");
     EXPECT_TRUE(dump.Load(layer).ok());
-    const RowsView head = dump.Load(layer)->head(1, KVMIX_V);
+    const Result<DumpLayer> loaded = dump.Load(layer);  // its rows live as long
+    const RowsView head = loaded->head(1, KVMIX_V);
     EXPECT_EQ(head.heads, 1u);
     EXPECT_EQ(head.At(5, 0, 7), HalfToFloat(parts.tensor(name + ".v")[5 * 16 + 8 + 7]));
   }

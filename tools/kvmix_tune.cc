@@ -74,7 +74,8 @@ std::vector<const tune::Dump*> Pointers(const std::vector<tune::Dump>& dumps) {
 template <class Run>
 auto WithBar(const tune::TuneOptions& o, const std::string& step, const Run& run) {
   ProgressBar bar(step);
-  return Require(run(tune::MeasureOptions{o.runner, o.target, bar.Callback(), o.exact_first}));
+  return Require(run(tune::MeasureOptions{o.runner, o.target, bar.Callback(),
+                                          o.exact_first.value_or(0), o.exact_newest.value_or(0)}));
 }
 
 // Warns of holdouts whose figures say less than they seem to.
@@ -198,6 +199,7 @@ std::function<void()> MeasureStep(CLI::App* app, CommandLine* o) {
         MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration);
     const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     const auto range = o->LayerRange(calibration.model);
+    o->how = tune::Settled(o->how, calibration.model);
     const auto m = WithBar(o->how, "measuring every head and codec", [&](const auto& options) {
       return tune::MeasureInto(o->output, Pointers(dumps), calibration, o->how.candidates,
                                range.first, range.second, options);

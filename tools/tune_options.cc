@@ -46,10 +46,14 @@ void AddMeasuring(CLI::App* app, CommandLine* o) {
   app->add_option("--candidates", o->how.candidates, "codecs to choose from")
       ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
-  app->add_option("--exact-first", o->how.exact_first,
-                  "keep this number of first tokens of every layer in f16 as well as in codes")
-      ->check(CLI::Range(std::size_t{0}, kMostExactFirst))
-      ->capture_default_str();
+  app->add_option(
+         "--exact-first", o->how.exact_first,
+         "keep this number of first tokens of every layer in f16 as well as in codes (4, if "
+         "that and --exact-newest take little of --context)")
+      ->check(CLI::Range(std::size_t{0}, kMostExactFirst));
+  app->add_option("--exact-newest", o->how.exact_newest,
+                  "a query sees the stretch of this many tokens that it stands in exactly (64)")
+      ->check(CLI::IsMember({0, 16, 32, 64, 128, 256}));
   app->add_option("--target", o->how.target,
                   "instruction set to measure with; without it: the best of this CPU. Parts that "
                   "are measured on CPUs of several kinds need one that all have");

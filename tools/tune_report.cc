@@ -63,7 +63,7 @@ std::vector<const tune::HeadErrors*> Outliers(const tune::ErrorTable& table) {
 }
 
 bool ContextMatters(const TuneReport& r) {
-  return r.table.exact_first != 0 ||
+  return r.table.exact_first != 0 || r.table.exact_newest != 0 ||
          Fp16ContextBytes(r.table.model, r.context) < r.context * Fp16BytesPerToken(r.table.model);
 }
 

@@ -40,6 +40,9 @@ struct Stream {
   std::vector<std::size_t> fresh;  // cells that became so, some of them perhaps no longer
   std::vector<std::uint64_t> k_hash, v_hash;
   std::vector<std::uint8_t> seen;  // by the last call
+  // Where the rows of the last write went, if they were told of together: the cells of the queries
+  // that come with them.
+  std::vector<std::int64_t> last;
   std::size_t probe = 0;
   bool unread = true;  // cells, perhaps, that only the engine has; of a mirror that is alone
 };
@@ -91,6 +94,7 @@ void Mirror::Impl::StorePending() {
     const Status status = to.cache.Store(0, at, View(KVMIX_K, k.rows.data() + i * k_row, n),
                                          View(KVMIX_V, v.rows.data() + i * v_row, n));
     const bool stored = status.ok();
+    to.last.assign(at.begin(), at.end());
     if (!stored && alone) lost = status;
     for (const std::int64_t cell : at) {
       const std::size_t c = static_cast<std::size_t>(cell);
@@ -197,6 +201,7 @@ void Mirror::Impl::FindChanged(const MirrorRequest& r, Stream& s) {
 // The changed cells, from the engine's rows.
 Status Mirror::Impl::Read(const MirrorRequest& r, Stream& s) {
   const std::size_t k_row = Channels(KVMIX_K), v_row = Channels(KVMIX_V);
+  s.last.clear();  // the cells of the queries may be among those that the engine did not tell of
   for (const std::int64_t c : changed) {  // what is stored is not this, until it is
     s.state[static_cast<std::size_t>(c)] = Stream::State::kNever;
   }
@@ -276,7 +281,8 @@ Result<Mirror> Mirror::Create(const Plan& plan, std::size_t streams, std::size_t
                              {},
                              std::vector<std::uint64_t>(compared),
                              std::vector<std::uint64_t>(compared),
-                             std::vector<std::uint8_t>(compared)});
+                             std::vector<std::uint8_t>(compared),
+                             {}});
   }
   if (streams == 0 || impl->streams[0].cache.model().layers.size() != 1) {
     return Status(ErrorCode::kInvalidArgument,
@@ -335,7 +341,9 @@ Status Mirror::Attend(std::span<const MirrorRequest> requests, const Sight& sigh
               "a mirror: expected a mask, which says what is seen, found none"};
     }
     if (Status s = impl_->Follow(r); !s.ok()) return s;
-    impl_->requests.push_back({&impl_->streams[r.stream].cache, r.q, r.out, nullptr, r.mask});
+    Stream& stream = impl_->streams[r.stream];
+    if (stream.last.size() != r.q.tokens) stream.last.assign(r.q.tokens, -1);
+    impl_->requests.push_back({&stream.cache, r.q, r.out, nullptr, r.mask, stream.last.data()});
   }
   Sight by_mask = sight;
   by_mask.causal = 0;

@@ -33,7 +33,8 @@ struct EngineRows {
   void (*to_float)(const void* row, float* out, std::int64_t count) = nullptr;
 };
 
-// One stream's part of a call. A cell is seen by the mask alone.
+// One stream's part of a call. A cell is seen by the mask alone. Queries stand in the cells that
+// were written to last, if these are as many (Plan::exact_newest).
 struct MirrorRequest {
   std::size_t stream = 0;
   RowsView q;

@@ -18,6 +18,16 @@ bool IsLayer(const Model& model, std::size_t layer, const LayerShape& s) {
 
 Model ModelOf(const LayerShape& shape) { return Model{std::vector<LayerShape>{shape}}; }
 
+// The default plan of the most bits that saves this much; nothing where none does.
+std::optional<Plan> PlanFor(const Model& model, double budget) {
+  for (const Storage storage :
+       {KVMIX_STORAGE_I8, KVMIX_STORAGE_I6, KVMIX_STORAGE_I4, KVMIX_STORAGE_I3}) {
+    const Plan plan = DefaultPlan(model, storage);
+    if (CheckPlan(plan).ok() && SavedFraction(plan, Plans::kBudgetContext) >= budget) return plan;
+  }
+  return std::nullopt;
+}
+
 // The model of a plan, or what it was calibrated on.
 std::string NameOf(const Plan& plan) {
   const Provenance& p = plan.provenance;
@@ -91,6 +101,11 @@ const Plans::Named* Plans::Find(std::size_t layer, const LayerShape& shape) cons
 }
 
 Status Plans::Check(std::size_t layer, const LayerShape& shape) const {
+  if (empty() && !codec_ && !PlanFor(ModelOf(shape), budget_)) {
+    return {ErrorCode::kInfeasible,
+            fmt::format("a budget of {}: expected at most what i3 saves of layer {}, {}", budget_,
+                        layer, ToString(ModelOf(shape)))};
+  }
   if (empty() || Find(layer, shape) != nullptr) return {};
   std::string found;
   for (const Named& n : plans_) {
@@ -102,10 +117,13 @@ Status Plans::Check(std::size_t layer, const LayerShape& shape) const {
 }
 
 Plan Plans::OfLayer(std::size_t layer, const LayerShape& shape) const {
-  Plan one = UniformPlan(ModelOf(shape), codec_, codec_);
+  const Model model = ModelOf(shape);
   const Named* const of = Find(layer, shape);
-  if (of == nullptr) return one;
+  if (of == nullptr)
+    return codec_ ? UniformPlan(model, *codec_, *codec_) : *PlanFor(model, budget_);
+  Plan one = UniformPlan(model, {}, {});
   one.exact_first = of->plan.exact_first;
+  one.exact_newest = of->plan.exact_newest;
   for (std::size_t h = 0; h < shape.kv_heads; ++h) {
     for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       one.codec(0, h, t) = of->plan.codec(layer, h, t);
@@ -126,7 +144,11 @@ std::string Plans::LengthWarning(std::size_t layer, const LayerShape& shape,
 }
 
 std::string Plans::Summary() const {
-  if (empty()) return ToString(codec_.kind) + " in all heads";
+  if (empty() && codec_) return ToString(codec_->kind) + " in all heads";
+  if (empty()) {
+    return budget_ == 0.0 ? "the default plan"
+                          : fmt::format("{} % saved, without a plan", 100.0 * budget_);
+  }
   std::string all;
   for (const Named& n : plans_) {
     all += fmt::format("{}{} ({})", all.empty() ? "" : ", ", n.path, NameOf(n.plan));

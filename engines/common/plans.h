@@ -3,6 +3,7 @@
 #define KVMIX_ENGINES_COMMON_PLANS_H_
 
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,8 @@
 namespace kvmix::engine {
 
 // An engine may run several models, a draft beside its target: each layer takes the plan of its
-// shape. Without plans all heads have one codec.
+// shape. Without plans a layer takes the DefaultPlan that saves as much as was asked for, or has
+// one codec in all heads.
 class Plans {
  public:
   // paths: a plan, a folder of plans (*.json), or several of both with colons between them. Errors:
@@ -22,11 +24,16 @@ class Plans {
   // of them a model is of.
   static Result<Plans> Load(const std::string& paths);
   Plans() = default;
-  // Of all heads, where there is no plan.
   explicit Plans(const HeadCodec& codec) : codec_(codec) {}
+  // The fraction of f16's bytes to save, at kBudgetContext tokens.
+  explicit Plans(double budget) : budget_(budget) {}
+  static constexpr std::size_t kBudgetContext = 4096;
 
   bool empty() const { return plans_.empty(); }
-  // There is a plan for this layer, or there are no plans; an error names layer and plans.
+  bool has_codec() const { return codec_.has_value(); }
+  bool has_budget() const { return budget_ != 0.0; }
+  // There is a plan for this layer, or there are no plans, and its heads can be as small as was
+  // asked for; an error names layer and plans.
   Status Check(std::size_t layer, const LayerShape& shape) const;
   // A plan of this layer alone, which Check accepts.
   Plan OfLayer(std::size_t layer, const LayerShape& shape) const;
@@ -44,7 +51,8 @@ class Plans {
   Status Add(const std::string& path);
 
   std::vector<Named> plans_;
-  HeadCodec codec_;
+  std::optional<HeadCodec> codec_;
+  double budget_ = 0.0;
 };
 
 }  // namespace kvmix::engine

@@ -1,7 +1,9 @@
 #include "engines/common/settings.h"
 
 #include <algorithm>
+#include <charconv>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -12,8 +14,6 @@
 
 namespace kvmix::engine {
 namespace {
-
-constexpr const char* kDefaultCodec = "i8-token-bf16+hadamard";
 
 Status Wrong(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
 
@@ -27,13 +27,27 @@ Status SetPlan(const std::string& value, Settings* settings) {
 Status SetCodec(const std::string& value, Settings* settings) {
   const Result<CodecKind> kind = ParseCodecKind(value);
   if (!kind.ok()) return kind.status();
-  if (kind->centre || kind->fold || kind->scale == KVMIX_SCALE_HEAD) {
+  if (kind->centre || kind->own_centre || kind->fold || kind->shape ||
+      kind->scale == KVMIX_SCALE_HEAD) {
     return Wrong(
-        fmt::format("expected a codec without numbers of its own (no +centre, +fold, "
-                    "i8-head), found {}",
+        fmt::format("expected a codec without numbers of its own, of K and V (no +centre, "
+                    "+own-centre, +fold, +shape, i8-head), found {}",
                     value));
   }
+  if (settings->plans.has_budget()) return Wrong("expected a codec or a budget, found both");
   if (settings->plans.empty()) settings->plans = Plans(HeadCodec{*kind});
+  return {};
+}
+
+Status SetBudget(const std::string& value, Settings* settings) {
+  double budget = 0.0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), budget);
+  if (error != std::errc() || end != value.data() + value.size() || !(budget > 0.0) ||
+      !(budget < 1.0)) {
+    return Wrong(fmt::format("expected a fraction between 0 and 1, as 0.6, found {}", value));
+  }
+  if (settings->plans.has_codec()) return Wrong("expected a codec or a budget, found both");
+  if (settings->plans.empty()) settings->plans = Plans(budget);
   return {};
 }
 
@@ -65,7 +79,9 @@ struct Variable {
 };
 constexpr Variable kVariables[] = {
     {"KVMIX_PLAN", "plans of kvmix-tune: a file, a folder, or several (a.json:b.json)", SetPlan},
-    {"KVMIX_CODEC", "without a plan: the codec of all heads (i8-token-bf16+hadamard)", SetCodec},
+    {"KVMIX_BUDGET", "without a plan: the fraction of f16's bytes to save (what int8 saves)",
+     SetBudget},
+    {"KVMIX_CODEC", "without a plan: one codec in all heads, of K and V", SetCodec},
     {"KVMIX_TARGET", "the instruction set (the best of this CPU)", SetTarget},
     {"KVMIX_DUMP", "a file to write K, V and Q to, for kvmix-tune", SetDump},
     {"KVMIX_MEMORY", "1: give the engine's own K and V back to the system",
@@ -83,7 +99,6 @@ constexpr std::string_view kOthers[] = {"KVMIX_AMX",      "KVMIX_BROWSER", "KVMI
 
 Result<Settings> ReadSettings(const char* const* environment) {
   Settings settings;
-  if (Status s = SetCodec(kDefaultCodec, &settings); !s.ok()) return s;
   for (; *environment != nullptr; ++environment) {
     const std::string_view text = *environment;
     const std::size_t equals = std::min(text.find('='), text.size());

@@ -11,7 +11,7 @@
 namespace kvmix::engine {
 
 struct Settings {
-  Plans plans;         // KVMIX_PLAN, or KVMIX_CODEC
+  Plans plans;         // KVMIX_PLAN, or KVMIX_BUDGET, or KVMIX_CODEC
   std::string target;  // KVMIX_TARGET; empty: the best of this CPU
   std::string dump;    // KVMIX_DUMP; empty: none
   bool memory = false;

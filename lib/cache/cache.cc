@@ -235,10 +235,9 @@ Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, st
   if (!to.ok()) return to.status();
   std::vector<float> rows(kRowsAtATime * dim);
   for (std::size_t h = 0; h < heads; ++h) {
-    const ExactRows kept = ExactFirst(*pool, layers[layer], shape.shape, h);
     std::size_t t = first;
     for (; t < std::min(pool->plan.exact_first, first + count); ++t) {
-      kept.Get(tensor, t, dim, rows.data());
+      ExactFirst(*pool, layers[layer], shape.shape, h).Get(tensor, t, dim, rows.data());
       to->Put(t - first, h, rows.data());
     }
     for (std::size_t n; t < first + count; t += n) {

@@ -19,7 +19,10 @@ Status CheckRowsSlowly(const kvmix_rows& rows, const char* name, std::size_t hea
 
 // True for most rows of this many heads and this head_dim that CheckRows lets through.
 inline bool ArePlain(const kvmix_rows& rows, std::size_t heads, std::size_t head_dim) {
-  const auto size = [](std::ptrdiff_t x) { return static_cast<std::size_t>(x < 0 ? -x : x); };
+  const auto size = [](std::ptrdiff_t x) {
+    const std::size_t bits = static_cast<std::size_t>(x);
+    return x < 0 ? 0 - bits : bits;
+  };
   const std::size_t bytes = kvmix_dtype_bytes(rows.dtype);
   return bytes != 0 && rows.data != nullptr &&
          (reinterpret_cast<std::uintptr_t>(rows.data) & (bytes - 1)) == 0 &&

@@ -39,6 +39,11 @@ Result<CodecPointer> NewCodec(const kvmix_codec* from, std::size_t head_dim, con
   if (Status s = CheckCodecStruct(from); !s.ok()) return s;
   const HeadCodec codec = internal::ValueOf(*from);
   if (Status s = internal::CheckCodec(codec, head_dim); !s.ok()) return s;
+  if (codec.kind.own_centre) {
+    return Error(ErrorCode::kInvalidArgument,
+                 "expected a codec without +own-centre, which a cache has stretches for, found {}",
+                 internal::ToString(codec.kind));
+  }
   const Result<std::string_view> name = TextOf(target, "target");
   if (!name.ok()) return name.status();
   const Result<const kernels::Kernels*> kernels = internal::KernelsFor(*name);

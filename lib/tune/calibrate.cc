@@ -58,11 +58,12 @@ std::vector<float> HeadCalibration::Factor(const std::vector<float>& mean) const
 
 std::shared_ptr<const CodecVectors> HeadCalibration::Vectors(const CodecKind& kind) {
   std::shared_ptr<const CodecVectors>& vectors =
-      vectors_[kind.centre][kind.fold][kind.shape ? 1 + kind.hadamard : 0];
+      vectors_[kind.own_centre ? 2 : kind.centre][kind.fold][kind.shape ? 1 + kind.hadamard : 0];
   if (vectors != nullptr || !(kind.centre || kind.fold || kind.shape)) return vectors;
   CodecVectors numbers;
   if (kind.centre) numbers.mean = Mean();
-  if (kind.fold) numbers.factor = Factor(numbers.mean);
+  // An own centre takes off about what the mean would.
+  if (kind.fold) numbers.factor = Factor(kind.own_centre ? Mean() : numbers.mean);
   if (kind.shape) {
     numbers.shaping = ShapingMatrix(statistics_.query_moment, numbers.factor, kind.hadamard,
                                     statistics_.sum.size());

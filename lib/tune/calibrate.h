@@ -35,8 +35,8 @@ class HeadCalibration {
   std::shared_ptr<const CodecVectors> Vectors(const CodecKind& kind);
 
   const HeadStatistics& statistics_;
-  // [centre][fold][unshaped, shaped, shaped and rotated]
-  std::shared_ptr<const CodecVectors> vectors_[2][2][3];
+  // [no centre, a centre, an own one][fold][unshaped, shaped, shaped and rotated]
+  std::shared_ptr<const CodecVectors> vectors_[3][2][3];
 };
 
 }  // namespace kvmix::tune

@@ -291,6 +291,7 @@ Result<Choice> Choose(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   choice.worst_limit = limits.worst_limit;
   choice.plan.model = table.model;
   choice.plan.exact_first = table.exact_first;
+  choice.plan.exact_newest = table.exact_newest;
   for (std::size_t i = 0; i < picks->size(); ++i) {
     const Pair& p = (*picks)[i];
     choice.plan.codecs.push_back(p.k->codec);

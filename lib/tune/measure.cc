@@ -24,8 +24,35 @@ using internal::Error;
 
 namespace {
 
+// f32 rows less the mean of their own stretch, as an own centre takes it off.
+std::vector<float> Uncentred(const RowsView& rows, std::size_t stretch) {
+  const std::size_t dim = rows.head_dim;
+  std::vector<float> x(rows.tokens * dim);
+  for (std::size_t first = 0, n; first < rows.tokens; first += n) {
+    n = std::min(stretch, rows.tokens - first);
+    for (std::size_t c = 0; c < dim; ++c) {
+      double mean = 0.0;
+      for (std::size_t t = first; t < first + n; ++t) mean += rows.At(t, 0, c);
+      mean /= static_cast<double>(n);
+      for (std::size_t t = first; t < first + n; ++t)
+        x[t * dim + c] = static_cast<float>(rows.At(t, 0, c) - mean);
+    }
+  }
+  return x;
+}
+
 // Errors of the values themselves: rows of one head encoded and decoded again.
-Result<ErrorSums> ValueErrors(const RowsView& rows, const HeadCodec& codec) {
+Result<ErrorSums> ValueErrors(const RowsView& rows, const HeadCodec& codec, std::size_t stretch) {
+  if (codec.kind.own_centre) {  // a row alone has no stretch
+    HeadCodec alone = codec;
+    alone.kind.own_centre = false;
+    const std::vector<float> x = Uncentred(rows, stretch);
+    Result<ErrorSums> errors =
+        ValueErrors(RowsView::F32(x.data(), rows.tokens, 1, rows.head_dim), alone, 0);
+    const Result<ErrorSums> exact = ValueErrors(rows, {}, 0);
+    if (errors.ok() && exact.ok()) errors->max_abs = exact->max_abs;
+    return errors;
+  }
   const Result<RowCodec> row_codec = RowCodec::Create(codec, rows.head_dim);
   if (!row_codec.ok()) return row_codec.status();
   std::vector<std::uint8_t> codes(rows.tokens * row_codec->row_bytes());
@@ -36,7 +63,8 @@ Result<ErrorSums> ValueErrors(const RowsView& rows, const HeadCodec& codec) {
 
 // One dump's entries of one layer, [kv_heads][K, V], attention errors still empty.
 Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
-                                           const std::vector<std::vector<HeadCodec>>& codecs) {
+                                           const std::vector<std::vector<HeadCodec>>& codecs,
+                                           std::size_t stretch) {
   const Model& model = dump.model();
   const std::size_t queries = model.queries(layer, 0).size();
   const Result<DumpLayer> rows = dump.Load(layer);
@@ -46,7 +74,7 @@ Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
     for (const HeadCodec& codec : codecs[i]) {
-      const auto values = ValueErrors(rows->head(i / 2, tensor), codec);
+      const auto values = ValueErrors(rows->head(i / 2, tensor), codec, stretch);
       if (!values.ok()) return values.status();
       head.candidates.push_back({codec, std::vector<AttentionError>(queries), *values});
       head.max_abs = values->max_abs;
@@ -97,7 +125,7 @@ Status AttendDump(const Dump& dump, std::size_t layer, const std::vector<HeadCod
   shape.kv_layer.reset();  // its rows are those of that layer
   const Model one_layer(std::vector{shape});
   const std::vector<std::size_t>& prompts = dump.prompt_tokens();
-  const Plan plan{one_layer, codecs, {}, options.exact_first};
+  const Plan plan{one_layer, codecs, {}, options.exact_first, options.exact_newest};
   Result<Cache> cache = Cache::Create(plan, std::ranges::max(prompts), {.target = options.target});
   if (!cache.ok()) return cache.status();
   const std::size_t out_row = shape.query_heads * shape.v_dim;
@@ -131,6 +159,7 @@ Result<std::vector<AttentionError>> MeasurePlan(const Dump& dump, const Plan& pl
     const LayerShape& shape = model.layers[layer];
     if (!shape.has_kv()) return Status();
     within.exact_first = plan.exact_first;
+    within.exact_newest = plan.exact_newest;
     const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
     const std::vector<HeadCodec> codecs(first, first + shape.kv_heads * 2),
         exact_codecs(codecs.size());
@@ -250,7 +279,14 @@ Result<Measurement> StartMeasurement(const Calibration& calibration,
   Measurement m{.model = calibration.model,
                 .dumps = calibration.dumps,
                 .candidates = candidates,
-                .exact_first = options.exact_first};
+                .exact_first = options.exact_first,
+                .exact_newest = options.exact_newest};
+  for (CodecKind& kind : m.candidates.k) {  // its own centre is nearer, and does not age
+    if (options.exact_newest != 0 && kind.centre) {
+      kind.centre = false;
+      kind.own_centre = true;
+    }
+  }
   const Wisdom here = ThisMachine(options.target);
   m.target = here.target;
   m.library_version = here.version;
@@ -296,7 +332,8 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
     const auto codecs = Codecs(statistics, measurement->candidates, model.layers[layer]);
     std::map<std::string, std::vector<HeadErrors>> found;  // by the dump's hash
     for (std::size_t d = 0; d < dumps.size(); ++d) {
-      Result<std::vector<HeadErrors>> heads = StartLayer(*dumps[d], layer, codecs);
+      Result<std::vector<HeadErrors>> heads =
+          StartLayer(*dumps[d], layer, codecs, within.exact_newest);
       if (!heads.ok()) return heads.status();
       std::size_t first = 0;
       for (const std::size_t reader : model.readers(layer)) {
@@ -315,6 +352,7 @@ Status Measure(const std::vector<const Dump*>& dumps, const Calibration& calibra
   };
   MeasureOptions how = options;
   how.exact_first = measurement->exact_first;
+  how.exact_newest = measurement->exact_newest;
   return ForLayers(left, dumps, how, measure);
 }
 
@@ -325,6 +363,7 @@ ErrorTable TableOf(const Measurement& m) {
   ErrorTable table;
   table.model = m.model;
   table.exact_first = m.exact_first;
+  table.exact_newest = m.exact_newest;
   table.model_name = m.dumps[0].model_name;
   for (const DumpId& id : m.dumps) {
     table.dumps.push_back(id.name);

@@ -19,9 +19,22 @@ double LossOf(const AttentionError& e) { return 1.0 - e.cosine(); }
 
 // The candidates of one head's K or V, with what pairs ask for again and again.
 struct Side {
-  Side(const HeadErrors& head, std::size_t dim) : candidates(head.candidates) {
+  Side(const ErrorTable& table, const HeadErrors& head, std::size_t context)
+      : candidates(head.candidates) {
+    // A layer of this head alone, of as many tokens as it holds.
+    LayerShape shape = table.model.layers[head.layer];
+    shape.query_heads = shape.group();
+    shape.kv_heads = 1;
+    shape.window = 0;
+    shape.sinks.clear();
+    Plan plan = UniformPlan(Model(std::vector{shape}), {}, {});
+    plan.exact_first = table.exact_first;
+    plan.exact_newest = table.exact_newest;
+    const std::size_t tokens = table.model.tokens_held(head.layer, context);
     for (const CandidateError& c : candidates) {
-      bytes.push_back(BytesPerToken(c.codec.kind, dim));
+      plan.codec(0, 0, head.tensor) = c.codec;
+      const kvmix_plan_size size = kvmix::internal::SizeOf(plan, tokens);
+      bytes.push_back(head.tensor == KVMIX_K ? size.k_bytes : size.v_bytes);
       const std::string name = SpeedName(c.codec.kind);
       speed.push_back(static_cast<std::size_t>(std::ranges::find(names, name) - names.begin()));
       if (speed.back() == names.size()) names.push_back(name);
@@ -33,7 +46,7 @@ struct Side {
   }
 
   const std::vector<CandidateError>& candidates;
-  std::vector<std::size_t> bytes, speed;  // per token; place in names
+  std::vector<std::size_t> bytes, speed;  // of the context; place in names
   std::vector<std::string> names;         // SpeedName, each once
   std::vector<double> nmse, loss;         // [candidates][queries]
 };
@@ -56,15 +69,14 @@ Result<std::vector<double>> PairNs(const Side& k, const Side& v, const Model& mo
 }
 
 // All pairs of finite error.
-std::vector<Pair> AllPairs(const Side& k, const Side& v, const std::vector<double>& ns,
-                           std::size_t tokens, std::size_t exact_bytes) {
+std::vector<Pair> AllPairs(const Side& k, const Side& v, const std::vector<double>& ns) {
   std::vector<Pair> pairs;
   const std::size_t queries = k.candidates[0].queries.size();
   for (std::size_t i = 0; i < k.candidates.size(); ++i) {
     for (std::size_t j = 0; j < v.candidates.size(); ++j) {
       Pair p{.k = &k.candidates[i],
              .v = &v.candidates[j],
-             .bytes = tokens * (k.bytes[i] + v.bytes[j]) + exact_bytes,
+             .bytes = k.bytes[i] + v.bytes[j],
              .decode_ns = ns[k.speed[i] * v.names.size() + v.speed[j]]};
       for (std::size_t q = 0; q < queries; ++q) {
         const double nmse = k.nmse[i * queries + q] + v.nmse[j * queries + q];
@@ -120,14 +132,10 @@ Result<Menu> MakeMenu(const ErrorTable& table, const Wisdom& wisdom, std::size_t
   Menu menu;
   for (std::size_t i = 0; i < table.heads.size(); i += 2) {
     const std::size_t layer = table.heads[i].layer;
-    const LayerShape& shape = table.model.layers[layer];
-    const Side k(table.heads[i], shape.k_dim), v(table.heads[i + 1], shape.v_dim);
+    const Side k(table, table.heads[i], context), v(table, table.heads[i + 1], context);
     const auto ns = PairNs(k, v, table.model, layer, wisdom, context);
     if (!ns.ok()) return ns.status();
-    const std::size_t tokens = table.model.tokens_held(layer, context);
-    menu.push_back(Unbeaten(AllPairs(
-        k, v, *ns, tokens,
-        std::min(tokens, table.exact_first) * (shape.k_dim + shape.v_dim) * sizeof(Half))));
+    menu.push_back(Unbeaten(AllPairs(k, v, *ns)));
   }
   return menu;
 }

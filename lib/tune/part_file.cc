@@ -362,6 +362,7 @@ Status SavePart(const Measurement& m, const std::string& path) {
                          {"k", KindsJson(m.candidates.k)},
                          {"v", KindsJson(m.candidates.v)}};
   about["exact_first"] = m.exact_first;
+  about["exact_newest"] = m.exact_newest;
   about["target"] = m.target;
   about["library_version"] = m.library_version;
   return writer.Write(path, about);
@@ -399,6 +400,7 @@ Result<Measurement> LoadMeasurement(const std::string& path) {
   Measurement m{.candidates = {ReadKinds(candidates["k"]), ReadKinds(candidates["v"])},
                 .candidate_set = candidates["name"].Text(),
                 .exact_first = root["exact_first"].Count(),
+                .exact_newest = root["exact_newest"].Count(),
                 .target = root["target"].Text(),
                 .library_version = root["library_version"].Text()};
   const auto read = [&](std::size_t d, std::size_t layer) {

@@ -125,6 +125,7 @@ Status CheckSameOrigin(const Measurement& a, const Measurement& b) {
       {"candidates of K", KindsText(a.candidates.k), KindsText(b.candidates.k)},
       {"candidates of V", KindsText(a.candidates.v), KindsText(b.candidates.v)},
       {"exact first tokens", fmt::format("{}", a.exact_first), fmt::format("{}", b.exact_first)},
+      {"exact newest tokens", fmt::format("{}", a.exact_newest), fmt::format("{}", b.exact_newest)},
       {"instruction set", a.target, b.target},
       {"version of kvmix", a.library_version, b.library_version}};
   for (const auto& [what, of_a, of_b] : origins) {

@@ -26,7 +26,7 @@ Status Report(const TuneOptions& o, const std::string& step, std::size_t done, s
 }
 
 MeasureOptions For(const std::string& step, const TuneOptions& o) {
-  MeasureOptions how{o.runner, o.target, {}, o.exact_first};
+  MeasureOptions how{o.runner, o.target, {}, o.exact_first.value_or(0), o.exact_newest.value_or(0)};
   if (o.progress) {
     how.progress = [&o, step](std::size_t done, std::size_t total) {
       return o.progress(step, done, total);
@@ -225,6 +225,18 @@ Result<Measurement> MeasureInto(const std::string& path, const std::vector<const
   return m;
 }
 
+TuneOptions Settled(TuneOptions options, const Model& model) {
+  Plan with = UniformPlan(model, {}, {});
+  const std::size_t f16 = ContextBytes(with, options.context);
+  with.exact_first = 4;
+  with.exact_newest = 64;
+  const bool small = (ContextBytes(with, options.context) - f16) * 50 <= f16;
+  const bool wanted = small && options.candidates == "all";
+  if (!options.exact_first) options.exact_first = wanted ? with.exact_first : 0;
+  if (!options.exact_newest) options.exact_newest = wanted ? with.exact_newest : 0;
+  return options;
+}
+
 const Holdout* WorstHoldout(const Tuned& tuned) {
   const auto worst = std::ranges::min_element(
       tuned.holdouts, {}, [](const Holdout& h) { return h.found.worst_cosine; });
@@ -232,11 +244,12 @@ const Holdout* WorstHoldout(const Tuned& tuned) {
 }
 
 Result<Tuned> Tune(const std::vector<const Dump*>& dumps, const std::vector<const Dump*>& holdouts,
-                   const TuneOptions& options) {
-  Status s = CheckOptions(options);
+                   const TuneOptions& asked) {
+  Status s = CheckOptions(asked);
   if (s.ok()) s = CheckDumps(dumps);
   if (!s.ok()) return s;
   const Model& model = dumps[0]->model();
+  const TuneOptions options = Settled(asked, model);
   const auto ids = CheckHoldouts(holdouts, model, options);
   if (!ids.ok()) return ids.status();
   const std::string calibrating = "calibrating", measuring = "measuring every head and codec";

@@ -3,6 +3,7 @@
 #ifndef KVMIX_PLAN_H_
 #define KVMIX_PLAN_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -233,13 +234,15 @@ inline EffectiveBits BitsPerNumber(const Plan& plan, std::size_t context = 0) {
           bits(size.k_bytes + size.v_bytes, size.k_numbers + size.v_numbers)};
 }
 
-// Means, folds and queries of short prompts are not those of long ones: RoPE slowly turns channels.
+// Means of short prompts are not those of long ones: RoPE slowly turns channels.
 // A context of more than kFarBeyondCalibration times the calibration's longest prompt deserves a
-// warning. False if the plan does not say what it was calibrated on.
+// warning. False if the plan does not say what it was calibrated on, or has no calibrated mean.
 inline constexpr std::size_t kFarBeyondCalibration = 4;
 inline bool IsFarBeyond(const Plan& plan, std::size_t context) {
   const std::size_t longest = plan.provenance.longest_prompt;
-  return longest != 0 && context > kFarBeyondCalibration * longest;
+  return longest != 0 && context > kFarBeyondCalibration * longest &&
+         std::any_of(plan.codecs.begin(), plan.codecs.end(),
+                     [](const HeadCodec& codec) { return codec.kind.centre; });
 }
 
 // JSON, and where K has the step +shape a safetensors file of matrices in the same folder, which

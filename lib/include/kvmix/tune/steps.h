@@ -37,7 +37,8 @@ struct MeasureOptions {
   Runner runner = 0;            // OpenMP's threads: as many as this process may use
   std::string target = {};      // the instruction set, a name of Targets(); "": the best
   Progress progress = {};       // if given, called after each layer, by one thread at a time
-  std::size_t exact_first = 0;  // as Plan::exact_first
+  std::size_t exact_first = 0;  // as in Plan
+  std::size_t exact_newest = 0;
 };
 
 // The causal attention of one layer of a dump, with its window, scale, cap and sinks, prompt by
@@ -147,7 +148,8 @@ struct HeadErrors {
 
 struct ErrorTable {
   Model model;
-  std::size_t exact_first = 0;     // of the plans that the errors are those of
+  std::size_t exact_first = 0;  // of the plans that the errors are those of
+  std::size_t exact_newest = 0;
   std::vector<std::string> dumps;  // names, sorted
   std::string model_name;
   std::size_t tokens = 0;
@@ -163,7 +165,8 @@ struct Measurement {
   CandidateKinds candidates = {};
   std::string candidate_set = {};  // their name, for people
   std::size_t exact_first = 0;     // of the plans that the errors are those of
-  std::string target = {};         // the instruction set
+  std::size_t exact_newest = 0;
+  std::string target = {};  // the instruction set
   std::string library_version = {};
   // Of each layer that was measured [kv_heads][K, V], over all dumps: what its codecs are made
   // from.
@@ -172,7 +175,7 @@ struct Measurement {
   Pieces<std::vector<HeadErrors>> pieces = {};
 };
 
-// A measurement of nothing yet.
+// A measurement of nothing yet. With exact newest tokens a K candidate's centre is an own one.
 KVMIX_API Result<Measurement> StartMeasurement(const Calibration& calibration,
                                                const CandidateKinds& candidates,
                                                const MeasureOptions& options = {});

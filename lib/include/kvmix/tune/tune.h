@@ -41,9 +41,11 @@ struct TuneOptions {
   std::string wisdom = {};
   // A file that keeps the measurement after every layer; another run goes on with it. "": none.
   std::string work = {};
-  std::size_t exact_first = 0;  // as Plan::exact_first
-  std::string target = {};      // the instruction set, a name of Targets(); "": the best
-  Runner runner = 0;            // the plan does not depend on it
+  // As in Plan. Without: 4 and 64 where they take at most a fiftieth of f16's bytes at `context`,
+  // and none for the study's candidates.
+  std::optional<std::size_t> exact_first = {}, exact_newest = {};
+  std::string target = {};  // the instruction set, a name of Targets(); "": the best
+  Runner runner = 0;        // the plan does not depend on it
   StepProgress progress = {};
 };
 
@@ -73,6 +75,9 @@ struct Tuned {
   // query heads whose NMSE was more than kWorseThanPredicted times the predicted one.
   std::vector<std::size_t> worse_than_predicted = {};
 };
+
+// The options with exact_first and exact_newest as they are for this model.
+KVMIX_API TuneOptions Settled(TuneOptions options, const Model& model);
 
 // The holdout with the least worst cosine, the first of equal ones: the plan's provenance names it.
 // Null if there are no holdouts.
