@@ -77,9 +77,7 @@ kvmix::Status Generate(const kvmix::Geometry& shape, kvmix::Cache& cache) {
 
 int main() {
   const kvmix::Geometry shape{.layers = 4, .kv_heads = 8, .query_heads = 32, .head_dim = 64};
-  const kvmix::HeadCodec int8{kvmix::ParseCodecKind("i8-token+hadamard").value()};
-  const kvmix::Plan plan =
-      kvmix::UniformPlan(shape, int8, int8);  // or kvmix::LoadPlan("plan.json")
+  const kvmix::Plan plan = kvmix::DefaultPlan(shape);  // or kvmix::LoadPlan("plan.json")
   kvmix::Result<kvmix::Cache> cache = kvmix::Cache::Create(plan, 4096);
   const kvmix::Status done = cache.ok() ? Generate(shape, *cache) : cache.status();
   if (!done.ok()) {

@@ -48,10 +48,10 @@ static_assert(kTokenStep == kTileTerms && kSeenStep == kTokenStep);
 template <class S>
 using TileMultiplied = std::conditional_t<S::kPacked, I8, S>;
 
-// Bytes, and operands of two limbs.
+// Bytes, and operands of two limbs; no centres.
 HWY_INLINE bool HasByteTiles(const BlockFormat& f) {
   return f.k.row.storage != KVMIX_STORAGE_F16 && f.v.row.storage != KVMIX_STORAGE_F16 &&
-         f.k.row.operand_bits == 16 && f.v.row.operand_bits == 16;
+         f.k.row.operand_bits == 16 && f.v.row.operand_bits == 16 && f.stretch == 0;
 }
 
 // Shuffles of two vectors by blocks of four lanes, and of lanes within blocks: two of a's and two
@@ -533,7 +533,7 @@ class TileAttention {
 };
 
 // The kernels over tiles T, for tasks of so many rows that kPays says yes; for the others, and for
-// f16, AVX3_DL's.
+// what HasByteTiles refuses, AVX3_DL's.
 template <class T, bool (*kPays)(std::size_t rows)>
 AttendKernels TileKernels() {
   static const AttendKernels vectors = AttendKernelsFor(HWY_AVX3_DL);

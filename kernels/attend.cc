@@ -1,6 +1,7 @@
 // Attention of one KV head, block by block of 256 tokens, up to eight query rows at a time (a
 // turn):
-//   scores   s[r][t] = scale * k_scale[t] * q_scale[r] * (q codes . k codes), in units of log2
+//   scores   s[r][t] = scale * k_scale[t] * q_scale[r] * (q codes . k codes), in units of log2;
+//            and scale * (q . the centre of t's stretch), if K's codes are around such
 //   softmax  b = max over t of (s + log2(v_scale[t]));  m' = max(m, b)
 //            sum = sum * 2^(m - m') + sum over t of 2^(s - m')
 //            w[t] = 2^(s - m') * v_scale[t] / w_scale, fixed point of 16 bits against the block's
@@ -14,6 +15,7 @@
 // WeighStage), so that every storage meets every other without a copy of this loop.
 #include "kernels/attend.h"
 
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -80,18 +82,58 @@ void PackQuery(const float* q, std::size_t dim, float largest, std::size_t rows,
   }
 }
 
+// Fills w.around for the stretches of tokens that a turn's rows see. Centres and q are multiplied
+// as f32: beside a large centre, the error of a q of 8 or 16 bits would be that of all codes. Rows
+// with NaN count as zeros here as well.
+template <std::size_t kRows>
+HWY_NOINLINE void Around(const BlockFormat& f, Work& w) {
+  constexpr std::size_t kCount = HWY_MIN(kLanes, std::bit_ceil(kRows));
+  constexpr std::size_t kSums = RoundUp(kRows, kCount);
+  const std::size_t dim = f.k.row.dim;
+  VF to_score[kSums / kCount];
+  Unroll<kSums / kCount>([&](auto i) KVMIX_LAMBDA {
+    to_score[i] = hn::Div(hn::Set(DF(), w.to_log2), hn::LoadU(DF(), w.scale + i * kCount));
+  });
+  for (std::size_t stretch = w.first / f.stretch; stretch * f.stretch < w.last; ++stretch) {
+    const std::uint8_t* const centre = w.centres + stretch * CentreBytes(f);
+    const VF scale = hn::Set(DF(), LoadScalar<float>(centre));
+    const auto* const codes = reinterpret_cast<const std::int8_t*>(centre + sizeof(float));
+    VF sums[kSums];
+    Unroll<kSums>([&](auto r) KVMIX_LAMBDA { sums[r] = hn::Zero(DF()); });
+    ForVectors(0, dim, [&](auto io, std::size_t c) KVMIX_LAMBDA {
+      const VF code = hn::ConvertTo(DF(), hn::PromoteTo(DI32(), io.Load(DCodes(), codes + c)));
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
+        sums[r] = hn::MulAdd(io.Load(DF(), w.q + r * dim + c), code, sums[r]);
+      });
+    });
+    const auto add = [](VF a, VF b) KVMIX_LAMBDA { return hn::Add(a, b); };
+    Unroll<kSums / kCount>([&](auto i) KVMIX_LAMBDA {
+      constexpr std::size_t kFirst = i * kCount;
+      const VF dot = hn::Mul(hn::Mul(Reduced<kCount>(sums + kFirst, add), scale), to_score[i]);
+      hn::StoreU(hn::IfThenZeroElse(hn::IsNaN(dot), dot), DF(), w.around[stretch] + kFirst);
+    });
+  }
+}
+
 template <class P, std::size_t kRows, std::size_t kVecs>
 HWY_NOINLINE void Score(const BlockFormat& f, const std::uint8_t* queries, const RowInfo* info,
                         Prefetcher& prefetch, Work& w) {
   static_assert(kTokenStep % (kVecs * kLanes) == 0);
   using S = typename P::Stored;
   const std::size_t dim = f.k.row.dim;
+  const bool centred = w.centres != nullptr;
+  if (centred) Around<kRows>(f, w);
+  const int log2_stretch = std::countr_zero(f.stretch);
   for (std::size_t token = w.first; token < w.last; token += kVecs * kLanes) {
     Multiply<P, QueryTerms<P, kRows>, kRows, kVecs>(
         w.k.Get(token / kLanes, kVecs, 0, dim), w.k.stride, queries, info, 0,
         KSteps<S>(dim) / S::kParts, prefetch, [&](auto r, auto v, VF sum) KVMIX_LAMBDA {
           const std::size_t at = token + v * kLanes;
-          hn::Store(hn::Mul(sum, hn::LoadU(DF(), w.k_scale + at)), DF(), w.scores[r] + at);
+          const VF scale = hn::LoadU(DF(), w.k_scale + at);
+          const VF score =
+              centred ? hn::MulAdd(sum, scale, hn::Set(DF(), w.around[at >> log2_stretch][r]))
+                      : hn::Mul(sum, scale);
+          hn::Store(score, DF(), w.scores[r] + at);
         });
   }
 }
@@ -281,6 +323,7 @@ void Attend(const AttendTask& t) {
   Begin(t, score, turns, padded);
 
   Work w;
+  w.to_log2 = t.scale * kLog2E;
   std::uint8_t* const operand = static_cast<std::uint8_t*>(t.operand);
   const Tiles k_tiles = TilesFor<true>(scratch.often, f.k, operand + scratch.k),
               v_tiles = TilesFor<false>(scratch.often, f.v, operand + scratch.v);
@@ -293,9 +336,12 @@ void Attend(const AttendTask& t) {
     const std::size_t fetching = next != nullptr ? sharing : 0;
     w.k = k_tiles.Of(block + f.k.codes_offset);
     w.v = v_tiles.Of(block + f.v.codes_offset);
+    w.centres = f.stretch != 0 ? block + f.centres_offset : nullptr;
     for (std::size_t turn = 0; turn < turns.count(); ++turn) {
       const std::size_t row = turns.first_row(turn), rows = turns.first_row(turn + 1) - row;
       if (!See(t, row, rows, b, w)) continue;
+      w.q = t.q + row * f.k.row.dim;
+      for (std::size_t r = 0; r < rows; ++r) w.scale[r] = turns.info(row + r)->scale;
       const auto from = [&](const Tiles& tiles) KVMIX_LAMBDA {
         return scratch.often && tiles.unpack != nullptr ? kFromKept
                : t.stream && turn == 0                  ? kFromMemory
@@ -310,7 +356,6 @@ void Attend(const AttendTask& t) {
       }
       if (turns.count() > 1) w.k.Keep(tokens.first / kLanes, tokens.last / kLanes, 0, f.k.row.dim);
       score.run[from(k_tiles)][rows - 1](f, turns.queries(row), turns.info(row), prefetch, w);
-      for (std::size_t r = 0; r < rows; ++r) w.scale[r] = turns.info(row + r)->scale;
       FinishScores(t, row, rows, b, w);
       weigh.softmax(rows, t.max + row, t.sum + row, lines, prefetch, w);
       if (turns.count() > 1) w.v.Keep(0, padded / kLanes, tokens.first, tokens.last);

@@ -25,12 +25,13 @@ namespace {
 
 constexpr std::size_t kChunk = 64;                      // tokens of a turn
 constexpr std::size_t kSums = kManyRegisters ? 16 : 8;  // vectors in registers
-static_assert(kSums % kLanes == 0 && kChunk % kSums == 0 && kChunk % kLanes == 0);
-
-// Neighbours of each of kRows rows (tokens for K, vectors of channels for V) that a register block
-// takes.
+// Tokens whose channels share a vector of K, a half each: a fold less for all their sums.
+constexpr std::size_t kTwins = kLanes >= 8 ? 2 : 1;
+constexpr std::size_t kChannels = kLanes / kTwins;
+// Tokens whose products with kRows rows are summed at a time.
 template <std::size_t kRows>
-constexpr std::size_t kBeside = kSums / std::bit_ceil(kRows);
+constexpr std::size_t kTokens = HWY_MIN(16, kSums* kTwins / std::bit_ceil(kRows));
+static_assert(kChunk % 16 == 0 && kChunk % kLanes == 0);
 
 // A turn's rows and tokens of the task.
 struct Turn {
@@ -62,40 +63,63 @@ HWY_INLINE bool Trim(const ExactTask& t, Turn& turn) {
   return first < last;
 }
 
-// The rows' products with K. Asks for V's rows if these rows are the first to read them.
+// q's next channels for each of the tokens that share a vector.
+template <class IO>
+HWY_INLINE VF LoadQuery(IO io, const float* q) {
+#if HWY_TARGET <= HWY_AVX3
+  if constexpr (std::is_same_v<IO, Whole>) return VF{_mm512_broadcast_f32x8(_mm256_loadu_ps(q))};
+#endif
+  if constexpr (kTwins == 1) {
+    return io.Load(DF(), q);
+  } else {
+    const auto once = io.Load(hn::Half<DF>(), q);
+    return hn::Combine(DF(), once, once);
+  }
+}
+// Channels of the tokens at k and what follows.
+template <class IO>
+HWY_INLINE VF LoadTokens(IO io, const std::uint16_t* const* k, std::size_t c) {
+  if constexpr (kTwins == 1) {
+    return Halves::Load(io, k[0] + c);
+  } else {
+    const hn::Half<DHalves> half;
+    return FromHalves(DF(),
+                      hn::Combine(DHalves(), io.Load(half, k[1] + c), io.Load(half, k[0] + c)));
+  }
+}
+
+// The rows' products with K.
 template <std::size_t kRows>
 HWY_NOINLINE void Score(const ExactTask& t, Turn& turn) {
-  constexpr std::size_t kTokens = kBeside<kRows>;
+  constexpr std::size_t kVecs = kTokens<kRows> / kTwins;
   const float* const q = t.q + turn.row * t.k_dim;
-  const std::size_t v_bytes = turn.row == 0 ? t.v_dim * sizeof(*t.v) : 0;
-  for (std::size_t token = 0; token < turn.tokens; token += kTokens) {
-    const std::uint16_t* k[kTokens];
-    Unroll<kTokens>([&](auto i) KVMIX_LAMBDA {  // past the end: the last one again
-      const std::size_t at = turn.token + HWY_MIN(token + i, turn.tokens - 1);
-      k[i] = t.k + at * t.k_dim;
-      const auto* const v = reinterpret_cast<const std::uint8_t*>(t.v + at * t.v_dim);
-      for (std::size_t line = 0; line < v_bytes; line += 64) __builtin_prefetch(v + line);
+  for (std::size_t token = 0; token < turn.tokens; token += kTokens<kRows>) {
+    const std::uint16_t* k[kTokens<kRows>];
+    Unroll<kTokens<kRows>>([&](auto i) KVMIX_LAMBDA {  // past the end: the last one again
+      k[i] = t.k + (turn.token + HWY_MIN(token + i, turn.tokens - 1)) * t.k_dim;
     });
-    VF sums[kSums];
-    Unroll<kSums>([&](auto i) KVMIX_LAMBDA { sums[i] = hn::Zero(DF()); });
-    ForVectors(0, t.k_dim, [&](auto io, std::size_t c) KVMIX_LAMBDA {
+    constexpr std::size_t kAll = std::bit_ceil(kRows) * kVecs;
+    VF sums[kAll];
+    Unroll<kAll>([&](auto i) KVMIX_LAMBDA { sums[i] = hn::Zero(DF()); });
+    ForVectors<Tail::kPartial, kChannels>(0, t.k_dim, [&](auto io, std::size_t c) KVMIX_LAMBDA {
       VF terms[kRows];
-      Unroll<kRows>([&](auto r) KVMIX_LAMBDA { terms[r] = io.Load(DF(), q + r * t.k_dim + c); });
-      Unroll<kTokens>([&](auto i) KVMIX_LAMBDA {
-        const VF own = Halves::Load(io, k[i] + c);
+      Unroll<kRows>([&](auto r) KVMIX_LAMBDA { terms[r] = LoadQuery(io, q + r * t.k_dim + c); });
+      Unroll<kVecs>([&](auto i) KVMIX_LAMBDA {
+        const VF own = LoadTokens(io, k + i * kTwins, c);
         Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-          VF& sum = sums[r * kTokens + i];
+          VF& sum = sums[r * kVecs + i];
           sum = hn::MulAdd(terms[r], own, sum);
         });
       });
     });
-    alignas(64) float products[kSums];
-    Unroll<kSums / kLanes>([&](auto i) KVMIX_LAMBDA {
+    alignas(64) float products[kAll * kTwins];
+    Unroll<kAll / kChannels>([&](auto i) KVMIX_LAMBDA {
       const auto add = [](VF a, VF b) KVMIX_LAMBDA { return hn::Add(a, b); };
-      hn::Store(Folded<kLanes>(sums + i * kLanes, add), DF(), products + i * kLanes);
+      hn::Store(Folded<kChannels>(sums + i * kChannels, add), DF(), products + i * kLanes);
     });
     Unroll<kRows>([&](auto r) KVMIX_LAMBDA {
-      std::memcpy(turn.weights[r] + token, products + r * kTokens, kTokens * sizeof(float));
+      std::memcpy(turn.weights[r] + token, products + r * kTokens<kRows>,
+                  kTokens<kRows> * sizeof(float));
     });
   }
 }
@@ -178,7 +202,7 @@ HWY_NOINLINE void Weigh(const ExactTask& t, const Turn& turn) {
     }
     each([&](const VF& sum, float* at, auto) KVMIX_LAMBDA { io.Store(sum, DF(), at); });
   };
-  constexpr std::integral_constant<std::size_t, HWY_MIN(kBeside<kRows>, 4)> kVecs;
+  constexpr std::integral_constant<std::size_t, HWY_MIN(4, kSums / std::bit_ceil(kRows))> kVecs;
   constexpr std::integral_constant<std::size_t, 1> kOne;
   std::size_t channel = 0;
   for (; channel + kVecs * kLanes <= t.v_dim; channel += kVecs * kLanes)
@@ -200,6 +224,11 @@ void Attend(const ExactTask& t) {
   const std::size_t turns = (t.rows + kMaxRows - 1) / kMaxRows;
   Turn turn;
   for (std::size_t token = 0; token < t.tokens; token += kChunk) {
+    for (const auto& [rows, dim] : {std::pair(t.k, t.k_dim), std::pair(t.v, t.v_dim)}) {
+      const auto* const at = reinterpret_cast<const std::uint8_t*>(rows + token * dim);
+      const std::size_t bytes = HWY_MIN(kChunk, t.tokens - token) * dim * sizeof(*rows);
+      for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+    }
     for (std::size_t i = 0; i < turns; ++i) {
       turn.row = i * t.rows / turns;
       turn.rows = (i + 1) * t.rows / turns - turn.row;

@@ -35,6 +35,8 @@ inline std::size_t RowBytes(const RowFormat& f) {
 
 // Tokens of a block.
 inline constexpr std::size_t kBlockTokens = 256;
+// Fewest tokens of a stretch: a vector of tokens has one centre.
+inline constexpr std::size_t kSmallestStretch = 16;
 
 // One tensor's part of a block.
 struct TileFormat {
@@ -43,16 +45,19 @@ struct TileFormat {
   std::size_t scales_offset = 0;  // kF32, kBF16
 };
 
-// A block of one KV head: K codes | K scales | V codes | V scales, each padded to 64 bytes.
+// A block of one KV head: K codes | K scales | V codes | V scales | centres of K, each padded to 64
+// bytes.
 struct BlockFormat {
   TileFormat k, v;
   std::size_t block_bytes = 0;
-  // Tokens of a stretch, a power of two from 16 to kBlockTokens, whose K codes are around a centre
-  // of their own; 0: none.
+  // Tokens of a stretch, a power of two from kSmallestStretch to kBlockTokens, whose K codes are
+  // around a centre of their own; 0: none.
   std::size_t stretch = 0;
   // [kBlockTokens / stretch] centres, after everything else: a scale (f32) and K's dim of int8.
   std::size_t centres_offset = 0;
 };
+
+inline std::size_t CentreBytes(const BlockFormat& f) { return sizeof(float) + f.k.row.dim; }
 
 }  // namespace kvmix::kernels
 

@@ -119,7 +119,7 @@ struct SoftmaxRows {
   alignas(64) float scores[kRows][kRowFloats];
   // Row by row, with room for whole vectors of rows.
   Range seen[kRows];                            // tokens of the block; {0, 0}: none
-  alignas(64) float scale[kRowLanes];           // of the scores, to units of log2
+  alignas(64) float scale[kRowLanes] = {};      // of the scores, to units of log2
   alignas(64) float centre[kRowLanes];          // what RecentreLarge took off the scores
   alignas(64) float block_max[kRowLanes] = {};  // b (arithmetic on stale denormals would be slow)
   alignas(64) float correction[kRowLanes];      // 2^(m - m')
@@ -134,6 +134,13 @@ struct SoftmaxRows {
 
 struct Work : SoftmaxRows<kMaxRows> {
   Tiles k, v;  // of the block
+  // Of K's stretches, or null; then also the turn's rows of q, and what scores in units of log2 are
+  // of q . k.
+  const std::uint8_t* centres;
+  const float* q;
+  float to_log2;
+  // [stretch][row]: what a centre adds to the scores of its tokens, w.scale times this.
+  alignas(64) float around[kBlockTokens / kSmallestStretch][kRowLanes];
   alignas(64) std::uint8_t weights[kMaxRows][kBlockTokens * 4];
 };
 
@@ -184,17 +191,6 @@ HWY_INLINE void ForGrids(std::size_t scaled_tokens, const Rows& w, const F& f) {
   }
 }
 
-// A vector whose first lanes are the maxima of four vectors.
-HWY_INLINE VF FourMaxima(const VF (&max)[4]) {
-  const auto larger = [](VF a, VF b) KVMIX_LAMBDA { return hn::Max(a, b); };
-  VF all = Folded<4>(max, larger);
-  for (std::size_t lanes = kLanes / 4; lanes > 1; lanes /= 2) {
-    const VF twice[2] = {all, all};
-    all = Folded<2>(twice, larger);
-  }
-  return all;
-}
-
 // The largest score plus log2(v_scale) of a row: of the block, or of each grid.
 template <class P, class Rows>
 HWY_INLINE void RowMaxima(std::size_t r, Rows& w) {
@@ -222,7 +218,8 @@ HWY_INLINE void RowMaxima(std::size_t r, Rows& w) {
       constexpr std::size_t kFirst = grid * P::kScaledTokens;
       max[grid] = largest(HWY_MAX(w.first, kFirst), HWY_MIN(w.last, kFirst + P::kScaledTokens));
     });
-    hn::StoreN(FourMaxima(max), df, w.grid_max[r], kGrids);
+    const auto larger = [](VF a, VF b) KVMIX_LAMBDA { return hn::Max(a, b); };
+    hn::StoreN(Reduced<kGrids>(max, larger), df, w.grid_max[r], kGrids);
   }
 }
 

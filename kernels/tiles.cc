@@ -35,6 +35,8 @@ void LayOut(BlockFormat& f) {
   place(f.v, WithStorage(f.v.row.storage, [&](auto s) KVMIX_LAMBDA {
           return RoundUp(f.v.row.dim, kLanes) / kLanes * kVTileBytes<decltype(s)>;
         }));
+  f.centres_offset = at;
+  if (f.stretch != 0) at = RoundUp(at + kBlockTokens / f.stretch * CentreBytes(f), 64);
   f.block_bytes = at;
 }
 

@@ -22,7 +22,7 @@
 namespace kvmix::kernels {
 
 struct TileKernels {
-  // Fills in the offsets and block_bytes of a format whose rows are set.
+  // Fills in the offsets and block_bytes of a format whose rows and stretch are set.
   void (*lay_out)(BlockFormat& format);
   // Writes canonical rows of tokens [token, token + count): those of token t go to
   // blocks[t / kBlockTokens]. Row r at rows + r * row_stride bytes. scales: [count], or null.

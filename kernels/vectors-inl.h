@@ -67,6 +67,16 @@ HWY_INLINE VF Folded(const VF* v, const Op& op) {
     return op(hn::ConcatEven(DF(), b, a), hn::ConcatOdd(DF(), b, a));
   }
 }
+// A vector whose first kCount lanes are each what `op` makes of all lanes of one of the vectors.
+template <std::size_t kCount, class Op>
+HWY_INLINE VF Reduced(const VF* v, const Op& op) {
+  VF all = Folded<kCount>(v, op);
+  for (std::size_t lanes = kLanes / kCount; lanes > 1; lanes /= 2) {
+    const VF twice[2] = {all, all};
+    all = Folded<2>(twice, op);
+  }
+  return all;
+}
 
 template <typename T>
 HWY_INLINE T LoadScalar(const std::uint8_t* p) {

@@ -181,8 +181,41 @@ Rows RandomRows(std::mt19937& rng, Kind kind, std::size_t tokens, std::size_t di
 
 struct Head {
   Rows k, v;
+  std::size_t stretch = 0;
+  std::vector<std::uint8_t> centres = {};  // [stretches of all blocks][4 + K's dim]
   std::size_t tokens() const { return k.scales.size(); }
+  std::size_t centre_bytes() const { return 4 + k.format.dim; }
+
+  // K with the centre of the token's stretch.
+  double K(std::size_t token, std::size_t channel) const {
+    if (stretch == 0) return k.At(token, channel);
+    const std::uint8_t* const centre = &centres[token / stretch * centre_bytes()];
+    float scale;
+    std::memcpy(&scale, centre, 4);
+    return k.At(token, channel) + double{scale} * static_cast<std::int8_t>(centre[4 + channel]);
+  }
+  // The centre of a stretch: codes of -127 to 127, times `scale`.
+  void Centre(std::size_t of, float scale, const std::vector<int>& codes) {
+    std::uint8_t* const centre = &centres[of * centre_bytes()];
+    std::memcpy(centre, &scale, 4);
+    for (std::size_t c = 0; c < codes.size(); ++c)
+      centre[4 + c] = static_cast<std::uint8_t>(codes[c]);
+  }
 };
+
+// The head around centres whose numbers go up to `size`.
+Head AroundCentres(Head head, std::size_t stretch, float size, unsigned seed) {
+  std::mt19937 rng(seed);
+  head.stretch = stretch;
+  const std::size_t count = (head.tokens() / kBlockTokens + 1) * kBlockTokens / stretch;
+  head.centres.resize(count * head.centre_bytes());
+  for (std::size_t s = 0; s < count; ++s) {
+    std::vector<int> codes(head.k.format.dim);
+    for (int& code : codes) code = static_cast<int>(rng() % 255) - 127;
+    head.Centre(s, size / 127.0f, codes);
+  }
+  return head;
+}
 
 // An output of one number would cancel almost to zero, and its relative error grow: V has an offset
 // there.
@@ -233,6 +266,10 @@ class Blocks {
                           RowBytes(format.k.row), head.k.scales.data());
     kernels.tiles.store_v(format, blocks.data(), 0, head.tokens(), head.v.codes.data(),
                           RowBytes(format.v.row), head.v.scales.data());
+    for (std::size_t b = 0; b < count && head.stretch != 0; ++b) {
+      const std::size_t bytes = kBlockTokens / head.stretch * head.centre_bytes();
+      std::memcpy(blocks[b] + format.centres_offset, &head.centres[b * bytes], bytes);
+    }
     table_.assign(blocks.begin(), blocks.end());
   }
   // Of the blocks that hold tokens of [first, last); null for the others.
@@ -250,6 +287,7 @@ class Blocks {
     BlockFormat f;
     f.k.row = head.k.format;
     f.v.row = head.v.format;
+    f.stretch = head.stretch;
     k.tiles.lay_out(f);
     return f;
   }
@@ -303,7 +341,7 @@ std::vector<Expected> Reference(const Head& head, const Ask& ask) {
   std::vector<Expected> rows(ask.rows);
   Doubles k, v;  // tokens [first, last)
   for (std::size_t t = ask.first; t < ask.last; ++t) {
-    for (std::size_t c = 0; c < k_dim; ++c) k.push_back(head.k.At(t, c));
+    for (std::size_t c = 0; c < k_dim; ++c) k.push_back(head.K(t, c));
     for (std::size_t c = 0; c < v_dim; ++c) v.push_back(head.v.At(t, c));
   }
   for (std::size_t r = 0; r < ask.rows; ++r) {
@@ -1097,6 +1135,22 @@ TEST_F(AttendKernel, OperandsOf8BitsInOneTensor) {
   }
 }
 
+// Every row by itself has the bits of `whole`.
+void ExpectRowsAlone(const Blocks& blocks, const Ask& all, const Outcome& whole) {
+  for (std::size_t r = 0; r < all.rows; ++r) {
+    Ask one = all;
+    one.rows = one.group = 1;
+    one.q.assign(all.q.begin() + static_cast<std::ptrdiff_t>(r * 64),
+                 all.q.begin() + static_cast<std::ptrdiff_t>((r + 1) * 64));
+    const Outcome alone = Attend(blocks, one, r % 2 == 0);
+    EXPECT_EQ(alone.max[0], whole.max[r]) << r;
+    EXPECT_EQ(alone.sum[0], whole.sum[r]) << r;
+    EXPECT_TRUE(std::equal(alone.out.begin(), alone.out.end(),
+                           whole.out.begin() + static_cast<std::ptrdiff_t>(r * whole.padded)))
+        << r;
+  }
+}
+
 // The bits do not depend on which rows share a turn, on where the tiles come from, or on where a
 // range is cut (at a block).
 TEST_F(AttendKernel, OperandsOf8BitsGiveTheSameBits) {
@@ -1108,17 +1162,99 @@ TEST_F(AttendKernel, OperandsOf8BitsGiveTheSameBits) {
     const Blocks blocks(kernels, head);
     const Outcome whole = Attend(blocks, all, false);
     EXPECT_TRUE(SameBits(whole, Attend(blocks, all, true)));
+    ExpectRowsAlone(blocks, all, whole);
+  }
+}
+
+// ---- centres of stretches
+
+// Centres about as large as what is around them, and fifty times as large.
+TEST_F(AttendKernel, EveryStorageAroundCentres) {
+  std::mt19937 rng(20);
+  unsigned count = 0;
+  for (const Kind& k : kKinds) {
+    if (k == kF16) continue;
+    for (const std::size_t dim : Sizes{64, 72, 256}) {
+      for (const std::size_t stretch : Sizes{16, 64, 256}) {
+        for (const float size : {1.0f, 50.0f}) {
+          const Kind v = kKinds[count % std::size(kKinds)];
+          const Head head =
+              AroundCentres(RandomHead(k, v, dim, 64, 700, count), stretch, size, count);
+          const std::size_t rows = Sizes{1, 2, 7, 8, 21, 56}.begin()[count % 6];
+          Check(head, RandomAsk(rng, head, rows, 1 + count % 3));
+          const Head narrow = WithOperandsOf8Bits(head);
+          Check(narrow, RandomAsk(rng, head, 7, 7), {}, kBoundOf8Bits);
+          ++count;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(AttendKernel, CentresAndRangesWindowsCapsAndBias) {
+  std::mt19937 rng(21);
+  for (const std::size_t stretch : Sizes{16, 64, 128}) {
+    const Head head =
+        AroundCentres(RandomHead(kI8BF16, kI6BF16, 33, 40, 600, 21), stretch, 3.0f, 3);
+    for (const std::size_t rows : Sizes{1, 5, 20}) {
+      Ask ask = RandomAsk(rng, head, rows, 5);
+      ask.first = 70;
+      ask.last = 555;
+      Check(head, ask, {2, 0, 1});
+      ask.window = 190;
+      Check(head, ask);
+      ask.soft_cap = 5.0f;
+      Check(head, ask);
+      ask.bias = RandomFloats(rng, rows);
+      Check(head, ask);
+    }
+  }
+}
+
+// A stretch whose centre has the largest score of any size takes everything, with a mask as well.
+TEST_F(AttendKernel, CentresOfAnySize) {
+  for (const float level : {1e3f, 1e9f, 1e20f, 1e34f}) {
+    Head head = AroundCentres(RandomHead(kI8F32, kI8F32, 64, 64, 600, 22), 64, 1.0f, 22);
+    for (std::size_t t = 0; t < head.tokens(); ++t) {
+      for (std::size_t c = 0; c < 64; ++c) head.k.Put(t, c, 0.0f);
+    }
+    for (std::size_t s = 0; s < 10; ++s) {
+      std::vector<int> codes(64);
+      codes[5] = s == 6 ? 127 : static_cast<int>(s) - 100;
+      head.Centre(s, level, codes);
+    }
+    std::mt19937 rng(22);
+    Ask ask = RandomAsk(rng, head, 12, 12);
+    ask.first_end = 600;
+    for (std::size_t i = 0; i < ask.q.size(); ++i) ask.q[i] = i % 64 == 5 ? 1.0f : 0.0f;
+    Doubles mean(64);
+    for (std::size_t c = 0; c < 64; ++c) {
+      for (std::size_t t = 6 * 64; t < 7 * 64; ++t) mean[c] += head.v.At(t, c) / 64.0;
+    }
+    SCOPED_TRACE(level);
+    ExpectOutputs(head, ask, {}, std::vector<Doubles>(12, mean));
+    ExpectOutputs(head, ask, Floats(600, -2.0f), std::vector<Doubles>(12, mean));
+  }
+}
+
+TEST_F(AttendKernel, ARowAroundCentresGetsTheSameBitsAmongOthers) {
+  const Head head = AroundCentres(RandomHead(kI8F32, kI6BF16, 64, 64, 1024, 23), 64, 2.0f, 23);
+  std::mt19937 rng(23);
+  const Ask all = RandomAsk(rng, head, 21, 21);
+  for (const Kernels& kernels : TestedKernels()) {
+    SCOPED_TRACE(kernels.target);
+    const Blocks blocks(kernels, head);
+    ExpectRowsAlone(blocks, all, Attend(blocks, all, false));
+    EXPECT_TRUE(SameBits(Attend(blocks, all, false), Attend(blocks, all, true)));
+    Ask with = all;
+    with.q[3 * 64 + 9] = kInf;
+    with.q[4 * 64 + 9] = kNaN;
+    const Outcome whole = Attend(blocks, all, false), o = Attend(blocks, with, false);
     for (std::size_t r = 0; r < all.rows; ++r) {
-      Ask one = all;
-      one.rows = one.group = 1;
-      one.q.assign(all.q.begin() + static_cast<std::ptrdiff_t>(r * 64),
-                   all.q.begin() + static_cast<std::ptrdiff_t>((r + 1) * 64));
-      const Outcome alone = Attend(blocks, one, r % 2 == 0);
-      EXPECT_EQ(alone.max[0], whole.max[r]) << r;
-      EXPECT_EQ(alone.sum[0], whole.sum[r]) << r;
-      EXPECT_TRUE(std::equal(alone.out.begin(), alone.out.end(),
-                             whole.out.begin() + static_cast<std::ptrdiff_t>(r * whole.padded)))
-          << r;
+      EXPECT_EQ(std::isnan(o.max[r]), r == 3 || r == 4);
+      if (r != 3 && r != 4) {
+        EXPECT_EQ(o.out[r * o.padded], whole.out[r * whole.padded]);
+      }
     }
   }
 }

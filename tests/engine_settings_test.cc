@@ -5,7 +5,9 @@
 
 #include <filesystem>
 #include <initializer_list>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dump_files.h"
@@ -33,7 +35,7 @@ TEST(EngineSettings, WithoutAny) {
   EXPECT_EQ(s->target, "");
   EXPECT_EQ(s->dump, "");
   EXPECT_FALSE(s->memory || s->verbose || s->help);
-  EXPECT_EQ(Summary(*s), "i8-token-bf16+hadamard in all heads, " + std::string(Targets().front()));
+  EXPECT_EQ(Summary(*s), "the default plan, " + std::string(Targets().front()));
 }
 
 TEST(EngineSettings, EachIsTaken) {
@@ -44,8 +46,8 @@ TEST(EngineSettings, EachIsTaken) {
   EXPECT_EQ(Summary(*s), "f16 in all heads, " + std::string(Targets().back()));
   EXPECT_EQ(s->dump, "a=b");
   EXPECT_TRUE(s->memory && !s->verbose && s->help);
-  for (const char* const name : {"KVMIX_PLAN", "KVMIX_CODEC", "KVMIX_TARGET", "KVMIX_DUMP",
-                                 "KVMIX_MEMORY", "KVMIX_VERBOSE", "KVMIX_HELP"}) {
+  for (const char* const name : {"KVMIX_PLAN", "KVMIX_BUDGET", "KVMIX_CODEC", "KVMIX_TARGET",
+                                 "KVMIX_DUMP", "KVMIX_MEMORY", "KVMIX_VERBOSE", "KVMIX_HELP"}) {
     EXPECT_NE(engine::SettingsHelp().find(name), std::string::npos) << name;
   }
 }
@@ -76,8 +78,17 @@ TEST(EngineSettings, WrongOnesAreNamed) {
   refused("KVMIX_MEMORY=yes", {"KVMIX_MEMORY", "0 or 1", "yes"});
   refused("KVMIX_HELP=2", {"KVMIX_HELP", "0 or 1"});
   refused("KVMIX_CODEC=i9", {"KVMIX_CODEC", "i9"});
-  for (const char* const codec : {"i8-token+centre", "i8-token+fold", "i8-head"}) {
+  for (const char* const codec :
+       {"i8-token+centre", "i8-token+fold", "i8-head", "i8-token+own-centre", "i4-token+shape"}) {
     refused(("KVMIX_CODEC=" + std::string(codec)).c_str(), {"numbers of its own", codec});
+  }
+  for (const char* const budget : {"0", "1", "half", "0.5x", "-0.5", "nan"}) {
+    refused(("KVMIX_BUDGET=" + std::string(budget)).c_str(), {"KVMIX_BUDGET", budget});
+  }
+  for (const auto& both : {std::pair("KVMIX_BUDGET=0.5", "KVMIX_CODEC=f16"),
+                           std::pair("KVMIX_CODEC=f16", "KVMIX_BUDGET=0.5")}) {
+    const Status s = Read({both.first, both.second}).status();
+    ExpectError(s, s.code(), {"a codec or a budget, found both"});
   }
   refused("KVMIX_TARGET=Z80", {"KVMIX_TARGET", std::string(Targets().front()), "Z80"});
   refused("KVMIX_PLAN=/nowhere/plan.json", {"KVMIX_PLAN", "/nowhere/plan.json"});
@@ -130,10 +141,38 @@ TEST_F(PlanFiles, OneAlone) {
   EXPECT_EQ(one.model.layers.size(), 1u);
   EXPECT_EQ(one.exact_first, 3u);
   EXPECT_EQ(one.codec(0, 1, KVMIX_V), kI8);
-  EXPECT_EQ(plans->LengthWarning(1, large, 300), "");
-  EXPECT_NE(plans->LengthWarning(1, large, 1000), "");
+  EXPECT_EQ(plans->LengthWarning(1, large, 1000), "");  // nothing of it ages
+  Plan centred = LoadPlan(target).value();
+  const CodecVectors mean{.mean = std::vector<float>(64, 1.0f)};
+  centred.codecs[0] = {ParseCodecKind("i8-token+centre").value(), 0.0f,
+                       std::make_shared<const CodecVectors>(mean)};
+  ASSERT_TRUE(SavePlan(centred, target).ok());
+  const Result<Plans> ages = Plans::Load(target);
+  EXPECT_EQ(ages->LengthWarning(1, large, 300), "");
+  EXPECT_NE(ages->LengthWarning(1, large, 1000), "");
   EXPECT_EQ(Plans(kF16).LengthWarning(1, large, 1000), "");
   EXPECT_EQ(Plans(kF16).OfLayer(1, large).codec(0, 1, KVMIX_V), kF16);
+}
+
+// Without a plan: the storage of the most bits that saves what was asked for.
+TEST(Budgets, ChooseTheStorage) {
+  const LayerShape shape = ShapeOf(2, 128);
+  const std::pair<double, Storage> expected[] = {{0.3, KVMIX_STORAGE_I8},
+                                                 {0.47, KVMIX_STORAGE_I8},
+                                                 {0.5, KVMIX_STORAGE_I6},
+                                                 {0.7, KVMIX_STORAGE_I4},
+                                                 {0.78, KVMIX_STORAGE_I3}};
+  for (const auto& [budget, storage] : expected) {
+    const Plans plans(budget);
+    ASSERT_TRUE(plans.Check(0, shape).ok());
+    const Plan plan = plans.OfLayer(0, shape);
+    EXPECT_TRUE(CheckPlan(plan).ok());
+    EXPECT_EQ(plan.codec(0, 1, KVMIX_K).kind.storage, storage) << budget;
+    EXPECT_GE(SavedFraction(plan, Plans::kBudgetContext), budget);
+    EXPECT_EQ(plan.exact_newest, 64u);
+  }
+  EXPECT_EQ(Plans().OfLayer(0, shape).codecs, DefaultPlan(Model({shape})).codecs);
+  ExpectError(Plans(0.9).Check(3, shape), ErrorCode::kInfeasible, {"0.9", "layer 3"});
 }
 
 // A draft beside its target: each layer's shape says which plan is its own.

@@ -256,6 +256,10 @@ TEST(PlanLength, FarBeyondTheCalibration) {
   EXPECT_FALSE(IsFarBeyond(plan, 1u << 20));  // it does not say what it was calibrated on
   plan.provenance.longest_prompt = 64;
   EXPECT_FALSE(IsFarBeyond(plan, kFarBeyondCalibration * 64));
+  EXPECT_FALSE(IsFarBeyond(plan, 257));  // nothing of it ages
+  const auto mean =
+      std::make_shared<const CodecVectors>(CodecVectors{.mean = {1, 2, 3, 4, 5, 6, 7, 8}});
+  plan.codecs[0] = {ParseCodecKind("i8-token+centre").value(), 0.0f, mean};
   EXPECT_TRUE(IsFarBeyond(plan, 257));
 }
 

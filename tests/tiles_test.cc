@@ -274,8 +274,8 @@ TEST(Targets, BestFirstAndFoundByName) {
   EXPECT_EQ(FindKernels(""), &AllKernels().front());
 }
 
-TEST(Tiles, BlockIsKCodesKScalesVCodesVScales) {
-  ForAllFormats([](const TargetTiles& target, const Kernels&, const BlockFormat& f) {
+TEST(Tiles, BlockIsKCodesKScalesVCodesVScalesCentres) {
+  ForAllFormats([](const TargetTiles& target, const Kernels& kernels, const BlockFormat& f) {
     const std::size_t k_bytes =
         RoundUp(kBlockTokens * RoundUp(f.k.row.dim, Terms(target, f.k)) * CodeBits(f.k) / 8, 64);
     const std::size_t v_bytes =
@@ -285,6 +285,15 @@ TEST(Tiles, BlockIsKCodesKScalesVCodesVScales) {
     EXPECT_EQ(f.v.codes_offset, k_bytes + kBlockTokens * ScaleBytes(f.k));
     EXPECT_EQ(f.v.scales_offset, f.v.codes_offset + v_bytes);
     EXPECT_EQ(f.block_bytes, f.v.scales_offset + kBlockTokens * ScaleBytes(f.v));
+    for (const std::size_t stretch : {16u, 64u, 256u}) {
+      BlockFormat centred = f;
+      centred.stretch = stretch;
+      kernels.tiles.lay_out(centred);
+      EXPECT_EQ(centred.centres_offset, f.block_bytes);
+      EXPECT_EQ(centred.block_bytes,
+                RoundUp(f.block_bytes + kBlockTokens / stretch * (4 + f.k.row.dim), 64));
+      EXPECT_EQ(centred.v.scales_offset, f.v.scales_offset);
+    }
   });
 }
 

@@ -43,9 +43,9 @@ Status CheckCodecAt(const HeadCodec& codec, const Plan& plan, std::size_t layer,
   if (!s.ok()) return wrong(s.code(), s.message());
   const std::string name = internal::ToString(codec.kind);
   if (!is_k && (codec.kind.shape || codec.kind.own_centre)) {
-    return wrong(
-        ErrorCode::kInvalidArgument,
-        "expected a codec without +shape and +own-centre, which only K has, found " + name);
+    return wrong(ErrorCode::kInvalidArgument,
+                 fmt::format("expected a codec without {}, which only K has, found {}",
+                             codec.kind.shape ? "+shape" : "+own-centre", name));
   }
   if (!codec.kind.own_centre || plan.exact_newest != 0) return {};
   return wrong(ErrorCode::kInvalidArgument,
