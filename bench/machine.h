@@ -1,6 +1,6 @@
-// What the benchmark must know of the machine. Cache sizes decide what is "hot" and "cold", memory
-// how much it may take. Limits are what the machine can do at most, probed in the same run as the
-// kernels that are held against them; each once, and only if something asks for it.
+// The machine, as far as the benchmark must know it. Cache sizes decide what is "hot" and "cold",
+// memory how much it may take. Limits are what the machine can do at most, probed in the same run
+// as the kernels that are held against them; each once, and only if something asks for it.
 //
 // Memory: the fastest of several loops (with and without prefetch, and with other vector widths
 // than the target's: narrower ones can be faster), over a buffer as large as the kernel's data.
@@ -15,7 +15,6 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -70,8 +69,8 @@ class Limits {
   // for operands of 8 bits and two for the two limbs of 16.
   Limit TileMacs(const CodecKind& kind, int threads);
 
-  // What was probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3 GB/s, 128
-  // KiB, 1 thread".
+  // The limits that were probed so far, for people: "dram-read 19.3 GB/s, 1 thread", "l2-copy 111.3
+  // GB/s, 128 KiB, 1 thread".
   const std::vector<std::string>& probed() const { return probed_; }
 
  private:

@@ -19,7 +19,6 @@
 #include "kernels/amx.h"
 #include "kernels/kernels.h"
 #include "kvmix/tune/speed.h"
-#include "kvmix/tune/steps.h"
 #include "kvmix/version.h"
 #include "lib/tune/stopwatch.h"
 #include "tools/console.h"
@@ -49,7 +48,6 @@ std::size_t Rotate(std::size_t bytes, bool cold, Workload* w) {
 namespace {
 
 using tools::Refuse;
-using tools::Require;
 
 constexpr const char* kProgram = "kvmix-bench";
 
@@ -73,12 +71,10 @@ Examples:
 constexpr double kSeconds = 0.5, kQuickSeconds = 0.1;  // of one benchmark's samples
 constexpr std::size_t kSamples = 7;                    // at least
 constexpr double kShortestSample = 20e-6;              // so that reading the clock costs nothing
-constexpr std::size_t kWisdomContext = 4096;           // kvmix-tune's default
 
 struct Options {
   std::string target;
   bool quick = false;
-  std::string wisdom;
   double seconds() const { return quick ? kQuickSeconds : kSeconds; }
 };
 
@@ -123,36 +119,6 @@ void Run(benchmark::State& state, const Case& c, double seconds, Bench& bench) {
   state.counters["mac_per_second"] = w.macs / times.call;
   state.counters["limit_fraction"] = (w.reference ? times.reference : w.ideal) / times.call;
   state.SetLabel(w.note.empty() ? w.limit : w.limit + kNoteSeparator + w.note);
-}
-
-// All that kvmix-tune may choose, as times tell it apart.
-std::vector<CodecKind> TimedKinds() {
-  std::vector<CodecKind> kinds;
-  for (const char* candidates : {"seed", "all"}) {
-    for (const CodecKind& kind : Require(tune::Candidates(candidates)).k) {
-      const auto is_same = [&](const CodecKind& k) {
-        return tune::SpeedName(k) == tune::SpeedName(kind);
-      };
-      if (std::ranges::none_of(kinds, is_same)) kinds.push_back(kind);
-    }
-  }
-  return kinds;
-}
-
-// Every pair of them for every GQA group and head_dim of the table, into a file.
-void SaveWisdomFile(const Options& options) {
-  const std::vector<CodecKind> kinds = TimedKinds();
-  tune::Wisdom wisdom = tune::ThisMachine(options.target);
-  for (const Shape& shape : kShapes) {
-    ShowProgress(fmt::format("decode of {} query heads per KV head, head_dim {}", shape.group(),
-                             shape.head_dim));
-    Require(tune::MeasureHeadSpeeds(kinds, kinds, {1, shape.group(), shape.head_dim, shape.v_dim},
-                                    kWisdomContext, options.seconds(), &wisdom));
-  }
-  ShowProgress("");
-  Require(SaveWisdom(wisdom, options.wisdom));
-  tools::Print(fmt::format("{} decode speeds of {} on {}: {}\n", wisdom.speeds.size(),
-                           wisdom.target, wisdom.cpu, options.wisdom));
 }
 
 // The value of one of Google Benchmark's flags, which it keeps to itself: --NAME=VALUE, or the
@@ -224,9 +190,6 @@ int Main(int argc, char** argv) {
   app.add_flag("--quick", options.quick,
                "under a minute: short measurements, and without --benchmark_filter a few "
                "benchmarks that stand for all");
-  app.add_option("--save-wisdom", options.wisdom,
-                 "measure the decode speeds that kvmix-tune needs into FILE, and nothing else")
-      ->type_name("FILE");
   app.footer(kExamples);
   app.allow_extras();
   return tools::RunProgram(&app, argc, argv, [&] {
@@ -234,7 +197,6 @@ int Main(int argc, char** argv) {
     if (kernels == nullptr)
       Refuse("--target '{}': this machine and build have {}", options.target,
              fmt::join(Targets(), ", "));
-    if (!options.wisdom.empty()) return SaveWisdomFile(options);
     RunBenchmarks(options, *kernels, app.remaining());
   });
 }

@@ -50,7 +50,7 @@ class Medians : public Reporter {
   }
 
  private:
-  // Where Google Benchmark says that a filter matches nothing: main.cc says it as all programs do.
+  // Google Benchmark says here that a filter matches nothing: main.cc says it as all programs do.
   std::ostream nowhere_{nullptr};
 };
 
@@ -77,7 +77,7 @@ class Table : public BenchmarkReporter {
                              tune::ThisMachine().version, m.cpu, m.cores, m.cores == 1 ? "" : "s",
                              SizeText(m.caches.l2), SizeText(m.caches.last), SizeText(m.memory))
                       << "Medians. GB/s: bytes read and written. of limit: 100 % is the time that "
-                         "the limit beside it allows.\n";
+                         "the limit next to it allows.\n";
     if (const std::string& why_not = kernels::Amx().why_not; !why_not.empty())
       GetOutputStream() << "This CPU has AMX, but it is not used: " << why_not << "\n";
     return true;

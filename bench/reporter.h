@@ -1,7 +1,7 @@
 // From Google Benchmark's runs to what is shown. A benchmark here takes its own medians
 // (workload.h) and leaves them in the counter kMedianSeconds; every reporter shows that as the
 // time, and not the mean that Google Benchmark computes. cpu_time is set to the same: it is not
-// measured apart.
+// measured.
 #ifndef KVMIX_BENCH_REPORTER_H_
 #define KVMIX_BENCH_REPORTER_H_
 
@@ -24,7 +24,7 @@ std::unique_ptr<benchmark::BenchmarkReporter> MakeTable(const Limits& limits);
 // Google Benchmark's own "json", "console" or "csv"; refuses others.
 std::unique_ptr<benchmark::BenchmarkReporter> MakeReporter(const std::string& format);
 
-// What is under way: tools/console.h's StatusLine; "" wipes it.
+// Shows what is under way in tools/console.h's StatusLine; "" wipes it.
 void ShowProgress(const std::string& text);
 
 }  // namespace kvmix::bench

@@ -6,7 +6,7 @@
 // append, append_rotated, append_i4, append_shaped: 1 or 64 tokens at a time, K and V of every KV
 // head, into a cache of i8-token, i8-token-bf16+hadamard or i4-token-bf16+hadamard codecs, of the
 // last with K's codes shaped; held against memcpy of the same fp16 rows to where a cache of rows
-// would keep them, timed in turns with it.
+// would keep them, whose runs alternate with it.
 #include <cstring>
 
 #include <fmt/format.h>
@@ -132,7 +132,7 @@ Workload PrepareRows(const Kind& kind, const Shape& shape, const Size& size, Ben
   w.bytes = static_cast<double>(tokens * token_bytes);
   const std::size_t hot_or_cold = size.cold ? kCold : size.bytes;
   w.Bound(bench.limits.Memory(Access::kCopy, hot_or_cold, 1), w.bytes);
-  // No kernel here stores so; for the list of limits.
+  // Nothing is held against it: for the list of limits.
   if (size.cold) bench.limits.Memory(Access::kStreamCopy, kCold, 1);
   const auto data = bench.Data<RowSets>(
       fmt::format("rows d{} {} {}", shape.head_dim, kind.wide_bytes, size.name),

@@ -1,4 +1,4 @@
-// What engines with many sequences ask of a cache: attend_batch, store, fork, shift.
+// The calls of engines with many sequences: attend_batch, store, fork, shift.
 //
 // attend_batch: one decode step of a layer for all sequences in one call. 16x2k: 16 sequences of 2k
 // tokens, held against 16 calls. 64x4k+64: 64 sequences that share 4k tokens and have 64 of their

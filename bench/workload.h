@@ -18,7 +18,6 @@ struct Shape {
   std::size_t query_heads, kv_heads, head_dim;
   std::size_t v_dim = head_dim;
   std::string name() const;  // "q14kv2d64"; "q16kv16d192x128" where V is narrower than K
-  std::size_t group() const { return query_heads / kv_heads; }
 };
 
 inline constexpr Shape kShapes[] = {
@@ -32,16 +31,16 @@ inline constexpr Shape kShapes[] = {
     {8, 1, 512},         // the global layers of Gemma 4
     {16, 16, 192, 128},  // V narrower than K, as DeepSeek's without its latent cache
 };
-// Those that --quick keeps.
+// The shapes that --quick keeps.
 inline constexpr std::size_t kSmallShape = 0, kLargeShape = 2, kMhaShape = 4;
 
-// What is timed, on data that is ready.
+// Work to be timed, on data that is ready.
 struct Workload {
   std::function<void()> call;
   std::size_t calls = 1;           // units of work in one call: the time reported is that of one
   double bytes = 0.0, macs = 0.0;  // of one unit: read and written, multiply-adds
-  // What to hold the call against: the seconds that a unit takes at least, or a function that is
-  // timed in turns with it; and a name for that: "dram-read 19.3 GB/s", "row-copy".
+  // The call is held against this: the seconds that a unit takes at least, or a function whose runs
+  // alternate with it; and a name for that: "dram-read 19.3 GB/s", "row-copy".
   double ideal = 0.0;
   std::function<void()> reference;
   std::string limit;
@@ -56,8 +55,8 @@ struct Workload {
   }
 };
 
-// In how many copies to prepare data of this size, to be called upon in rotation: one, or, where it
-// is to come from DRAM, so many that they are as large as cold_wanted(). Where memory allows fewer,
+// The number of copies of data of this size, to be used in rotation: one, or, where it is to come
+// from DRAM, as many as are together as large as cold_wanted(). Where memory allows fewer,
 // w->note says so, and w->skip where it allows none.
 std::size_t Rotate(std::size_t bytes, bool cold, Workload* w);
 

@@ -1,5 +1,4 @@
-// Files that tests make and damage: safetensors built by hand, raw folders, a folder that goes away
-// by itself.
+// Files that tests make and damage: safetensors built by hand, a folder that goes away by itself.
 #ifndef KVMIX_TESTS_DUMP_FILES_H_
 #define KVMIX_TESTS_DUMP_FILES_H_
 

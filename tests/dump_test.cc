@@ -727,112 +727,13 @@ TEST(Dump, RefusesWhatIsNoFile) {
   EXPECT_EQ(missing.code(), ErrorCode::kNotFound);
   ExpectGoodMessage(missing, folder.file("nothing"));
   const Status is_folder = Dump::Open(folder.path()).status();
-  EXPECT_EQ(is_folder.code(), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(is_folder.code(), ErrorCode::kIo);
   ExpectGoodMessage(is_folder, folder.path());
   ASSERT_EQ(mkfifo(folder.file("pipe").c_str(), 0600), 0);
   ExpectGoodMessage(Dump::Open(folder.file("pipe")).status(),
                     folder.file("pipe"));  // and does not wait for a writer
   ExpectGoodMessage(Dump::Open("/dev/zero").status(), "/dev/zero");
   EXPECT_FALSE(Dump::Open("").ok());
-}
-
-// A raw folder of `layers` layers, 6 tokens, 2 KV heads, 4 query heads, head_dim 8.
-void WriteRaw(const TempFolder& folder, std::size_t layers, bool with_q = true) {
-  for (std::size_t layer = 0; layer < layers; ++layer) {
-    const std::string name =
-        folder.file((layer < 10 ? "layer_0" : "layer_") + std::to_string(layer));
-    WriteBytes(name + ".k.bin", std::string(6 * 2 * 8 * 2, static_cast<char>(layer)));
-    WriteBytes(name + ".v.bin", std::string(6 * 2 * 8 * 2, static_cast<char>(layer + 1)));
-    if (with_q)
-      WriteBytes(name + ".q.bin", std::string(6 * 4 * 8 * 2, static_cast<char>(layer + 2)));
-  }
-}
-
-TEST(RawDump, ReadsAFolder) {
-  const TempFolder folder;
-  WriteRaw(folder, 102);
-  WriteBytes(folder.file("README"), "not a layer");
-  const RawFormat format{2, 4, 8, {4, 2}};
-  const Result<Dump> dump = Dump::Open(folder.path(), &format);
-  ASSERT_TRUE(dump.ok()) << dump.status().message();
-  EXPECT_EQ(dump->model().geometry(), (Geometry{102, 2, 4, 8}));
-  EXPECT_EQ(dump->tokens(), 6u);
-  EXPECT_EQ(dump->prompt_tokens(), (std::vector<std::size_t>{4, 2}));
-  EXPECT_TRUE(dump->has_q());
-  EXPECT_EQ(Halves(dump->Load(101)->k)[0], 101 * 257);
-  EXPECT_EQ(Halves(dump->Load(9)->v)[95], 10 * 257);
-  EXPECT_EQ(Halves(dump->Load(0)->q)[191], 2 * 257);
-  EXPECT_EQ(dump->k_name(101), "layer_101.k.bin");
-  EXPECT_EQ(dump->v_name(9), "layer_09.v.bin");
-}
-
-TEST(RawDump, QIsOptional) {
-  for (const bool with_q : {false, true}) {
-    const TempFolder folder;
-    WriteRaw(folder, 2, with_q);
-    const RawFormat without{2, 0, 8, {}};
-    const Result<Dump> dump = Dump::Open(folder.path(), &without);
-    ASSERT_TRUE(dump.ok()) << dump.status().message();
-    EXPECT_FALSE(dump->has_q());
-    EXPECT_EQ(dump->model().geometry(), (Geometry{2, 2, 2, 8}));
-    EXPECT_EQ(dump->prompt_tokens(), std::vector<std::size_t>{6});
-    const RawFormat with{2, 4, 8, {}};
-    const Result<Dump> known = Dump::Open(folder.path(), &with);
-    ASSERT_TRUE(known.ok()) << known.status().message();
-    EXPECT_EQ(known->has_q(), with_q);
-    EXPECT_EQ(known->model().geometry(), (Geometry{2, 2, 4, 8}));
-  }
-}
-
-TEST(RawDump, RefusesWhatDisagrees) {
-  struct Case {
-    const char* text;
-    RawFormat format;
-    std::function<void(const TempFolder&)> damage;
-  };
-  const RawFormat good{2, 4, 8, {}};
-  const auto remove = [](const char* name) {
-    return [=](const TempFolder& f) { std::filesystem::remove(f.file(name)); };
-  };
-  const auto resize = [](const char* name, std::size_t size) {
-    return [=](const TempFolder& f) { WriteBytes(f.file(name), std::string(size, '\1')); };
-  };
-  const auto nothing = [](const TempFolder&) {};
-  const Case cases[] = {
-      {"layer_01.k.bin: expected one in every layer from 0 to 2", good, remove("layer_01.k.bin")},
-      {"layer_00.v.bin: expected one in every layer", good, remove("layer_00.v.bin")},
-      {"layer_02.q.bin: expected one in every layer", good, remove("layer_02.q.bin")},
-      {"layer_01.v.bin: expected whole tokens of 2 heads x 8 x 2 bytes, found 191 bytes", good,
-       resize("layer_01.v.bin", 191)},
-      {"layer_01.v.bin: expected shape [6, 2, 8], found [5, 2, 8]", good,
-       resize("layer_01.v.bin", 160)},
-      {"layer_01.q.bin: expected shape [6, 4, 8], found [3, 4, 8]", good,
-       resize("layer_01.q.bin", 192)},
-      {"expected at least 1 token", good, resize("layer_00.k.bin", 0)},
-      {"layers: expected one with K and V", {0, 4, 8, {}}, nothing},
-      {"k_dim: expected 1 to", {2, 4, 0, {}}, nothing},
-      {"k_dim: expected 1 to", {2, 4, ~std::size_t{0}, {}}, nothing},
-      {"query_heads: expected a multiple", {2, 5, 8, {}}, nothing},
-      {"prompt_tokens: expected a sum of 6", {2, 4, 8, {4, 4}}, nothing},
-      {"prompt_tokens: expected lengths of at least 1", {2, 4, 8, {6, 0}}, nothing},
-      {"expected tensors layer_00.k.bin and so on, found none", good, [](const TempFolder& f) {
-         for (const auto& entry : std::filesystem::directory_iterator(f.path()))
-           std::filesystem::remove(entry.path());
-       }}};
-  for (const Case& c : cases) {
-    SCOPED_TRACE(c.text);
-    const TempFolder folder;
-    WriteRaw(folder, 3);
-    c.damage(folder);
-    const Result<Dump> dump = Dump::Open(folder.path(), &c.format);
-    ASSERT_FALSE(dump.ok());
-    ExpectGoodMessage(dump.status(), folder.path());
-    EXPECT_NE(dump.status().message().find(c.text), std::string::npos) << dump.status().message();
-  }
-  const TempFolder folder;
-  WriteBytes(folder.file("file"), DumpParts().Bytes());
-  ExpectGoodMessage(Dump::Open(folder.file("file"), &good).status(), folder.file("file"));
-  EXPECT_EQ(Dump::Open(folder.file("nothing"), &good).status().code(), ErrorCode::kNotFound);
 }
 
 // What is known of a dump of a real model.

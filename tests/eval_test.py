@@ -49,20 +49,13 @@ def write_dump(path, dump, prompts):
         file.writelines(x.tobytes() for x in dump.values())
 
 
-def write_raw(folder, dump):
-    folder.mkdir()
-    for name, x in dump.items():
-        _, layer, tensor = name.split('.')
-        (folder / f'layer_{int(layer):02}.{tensor}.bin').write_bytes(x.tobytes())
-
-
 # ---- the study's arithmetic (quant.c and validate_attn.py of jnros/kvmix), float32 -------------
 
-def encode(x, per_token, rounding=np.rint):
+def encode(x, per_token):
     """x [tokens, head_dim] float32, encoded and decoded."""
     largest = np.abs(x).max(axis=1 if per_token else None, keepdims=True)
     scale = np.float32(127) / np.where(largest == 0, np.float32(1), largest)
-    return (rounding(x * scale) / scale).astype(np.float32)
+    return (np.rint(x * scale) / scale).astype(np.float32)
 
 
 def strategy(number, tensor, layer, head, x):
@@ -110,7 +103,6 @@ class Case(unittest.TestCase):
         cls.path = pathlib.Path(cls.folder.name)
         cls.dump = make_dump(1)
         write_dump(cls.path / 'dump.safetensors', cls.dump, PROMPTS)
-        write_raw(cls.path / 'raw', cls.dump)
 
     @classmethod
     def tearDownClass(cls):
@@ -139,21 +131,20 @@ class Case(unittest.TestCase):
 
 
 SHAPE = ('--kv-heads', KV_HEADS, '--head-dim', DIM)
-RAW = ('raw', *SHAPE, '--query-heads', QUERY_HEADS, '--prompt-tokens', ','.join(map(str, PROMPTS)))
 
 
 class Quant(Case):
     def test_cells_are_the_studys(self):
         for number in (1, 2, 3):
             outliers = ['--fp16-heads', OUTLIERS] if number == 3 else []
-            rows = self.csv('quant', *RAW, '--strategy', number, *outliers)
+            rows = self.csv('quant', 'dump.safetensors', '--strategy', number, *outliers)
             self.assertEqual([(r[1], r[2], r[4]) for r in rows],
                              [(str(layer), x, str(h)) for layer in range(LAYERS) for x in 'kv'
                               for h in range(KV_HEADS)])
             for file, layer, tensor, tokens, head, dim, column, largest, error, mse in rows:
                 x = self.dump[f'layers.{layer}.{tensor}'][:, int(head)].astype(np.float32)
                 decoded = strategy(number, tensor, layer, head, x)
-                self.assertEqual(file, f'layer_{int(layer):02}.{tensor}.bin')
+                self.assertEqual(file, f'layers.{layer}.{tensor}')
                 self.assertEqual((tokens, dim, column), (str(TOKENS), str(DIM), str(number)))
                 kept = decoded is x  # in fp16: the study prints zeros
                 want = float(np.sum((decoded.astype(np.float64) - x) ** 2))
@@ -161,25 +152,6 @@ class Quant(Case):
                 self.assertRegex(error, r'^\d+\.\d{6}$')
                 self.assertAlmostEqual(float(error), want, delta=1e-4 * want)
                 self.assertEqual(mse, f'{float(error) / x.size:.6f}')
-
-    def test_a_safetensors_dump_gives_the_same_numbers(self):
-        raw = self.csv('quant', *RAW, '--strategy', 2)
-        file = self.csv('quant', 'dump.safetensors', '--strategy', 2)
-        self.assertEqual([r[1:] for r in raw], [r[1:] for r in file])
-        self.assertEqual(file[0][0], 'layers.0.k')
-
-    def test_truncation_costs_four_times_as_much(self):
-        ratios = []
-        for number in (1, 2):
-            call = ('quant', 'dump.safetensors', '--strategy', number, '--rounding')
-            nearest, truncated = (self.csv(*call, rounding) for rounding in ('nearest', 'truncate'))
-            for a, b in zip(nearest, truncated):
-                x = self.dump[f'layers.{b[1]}.{b[2]}'][:, int(b[4])].astype(np.float32)
-                want = float(np.sum((encode(x, number == 2, np.trunc).astype(np.float64) - x) ** 2))
-                # A product beside an integer may fall on either side of it.
-                self.assertAlmostEqual(float(b[8]), want, delta=2e-3 * want)
-                ratios.append(float(b[8]) / float(a[8]))
-        self.assertAlmostEqual(float(np.median(ratios)), 4, delta=0.3)
 
     def test_small_sums_keep_four_digits(self):
         small = {name: (x.astype(np.float32) * 1e-3).astype(np.float16)
@@ -231,7 +203,7 @@ class Attention(Case):
 
     def check(self, rows, decode):
         """decode(tensor, layer, head, x) -> x'"""
-        self.assertEqual(rows[0][:4], ['layer', 'head', 'nmse', 'cos_sim'])
+        self.assertEqual(rows[0], ['layer', 'head', 'nmse', 'cos_sim'])
         self.assertEqual([(r[0], r[1]) for r in rows[1:]],
                          [(str(layer), str(h)) for layer in range(LAYERS)
                           for h in ('all', *range(QUERY_HEADS))])
@@ -255,10 +227,8 @@ class Attention(Case):
         for number in (1, 2, 3):
             with self.subTest(strategy=number):
                 heads = ['--fp16-heads', OUTLIERS] if number == 3 else []
-                rows = self.csv('attention', *RAW, '--strategy', number, *heads)
+                rows = self.csv('attention', 'dump.safetensors', '--strategy', number, *heads)
                 self.check(rows, functools.partial(strategy, number))
-                self.assertEqual(rows, self.csv('attention', 'dump.safetensors', '--strategy',
-                                                number, *heads))
 
     def means(self):
         return [self.dump[f'layers.{layer}.k'].astype(np.float32).mean(axis=0)
@@ -297,47 +267,23 @@ class Attention(Case):
             'k': 'i8-token+centre+fold+hadamard', 'k_mean': means[layer, h].tolist(),
             'k_factor': factor.tolist(), 'v': 'i8-token+hadamard',
         } for h in range(KV_HEADS)] for layer in range(LAYERS)])
-        rows = self.csv('attention', 'dump.safetensors', '--plan', 'steps.json', '--reference')
+        rows = self.csv('attention', 'dump.safetensors', '--plan', 'steps.json')
         self.check(rows, decoded)
-        for r in rows[1:]:
-            self.assertLess(float(r[4]), 1e-6, r)
 
     def test_prompts_far_beyond_the_calibration(self):
         self.write_plan('plan.json', [[{'k': 'i8-token', 'v': 'f16'}] * KV_HEADS] * LAYERS)
         plan = json.loads((self.path / 'plan.json').read_text())
-        for longest, more in ((23, ()), (22, ()), (22, ('--reference',))):  # 4 x 22 < 90 < 4 x 23
+        for longest in (23, 22):  # 4 x 22 < 90 < 4 x 23
             plan['provenance'] = {'model': '', 'calibration': 'c4', 'calibration_tokens': 99,
                                   'longest_prompt': longest, 'holdout': '', 'holdout_tokens': 0}
             (self.path / 'plan.json').write_text(json.dumps(plan))
-            done = self.run_eval('attention', 'dump.safetensors', '--plan', 'plan.json', *more)
+            done = self.run_eval('attention', 'dump.safetensors', '--plan', 'plan.json')
             self.assertEqual(done.returncode, 0)
             self.assertEqual(done.stderr, '' if longest == 23 else
                              'kvmix-eval: warning: dump.safetensors: a context of 90 tokens, but '
                              'the plan was calibrated on prompts of at most 22: it may be less '
                              'accurate there. Calibrate on prompts as long as those that are '
                              'served.\n')
-
-    def test_reference(self):
-        rows = self.csv('attention', 'dump.safetensors', '--strategy', 1, '--reference')
-        self.assertEqual(rows[0], ['layer', 'head', 'nmse', 'cos_sim', 'kernel_nmse'])
-        self.check(rows, lambda *x: strategy(1, *x))
-        for r in rows[1:]:
-            self.assertLess(float(r[4]), 1e-6, r)
-            self.assertGreater(float(r[4]), 0, r)
-
-    def test_kernels_hold_where_scores_are_large(self):
-        """Channels of K with offsets beyond 300, as Qwen2.5 has them: scores of 12,000, of which
-        only the differences matter."""
-        dump = make_dump(4, tokens=256)
-        for layer in range(LAYERS):
-            dump[f'layers.{layer}.k'][..., :3] += 350
-            dump[f'layers.{layer}.q'][..., :3] += 90
-        write_dump(self.path / 'large.safetensors', dump, [256])
-        for number in (1, 2):
-            rows = self.csv('attention', 'large.safetensors', '--strategy', number, '--reference')
-            for r in rows[1:]:
-                self.assertLess(float(r[4]), 1e-6, r)
-
 
 class Size(Case):
     def test_the_studys_table(self):
@@ -376,10 +322,7 @@ class Errors(Case):
                 ('frobnicate', (*quant, '--frobnicate')),
                 ('strategy', quant),
                 ('strategy', (*quant, '--strategy', 4)),
-                ('rounding', (*quant, '--strategy', 1, '--rounding', 'up')),
                 ('nothing.safetensors', ('quant', 'nothing.safetensors', '--strategy', 1)),
-                ('--kv-heads', ('quant', 'raw', '--strategy', 1)),
-                ('--query-heads', ('attention', 'raw', *SHAPE, '--strategy', 1)),
                 ('other.json.*1 layers', ('attention', 'dump.safetensors', '--plan', 'other.json')),
                 ('none.json', (*quant, '--plan', 'none.json')),
                 ('goes with strategy 3', (*quant, '--plan', 'other.json', '--strategy', 2)),

@@ -124,7 +124,7 @@ tool() { # NAME SOURCE...
   [ "$("$root/own-$1" --help)" = "$("$programs/$1" --help)" ] || die "own-$1 does not run"
 }
 tool kvmix-tune kvmix_tune.cc plan_export.cc tune_options.cc tune_report.cc tune_report_json.cc
-tool kvmix-eval kvmix_eval.cc study.cc
+tool kvmix-eval kvmix_eval.cc
 
 for name in kvmix-report kvmix-dump; do
   (cd / && "$programs/$name" --help) | grep -q "usage: $name" ||

@@ -325,11 +325,8 @@ class UnlikeLayers(Tune):
         quant = rows('quant', 'dump', '--plan', 'plan')
         self.assertEqual(len(quant), 2 * (5 * 2 + 1))
         self.assertEqual([row[5] for row in quant[-2:]], ['32', '16'])
-        for reference in ((), ('--reference',)):
-            found = rows('attention', 'dump', '--strategy', '2', *reference)
-            self.assertEqual(sorted({row[0] for row in found[1:]}), list('0123457'))
-            if reference:
-                self.assertLess(max(float(row[4]) for row in found[1:]), 1e-6)
+        found = rows('attention', 'dump', '--strategy', '2')
+        self.assertEqual(sorted({row[0] for row in found[1:]}), list('0123457'))
         size = rows('size', '--plan', 'plan', '--tokens', '65536')
         self.assertEqual(size[1], ['fp16', '736', '0.0000', f'{6 + 40960 / 2**20:.2f}'])
 

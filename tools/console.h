@@ -1,4 +1,4 @@
-// What the command-line programs share in talking to people: arguments, errors, progress, tables.
+// The command-line programs talk to people by this: arguments, errors, progress, tables.
 #ifndef KVMIX_TOOLS_CONSOLE_H_
 #define KVMIX_TOOLS_CONSOLE_H_
 
@@ -37,9 +37,9 @@ T Require(Result<T> result) {
   return std::move(*result);
 }
 
-// What main() returns: reads the command line, then runs the program. --help is answered; whatever
-// goes wrong is one line on stderr, "PROGRAM: error: MESSAGE", and the exit code 1. SIGTERM also
-// leaves such a line.
+// Reads the command line, runs the program, and returns what main() returns. --help is answered;
+// whatever goes wrong is one line on stderr, "PROGRAM: error: MESSAGE", and the exit code 1.
+// SIGTERM also leaves such a line.
 int RunProgram(CLI::App* app, int argc, char** argv, const std::function<void()>& run);
 
 // One line on stderr, "PROGRAM: warning: MESSAGE", of what people should know; the work goes on.
@@ -71,7 +71,7 @@ class StatusLine {
   Clock::time_point start_, shown_;
 };
 
-// How many layers are done: a bar on a terminal, words elsewhere.
+// The number of layers that are done: a bar on a terminal, words elsewhere.
 class ProgressBar {
  public:
   explicit ProgressBar(std::string label);

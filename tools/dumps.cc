@@ -15,28 +15,6 @@ namespace kvmix::tools {
 
 namespace fs = std::filesystem;
 
-void AddRawOptions(CLI::App* app, tune::RawFormat* raw) {
-  const auto add = [app](const std::string& name, auto& value, const std::string& what) {
-    return app->add_option(name, value, what)
-        ->group("Raw folders (layer_NN.k.bin, .v.bin, .q.bin: fp16, [tokens, heads, head_dim])");
-  };
-  add("--kv-heads", raw->kv_heads, "KV heads")->check(CLI::Range(1u, 65536u));
-  add("--query-heads", raw->query_heads, "query heads")->check(CLI::Range(1u, 65536u));
-  add("--head-dim", raw->head_dim, "channels of a head")
-      ->check(CLI::Range(1u, static_cast<unsigned>(kMaxHeadDim)));
-  add("--prompt-tokens", raw->prompt_tokens,
-      "lengths of the concatenated prompts, comma-separated; without it: one prompt")
-      ->delimiter(',');
-}
-
-tune::Dump OpenDump(const std::string& path, const tune::RawFormat& raw) {
-  std::error_code error;
-  if (!fs::is_directory(path, error)) return Require(tune::Dump::Open(path));
-  if (raw.kv_heads == 0 || raw.head_dim == 0)
-    Refuse("{}: a raw folder needs --kv-heads, --query-heads and --head-dim", path);
-  return Require(tune::Dump::Open(path, &raw));
-}
-
 void WarnOfLength(const tune::Dump& dump, const Plan& plan) {
   const std::size_t longest = std::ranges::max(dump.prompt_tokens());
   if (!IsFarBeyond(plan, longest)) return;

@@ -1,24 +1,15 @@
-// Dumps as the command-line programs take them: safetensors files, raw folders with their shape in
-// options, the built-in sample.
+// Dumps as the command-line programs take them: what people should know of one, the built-in
+// sample.
 #ifndef KVMIX_TOOLS_DUMPS_H_
 #define KVMIX_TOOLS_DUMPS_H_
 
 #include <string>
 
-#include <CLI/CLI.hpp>
-
 #include "kvmix/tune/dump.h"
 
 namespace kvmix::tools {
 
-// Adds --kv-heads, --query-heads, --head-dim and --prompt-tokens: what the files of a raw folder do
-// not say.
-void AddRawOptions(CLI::App* app, tune::RawFormat* raw);
-
-// A folder needs a whole `raw`; a file is read as safetensors.
-tune::Dump OpenDump(const std::string& path, const tune::RawFormat& raw);
-
-// Warns where the dump has prompts far beyond those that the plan was calibrated on.
+// Warns where the dump has prompts far longer than the calibration of the plan had.
 void WarnOfLength(const tune::Dump& dump, const Plan& plan);
 
 // The path of the sample's "calibration" or "holdout" file: under KVMIX_DATA_DIR if that is set,

@@ -2,8 +2,10 @@
 // `attention`: errors of attention outputs. `size`: bytes. Columns and digits are the study's, so
 // that its files and these can be compared line by line.
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <span>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -13,8 +15,8 @@
 
 #include "console.h"
 #include "dumps.h"
+#include "kvmix/quantize.h"
 #include "kvmix/tune/steps.h"
-#include "study.h"
 
 namespace kvmix::tools {
 namespace {
@@ -23,17 +25,68 @@ constexpr std::size_t kAttentionTokens = 4096;  // the study's
 
 struct Options {
   std::string dump;
-  tune::RawFormat raw;
   int strategy = 0;  // 0: not given
   std::string fp16_heads;
   std::string plan;
-  std::string rounding = "nearest";
-  bool reference = false;
   bool bits = false;
   int threads = 0;
   Geometry geometry{0, 0, 0, 0};  // size
   std::vector<std::size_t> tokens{kAttentionTokens};
 };
+
+// ---- plans
+
+constexpr const char* kStudyHeads = "0:0,0:1,1:1,2:0,2:1,8:0";
+
+// 24 layers x 2 KV heads x 64: the one model whose six K heads for strategy 3 the study names.
+bool IsStudyModel(const Model& model) {
+  const std::optional<Geometry> g = model.geometry();
+  return g && g->layers == 24 && g->kv_heads == 2 && g->head_dim == 64;
+}
+
+// 1: int8, one scale per head over all tokens.   2: int8, one per token and head.   3: K int8 with
+// one scale per head, but fp16 for `fp16_heads`; V int8 with one scale per token. fp16_heads:
+// "0:0,0:1,8:0" (layer:head), "none", or "": the study's six on its model, on others an error.
+// Per-head scales are left at 1: SetHeadScales() knows them.
+Plan StrategyPlan(const Model& model, int strategy, const std::string& fp16_heads) {
+  const HeadCodec per_head{{KVMIX_STORAGE_I8, KVMIX_SCALE_HEAD}, 1.0f},
+      per_token{{KVMIX_STORAGE_I8, KVMIX_SCALE_TOKEN}};
+  Plan plan = UniformPlan(model, strategy == 2 ? per_token : per_head,
+                          strategy == 1 ? per_head : per_token);
+  if (strategy == 3 && fp16_heads.empty() && !IsStudyModel(model))
+    Refuse(
+        "strategy 3 on {} needs --fp16-heads (its K heads to keep in fp16) or --plan: the study's "
+        "six heads are those of 24 layers x 2 KV heads x 64",
+        ToString(model));
+  std::istringstream items(fp16_heads.empty() ? kStudyHeads : fp16_heads);
+  for (std::string item; fp16_heads != "none" && std::getline(items, item, ',');) {
+    const auto place = ParsePair(item);
+    if (!place) Refuse("--fp16-heads: expected layer:head, as in 0:1, found '{}'", item);
+    const auto [layer, head] = *place;
+    if (strategy != 3) continue;
+    if (layer >= model.layers.size() || head >= model.layers[layer].kv_heads)
+      Refuse("--fp16-heads: no head {}:{} in {}", layer, head, ToString(model));
+    plan.codec(layer, head, KVMIX_K) = {};
+  }
+  return plan;
+}
+
+// Every per-head scale becomes the one that just covers this dump.
+void SetHeadScales(const tune::Dump& dump, Plan* plan) {
+  const std::vector<LayerShape>& layers = plan->model.layers;
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    if (!layers[layer].owns_kv()) continue;
+    const tune::DumpLayer loaded = Require(dump.Load(layer));
+    for (std::size_t head = 0; head < layers[layer].kv_heads; ++head) {
+      for (const Tensor t : {KVMIX_K, KVMIX_V}) {
+        HeadCodec& codec = plan->codec(layer, head, t);
+        if (codec.kind.scale != KVMIX_SCALE_HEAD) continue;
+        const float scale = HeadScale(loaded.head(head, t), codec);
+        codec.head_scale = scale > 0.0f ? scale : 1.0f;  // nothing but zeros: any scale stores them
+      }
+    }
+  }
+}
 
 // A plan for layers of this shape. queries_matter: for as many query heads as well.
 Plan PlanFor(const std::string& path, Model model, bool queries_matter) {
@@ -61,8 +114,7 @@ Plan ChoosePlan(const Options& o, const tune::Dump& dump) {
 }
 
 tune::Dump OpenInput(const Options& o) {
-  return o.dump.empty() ? Require(tune::Dump::Open(SamplePath("holdout")))
-                        : OpenDump(o.dump, o.raw);
+  return Require(tune::Dump::Open(o.dump.empty() ? SamplePath("holdout") : o.dump));
 }
 
 // ---- quant
@@ -71,6 +123,17 @@ tune::Dump OpenInput(const Options& o) {
 // such sum), more.
 std::string SumText(double sum) {
   return sum == 0.0 || sum >= 0.005 ? fmt::format("{:.6f}", sum) : fmt::format("{:.6e}", sum);
+}
+
+// The errors of one head's rows. Of a head in fp16, zeros: the study says nothing else of it
+// either.
+ErrorSums EncodingError(const RowsView& rows, const HeadCodec& codec) {
+  if (codec.kind.storage == KVMIX_STORAGE_F16) return {};
+  const RowCodec row_codec = Require(RowCodec::Create(codec, rows.head_dim));
+  std::vector<std::uint8_t> codes(rows.tokens * row_codec.row_bytes());
+  std::vector<float> scales(rows.tokens);
+  row_codec.Encode(rows, codes.data(), scales.data());
+  return row_codec.Errors(rows, codes.data(), scales.data());
 }
 
 std::string Quant(const Options& o) {
@@ -89,13 +152,8 @@ std::string Quant(const Options& o) {
       const bool is_k = i < kv_heads;
       const Tensor t = is_k ? KVMIX_K : KVMIX_V;
       const std::size_t head = i % kv_heads;
-      const HeadCodec& codec = plan.codec(layer, head, t);
       const RowsView rows = loaded.head(head, t);
-      ErrorSums errors;  // of a head in fp16, all zeros: the study says nothing else of it either
-      if (codec.kind.storage != KVMIX_STORAGE_F16) {
-        errors =
-            o.rounding == "truncate" ? TruncationError(rows, codec) : EncodingError(rows, codec);
-      }
+      const ErrorSums errors = EncodingError(rows, plan.codec(layer, head, t));
       lines[i] = fmt::format("{},{},{},{},{},{},{},{:.6f},{},{:.6f}\n",
                              is_k ? dump.k_name(layer) : dump.v_name(layer), layer,
                              is_k ? 'k' : 'v', rows.tokens, head, rows.head_dim, strategy,
@@ -109,60 +167,24 @@ std::string Quant(const Options& o) {
 
 // ---- attention
 
-// The rows of one layer: all query heads together, then each. kernels: what a fifth column says;
-// empty where there is none.
-std::string AttentionLines(std::size_t layer, std::span<const tune::AttentionError> heads,
-                           std::span<const tune::AttentionError> kernels = {}) {
-  const auto sum = [](std::span<const tune::AttentionError> errors) {
-    tune::AttentionError total;
-    for (const tune::AttentionError& e : errors) total += e;
-    return total;
-  };
+// The rows of one layer: all query heads together, then each.
+std::string AttentionLines(std::size_t layer, std::span<const tune::AttentionError> heads) {
   std::string csv;
-  const auto add = [&](const auto& head, const tune::AttentionError& e,
-                       const tune::AttentionError& kernel) {
-    csv += fmt::format("{},{},{:.6e},{:.6f}", layer, head, e.nmse(), e.cosine());
-    csv += kernels.empty() ? "\n" : fmt::format(",{:.6e}\n", kernel.nmse());
+  const auto add = [&](const auto& head, const tune::AttentionError& e) {
+    csv += fmt::format("{},{},{:.6e},{:.6f}\n", layer, head, e.nmse(), e.cosine());
   };
-  add("all", sum(heads), sum(kernels));
-  for (std::size_t h = 0; h < heads.size(); ++h)
-    add(h, heads[h], kernels.empty() ? tune::AttentionError() : kernels[h]);
-  return csv;
-}
-
-// In double precision over exact rows and over the codes; and the library's kernels over the codes,
-// against the latter.
-std::string ReferenceAttention(const tune::Dump& dump, const Plan& plan, int threads) {
-  const std::vector<LayerShape>& layers = dump.model().layers;
-  ProgressBar bar("attention in double precision");
-  std::string csv = "layer,head,nmse,cos_sim,kernel_nmse\n";
-  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-    const LayerShape& shape = layers[layer];
-    if (!shape.has_kv()) continue;
-    const tune::DumpLayer held = Require(dump.Load(layer));
-    const std::vector<HeadCodec> exact_codecs(shape.kv_heads * 2);
-    const HeadCodec* first = &plan.codec(layer, 0, KVMIX_K);
-    const auto exact = AttendExactly(dump, layer, exact_codecs.data(), threads),
-               decoded = AttendExactly(dump, layer, first, threads);
-    std::vector<float> kernel;
-    Require(
-        AttendDump(dump, layer, {first, first + shape.kv_heads * 2}, {.runner = threads}, &kernel));
-    csv += AttentionLines(layer, tune::CompareLayer(exact, decoded, shape, threads),
-                          tune::CompareLayer(decoded, kernel, shape, threads));
-    bar.Update(layer + 1, layers.size());
-  }
+  tune::AttentionError all;
+  for (const tune::AttentionError& e : heads) all += e;
+  add("all", all);
+  for (std::size_t h = 0; h < heads.size(); ++h) add(h, heads[h]);
   return csv;
 }
 
 std::string Attention(const Options& o) {
   const tune::Dump dump = OpenInput(o);
-  if (!dump.has_q())
-    Refuse("{}: has no Q, which attention needs{}", dump.path(),
-           o.raw.kv_heads && !o.raw.query_heads ? " (give --query-heads)" : "");
-  if (dump.tokens() == 0) Refuse("{}: has no tokens", dump.path());
+  if (!dump.has_q()) Refuse("{}: has no Q, which attention needs", dump.path());
   const Plan plan = ChoosePlan(o, dump);
   WarnOfLength(dump, plan);
-  if (o.reference) return ReferenceAttention(dump, plan, o.threads);
   ProgressBar bar("attention");
   const std::vector<tune::AttentionError> errors =
       Require(tune::MeasurePlan(dump, plan, {.runner = o.threads, .progress = bar.Callback()}));
@@ -222,9 +244,8 @@ void AddPlanOptions(CLI::App* app, Options* o, const std::string& plan) {
 }
 
 void AddDumpOptions(CLI::App* app, Options* o) {
-  app->add_option(
-      "DUMP", o->dump,
-      "a safetensors dump or a raw folder; without it, the built-in sample's held-out text");
+  app->add_option("DUMP", o->dump,
+                  "a safetensors dump; without it, the built-in sample's held-out text");
   app->add_option("--strategy", o->strategy,
                   "1: int8, one scale per head over all tokens; 2: int8, one per token and head; "
                   "3: --fp16-heads in fp16, other K as 1, V as 2")
@@ -233,7 +254,6 @@ void AddDumpOptions(CLI::App* app, Options* o) {
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
-  AddRawOptions(app, &o->raw);
 }
 
 int Main(int argc, char** argv) {
@@ -245,17 +265,11 @@ int Main(int argc, char** argv) {
       "errors of K and V; columns: file, layer, k|v, tokens, head, head_dim, strategy, max|x|, sum "
       "of squared error, MSE (no header; zeros for a head in fp16)");
   AddDumpOptions(quant, &o);
-  quant->add_option("--rounding", o.rounding, "nearest, or truncate to see what a bare cast costs")
-      ->check(CLI::IsMember({"nearest", "truncate"}))
-      ->capture_default_str();
   CLI::App* attention =
       app.add_subcommand("attention",
                          "errors of attention outputs against exact K and V, causal within each "
                          "prompt; columns: layer, head (query head, or all), NMSE, mean cosine");
   AddDumpOptions(attention, &o);
-  attention->add_flag("--reference", o.reference,
-                      "in double precision over the same codes; a fifth column is the NMSE of the "
-                      "library's kernels against that");
   CLI::App* size = app.add_subcommand(
       "size", "bytes per token and MiB of a cache; a layer with a window holds at most the window");
   size->add_option("--layers", o.geometry.layers,
@@ -271,8 +285,9 @@ int Main(int argc, char** argv) {
                  "K and V together, of K, of V");
   AddPlanOptions(size, &o, "a plan to list as well");
   app.footer(
-      "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention dump/ "
-      "--plan plan.json --kv-heads 2 --query-heads 14 --head-dim 64 --prompt-tokens 512,512\n"
+      "Examples:\n  kvmix-eval quant dump.safetensors --strategy 2\n  kvmix-eval attention "
+      "dump.safetensors "
+      "--plan plan.json\n"
       "  kvmix-eval size --layers 24 --kv-heads 2 --head-dim 64 --tokens 4096,32768");
   return RunProgram(&app, argc, argv, [&] {
     Print(*quant ? Quant(o) : *attention ? Attention(o) : Size(o));

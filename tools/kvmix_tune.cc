@@ -25,7 +25,7 @@
 namespace kvmix::tools {
 namespace {
 
-// Where symbolic links lead to; the last one may lead to nothing yet.
+// The path that symbolic links lead to; the last one may lead to nothing yet.
 std::filesystem::path RealPath(std::filesystem::path path) {
   namespace fs = std::filesystem;
   constexpr int kMostLinks = 40;  // as many as Linux follows
@@ -50,7 +50,7 @@ void CheckWritable(const std::string& path) {
     Refuse("{}: may not write to the folder {}", path, folder.string());
 }
 
-// What a step writes may take the place of what a step wrote, and of nothing else.
+// A step may overwrite the file of a step, and nothing else.
 void CheckPart(const std::string& path) {
   CheckWritable(path);
   std::error_code error;
@@ -58,10 +58,9 @@ void CheckPart(const std::string& path) {
     Refuse("{}: expected no file, or one that a step of kvmix-tune wrote, found another", path);
 }
 
-std::vector<tune::Dump> OpenDumps(const std::vector<std::string>& paths,
-                                  const tune::RawFormat& raw) {
+std::vector<tune::Dump> OpenDumps(const std::vector<std::string>& paths) {
   std::vector<tune::Dump> dumps;
-  for (const std::string& path : paths) dumps.push_back(OpenDump(path, raw));
+  for (const std::string& path : paths) dumps.push_back(Require(tune::Dump::Open(path)));
   return dumps;
 }
 
@@ -71,7 +70,7 @@ std::vector<const tune::Dump*> Pointers(const std::vector<tune::Dump>& dumps) {
   return pointers;
 }
 
-// What run(options) gives, with a bar as long as it works.
+// Shows a bar while run(options) works, and returns its result.
 template <class Run>
 auto WithBar(const tune::TuneOptions& o, const std::string& step, const Run& run) {
   ProgressBar bar(step);
@@ -79,7 +78,7 @@ auto WithBar(const tune::TuneOptions& o, const std::string& step, const Run& run
                                           o.exact_first.value_or(0), o.exact_newest.value_or(0)}));
 }
 
-// What people should know of holdouts before they believe the figures.
+// Warns of holdouts whose figures say less than they seem to.
 void WarnOfHoldouts(const std::vector<tune::Dump>& dumps, const tune::Tuned& tuned) {
   for (std::size_t i = 0; i < dumps.size(); ++i) {
     if (tuned.holdouts[i].is_calibration) {
@@ -93,7 +92,7 @@ void WarnOfHoldouts(const std::vector<tune::Dump>& dumps, const tune::Tuned& tun
 // Tunes, with `how`(holdouts, options) as the way to do it, and hands the plan and the report out.
 template <class How>
 void RunTune(const CommandLine& o, const How& how) {
-  const std::vector<tune::Dump> holdouts = OpenDumps(o.holdouts, o.raw);
+  const std::vector<tune::Dump> holdouts = OpenDumps(o.holdouts);
   TuneReport report;
   {
     StepBar bar;
@@ -114,7 +113,7 @@ void RunTune(const CommandLine& o, const How& how) {
 
 // ---- the command line of each
 
-// What can be said before the work begins.
+// Refuses what can be refused before the work begins.
 void CheckChoosing(CommandLine* o) {
   tune::Constraints& constraints = o->how.constraints;
   if (!constraints.budget && !constraints.min_cosine)
@@ -130,7 +129,7 @@ void CheckChoosing(CommandLine* o) {
     if (!path.empty()) CheckWritable(path);
 }
 
-// What a part holds, and what it lacks of the model and of the dumps that it knows.
+// Prints what a part holds, and what it lacks of the model and of the dumps that it knows.
 template <class Part>
 void PrintContents(const Part& part, const std::string& path) {
   std::vector<tune::Place> there, missing;
@@ -176,7 +175,7 @@ std::function<void()> CalibrateStep(CLI::App* app, CommandLine* o) {
   AddPartOutput(app, o, "the file to write");
   return [o] {
     CheckPart(o->output);
-    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     const auto range = o->LayerRange(dumps[0].model());
     const auto calibration = WithBar(o->how, "calibrating", [&](const auto& options) {
       return tune::Calibrate(Pointers(dumps), range.first, range.second, options);
@@ -198,7 +197,7 @@ std::function<void()> MeasureStep(CLI::App* app, CommandLine* o) {
     CheckPart(o->output);
     const tune::Calibration calibration =
         MergeFiles<tune::Calibration>(o->parts, tune::LoadCalibration);
-    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     const auto range = o->LayerRange(calibration.model);
     o->how = tune::Settled(o->how, Pointers(dumps));
     const auto m = WithBar(o->how, "measuring every head and codec", [&](const auto& options) {
@@ -236,7 +235,7 @@ std::function<void()> ChooseStep(CLI::App* app, CommandLine* o) {
     const tune::Measurement m = Require(tune::LoadMeasurement(o->measurement));
     const Status whole = tune::CheckWhole(m);
     if (!whole.ok()) Refuse("{}: {}", o->measurement, whole.message());
-    const std::vector<tune::Dump> dumps = OpenDumps(o->dumps, o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(o->dumps);
     RunTune(*o, [&](const auto& holdouts, const tune::TuneOptions& options) {
       return tune::Tune(m, Pointers(dumps), holdouts, options);
     });
@@ -274,7 +273,7 @@ std::function<void()> AllSteps(CLI::App* app, CommandLine* o) {
           o->output);
     }
     if (o->dumps.empty() && o->holdouts.empty()) o->holdouts = {SamplePath("holdout")};
-    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o), o->raw);
+    const std::vector<tune::Dump> dumps = OpenDumps(DumpPaths(*o));
     RunTune(*o, [&](const auto& holdouts, const tune::TuneOptions& options) {
       return tune::Tune(Pointers(dumps), holdouts, options);
     });

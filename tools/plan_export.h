@@ -1,7 +1,7 @@
 // A plan in the words of other engines, as near as they come to it: per layer what its most
-// demanding head needs. Names and rules are those of
+// demanding head needs. Names and rules come from
 //   llama.cpp         common/arg.cpp: --cache-type-k, --cache-type-v; one type for all layers
-//   ik_llama.cpp      common/common.cpp: -ctk-first TYPE,N and -ctk-last TYPE,N beside -ctk, the
+//   ik_llama.cpp      common/common.cpp: -ctk-first TYPE,N and -ctk-last TYPE,N with -ctk, the
 //                     same for V; -khad and -vhad rotate
 //   openvino          openvinotoolkit/openvino, its CPU plug-in; one precision for all layers:
 //                     src/inference/include/openvino/runtime/properties.hpp: KEY_CACHE_PRECISION,

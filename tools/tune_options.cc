@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include "console.h"
-#include "dumps.h"
 
 namespace kvmix::tools {
 namespace {
@@ -32,11 +31,10 @@ std::pair<std::size_t, std::size_t> CommandLine::LayerRange(const Model& model) 
 }
 
 void AddDumps(CLI::App* app, CommandLine* o, const std::string& what) {
-  app->add_option("DUMP", o->dumps, what + ": safetensors files or raw folders");
+  app->add_option("DUMP", o->dumps, what + ": safetensors files");
   app->add_option("--threads", o->threads, "0: all")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
-  AddRawOptions(app, &o->raw);
 }
 
 void AddLayers(CLI::App* app, CommandLine* o) {
@@ -48,12 +46,13 @@ void AddMeasuring(CLI::App* app, CommandLine* o) {
   app->add_option("--candidates", o->how.candidates, "codecs to choose from")
       ->check(CLI::IsMember({"seed", "int8", "all"}))
       ->capture_default_str();
-  app->add_option("--exact-first", o->how.exact_first,
-                  "keep so many first tokens of every layer in f16 beside their codes (4, if that "
-                  "and --exact-newest take little of --context)")
+  app->add_option(
+         "--exact-first", o->how.exact_first,
+         "keep this number of first tokens of every layer in f16 as well as in codes (4, if "
+         "that and --exact-newest take little of --context)")
       ->check(CLI::Range(std::size_t{0}, kMostExactFirst));
   app->add_option("--exact-newest", o->how.exact_newest,
-                  "a query sees the stretch of so many tokens that it stands in exactly (64)")
+                  "a query sees the stretch of this many tokens that it stands in exactly (64)")
       ->check(CLI::IsMember({0, 16, 32, 64, 128, 256}));
   app->add_option("--target", o->how.target,
                   "instruction set to measure with; without it: the best of this CPU. Parts that "

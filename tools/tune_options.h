@@ -10,14 +10,12 @@
 
 #include <CLI/CLI.hpp>
 
-#include "kvmix/tune/dump.h"
 #include "kvmix/tune/tune.h"
 
 namespace kvmix::tools {
 
 struct CommandLine {
   std::vector<std::string> dumps;
-  tune::RawFormat raw;
   std::vector<std::string> parts;  // of `merge`; of `measure` the calibration
   std::string measurement;         // of `choose`
   std::string plan, engine;        // of `export`
@@ -36,7 +34,7 @@ struct CommandLine {
 
 inline constexpr const char* kDefaultPlan = "plan.json";
 
-// DUMP, --threads, and what raw folders need.
+// DUMP and --threads
 void AddDumps(CLI::App* app, CommandLine* o, const std::string& what);
 void AddLayers(CLI::App* app, CommandLine* o);
 // --candidates, --exact-first, --target

@@ -4,7 +4,6 @@
 #include <array>
 #include <functional>
 #include <map>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -148,7 +147,7 @@ std::string PlanText(const Plan& plan) {
   return text;
 }
 
-// Where prediction and truth part.
+// Says by how much the truth is worse than the prediction.
 std::string TruthNote(const TuneReport& r) {
   std::string text;
   const std::vector<std::size_t>& worse = r.worse_than_predicted;
@@ -199,7 +198,7 @@ std::string AccuracyText(const TuneReport& r) {
       TruthNote(r));
 }
 
-// What the times had to do with the choice.
+// Says what the times had to do with the choice.
 std::string TimeNote(const TuneReport& r) {
   if (r.constraints.time_tolerance == 1.0 && !r.constraints.max_decode_ns)
     return fmt::format(

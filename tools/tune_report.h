@@ -1,4 +1,4 @@
-// What kvmix-tune found, as text for people and as JSON for programs.
+// The findings of kvmix-tune, as text for people and as JSON for programs.
 #ifndef KVMIX_TOOLS_TUNE_REPORT_H_
 #define KVMIX_TOOLS_TUNE_REPORT_H_
 

@@ -3,7 +3,8 @@
 #ifndef KVMIX_LIB_FILES_CHECK_H_
 #define KVMIX_LIB_FILES_CHECK_H_
 
-#include <string>
+#include <cstdio>
+#include <cstdlib>
 
 #include <fmt/format.h>
 
@@ -13,13 +14,11 @@
 
 namespace kvmix::internal {
 
-[[noreturn]] void CheckFailed(const std::string& place, const std::string& expected,
-                              const std::string& found);
-
 template <class Holds, class A, class B>
 void Check(Holds holds, const A& a, const B& b, const char* file, int line, const char* text) {
-  if (!holds(a, b))
-    CheckFailed(fmt::format("{}:{}", file, line), text, fmt::format("{} and {}", a, b));
+  if (holds(a, b)) return;
+  fmt::print(stderr, "kvmix: {}:{}: expected {}, found {} and {}\n", file, line, text, a, b);
+  std::abort();
 }
 
 }  // namespace kvmix::internal

@@ -89,15 +89,27 @@ std::string AccuracyText(const Provenance& p) {
   return fmt::format("{{{}{}}}", fmt::join(measured, ","), measured.empty() ? "" : "\n  ");
 }
 
+// The oldest minor version that has a codec.
+std::size_t MinorOf(const CodecKind& kind) {
+  switch (kind.storage) {
+    case KVMIX_STORAGE_F16:
+      return kMinor;
+    case KVMIX_STORAGE_I8:
+      if (kind.operands != KVMIX_OPERANDS_USUAL) break;
+      return kind.shape ? kMinorOfShaping : kMinor;
+    case KVMIX_STORAGE_I6:  // the names of these three meant operands of 16 bits before
+    case KVMIX_STORAGE_I4:
+    case KVMIX_STORAGE_I3:
+      break;
+  }
+  return kMinorOfOperands;
+}
+
 // The oldest minor version that has all that the plan says.
 std::size_t MinorOf(const Plan& plan) {
   if (plan.exact_newest != 0) return kMinorOfNewest;
   std::size_t minor = plan.model.geometry() && plan.exact_first == 0 ? kMinor : kMinorOfLayers;
-  for (const HeadCodec& codec : plan.codecs) {
-    if (codec.kind.shape) minor = std::max(minor, kMinorOfShaping);
-    if (OperandBits(codec.kind) == 8 || codec.kind.operands != KVMIX_OPERANDS_USUAL)
-      minor = kMinorOfOperands;
-  }
+  for (const HeadCodec& codec : plan.codecs) minor = std::max(minor, MinorOf(codec.kind));
   return minor;
 }
 

@@ -2,7 +2,6 @@
 #ifndef KVMIX_LIB_PLAN_SHAPING_FILE_H_
 #define KVMIX_LIB_PLAN_SHAPING_FILE_H_
 
-#include <cstdint>
 #include <string>
 
 #include "kvmix/plan.h"

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <limits>
 
 #include "kvmix/kvmix.h"
 #include "lib/files/machine.h"

@@ -11,8 +11,8 @@
 
 namespace kvmix::tune {
 
-// What HeadCalibration can make: a scale per head needs each channel's range alone, which a fold
-// and a rotation mix.
+// Refuses what HeadCalibration cannot make: a scale per head needs each channel's range alone,
+// which a fold and a rotation mix.
 Status CheckCalibrated(const CodecKind& kind);
 
 // One KV head's K or V. The codecs that come from it share its vectors.

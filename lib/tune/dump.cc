@@ -8,9 +8,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <deque>
-#include <filesystem>
 #include <limits>
 #include <map>
 #include <memory>
@@ -18,7 +15,6 @@
 #include <new>
 #include <optional>
 #include <sstream>
-#include <system_error>
 #include <utility>
 
 #include <fmt/format.h>
@@ -42,21 +38,20 @@ namespace {
 enum Kind : std::size_t { kKeys, kValues, kQueries };
 constexpr std::string_view kLetters = "kvq";
 
-std::string TensorName(bool raw, std::size_t layer, std::size_t kind) {
-  return raw ? fmt::format("layer_{:02}.{}.bin", layer, kLetters[kind])
-             : fmt::format("layers.{}.{}", layer, kLetters[kind]);
+std::string TensorName(std::size_t layer, std::size_t kind) {
+  return fmt::format("layers.{}.{}", layer, kLetters[kind]);
 }
 
 using Place = std::pair<std::size_t, std::size_t>;  // layer and kind
 
-// What a name stands for, if it is one of TensorName's.
-std::optional<Place> ParseTensorName(bool raw, std::string_view name) {
+// The layer and kind of a name, if it is one of TensorName's.
+std::optional<Place> ParseTensorName(std::string_view name) {
   const std::size_t digit = std::min(name.find_first_of("0123456789"), name.size());
   const std::size_t point = name.find('.', digit);
   if (point == name.npos || point + 1 == name.size()) return std::nullopt;
   const auto layer = ParseNumber<std::size_t>(name.substr(digit, point - digit));
   const std::size_t kind = kLetters.find(name[point + 1]);
-  if (!layer || kind == kLetters.npos || name != TensorName(raw, *layer, kind)) return std::nullopt;
+  if (!layer || kind == kLetters.npos || name != TensorName(*layer, kind)) return std::nullopt;
   return Place{*layer, kind};
 }
 
@@ -64,12 +59,12 @@ std::string ShapeText(const std::vector<std::uint64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
-// A tensor as it lies in a file.
+// A tensor as it lies in the file.
 struct Found {
-  const File* file = nullptr;
   std::uint64_t first = 0, bytes = 0;  // in the file
   Dtype dtype = KVMIX_F16;
-  std::vector<std::uint64_t> shape;  // [tokens, heads, head_dim], or [1, heads, tokens, head_dim]
+  // [tokens, heads, head_dim], or [1, heads, tokens, head_dim]; empty: there is no such tensor.
+  std::vector<std::uint64_t> shape;
 
   bool heads_first() const { return shape.size() == 4 && shape[0] == 1; }
   bool is_valid() const { return shape.size() == 3 || heads_first(); }
@@ -111,7 +106,7 @@ struct LayerMemory {
   RowsView rows[3];                       // without data where there is no such tensor
 };
 
-// Where a layer is while somebody has it.
+// A layer is here while somebody has it.
 struct Slot {
   std::mutex mutex;
   std::weak_ptr<const LayerMemory> memory;
@@ -121,7 +116,6 @@ struct Slot {
 
 struct Dump::Impl {
   std::string path;
-  bool raw = false;
   std::string model;
   std::string corpus;
   Model shapes;
@@ -129,8 +123,8 @@ struct Dump::Impl {
   std::size_t tokens = 0;
   std::vector<std::size_t> prompt_tokens;
 
-  std::deque<File> files;
-  std::vector<std::array<Found, 3>> layers;  // K, V and Q; without a file: no such tensor
+  File file;
+  std::vector<std::array<Found, 3>> layers;  // K, V and Q
   std::unique_ptr<Slot[]> slots;             // [layers]
 
   Status Fail(ErrorCode code, std::string_view what, std::string_view expected,
@@ -138,17 +132,17 @@ struct Dump::Impl {
     return FileError(code, path, what, expected, found);
   }
 
-  Status CheckShapes(const Model& of, const char* what = "") const {
-    const Status s = CheckModel(of);
+  Status CheckShapes(const char* what = "") const {
+    const Status s = CheckModel(shapes);
     return s.ok() ? s : internal::Error(s.code(), "{}: {}{}", path, what, s.message());
   }
 
-  Status OpenSafetensors() {
-    Result<File> file = File::Open(path);
-    if (!file.ok()) return file.status();
-    const auto content = internal::ReadSafetensors(*file);
+  Status Open() {
+    Result<File> opened = File::Open(path);
+    if (!opened.ok()) return opened.status();
+    file = std::move(*opened);
+    const auto content = internal::ReadSafetensors(file);
     if (!content.ok()) return content.status();
-    files.push_back(std::move(*file));
 
     // Other programs write formats of their own there ("pt"): the tensors tell.
     const auto& metadata = content->metadata;
@@ -158,64 +152,29 @@ struct Dump::Impl {
       return Fail(ErrorCode::kVersion, "metadata format", "kvmix-dump-1", Quoted(format->second));
     FoundTensors found;
     for (const auto& [name, tensor] : content->tensors) {
-      const std::optional<Place> place = ParseTensorName(raw, name);
+      const std::optional<Place> place = ParseTensorName(name);
       if (!place) continue;
       const auto* dtype =
           std::ranges::find(kDtypes, tensor.dtype, [](const auto& d) { return d.first; });
       if (dtype == std::end(kDtypes))
         return Fail(ErrorCode::kMismatch, "tensor " + name, "dtype F16, BF16 or F32", tensor.dtype);
-      found[*place] = {&files[0], tensor.first, tensor.bytes, dtype->second, tensor.shape};
+      found[*place] = {tensor.first, tensor.bytes, dtype->second, tensor.shape};
     }
     if (Status s = ReadShapes(metadata, found); !s.ok()) return s;
     if (Status s = Assemble(found); !s.ok()) return s;
-    // Where nothing says which axis is which, few tokens of many heads are more likely to be few
-    // heads of many tokens.
+    // Nothing says which axis is which: few tokens of many heads are more likely to be few heads of
+    // many tokens.
     const bool says_order =
         std::ranges::any_of(std::array{"layer_shapes", "kv_heads", "tokens"},
                             [&](const char* key) { return metadata.contains(key); });
     const auto& [place, k] = FirstK(found);
     if (!says_order && !k.heads_first() && k.heads() > k.tokens()) {
-      return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, kKeys),
+      return Fail(ErrorCode::kMismatch, TensorName(place.first, kKeys),
                   "[tokens, heads, head_dim], with kv_heads in the metadata where there are fewer "
                   "tokens than heads",
                   ShapeText(k.shape) + ", which looks like [heads, tokens, head_dim]");
     }
     return ReadMetadata(metadata);
-  }
-
-  Status OpenRaw(const RawFormat& format) {
-    // Layers are counted below; the rest must be sound before sizes are computed from it.
-    const std::size_t query_heads = format.query_heads != 0 ? format.query_heads : format.kv_heads;
-    Geometry geometry{1, format.kv_heads, query_heads, format.head_dim};
-    if (Status s = CheckShapes(geometry); !s.ok()) return s;
-    FoundTensors found;
-    std::error_code error;
-    for (std::filesystem::directory_iterator entry(path, error), end; !error && entry != end;
-         entry.increment(error)) {
-      const std::string name = entry->path().filename().string();
-      const std::optional<Place> place = ParseTensorName(raw, name);
-      if (!place || (place->second == kQueries && format.query_heads == 0)) continue;
-      Result<File> file = File::Open(entry->path().string());
-      if (!file.ok()) return file.status();
-      const std::uint64_t bytes = file->size();
-      const std::size_t heads = place->second == kQueries ? query_heads : format.kv_heads;
-      const std::size_t token_bytes = heads * format.head_dim * sizeof(Half);
-      if (bytes % token_bytes != 0) {
-        return Fail(ErrorCode::kMismatch, name,
-                    fmt::format("whole tokens of {} heads x {} x 2 bytes", heads, format.head_dim),
-                    fmt::format("{} bytes", bytes));
-      }
-      files.push_back(std::move(*file));
-      found[*place] = {
-          &files.back(), 0, bytes, KVMIX_F16, {bytes / token_bytes, heads, format.head_dim}};
-    }
-    if (error) return Fail(ErrorCode::kIo, "", "a folder that can be read", error.message());
-    if (Status s = CheckPresent(found); !s.ok()) return s;
-    prompt_tokens = format.prompt_tokens;
-    geometry.layers = found.rbegin()->first.first + 1;
-    shapes = geometry;
-    if (Status s = Assemble(found); !s.ok()) return s;
-    return CheckPrompts();
   }
 
   static bool HasQ(const FoundTensors& found) {
@@ -229,13 +188,13 @@ struct Dump::Impl {
 
   // All tensors checked against the shapes, and nothing missing.
   Status Assemble(const FoundTensors& found) {
-    if (Status s = CheckShapes(shapes); !s.ok()) return s;
+    if (Status s = CheckShapes(); !s.ok()) return s;
     has_q = HasQ(found);
     layers.resize(shapes.layers.size());
     slots = std::make_unique<Slot[]>(layers.size());
     for (const auto& [place, tensor] : found) {
       if (place.first >= layers.size()) {
-        return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, place.second),
+        return Fail(ErrorCode::kMismatch, TensorName(place.first, place.second),
                     fmt::format("layers from 0 to {}", layers.size() - 1), "one more");
       }
     }
@@ -246,7 +205,7 @@ struct Dump::Impl {
         const auto at = found.find({layer, kind});
         const bool wanted = kind == kQueries ? has_q && shape.has_kv() : shape.owns_kv();
         if (wanted != (at != found.end())) {
-          return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
+          return Fail(ErrorCode::kMismatch, TensorName(layer, kind),
                       wanted ? "a tensor, as the shape of the layer says" : WhyNone(shape),
                       wanted ? "none" : "one");
         }
@@ -261,13 +220,13 @@ struct Dump::Impl {
         std::vector<std::uint64_t> expected = {tokens, heads, dim};
         if (heads_first) expected = {1, heads, tokens, dim};
         if (tensor.shape != expected)
-          return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
-                      "shape " + ShapeText(expected), ShapeText(tensor.shape));
+          return Fail(ErrorCode::kMismatch, TensorName(layer, kind), "shape " + ShapeText(expected),
+                      ShapeText(tensor.shape));
         if (tokens == 0) return Fail(ErrorCode::kMismatch, "", "at least 1 token", "an empty dump");
         layers[layer][kind] = tensor;
       }
     }
-    if (prompt_tokens.empty()) prompt_tokens = {tokens};
+    prompt_tokens = {tokens};
     return {};
   }
 
@@ -279,17 +238,17 @@ struct Dump::Impl {
   // Layers from 0 on without a gap, each with K and V, and with Q in all or in none.
   Status CheckPresent(const FoundTensors& found) const {
     if (found.empty())
-      return Fail(ErrorCode::kNotFound, "", "tensors " + TensorName(raw, 0, kKeys) + " and so on",
+      return Fail(ErrorCode::kNotFound, "", "tensors " + TensorName(0, kKeys) + " and so on",
                   "none");
     const std::size_t last = found.rbegin()->first.first;
-    // As many steps as there are tensors, whatever number the last layer claims to have.
+    // The steps are as many as the tensors, whatever number the last layer claims to have.
     for (std::size_t layer = 0; layer <= last; ++layer) {
       for (std::size_t kind = 0; kind < (HasQ(found) ? 3 : 2); ++kind) {
         if (!found.contains({layer, kind}))
-          return Fail(ErrorCode::kMismatch, TensorName(raw, layer, kind),
-                      fmt::format("one in every layer from 0 to {}{}", last,
-                                  raw ? "" : ", or layer_shapes in the metadata"),
-                      "none");
+          return Fail(
+              ErrorCode::kMismatch, TensorName(layer, kind),
+              fmt::format("one in every layer from 0 to {}, or layer_shapes in the metadata", last),
+              "none");
       }
     }
     return {};
@@ -299,7 +258,7 @@ struct Dump::Impl {
   Status ReadShapes(const std::map<std::string, std::string>& metadata, const FoundTensors& found) {
     for (const auto& [place, tensor] : found) {
       if (!tensor.is_valid())
-        return Fail(ErrorCode::kMismatch, TensorName(raw, place.first, place.second),
+        return Fail(ErrorCode::kMismatch, TensorName(place.first, place.second),
                     "a shape [tokens, heads, head_dim]", ShapeText(tensor.shape));
     }
     if (const auto text = metadata.find("layer_shapes"); text != metadata.end()) {
@@ -339,7 +298,7 @@ struct Dump::Impl {
       if (!value)
         return Fail(ErrorCode::kCorrupt, "metadata query_heads", "a whole number", Quoted(*text));
       for (LayerShape& shape : shapes.layers) shape.query_heads = shape.has_kv() ? *value : 0;
-      if (Status s = CheckShapes(shapes, "metadata: "); !s.ok()) return s;
+      if (Status s = CheckShapes("metadata: "); !s.ok()) return s;
     }
     const auto check = [&](const char* key, std::size_t value) {
       const std::string* text = find(key);
@@ -381,7 +340,7 @@ struct Dump::Impl {
     return prompts != nullptr ? ReadPrompts(*prompts) : Status();
   }
 
-  // "512,512,256"
+  // "512,512,256": lengths of at least 1 that add up to all tokens.
   Status ReadPrompts(const std::string& list) {
     prompt_tokens.clear();
     std::istringstream lengths(list + ',');  // so that every length has a comma behind it
@@ -392,10 +351,6 @@ struct Dump::Impl {
                     "whole numbers with commas between them", Quoted(list));
       prompt_tokens.push_back(*length);
     }
-    return CheckPrompts();
-  }
-
-  Status CheckPrompts() const {
     const std::string expected = fmt::format("a sum of {}, the dump's tokens", tokens);
     std::size_t sum = 0;
     for (const std::size_t length : prompt_tokens) {
@@ -414,11 +369,11 @@ struct Dump::Impl {
   Status Read(std::size_t layer, LayerMemory* memory) const {
     for (std::size_t kind = 0; kind < 3; ++kind) {
       const Found& tensor = layers[layer][kind];
-      if (tensor.file == nullptr) continue;
+      if (tensor.shape.empty()) continue;
       std::vector<std::uint32_t>& numbers = memory->numbers[kind];
       numbers.resize((tensor.bytes + sizeof(std::uint32_t) - 1) / sizeof(std::uint32_t));
       char* const bytes = reinterpret_cast<char*>(numbers.data());
-      if (Status s = tensor.file->Read(tensor.first, {bytes, tensor.bytes}); !s.ok()) return s;
+      if (Status s = file.Read(tensor.first, {bytes, tensor.bytes}); !s.ok()) return s;
       memory->rows[kind] = tensor.Rows(bytes);
     }
     return {};
@@ -435,7 +390,7 @@ struct Dump::Impl {
     const bool heads_first = x.token_stride < x.head_stride;
     const std::size_t head = heads_first ? row / x.tokens : row % x.heads;
     const std::size_t token = heads_first ? row % x.tokens : row / x.heads;
-    return Fail(ErrorCode::kNonFinite, TensorName(raw, layer, kind), "finite numbers",
+    return Fail(ErrorCode::kNonFinite, TensorName(layer, kind), "finite numbers",
                 fmt::format("{} at layer {}, {} head {}, token {}, channel {}",
                             std::isnan(x.At(token, head, channel)) ? "NaN" : "Inf", layer,
                             kind == kQueries ? "query" : "KV", head, token, channel));
@@ -465,22 +420,10 @@ RowsView DumpLayer::head(std::size_t kv_head, Tensor t) const {
   return rows.Head(kv_head);
 }
 
-Result<Dump> Dump::Open(const std::string& path, const RawFormat* raw) try {
-  std::error_code error;
-  const bool is_folder = std::filesystem::is_directory(path, error);
-  if (is_folder && raw == nullptr) {
-    return FileError(ErrorCode::kInvalidArgument, path, "",
-                     "a safetensors file, or the heads and the head_dim of a raw folder",
-                     "a folder alone");
-  }
-  if (!is_folder && raw != nullptr && std::filesystem::exists(path, error)) {
-    return FileError(ErrorCode::kInvalidArgument, path, "",
-                     "a raw folder, as its geometry was given", "a file");
-  }
+Result<Dump> Dump::Open(const std::string& path) try {
   auto impl = std::make_unique<Impl>();
   impl->path = path;
-  impl->raw = is_folder;
-  if (Status s = is_folder ? impl->OpenRaw(*raw) : impl->OpenSafetensors(); !s.ok()) return s;
+  if (Status s = impl->Open(); !s.ok()) return s;
   return Dump(std::move(impl));
 } catch (const std::bad_alloc&) {
   return FileError(ErrorCode::kOutOfMemory, path, "", "a dump that fits into memory",
@@ -500,8 +443,8 @@ bool Dump::has_q() const { return impl_->has_q; }
 std::size_t Dump::tokens() const { return impl_->tokens; }
 const std::vector<std::size_t>& Dump::prompt_tokens() const { return impl_->prompt_tokens; }
 
-std::string Dump::k_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kKeys); }
-std::string Dump::v_name(std::size_t layer) const { return TensorName(impl_->raw, layer, kValues); }
+std::string Dump::k_name(std::size_t layer) const { return TensorName(layer, kKeys); }
+std::string Dump::v_name(std::size_t layer) const { return TensorName(layer, kValues); }
 
 Result<DumpLayer> Dump::Load(std::size_t layer) const try {
   KVMIX_CHECK(layer, <, impl_->layers.size());

@@ -73,8 +73,8 @@ bool Copy(const std::string& from, std::FILE* to) {
   return good;
 }
 
-// Whether a name ends as those of a process that has ended: "123.parts", or "123-4.tmp" for a file
-// that was not renamed any more.
+// A name ends in "123.parts", or "123-4.tmp" for a file that was not renamed any more, and process
+// 123 has ended.
 bool IsOfDeadProcess(std::string_view end) {
   pid_t process = 0;
   const auto [rest, error] = std::from_chars(end.data(), end.data() + end.size(), process);
@@ -140,7 +140,7 @@ struct DumpWriter::Impl {
     return {};
   }
 
-  // The tensors as they lie in the dump: those that the model and the prompts ask for, no others.
+  // The tensors as they lie in the dump: all that the model and the prompts ask for, and no others.
   Result<std::vector<internal::SafetensorsSize>> Tensors(const DumpInfo& info) const {
     const std::vector<LayerShape>& layers = info.model.layers;
     const auto fail = [&](std::size_t layer, std::size_t kind, std::string_view expected,

@@ -112,7 +112,7 @@ class Solver {
     return bound >= best_cost_ || best_cost_ <= enough_ || (enough_ > -kInf && bound > enough_);
   }
 
-  // How much a step raises the bound.
+  // The amount by which a step raises the bound.
   double Raise(std::size_t g, std::size_t step) const {
     const Step &to = groups_[g][step], &from = groups_[g][base_[g]];
     return to.cost - from.cost +

@@ -12,7 +12,7 @@ using internal::Error;
 
 namespace {
 
-// Of the outputs that layers side by side hold.
+// The most bytes of outputs that layers side by side may hold.
 constexpr std::size_t kOutputBytes = std::size_t{1} << 30;
 
 }  // namespace

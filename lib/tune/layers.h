@@ -15,7 +15,7 @@ namespace kvmix::tune {
 // At least one, each with Q, all of one model.
 Status CheckDumps(const std::vector<const Dump*>& dumps);
 
-// Those of the layers [first, last) that own K and V. `dump`, which they are of, must have them.
+// The layers of [first, last) that own K and V. `dump` must have all of [first, last).
 Result<std::vector<std::size_t>> OwnLayers(const Dump& dump, std::size_t first, std::size_t last);
 
 // The error of work that the caller's progress callback stopped.

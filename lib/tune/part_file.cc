@@ -32,7 +32,8 @@ const std::string kAbout = "kvmix";  // the key of the JSON text
 std::string NameOf(PartKind kind) { return std::string(kFormats[static_cast<std::size_t>(kind)]); }
 
 // ---- what is written and read alike
-// A field is a vector of numbers that every head has, K and V apart: one tensor, [kv_heads][...].
+// A field is a vector of numbers that every head has, one for K and one for V: a tensor,
+// [kv_heads][...].
 
 template <class Archive, class Heads>
 void Statistics(const LayerShape& shape, const std::string& prefix, Archive* archive,

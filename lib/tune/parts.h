@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <map>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -28,15 +27,14 @@ std::string Names(const std::vector<DumpId>& dumps);  // "a.safetensors, b.safet
 Status GivenTwice(const Dump& first, const Dump& second);
 Status OtherCalibration(std::size_t layer);
 
-// The candidates of a layer's K or V: those that fit its dimension.
+// The candidates that fit the dimension of a layer's K or V.
 std::vector<CodecKind> KindsFor(const CandidateKinds& candidates, const LayerShape& shape,
                                 Tensor t);
 
-// Of one layer, [kv_heads][K, V], over the dumps by their hash.
+// The sums over the dumps (by their hash) of one layer, [kv_heads][K, V].
 std::vector<HeadStatistics> Sum(const std::map<std::string, std::vector<HeadStatistics>>& dumps);
 
-// Every dump has a piece in every one of these layers; else an error that lists those that are
-// missing.
+// Every dump has a piece in every one of these layers; else an error that lists the missing ones.
 template <class T>
 Status CheckWhole(const Pieces<T>& pieces, const std::vector<std::size_t>& layers,
                   const std::vector<DumpId>& dumps) {
@@ -52,7 +50,7 @@ Status CheckWhole(const Pieces<T>& pieces, const std::vector<std::size_t>& layer
   return {ErrorCode::kMismatch, PlacesText(std::move(missing), dumps)};
 }
 
-// The same origin for a measurement: what must agree before pieces may come together.
+// Refuses two measurements whose pieces may not come together: their origins differ.
 Status CheckSameOrigin(const Measurement& a, const Measurement& b);
 
 }  // namespace kvmix::tune

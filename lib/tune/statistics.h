@@ -1,4 +1,4 @@
-// What calibration adds up over a dump.
+// Calibration adds these up over a dump.
 #ifndef KVMIX_LIB_TUNE_STATISTICS_H_
 #define KVMIX_LIB_TUNE_STATISTICS_H_
 

@@ -1,7 +1,6 @@
-// What a plan as a whole tells of the table that it was chosen from.
+// Corrects a table of errors by the errors of a plan as a whole.
 #include <algorithm>
 #include <cstddef>
-#include <iterator>
 #include <vector>
 
 #include "kvmix/tune/steps.h"

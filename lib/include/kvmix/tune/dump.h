@@ -1,20 +1,16 @@
 // Dumps: K, V and Q of a model as it ran over real text, read one layer at a time.
 //
-// Two forms are read:
-// 1. safetensors: tensors `layers.N.k|v|q` of F16, BF16 or F32, [tokens, heads, head_dim] in C
-//    order, or [1, heads, tokens, head_dim], as Hugging Face has them. Metadata (strings): format
-//    `kvmix-dump-1`, model, corpus, layers, tokens, prompt_tokens (comma-separated lengths of the
-//    concatenated prompts), layer_shapes (JSON, docs/formats.md), kv_heads, query_heads, head_dim,
-//    rope_theta, attention_scale. What safetensors' own reader refuses is refused. Metadata that
-//    are missing follow from the tensors (one prompt then); those that contradict them are an
-//    error. Without layer_shapes, kv_heads and tokens in the metadata, tensors of more heads than
-//    tokens are refused: their axes are likely to be in another order. Tensors of other names are
-//    ignored. Layers may differ. One that reads another's K and V has Q only, one without K and
-//    V has nothing; layer_shapes must say so.
-// 2. the original study's raw folder: layer_NN.{k,v,q}.bin, f16, [tokens, heads, head_dim], all
-//    layers alike, their shape given by the caller.
-// Q may be missing (all layers or none): errors of K and V can be measured then, attention cannot.
-// DumpWriter writes the first form.
+// A dump is a safetensors file: tensors `layers.N.k|v|q` of F16, BF16 or F32, [tokens, heads,
+// head_dim] in C order, or [1, heads, tokens, head_dim], as Hugging Face has them. Metadata
+// (strings): format `kvmix-dump-1`, model, corpus, layers, tokens, prompt_tokens (comma-separated
+// lengths of the concatenated prompts), layer_shapes (JSON, docs/formats.md), kv_heads,
+// query_heads, head_dim, rope_theta, attention_scale. What safetensors' own reader refuses is
+// refused. Metadata that are missing follow from the tensors (one prompt then); those that
+// contradict them are an error. Without layer_shapes, kv_heads and tokens in the metadata, tensors
+// of more heads than tokens are refused: their axes are likely to be in another order. Tensors of
+// other names are ignored. Layers may differ. One that reads another's K and V has Q only, one
+// without K and V has nothing; layer_shapes must say so. Q may be missing (all layers or none):
+// errors of K and V can be measured then, attention cannot.
 #ifndef KVMIX_TUNE_DUMP_H_
 #define KVMIX_TUNE_DUMP_H_
 
@@ -35,14 +31,6 @@ namespace kvmix::tune {
 // plans have as well (docs/formats.md).
 KVMIX_API std::string LayerShapesText(const Model& model);
 
-// What the files of a raw folder do not say. query_heads 0: q files, if there are any, are ignored.
-struct RawFormat {
-  std::size_t kv_heads = 0;
-  std::size_t query_heads = 0;
-  std::size_t head_dim = 0;
-  std::vector<std::size_t> prompt_tokens;  // empty: one prompt of all tokens
-};
-
 // One layer in memory, until its last copy goes. Without Q, q has no data. K and V of a layer that
 // reads another's are the other's; a layer without any has no data.
 struct KVMIX_API DumpLayer {
@@ -52,13 +40,11 @@ struct KVMIX_API DumpLayer {
   RowsView head(std::size_t kv_head, Tensor t) const;  // of K or V
 };
 
-// Movable. Keeps its file or files open, and no layer in memory that nobody has. Every file is
-// fully checked on opening, but for NaN and Inf. Functions that are const may run on several
-// threads.
+// Movable. Keeps its file open, and no layer in memory that nobody has. The file is fully checked
+// on opening, but for NaN and Inf. Functions that are const may run on several threads.
 class KVMIX_API Dump {
  public:
-  // A safetensors file, or a raw folder (then, and only then, `raw` must be given).
-  static Result<Dump> Open(const std::string& path, const RawFormat* raw = nullptr);
+  static Result<Dump> Open(const std::string& path);
   Dump(Dump&&) noexcept;
   Dump& operator=(Dump&&) noexcept;
   ~Dump();

@@ -28,7 +28,7 @@ def arguments():
                    help='keep what the programs wrote, to name as a FILE')
     run = p.add_argument_group('running the programs')
     run.add_argument('--sample', action='store_true', help='on the built-in sample')
-    run.add_argument('--dump', help='on this dump (safetensors; a raw folder, its shape below)')
+    run.add_argument('--dump', help='on this dump (safetensors)')
     run.add_argument('--holdout', help='dump to measure on')
     run.add_argument('--plan', help='this plan, instead of one tuned on the dump')
     run.add_argument('--budget', default='0.45', help='of a tuned plan (default: %(default)s)')
@@ -36,8 +36,6 @@ def arguments():
     run.add_argument('--bench', action='store_true', help='time the kernels as well (a minute)')
     run.add_argument('--bin', metavar='FOLDER',
                      help='where the programs are (default: beside this one, then the PATH)')
-    for name in ('kv-heads', 'query-heads', 'head-dim', 'prompt-tokens'):
-        run.add_argument(f'--{name}', help='of a raw folder')
     args = p.parse_args()
     if args.sample and (args.dump or args.holdout):
         p.error('--sample goes without --dump and --holdout')

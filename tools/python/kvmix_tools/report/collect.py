@@ -40,22 +40,21 @@ def collect(args, folder):
 
     def options(*names):
         """Those of these options that were given, as the other programs take them."""
-        given = {name: getattr(args, name.replace('-', '_')) for name in names}
+        given = {name: getattr(args, name) for name in names}
         return [f'--{name}={value}' for name, value in given.items() if value]
 
-    raw = options('kv-heads', 'query-heads', 'head-dim', 'prompt-tokens')
     dump = [args.dump] if args.dump else []  # without one, the programs take the sample
     plan = args.plan
     if not plan:
         plan = folder / 'plan.json'
-        run('tune.json', 'kvmix-tune', *dump, *raw, *options('holdout', 'budget', 'candidates'),
+        run('tune.json', 'kvmix-tune', *dump, *options('holdout', 'budget', 'candidates'),
             '--json', '-o', plan)
     files.append(plan)
     measured = [args.holdout] if args.holdout else dump
     for end, codecs in (('s1', ('--strategy', 1)), ('s2', ('--strategy', 2)),
                         ('plan', ('--plan', plan))):
         for what in ('quant', 'attention'):
-            run(f'{what}_{end}.csv', 'kvmix-eval', what, *measured, *raw, *codecs)
+            run(f'{what}_{end}.csv', 'kvmix-eval', what, *measured, *codecs)
     run('size.csv', 'kvmix-eval', 'size', '--plan', plan, '--tokens', '4096,32768')
     if args.bench:
         run('bench.json', 'kvmix-bench', f'--benchmark_filter={BENCH_FILTER}',
