@@ -45,6 +45,9 @@ constexpr Codecs kCodecs[] = {
     {"i4-token-bf16", "i4-token-bf16"},
     {"i3-token-bf16", "i3-token-bf16"},
     {"i8x8-token", "i8x8-token"},
+    // As DefaultPlan has them, with its exact tokens.
+    {"i8-token-bf16+own-centre+hadamard", "i8-token-bf16+hadamard"},
+    {"i4-token-bf16+own-centre+hadamard", "i4-token-bf16+hadamard"},
 };
 
 constexpr std::size_t kPrefillQueries = 512;
@@ -71,8 +74,10 @@ HeadCodec CodecNamed(const char* name) {
 
 Plan PlanOf(const AttendCase& c, std::size_t layers) {
   const LayerShape layer{c.shape.kv_heads, c.shape.query_heads, c.shape.head_dim, c.shape.v_dim};
-  return UniformPlan(Model(std::vector(layers, layer)), CodecNamed(c.codecs.k),
-                     CodecNamed(c.codecs.v));
+  const Model model(std::vector(layers, layer));
+  const HeadCodec k = CodecNamed(c.codecs.k);
+  return k.kind.own_centre ? DefaultPlan(model, k.kind.storage)
+                           : UniformPlan(model, k, CodecNamed(c.codecs.v));
 }
 
 // Every layer gets the same 256 random tokens over and over: what rotates must be distinct memory,

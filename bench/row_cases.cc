@@ -180,13 +180,14 @@ void CopyTokens(const Shape& shape, AppendData& data) {
 }
 
 struct AppendKind {
-  const char *name, *codec;
-  bool shape;  // K's codes
+  const char *name, *codec;  // null: a DefaultPlan
+  bool shape;                // K's codes
 };
 constexpr AppendKind kAppendKinds[] = {{"append", "i8-token", false},
                                        {"append_rotated", "i8-token-bf16+hadamard", false},
                                        {"append_i4", "i4-token-bf16+hadamard", false},
-                                       {"append_shaped", "i4-token-bf16+hadamard", true}};
+                                       {"append_shaped", "i4-token-bf16+hadamard", true},
+                                       {"append_newest", nullptr, false}};
 constexpr std::size_t kAtATime[] = {1, kAppendTokens};
 
 // With a matrix that moves a little of every error everywhere: its numbers do not decide the time.
@@ -201,12 +202,16 @@ HeadCodec ShapedCodec(HeadCodec codec, std::size_t dim) {
   return codec;
 }
 
+Plan PlanOf(const AppendKind& kind, const Shape& shape) {
+  const Geometry model{1, shape.kv_heads, shape.query_heads, shape.head_dim};
+  if (kind.codec == nullptr) return DefaultPlan(model);
+  const HeadCodec v{tools::Require(ParseCodecKind(kind.codec))};
+  return UniformPlan(model, kind.shape ? ShapedCodec(v, shape.head_dim) : v, v);
+}
+
 Workload PrepareAppend(const AppendKind& kind, const Shape& shape, std::size_t at_a_time,
                        Bench& bench) {
-  const HeadCodec v{tools::Require(ParseCodecKind(kind.codec))};
-  const HeadCodec k = kind.shape ? ShapedCodec(v, shape.head_dim) : v;
-  const Plan plan =
-      UniformPlan(Geometry{1, shape.kv_heads, shape.query_heads, shape.head_dim}, k, v);
+  const Plan plan = PlanOf(kind, shape);
   Result<Cache> cache = Cache::Create(plan, kAppendCapacity, {.target = bench.kernels.target});
   Workload w;
   if (!cache.ok()) {

@@ -419,6 +419,60 @@ TEST(Newest, AShiftMovesTokensIntoOtherStretches) {
   Query(cache, RandomQueries(kShape, 100, 26));
 }
 
+// Queries that see what comes after them: its encoded part as encoded, and the rest exactly.
+TEST(Newest, QueriesThatAreNotCausal) {
+  const Rows rows = RandomRows(kShape, 300, 35);
+  const std::vector<Half> q = RandomQueries(kShape, 300, 36);
+  const std::size_t row = kShape.query_heads * kShape.head_dim;
+  Cache cache = Make(Usual());
+  AppendToAll(cache, rows, 0, 300);
+  Sight sight = cache.sight(0);
+  sight.causal = 0;
+  std::vector<float> out(q.size());
+  ASSERT_TRUE(Attend(cache, 0, QView(kShape, q), out.data(), sight).ok());
+  const Truth truth{Floats(rows.k), Floats(rows.v), Numbers(cache, KVMIX_K),
+                    Numbers(cache, KVMIX_V)};
+  for (const std::size_t p : {0, 70, 200, 299}) {
+    const auto exact = [&](std::size_t t) { return t < 4 || t / 64 == p / 64 || t >= 256; };
+    const auto at = out.begin() + static_cast<std::ptrdiff_t>(p * row);
+    EXPECT_LT(Error({at, at + static_cast<std::ptrdiff_t>(row)},
+                    truth.Attend(
+                        &q[p * row], [](std::size_t) { return true; }, exact)),
+              1e-6)
+        << p;
+  }
+  const AttendRequest without_mask(&cache, QView(kShape, q), out.data(), nullptr, {},
+                                   std::vector<std::int64_t>(300).data());
+  ExpectError(Attend({&without_mask, 1}, 0), ErrorCode::kInvalidArgument, {"cells", "mask"});
+}
+
+// Sequences that share a prefix of whole blocks, in one call and one by one.
+TEST(Newest, BatchesWithASharedPrefix) {
+  const Rows rows = RandomRows(kShape, 700, 37), others = RandomRows(kShape, 700, 38);
+  Cache first = Make(Usual());
+  AppendToAll(first, rows, 0, 600);
+  std::vector<Cache> caches;
+  for (std::size_t i = 0; i < 5; ++i) {
+    caches.push_back(std::move(first.Fork().value()));
+    ASSERT_TRUE(AppendTokens(caches[i], 0, others, 100 * i, 10 + 20 * i).ok());
+  }
+  const std::vector<Half> q = RandomQueries(kShape, 5, 39);
+  const std::size_t row = kShape.query_heads * kShape.head_dim;
+  std::vector<float> out(5 * row);
+  std::vector<AttendRequest> requests;
+  for (std::size_t i = 0; i < 5; ++i) {
+    requests.push_back({&caches[i], QView(kShape, q).Tokens(i, 1), out.data() + i * row});
+  }
+  ASSERT_TRUE(Attend(requests, 0).ok());
+  for (std::size_t i = 0; i < 5; ++i) {
+    std::vector<float> alone(row);
+    ASSERT_TRUE(Attend(caches[i], 0, QView(kShape, q).Tokens(i, 1), alone.data()).ok());
+    const auto at = out.begin() + static_cast<std::ptrdiff_t>(i * row);
+    EXPECT_LT(Error({at, at + static_cast<std::ptrdiff_t>(row)}, {alone.begin(), alone.end()}),
+              1e-7);
+  }
+}
+
 TEST(Newest, LayersWithAWindow) {
   Model model(kShape);
   model.layers[0].window = 100;

@@ -350,7 +350,7 @@ std::string ReportText(const TuneReport& r) {
       100.0 * SavedFraction(plan, tokens), bits.all, bits.k, bits.v, PlanText(plan),
       AccuracyText(r), SpeedText(r), FrontText(r.choice.front));
   if (r.explain) text += "\n" + ExplainText(r);
-  if (r.context > 2 * p.longest_prompt)
+  if (IsFarBeyond(plan, r.context))
     text += fmt::format(
         "\nCalibrated on prompts of up to {} tokens: before serving {}, tune and hold out on dumps "
         "as long.\n",

@@ -141,11 +141,15 @@ Status AttendCall::Add(const CacheImpl& cache, const kvmix_attend_request& asked
                                    .causal = sight.causal != 0};
   sequence.exact = std::min(exact, held.tokens);
   if (Status s = sequence.CheckPrefix(); !s.ok()) return s;
+  if (asked.cells != nullptr && asked.mask.data == nullptr) {
+    return {ErrorCode::kInvalidArgument,
+            "cells: expected a mask beside them, which says what their queries see, found none"};
+  }
   if (layer->stretch != 0) {
     held.newest.attended.set.store(true, std::memory_order_relaxed);
     sequence.stretch = layer->stretch;
     sequence.stretches = held.newest.stretches;
-    sequence.cells = asked.mask.data != nullptr ? asked.cells : nullptr;
+    sequence.cells = asked.cells;
     if (Status s = CheckOwnStretches(sequence); !s.ok()) return s;
   }
   return asked.mask.data != nullptr ? Scan(asked.mask, cache) : sequence.CheckHeld();

@@ -114,6 +114,8 @@ void ExactRows::Keep(const CompiledCodec& f16, Tensor t, std::size_t at,
   }
 }
 
+void ExactRows::Clear() const { std::fill_n(factors(KVMIX_K), 2 * tokens_, 0.0f); }
+
 void ExactRows::Get(Tensor t, std::size_t at, std::size_t dim, float* to) const {
   const Half* const row = rows(t) + at * dim;
   const float factor = factors(t)[at];
@@ -170,7 +172,7 @@ Status OpenStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::si
     if (s == nullptr) {
       const auto place = std::ranges::upper_bound(all, index, {}, &Stretch::index);
       s = &*all.insert(place, {.index = index, .page = take()});
-      std::memset(s->page->memory, 0, bytes);
+      for (std::size_t h = 0; h < shape.formats.size(); ++h) RowsOf(shape, s->page, h).Clear();
       if (reopens) DecodeInto(c, layer, index, s->page);
     } else if (!IsOwn(s->page)) {
       Page* const own = take();

@@ -45,6 +45,9 @@ class ExactRows {
   }
   // Rows become rows [at, at + rows.count). f16: the codec of that name.
   void Keep(const CompiledCodec& f16, Tensor t, std::size_t at, const kernels::RowsIn& rows) const;
+  // All rows become zeros: whatever the halves are that the memory's last user left, they are
+  // finite.
+  void Clear() const;
   // Row `at`, back to f32.
   void Get(Tensor t, std::size_t at, std::size_t dim, float* to) const;
 
