@@ -271,7 +271,8 @@ class Attention(Case):
         self.check(rows, decoded)
 
     def test_prompts_far_beyond_the_calibration(self):
-        self.write_plan('plan.json', [[{'k': 'i8-token', 'v': 'f16'}] * KV_HEADS] * LAYERS)
+        head = {'k': 'i8-token+centre', 'k_mean': [0.0] * HEAD_DIM, 'v': 'f16'}  # means age
+        self.write_plan('plan.json', [[head] * KV_HEADS] * LAYERS)
         plan = json.loads((self.path / 'plan.json').read_text())
         for longest in (23, 22):  # 4 x 22 < 90 < 4 x 23
             plan['provenance'] = {'model': '', 'calibration': 'c4', 'calibration_tokens': 99,
