@@ -271,7 +271,7 @@ class Attention(Case):
         self.check(rows, decoded)
 
     def test_prompts_far_beyond_the_calibration(self):
-        head = {'k': 'i8-token+centre', 'k_mean': [0.0] * HEAD_DIM, 'v': 'f16'}  # means age
+        head = {'k': 'i8-token+centre', 'k_mean': [0.0] * DIM, 'v': 'f16'}  # means age
         self.write_plan('plan.json', [[head] * KV_HEADS] * LAYERS)
         plan = json.loads((self.path / 'plan.json').read_text())
         for longest in (23, 22):  # 4 x 22 < 90 < 4 x 23
