@@ -51,12 +51,12 @@ void Schedule::AddParts(std::size_t kv_head, std::size_t first_unit, std::size_t
                         std::size_t rows, std::size_t first_token, std::size_t last_token,
                         std::size_t span) {
   std::size_t token = first_token;
-  do {
-    const std::size_t last = std::min(last_token, token + span);
+  do {  // spans end at ends of blocks
+    const std::size_t last = std::min(last_token, token / kBlockTokens * kBlockTokens + span);
     parts.push_back({static_cast<std::uint32_t>(kv_head), static_cast<std::uint32_t>(first_unit),
                      static_cast<std::uint32_t>(count), token, last, rows, Part::kOwn});
     for (std::size_t i = first_unit; i < first_unit + count; ++i) ++units[unit_of[i]].partials;
-    token += span;
+    token = last;
   } while (token < last_token);
 }
 
