@@ -237,7 +237,8 @@ Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, st
   for (std::size_t h = 0; h < heads; ++h) {
     std::size_t t = first;
     for (; t < std::min(pool->plan.exact_first, first + count); ++t) {
-      ExactFirst(*pool, layers[layer], shape.shape, h).Get(tensor, t, dim, rows.data());
+      ExactFirst(*pool, layers[layer], shape.shape, h)
+          .Get(shape.f16(tensor)[h], tensor, t, 1, rows.data());
       to->Put(t - first, h, rows.data());
     }
     for (std::size_t n; t < first + count; t += n) {
@@ -247,10 +248,8 @@ Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, st
       const Stretch* const s =
           shape.stretch == 0 ? nullptr : layers[layer].newest.Find(t / shape.stretch);
       if (s != nullptr && s->open) {
-        const ExactRows open(s->page->memory, shape.shape, shape.stretch, h);
-        for (std::size_t i = 0; i < n; ++i) {
-          open.Get(tensor, t % shape.stretch + i, dim, rows.data() + i * dim);
-        }
+        ExactRows(s->page->memory, shape.shape, shape.stretch, h)
+            .Get(shape.f16(tensor)[h], tensor, t % shape.stretch, n, rows.data());
       } else {
         DecodeCodes(*this, layer, tensor, h, t, n, rows.data());
       }

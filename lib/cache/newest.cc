@@ -41,8 +41,6 @@ void ForStretches(std::size_t stretch, std::size_t first, std::size_t count, con
   }
 }
 
-bool IsWhole(const Stretch& s, std::size_t tokens) { return s.written.count() == tokens; }
-
 ExactRows RowsOf(const PoolLayer& layer, const Page* page, std::size_t head) {
   return {page->memory, layer.shape, layer.stretch, head};
 }
@@ -62,8 +60,7 @@ std::uint64_t Encode(CacheImpl& c, std::size_t layer, Tensor t, std::size_t head
   coded->numbers.resize(n * dim);
   coded->scales.resize(n);
   coded->rows.resize(n * codec.row_bytes());
-  const ExactRows exact = RowsOf(shape, s.page, head);
-  for (std::size_t i = 0; i < n; ++i) exact.Get(t, i, dim, coded->numbers.data() + i * dim);
+  RowsOf(shape, s.page, head).Get(shape.f16(t)[head], t, 0, n, coded->numbers.data());
   std::uint64_t clamped = 0;
   if (codec.own_centre()) {
     const std::size_t first = c.pool->plan.exact_first;
@@ -116,10 +113,15 @@ void ExactRows::Keep(const CompiledCodec& f16, Tensor t, std::size_t at,
 
 void ExactRows::Clear() const { std::fill_n(factors(KVMIX_K), 2 * tokens_, 0.0f); }
 
-void ExactRows::Get(Tensor t, std::size_t at, std::size_t dim, float* to) const {
-  const Half* const row = rows(t) + at * dim;
-  const float factor = factors(t)[at];
-  for (std::size_t c = 0; c < dim; ++c) to[c] = factor * HalfToFloat(row[c]);
+void ExactRows::Get(const CompiledCodec& f16, Tensor t, std::size_t at, std::size_t count,
+                    float* to) const {
+  const std::size_t dim = f16.format().dim;
+  f16.Decode(rows(t) + at * dim, nullptr, count, to, dim);
+  for (std::size_t r = 0; r < count; ++r) {
+    const float factor = factors(t)[at + r];
+    if (factor == 1.0f) continue;
+    for (std::size_t c = r * dim; c < (r + 1) * dim; ++c) to[c] *= factor;
+  }
 }
 
 const Stretch* Newest::Find(std::size_t index) const {
@@ -182,6 +184,7 @@ Status OpenStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::si
     if (!reopens) return;
     s->open = true;
     s->written.reset();
+    s->whole = false;
     for (std::size_t i = 0; i < cell % shape.stretch; ++i) s->written.set(i);
   });
   return {};
@@ -195,6 +198,7 @@ void MarkStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::size
     Stretch& s = *newest.Find(index);
     s.turn = newest.turn;
     for (std::size_t i = 0; i < n; ++i) s.written.set(cell % tokens + i);
+    s.whole = s.written.count() == tokens;
   });
 }
 
@@ -208,14 +212,14 @@ std::uint64_t StoreExact(CacheImpl& c, std::size_t layer, Tensor t, std::size_t 
     const Stretch& s = *newest.Find(index);
     RowsOf(shape, s.page, head)
         .Keep(shape.f16(t)[head], t, at % shape.stretch, TokenRows(x, head, first + at - cell, n));
-    if (IsWhole(s, shape.stretch)) clamped += Encode(c, layer, t, head, s);
+    if (s.whole) clamped += Encode(c, layer, t, head, s);
   });
   return clamped;
 }
 
 void CloseStretches(CacheImpl& c, std::size_t layer) {
   for (Stretch& s : c.layers[layer].newest.stretches) {
-    s.open = !IsWhole(s, c.pool->layers[layer].stretch);
+    s.open = !s.whole;
   }
 }
 
@@ -224,6 +228,7 @@ void CutStretches(CacheImpl& c, std::size_t layer, std::size_t tokens) {
   std::erase_if(c.layers[layer].newest.stretches, [&](Stretch& s) {
     if (s.index * n < tokens) {
       for (std::size_t i = tokens - s.index * n; i < n; ++i) s.written.reset(i);
+      s.whole = s.written.count() == n;
       return false;
     }
     c.pool->memory->Release(s.page);

@@ -48,8 +48,8 @@ class ExactRows {
   // All rows become zeros: whatever the halves are that the memory's last user left, they are
   // finite.
   void Clear() const;
-  // Row `at`, back to f32.
-  void Get(Tensor t, std::size_t at, std::size_t dim, float* to) const;
+  // Rows [at, at + count), back to f32.
+  void Get(const CompiledCodec& f16, Tensor t, std::size_t at, std::size_t count, float* to) const;
 
  private:
   std::uint8_t* memory_;
@@ -63,6 +63,7 @@ struct Stretch {
   std::size_t index = 0;
   Page* page = nullptr;  // ExactRows of every head
   std::bitset<kLongestStretch> written = {};
+  bool whole = false;  // all tokens are written
   bool open = true;
   std::uint64_t turn = 0;  // of the write that it was touched by last
 };

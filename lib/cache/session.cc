@@ -215,6 +215,7 @@ Status LoadStretches(CacheImpl& c, std::size_t layer, Reader& in) {
       if (!in.Number(&written) || written > 1) return Damaged(name, "a stretch");
       s.written[i] = written != 0;
     }
+    s.whole = s.written.count() == shape.stretch;
     if (!in.Bytes(page->memory, shape.exact_bytes()) ||
         !AreExact(shape, page->memory, shape.stretch)) {
       return Damaged(name, "the exact rows of a stretch");
