@@ -20,7 +20,7 @@ NAME = re.compile(rf'attend_decode/\w+/k={CODEC},v={CODEC}/{SHAPE}/(512|4k|8k|32
                   rf'attend_prefill/\w+/k={CODEC},v={CODEC}/{SHAPE}/512x(512|4k)/t[12]|'
                   rf'(quantize_token|quantize_head|dequantize_f32|dequantize_f16)/\w+/{SHAPE}/'
                   rf'(24k|128k|256m)/t1|store/\w+/{SHAPE}/1/t1|'
-                  rf'(append|append_rotated|append_i4|append_shaped|append_newest)/\w+/{SHAPE}/(1|64)/t1|'
+                  rf'append(|_rotated|_i4|_shaped|_newest)/\w+/{SHAPE}/(1|64)/t1|'
                   rf'(fork|shift)/\w+/{SHAPE}/4k/t1|'
                   rf'attend_batch/\w+/k={CODEC},v={CODEC}/{SHAPE}/(16x2k|64x4k\+64)/t[12]')
 # Small and hot, one of each kind.
