@@ -123,7 +123,9 @@ class Cache {
   // Writes rows into cells, token t of k and v into cells[t], below the capacity: for engines that
   // place tokens themselves and say with a mask (kvmix/attention.h) who sees what. Cells may be
   // written again; what a never written cell holds is finite and means nothing. tokens() becomes
-  // the cell after the last one ever written. A cell past the capacity: kInvalidArgument; a full
+  // the cell after the last one ever written. With Plan::exact_newest a stretch stays in f16 until
+  // all of its cells have been written; a cell that is written again opens its stretch, until the
+  // cells after it have been written as well. A cell past the capacity: kInvalidArgument; a full
   // pool: kPoolFull; nothing is written then.
   Status Store(std::size_t layer, std::span<const std::int64_t> cells, const RowsView& k,
                const RowsView& v) {
@@ -134,7 +136,9 @@ class Cache {
   // else. More than a layer holds, or so few that the next query would see tokens that left with
   // the window: kInvalidArgument, and nothing is dropped. (The next token that is appended has its
   // whole window; attention of the last token that is left may be refused, because its window
-  // begins one token earlier.)
+  // begins one token earlier.) With Plan::exact_newest a stretch that is cut is exact again: as it
+  // was, if its rows are still kept, as those of the last two stretches are; else as it is decoded.
+  // That takes a page; kPoolFull, and nothing is dropped, if there is none.
   Status Truncate(std::size_t tokens) {
     internal::CallError error;
     return error.Of(kvmix_cache_truncate(get(), tokens, error));
@@ -151,6 +155,8 @@ class Cache {
   // (docs/numerics.md has it measured); a codec's mean does not turn, so a centred head loses more,
   // the further its tokens move. Kept tokens that a layer's window had let go stay unseen, as
   // dropped ones do. Fewer tokens in a layer than keep + drop: kInvalidArgument, and nothing moves.
+  // With Plan::exact_newest the tokens come into other stretches: all that move are decoded and
+  // appended to a fork, which takes memory for them until it takes their place (kPoolFull).
   Status Shift(std::size_t keep, std::size_t drop, std::span<const Rope> ropes) {
     std::vector<kvmix_rope> views;
     for (const Rope& rope : ropes) views.push_back(internal::ViewOf(rope));
@@ -169,7 +175,8 @@ class Cache {
 
   // The canonical rows of one KV head's K or V, tokens [first, first + count): codes
   // [count][RowBytes] and stored scales ([count] f32; not touched unless the codec stores a scale
-  // per token). The same bytes on every CPU.
+  // per token). The same bytes on every CPU. With Plan::exact_newest refused, as ImportRows: rows
+  // have no meaning there without their stretch. Sessions take all of it.
   Status ExportRows(std::size_t layer, std::size_t kv_head, Tensor tensor, std::size_t first,
                     std::size_t count, void* codes, float* scales) const {
     internal::CallError error;
