@@ -81,7 +81,8 @@ inline std::vector<Half> RandomQueries(const Geometry& g, std::size_t queries, u
 }
 
 inline bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 // The same rows, and, where both are of one target, the same bits of attention over them.
