@@ -52,6 +52,7 @@ class Writer {
   explicit Writer(const Sink& sink) : sink_(sink) {}
   bool good() const { return good_; }
   void Bytes(const void* data, std::size_t bytes) {
+    if (bytes == 0) return;  // data may be null
     good_ = good_ && sink_(data, bytes);
     hash_.Add(data, bytes);
   }
