@@ -35,8 +35,9 @@ inline std::size_t RowBytes(const RowFormat& f) {
 
 // Tokens of a block.
 inline constexpr std::size_t kBlockTokens = 256;
+static_assert(KVMIX_LONGEST_STRETCH == kBlockTokens);
 // Fewest tokens of a stretch: a vector of tokens has one centre.
-inline constexpr std::size_t kSmallestStretch = 16;
+inline constexpr std::size_t kSmallestStretch = KVMIX_SHORTEST_STRETCH;
 
 // One tensor's part of a block.
 struct TileFormat {

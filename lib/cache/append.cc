@@ -41,11 +41,10 @@ struct To {
 std::uint64_t StoreTokens(const To& to, Tensor tensor, std::size_t head, const kvmix_rows& x,
                           std::size_t first, std::size_t count, std::size_t cell) {
   if (count == 0) return 0;  // x may have no data
+  KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
   if (to.shape().stretch != 0) {
-    KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
     return StoreExact(*to.cache, to.layer, tensor, head, x, first, count, cell);
   }
-  KeepExact(*to.cache, to.layer, tensor, head, cell, TokenRows(x, head, first, count));
   Coded coded;
   std::uint64_t clamped = 0;
   for (std::size_t t = 0; t < count; t += kRowsAtATime) {
@@ -114,28 +113,34 @@ Status CheckFit(const CacheImpl& c, std::size_t layer, const kvmix_rows& k, cons
           fmt::format("V: expected {} tokens, as K has, found {}", k.tokens, v.tokens)};
 }
 
+void Release(CacheImpl& c, std::size_t layer, std::size_t most) {
+  if (c.pool->layers[layer].stretch != 0) ReleaseStretches(c, layer, most);
+}
+
+// Makes sure that cells [first, first + count) have pages of their own, for codes and exact rows.
+Status MakeReady(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
+  if (!IsWritable(c, layer, first, count)) {
+    if (Status s = MakeWritable(c, layer, first, count); !s.ok()) return s;
+  }
+  if (c.pool->layers[layer].stretch == 0) return {};
+  return OpenStretches(c, layer, first, count);
+}
+
 // Checks an append, and makes the cells after the layer's tokens ready for it.
 Status Prepare(CacheImpl& c, std::size_t layer, const kvmix_rows& k, const kvmix_rows& v) {
   if (Status s = CheckFit(c, layer, k, v); !s.ok()) return s;
   const std::size_t held = c.layers[layer].tokens;
   if (k.tokens > c.capacity - held) return CheckRoom(c, layer, k.tokens);
   ForgetPast(c, layer, held);
-  const bool exact = c.pool->plan.exact_newest != 0;
-  if (exact) ReleaseStretches(c, layer, kMostKept);
-  if (!IsWritable(c, layer, held, k.tokens)) {
-    if (Status s = MakeWritable(c, layer, held, k.tokens); !s.ok()) return s;
-  }
-  const Status s = exact ? OpenStretches(c, layer, held, k.tokens) : Status();
+  Release(c, layer, kMostKept);
+  const Status s = MakeReady(c, layer, held, k.tokens);
   if (!s.ok()) DropUnused(c, layer);
   return s;
 }
 
-// Before rows are written, and after: see lib/cache/newest.h.
-void Begin(const To& to, std::size_t cell, std::size_t count) {
+// Before rows are written.
+void Mark(const To& to, std::size_t cell, std::size_t count) {
   if (to.shape().stretch != 0) MarkStretches(*to.cache, to.layer, cell, count);
-}
-void End(const To& to) {
-  if (to.shape().stretch != 0) CloseStretches(*to.cache, to.layer);
 }
 
 Status CheckNamedOnce(std::span<const AppendPart> requests) {
@@ -205,12 +210,9 @@ void AppendJob::RunPart(std::size_t part) const {
 
 void AppendJob::Run(const Runner& runner) {
   const std::size_t parts = requests_.empty() ? 0 : requests_.back().parts;
-  for (const Request& r : requests_) Begin(r.to, r.held, r.k.tokens);
+  for (const Request& r : requests_) Mark(r.to, r.held, r.k.tokens);
   (numbers_ <= kOnePart ? Runner::Here() : runner).Run(parts, [&](std::size_t p) { RunPart(p); });
-  for (const Request& r : requests_) {
-    r.to.held().tokens += r.k.tokens;
-    End(r.to);
-  }
+  for (const Request& r : requests_) r.to.held().tokens += r.k.tokens;
 }
 
 }  // namespace
@@ -220,10 +222,9 @@ Status CacheImpl::Append(std::size_t layer, const kvmix_rows& k, const kvmix_row
   if (Status s = Prepare(*this, layer, k, v); !s.ok()) return s;
   const To to{this, layer};
   if (NumbersOf(k) <= kOnePart) {  // a decode step: without the job
-    Begin(to, to.held().tokens, k.tokens);
+    Mark(to, to.held().tokens, k.tokens);
     Count(*to.cache, StoreRun(to, k, v, 0, k.tokens, to.held().tokens));
     to.held().tokens += k.tokens;
-    End(to);
     return {};
   }
   const Own<AppendJob> job;
@@ -279,12 +280,9 @@ Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, 
     }
     return Status();
   };
-  const bool exact = c.pool->plan.exact_newest != 0;
-  if (exact) ReleaseStretches(c, layer, SIZE_MAX);
-  Status s = for_runs([&](std::size_t, std::size_t n, std::size_t cell) {
-    Status ready = IsWritable(c, layer, cell, n) ? Status() : MakeWritable(c, layer, cell, n);
-    return ready.ok() && exact ? OpenStretches(c, layer, cell, n) : ready;
-  });
+  Release(c, layer, SIZE_MAX);
+  Status s = for_runs(
+      [&](std::size_t, std::size_t n, std::size_t cell) { return MakeReady(c, layer, cell, n); });
   if (!s.ok()) {
     DropUnused(c, layer);
     return s;
@@ -295,10 +293,9 @@ Status CacheImpl::Store(std::size_t layer, std::span<const std::int64_t> cells, 
       c.pool->kernels->tiles.prefetch(c.pool->layers[layer].formats[h], at.blocks_of(h), cell);
     }
     const To to{this, layer};
-    Begin(to, cell, n);
+    Mark(to, cell, n);
     Count(c, StoreRun(to, k, v, i, n, cell));
     at.tokens = std::max(at.tokens, cell + n);
-    End(to);
     return Status();
   });
 }

@@ -156,7 +156,7 @@ Outputs AttendCall::AttendExact(const Unit& unit, const float* bias) const {
   if (s.exact != 0) attend(ExactFirst(*pool, held, layer->shape, unit.kv_head), 0, 0, s.exact);
   s.ForExact(unit.first_query, [&](const Stretch& x) {
     const std::size_t begin = x.index * s.stretch;
-    attend({x.page->memory, layer->shape, s.stretch, unit.kv_head}, begin, std::max(begin, s.exact),
+    attend(RowsOf(*layer, x, unit.kv_head), begin, std::max(begin, s.exact),
            std::min(begin + s.stretch, s.tokens));
   });
   return to;

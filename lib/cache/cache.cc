@@ -136,7 +136,6 @@ Status OpenCut(CacheImpl& c, std::size_t tokens) {
       const std::size_t end = std::min(c.layers[ready].tokens, (tokens / stretch + 1) * stretch);
       if (end <= tokens) continue;
       MarkStretches(c, ready, tokens, end - tokens);
-      CloseStretches(c, ready);
     }
     return s;
   }
@@ -247,9 +246,8 @@ Status CacheImpl::Decode(std::size_t layer, Tensor tensor, std::size_t first, st
       n = std::min({first + count - t, kRowsAtATime, end - t});
       const Stretch* const s =
           shape.stretch == 0 ? nullptr : layers[layer].newest.Find(t / shape.stretch);
-      if (s != nullptr && s->open) {
-        ExactRows(s->page->memory, shape.shape, shape.stretch, h)
-            .Get(shape.f16(tensor)[h], tensor, t % shape.stretch, n, rows.data());
+      if (s != nullptr && !s->whole) {
+        RowsOf(shape, *s, h).Get(shape.f16(tensor)[h], tensor, t % shape.stretch, n, rows.data());
       } else {
         DecodeCodes(*this, layer, tensor, h, t, n, rows.data());
       }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
 #include <functional>
 #include <utility>
 
@@ -41,8 +40,14 @@ void ForStretches(std::size_t stretch, std::size_t first, std::size_t count, con
   }
 }
 
-ExactRows RowsOf(const PoolLayer& layer, const Page* page, std::size_t head) {
-  return {page->memory, layer.shape, layer.stretch, head};
+// Gives back the pages of the stretches that `gone` names.
+template <class F>
+void Drop(CacheImpl& c, std::size_t layer, const F& gone) {
+  std::erase_if(c.layers[layer].newest.stretches, [&](const Stretch& s) {
+    if (!gone(s)) return false;
+    c.pool->memory->Release(s.page);
+    return true;
+  });
 }
 
 struct Coded {
@@ -60,7 +65,7 @@ std::uint64_t Encode(CacheImpl& c, std::size_t layer, Tensor t, std::size_t head
   coded->numbers.resize(n * dim);
   coded->scales.resize(n);
   coded->rows.resize(n * codec.row_bytes());
-  RowsOf(shape, s.page, head).Get(shape.f16(t)[head], t, 0, n, coded->numbers.data());
+  RowsOf(shape, s, head).Get(shape.f16(t)[head], t, 0, n, coded->numbers.data());
   std::uint64_t clamped = 0;
   if (codec.own_centre()) {
     const std::size_t first = c.pool->plan.exact_first;
@@ -75,19 +80,19 @@ std::uint64_t Encode(CacheImpl& c, std::size_t layer, Tensor t, std::size_t head
   return clamped;
 }
 
-// The layer's encoded tokens of a stretch, into exact rows.
-void DecodeInto(const CacheImpl& c, std::size_t layer, std::size_t index, const Page* page) {
+// The layer's encoded tokens of a stretch, into its exact rows.
+void DecodeInto(const CacheImpl& c, std::size_t layer, const Stretch& s) {
   const PoolLayer& shape = c.pool->layers[layer];
   const CacheLayer& at = c.layers[layer];
-  const std::size_t first = std::max(at.forgotten, index * shape.stretch),
-                    last = std::min(at.tokens, (index + 1) * shape.stretch);
+  const std::size_t first = std::max(at.forgotten, s.index * shape.stretch),
+                    last = std::min(at.tokens, (s.index + 1) * shape.stretch);
   if (first >= last) return;
   std::vector<float> rows((last - first) * std::max(shape.shape.k_dim, shape.shape.v_dim));
   for (std::size_t h = 0; h < shape.formats.size(); ++h) {
     for (const Tensor t : {KVMIX_K, KVMIX_V}) {
       DecodeCodes(c, layer, t, h, first, last - first, rows.data());
       const RowsView view = RowsView::F32(rows.data(), last - first, 1, shape.shape.dim(t));
-      RowsOf(shape, page, h)
+      RowsOf(shape, s, h)
           .Keep(shape.f16(t)[h], t, first % shape.stretch, TokenRows(view, 0, 0, last - first));
     }
   }
@@ -124,6 +129,10 @@ void ExactRows::Get(const CompiledCodec& f16, Tensor t, std::size_t at, std::siz
   }
 }
 
+ExactRows RowsOf(const PoolLayer& layer, const Stretch& stretch, std::size_t head) {
+  return {stretch.page->memory, layer.shape, layer.stretch, head};
+}
+
 const Stretch* Newest::Find(std::size_t index) const {
   const auto at = std::ranges::lower_bound(stretches, index, {}, &Stretch::index);
   return at != stretches.end() && at->index == index ? &*at : nullptr;
@@ -133,21 +142,17 @@ void ReleaseStretches(CacheImpl& c, std::size_t layer, std::size_t most) {
   const std::size_t tokens = c.pool->layers[layer].stretch;
   Newest& newest = c.layers[layer].newest;
   const bool attended = newest.attended.set.exchange(false, std::memory_order_relaxed);
-  std::size_t left = attended ? 1 : std::max<std::size_t>(1, most / tokens);
-  std::size_t encoded = 0;
-  for (const Stretch& s : newest.stretches) encoded += !s.open;
-  if (encoded <= left) return;
-  std::vector<std::pair<std::uint64_t, std::size_t>> order;  // the newest first
+  const std::size_t left = attended ? 1 : std::max<std::size_t>(1, most / tokens);
+  const auto encoded = std::ranges::count_if(newest.stretches, &Stretch::whole);
+  if (static_cast<std::size_t>(encoded) <= left) return;
+  const auto age = [](const Stretch& s) { return std::pair(s.turn, s.index); };
+  std::vector<std::pair<std::uint64_t, std::size_t>> ages;
   for (const Stretch& s : newest.stretches) {
-    if (!s.open) order.emplace_back(s.turn, s.index);
+    if (s.whole) ages.push_back(age(s));
   }
-  std::ranges::sort(order, std::greater<>());
-  for (; left < order.size(); ++left) {
-    const auto gone =
-        newest.stretches.begin() + (newest.Find(order[left].second) - newest.stretches.data());
-    c.pool->memory->Release(gone->page);
-    newest.stretches.erase(gone);
-  }
+  const auto oldest_left = ages.begin() + static_cast<std::ptrdiff_t>(left - 1);
+  std::ranges::nth_element(ages, oldest_left, std::greater<>());
+  Drop(c, layer, [&](const Stretch& s) { return s.whole && age(s) < *oldest_left; });
 }
 
 Status OpenStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t count) {
@@ -170,19 +175,18 @@ Status OpenStretches(CacheImpl& c, std::size_t layer, std::size_t first, std::si
   const std::size_t bytes = shape.exact_bytes();
   ForStretches(shape.stretch, first, count, [&](std::size_t index, std::size_t cell, std::size_t) {
     Stretch* s = at.newest.Find(index);
-    const bool reopens = s == nullptr ? index * shape.stretch < at.tokens : !s->open;
+    const bool reopens = s == nullptr ? index * shape.stretch < at.tokens : s->whole;
     if (s == nullptr) {
       const auto place = std::ranges::upper_bound(all, index, {}, &Stretch::index);
       s = &*all.insert(place, {.index = index, .page = take()});
-      for (std::size_t h = 0; h < shape.formats.size(); ++h) RowsOf(shape, s->page, h).Clear();
-      if (reopens) DecodeInto(c, layer, index, s->page);
+      for (std::size_t h = 0; h < shape.formats.size(); ++h) RowsOf(shape, *s, h).Clear();
+      if (reopens) DecodeInto(c, layer, *s);
     } else if (!IsOwn(s->page)) {
       Page* const own = take();
       std::memcpy(own->memory, s->page->memory, bytes);
       c.pool->memory->Release(std::exchange(s->page, own));
     }
     if (!reopens) return;
-    s->open = true;
     s->written.reset();
     s->whole = false;
     for (std::size_t i = 0; i < cell % shape.stretch; ++i) s->written.set(i);
@@ -210,39 +214,25 @@ std::uint64_t StoreExact(CacheImpl& c, std::size_t layer, Tensor t, std::size_t 
   std::uint64_t clamped = 0;
   ForStretches(shape.stretch, cell, count, [&](std::size_t index, std::size_t at, std::size_t n) {
     const Stretch& s = *newest.Find(index);
-    RowsOf(shape, s.page, head)
+    RowsOf(shape, s, head)
         .Keep(shape.f16(t)[head], t, at % shape.stretch, TokenRows(x, head, first + at - cell, n));
     if (s.whole) clamped += Encode(c, layer, t, head, s);
   });
   return clamped;
 }
 
-void CloseStretches(CacheImpl& c, std::size_t layer) {
-  for (Stretch& s : c.layers[layer].newest.stretches) {
-    s.open = !s.whole;
-  }
-}
-
 void CutStretches(CacheImpl& c, std::size_t layer, std::size_t tokens) {
   const std::size_t n = c.pool->layers[layer].stretch;
-  std::erase_if(c.layers[layer].newest.stretches, [&](Stretch& s) {
-    if (s.index * n < tokens) {
-      for (std::size_t i = tokens - s.index * n; i < n; ++i) s.written.reset(i);
-      s.whole = s.written.count() == n;
-      return false;
-    }
-    c.pool->memory->Release(s.page);
-    return true;
-  });
+  Drop(c, layer, [&](const Stretch& s) { return s.index * n >= tokens; });
+  for (Stretch& s : c.layers[layer].newest.stretches) {
+    for (std::size_t i = tokens - s.index * n; i < n; ++i) s.written.reset(i);
+    s.whole = s.written.count() == n;
+  }
 }
 
 void ForgetStretches(CacheImpl& c, std::size_t layer, std::size_t first) {
   const std::size_t n = c.pool->layers[layer].stretch;
-  std::erase_if(c.layers[layer].newest.stretches, [&](const Stretch& s) {
-    if ((s.index + 1) * n > first) return false;
-    c.pool->memory->Release(s.page);
-    return true;
-  });
+  Drop(c, layer, [&](const Stretch& s) { return (s.index + 1) * n <= first; });
 }
 
 std::uint8_t* CentreOf(const CacheImpl& c, std::size_t layer, std::size_t head, std::size_t cell) {

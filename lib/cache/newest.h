@@ -56,15 +56,12 @@ class ExactRows {
   std::size_t tokens_, k_dim_;
 };
 
-constexpr std::size_t kLongestStretch = kernels::kBlockTokens;
-
 // Tokens [index * n, (index + 1) * n) of a layer, n of a stretch.
 struct Stretch {
   std::size_t index = 0;
   Page* page = nullptr;  // ExactRows of every head
-  std::bitset<kLongestStretch> written = {};
-  bool whole = false;  // all tokens are written
-  bool open = true;
+  std::bitset<KVMIX_LONGEST_STRETCH> written = {};
+  bool whole = false;      // all tokens are written: it is encoded; else it is open
   std::uint64_t turn = 0;  // of the write that it was touched by last
 };
 
@@ -95,19 +92,20 @@ void ReleaseStretches(CacheImpl& cache, std::size_t layer, std::size_t most);
 // Rows of cells [first, first + count) can be written then: there are their stretches' pages, and
 // no other cache shares them. kPoolFull, and nothing has changed, if there is no page.
 Status OpenStretches(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
-// The cells are about to be written, in this order: Mark, StoreExact of every head's K and V (which
-// encodes stretches that Mark completed), Close.
+// The cells are about to be written, by StoreExact of every head's K and V, which encodes stretches
+// that are whole now.
 void MarkStretches(CacheImpl& cache, std::size_t layer, std::size_t first, std::size_t count);
 // Tokens [first, first + count) of x into cells from `cell` on. Returns the clamped values.
 std::uint64_t StoreExact(CacheImpl& cache, std::size_t layer, Tensor tensor, std::size_t head,
                          const kvmix_rows& x, std::size_t first, std::size_t count,
                          std::size_t cell);
-void CloseStretches(CacheImpl& cache, std::size_t layer);
 // A layer is about to be cut to `tokens` tokens, or to lose those before `first`: drops stretches.
 // Cut: the stretch that is cut must be open (OpenStretches).
 void CutStretches(CacheImpl& cache, std::size_t layer, std::size_t tokens);
 void ForgetStretches(CacheImpl& cache, std::size_t layer, std::size_t first);
 
+// One head's exact rows of a stretch.
+ExactRows RowsOf(const PoolLayer& layer, const Stretch& stretch, std::size_t head);
 // The place of an own centre in its block.
 std::uint8_t* CentreOf(const CacheImpl& cache, std::size_t layer, std::size_t head,
                        std::size_t cell);

@@ -39,7 +39,7 @@ struct Sequence : Sight {
   void ForExact(std::size_t query, const F& f) const {
     const std::size_t own = OwnOf(query);
     for (const Stretch& s : stretches) {
-      if (s.open || s.index == own) f(s);
+      if (!s.whole || s.index == own) f(s);
     }
   }
 };

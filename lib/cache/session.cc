@@ -144,11 +144,11 @@ std::vector<const Stretch*> Travellers(const CacheLayer& held) {
   std::vector<const Stretch*> all;
   const Stretch* newest = nullptr;
   for (const Stretch& s : held.newest.stretches) {
-    if (s.open) continue;
+    if (!s.whole) continue;
     if (newest == nullptr || s.turn >= newest->turn) newest = &s;
   }
   for (const Stretch& s : held.newest.stretches) {
-    if (s.open || &s == newest) all.push_back(&s);
+    if (!s.whole || &s == newest) all.push_back(&s);
   }
   return all;
 }
@@ -162,7 +162,6 @@ void SaveStretches(const CacheImpl& c, std::size_t layer, Writer& out) {
   out.Number<std::uint64_t>(all.size());
   for (const Stretch* s : all) {
     out.Number<std::uint64_t>(s->index);
-    out.Number<std::uint8_t>(s->open);
     for (std::size_t i = 0; i < shape.stretch; ++i) out.Number<std::uint8_t>(s->written[i]);
     out.Bytes(s->page->memory, shape.exact_bytes());
   }
@@ -209,9 +208,7 @@ Status LoadStretches(CacheImpl& c, std::size_t layer, Reader& in) {
     if (page == nullptr) return NoPage(c, layer, index * shape.stretch, shape.stretch);
     held.newest.stretches.push_back({.index = index, .page = page});
     Stretch& s = held.newest.stretches.back();
-    std::uint8_t written = 0, open = 0;
-    if (!in.Number(&open) || open > 1) return Damaged(name, "a stretch");
-    s.open = open != 0;
+    std::uint8_t written = 0;
     for (std::size_t i = 0; i < shape.stretch; ++i) {
       if (!in.Number(&written) || written > 1) return Damaged(name, "a stretch");
       s.written[i] = written != 0;
@@ -250,7 +247,7 @@ void SaveLayer(const CacheImpl& c, std::size_t layer, Writer& out) {
       LoadRows(c, layer, t, h, at, n, buffer.rows.data(), buffer.scales.data());
       for (std::size_t i = 0; shape.stretch != 0 && i < n; ++i) {  // nothing is encoded there yet
         const Stretch* const s = held.newest.Find((at + i) / shape.stretch);
-        if (s != nullptr && s->open) buffer.Clear(i);
+        if (s != nullptr && !s->whole) buffer.Clear(i);
       }
       out.Bytes(buffer.rows.data(), n * shape.heads(t)[h].row_bytes());
       if (!buffer.scales.empty()) out.Bytes(buffer.scales.data(), n * sizeof(float));

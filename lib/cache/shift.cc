@@ -78,6 +78,13 @@ std::size_t Moved(std::size_t at, std::size_t keep, std::size_t drop) {
   return at <= keep ? at : std::max(keep, at - std::min(at, drop));
 }
 
+// Where tokens of `from` are gone, `to` after a shift; they may be the same. Kept tokens that left
+// with the window stay unseen, though queries come nearer to them.
+void MoveGone(const CacheLayer& from, std::size_t keep, std::size_t drop, CacheLayer& to) {
+  to.dropped = std::max(Moved(from.dropped, keep, drop), std::min(from.forgotten, keep));
+  to.forgotten = Moved(from.forgotten, keep, drop);
+}
+
 // Tokens from `first` on, `drop` cells down. In ascending order, so that none is overwritten before
 // it has moved. Returns the clamped values.
 std::uint64_t MoveLayer(CacheImpl& c, std::size_t layer, std::size_t first, std::size_t drop,
@@ -141,9 +148,7 @@ Status ShiftStretches(CacheImpl& c, std::size_t keep, std::size_t drop, const Ro
       if (Status s = OpenStretches(*moved, layer, first - drop, 1); !s.ok()) return s;
     }
     to.tokens = first - drop;
-    to.forgotten = Moved(held.forgotten, keep, drop);
-    // Kept tokens that left with the window stay unseen, though queries come nearer to them.
-    to.dropped = std::max(Moved(held.dropped, keep, drop), std::min(held.forgotten, keep));
+    MoveGone(held, keep, drop, to);
     DropUnused(*moved, layer);
     const Turn turn(rope_of(layer), shape.shape.k_dim, drop);
     if (Status s = AppendMoved(c, layer, first, turn, *moved); !s.ok()) return s;
@@ -193,9 +198,7 @@ Status CacheImpl::Shift(std::size_t keep, std::size_t drop, std::span<const Rope
     const std::size_t first = FirstMoved(held, keep, drop);
     const Turn turn(rope_of(layer), shapes[layer].shape.k_dim, drop);
     c.saturated += MoveLayer(c, layer, first, drop, turn);
-    // Kept tokens that left with the window stay unseen, though queries come nearer to them.
-    held.dropped = std::max(Moved(held.dropped, keep, drop), std::min(held.forgotten, keep));
-    held.forgotten = Moved(held.forgotten, keep, drop);
+    MoveGone(held, keep, drop, held);
     held.tokens -= drop;
     DropUnused(c, layer);
   }

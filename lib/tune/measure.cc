@@ -42,17 +42,7 @@ std::vector<float> Uncentred(const RowsView& rows, std::size_t stretch) {
 }
 
 // Errors of the values themselves: rows of one head encoded and decoded again.
-Result<ErrorSums> ValueErrors(const RowsView& rows, const HeadCodec& codec, std::size_t stretch) {
-  if (codec.kind.own_centre) {  // a row alone has no stretch
-    HeadCodec alone = codec;
-    alone.kind.own_centre = false;
-    const std::vector<float> x = Uncentred(rows, stretch);
-    Result<ErrorSums> errors =
-        ValueErrors(RowsView::F32(x.data(), rows.tokens, 1, rows.head_dim), alone, 0);
-    const Result<ErrorSums> exact = ValueErrors(rows, {}, 0);
-    if (errors.ok() && exact.ok()) errors->max_abs = exact->max_abs;
-    return errors;
-  }
+Result<ErrorSums> ValueErrors(const RowsView& rows, const HeadCodec& codec) {
   const Result<RowCodec> row_codec = RowCodec::Create(codec, rows.head_dim);
   if (!row_codec.ok()) return row_codec.status();
   std::vector<std::uint8_t> codes(rows.tokens * row_codec->row_bytes());
@@ -73,11 +63,21 @@ Result<std::vector<HeadErrors>> StartLayer(const Dump& dump, std::size_t layer,
   for (std::size_t i = 0; i < codecs.size(); ++i) {
     const Tensor tensor = static_cast<Tensor>(i % 2);
     HeadErrors& head = heads.emplace_back(HeadErrors{layer, i / 2, tensor, 0.0, {}});
+    const RowsView x = rows->head(i / 2, tensor);
+    const auto exact = ValueErrors(x, {});
+    if (!exact.ok()) return exact.status();
+    head.max_abs = exact->max_abs;
+    std::vector<float> uncentred;  // for codecs with an own centre: a row alone has no stretch
+    if (tensor == KVMIX_K && stretch != 0) uncentred = Uncentred(x, stretch);
     for (const HeadCodec& codec : codecs[i]) {
-      const auto values = ValueErrors(rows->head(i / 2, tensor), codec, stretch);
+      HeadCodec alone = codec;
+      alone.kind.own_centre = false;
+      auto values = ValueErrors(
+          codec.kind.own_centre ? RowsView::F32(uncentred.data(), x.tokens, 1, x.head_dim) : x,
+          alone);
       if (!values.ok()) return values.status();
+      values->max_abs = head.max_abs;
       head.candidates.push_back({codec, std::vector<AttentionError>(queries), *values});
-      head.max_abs = values->max_abs;
     }
   }
   return heads;

@@ -19,9 +19,9 @@ namespace {
 constexpr double kSpeedSeconds = 0.5;  // for the speeds of one shape of layers
 constexpr std::size_t kRepairs = 3;    // how often the plan is chosen again
 
-// Exact tokens where nobody asks for others, the stretches of a prompt that tells something, and
-// the part of f16's bytes that they may take: one in so many.
-constexpr std::size_t kUsualFirst = 4, kUsualStretch = 64, kStretches = 8, kShare = 50;
+// Stretches of a prompt that tells something, and the part of f16's bytes that exact tokens may
+// take where nobody asks for them: one in so many.
+constexpr std::size_t kStretches = 8, kShare = 50;
 
 const std::string kOnCalibration = "measuring the plan on the calibration";
 
@@ -233,12 +233,13 @@ TuneOptions Settled(TuneOptions options, const std::vector<const Dump*>& dumps) 
   std::size_t longest = 0;
   for (const Dump* dump : dumps)
     longest = std::max(longest, std::ranges::max(dump->prompt_tokens()));
-  std::size_t stretch = kUsualStretch;
+  const Plan usual = DefaultPlan(dumps[0]->model());
+  std::size_t stretch = usual.exact_newest;
   while (stretch > longest / kStretches) stretch /= 2;
   if (stretch < KVMIX_SHORTEST_STRETCH || options.candidates != "all") stretch = 0;
-  Plan plan = UniformPlan(dumps[0]->model(), {}, {});
+  Plan plan = UniformPlan(usual.model, {}, {});
   const std::size_t f16 = ContextBytes(plan, options.context);
-  plan.exact_first = stretch != 0 ? kUsualFirst : 0;
+  plan.exact_first = stretch != 0 ? usual.exact_first : 0;
   plan.exact_newest = stretch;
   if ((ContextBytes(plan, options.context) - f16) * kShare > f16) {
     plan.exact_first = plan.exact_newest = 0;
